@@ -1,0 +1,1 @@
+"""paredown: from a trained PyTorch model to a small, proven, measured file on an edge runtime."""

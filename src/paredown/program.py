@@ -1,0 +1,380 @@
+"""Program: a model as its exported graphs and parameters by name. Capture is the only way in.
+
+Both graphs are in the flat calling convention of torch.export: every parameter, buffer and lifted constant is a
+placeholder, so that a name in `Program.state` and a node in the graph are one and the same thing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from paredown.errors import CaptureError, RejectedError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A captured model. Nothing in it is shared with the model it came from.
+
+    `eval_graph` and `train_graph` are two captures over one state: an eval capture loses drop path, attention
+    dropout and batch counters. `inputs` is (args, kwargs) with the example batch. `batch` is "dynamic" or
+    "fixed: reason". `module` is a private copy of the user's model, for slicing by name; verbs copy it before use.
+    """
+
+    eval_graph: ExportedProgram
+    train_graph: ExportedProgram | None
+    state: Mapping[str, Tensor]
+    """Parameters, buffers and lifted constants by name; tied names share one tensor."""
+    inputs: Inputs
+    batch: str
+    source_digest: str
+    """SHA-256 over graph text, names, shapes, dtypes and bytes of the state."""
+    module: nn.Module
+    notes: tuple[str, ...] = ()
+    """What the capture changed or could not keep (folded parametrizations, a lost train graph, …)."""
+
+
+def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch: bool = True) -> Program:
+    """Capture a model in eval and train mode with torch.export; the model itself is not touched.
+
+    `inputs` is a tensor, a tuple of args, or {"args": …, "kwargs": …}. Axis 0 of every input tensor that shares
+    the first one's length is the batch; a batch of 1 is repeated once, because torch.export specialises it.
+    With train=False only the eval graph is captured (enough to examine).
+
+    Raises RejectedError (wrapped in script, NaN or infinite weights, complex weights, inputs that do not fit) and
+    CaptureError (what torch.export cannot follow, with the user's own line).
+
+    >>> program = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
+    >>> program.batch
+    'dynamic'
+    """
+    model, notes = _private_copy(model)
+    _refuse_bad_weights(model)
+    args, kwargs = _as_inputs(inputs)
+    _try_forward(model, args, kwargs)
+    example, batch = _batched(args, kwargs) if dynamic_batch else ((args, kwargs), "fixed: asked for")
+    with _quiet():
+        try:
+            eval_graph, example, batch = _export_eval(model.eval(), (args, kwargs), example, batch)
+            train_graph = None
+            if train:
+                train_graph, note = _export_train(model, example, batch)
+                notes += note
+        finally:
+            model.eval()
+    state = {**eval_graph.state_dict, **eval_graph.constants}
+    return Program(
+        eval_graph=eval_graph,
+        train_graph=train_graph,
+        state=state,
+        inputs=example,
+        batch=batch,
+        source_digest=_digest(eval_graph, state),
+        module=model,
+        notes=notes,
+    )
+
+
+def placeholder_names(graph: ExportedProgram) -> dict[str, str]:
+    """Placeholder node name → name in the state, for parameters, buffers and lifted constants (not user inputs)."""
+    sig = graph.graph_signature
+    return {**sig.inputs_to_parameters, **sig.inputs_to_buffers, **sig.inputs_to_lifted_tensor_constants}
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's own line that made a node, as "file.py:12"; empty where torch kept none."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    for line in reversed(lines):
+        if "/torch/nn/" not in line and "/torch/_" not in line:
+            path, _, rest = line[len('File "') :].partition('", line ')
+            return f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
+    return ""
+
+
+def module_path(node: fx.Node) -> str:
+    """Name of the innermost module that made a node, "" for the root."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+# ----------------------------------------------------------------------------------------------- the model's own state
+
+
+def _private_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """A deep copy in float form: unwrapped, with parametrizations and pruning masks folded into plain weights."""
+    notes: list[str] = []
+    if isinstance(model, torch.jit.ScriptModule):
+        msg = "the model must be a plain nn.Module. Got a TorchScript module. Pass the Python class with its state_dict."
+        raise RejectedError(msg)
+    if not isinstance(model, nn.Module):
+        msg = f"the model must be an nn.Module. Got {type(model).__name__}."
+        raise RejectedError(msg)
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            break
+        notes.append(f"unwrapped {type(model).__name__}")
+        model = inner
+    # Tensors that are results of a computation (old-style weight_norm keeps one) refuse to be deep-copied.
+    memo: dict[int, Any] = {
+        id(v): v.detach().clone() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None
+    }
+    try:
+        model = copy.deepcopy(model, memo)
+    except Exception as error:
+        msg = f"the model must allow copy.deepcopy, because paredown never changes the original. Got {type(error).__name__}: {error}."
+        raise RejectedError(msg) from error
+    notes += _fold(model)
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
+        msg = "the model must be initialised. Got lazy modules without a shape. Run it once on an example first."
+        raise RejectedError(msg)
+    model.to("cpu")
+    return model, tuple(notes)
+
+
+def _fold(model: nn.Module) -> list[str]:
+    """Fold parametrizations, old-style weight/spectral norm and torch pruning masks into plain parameters, in place."""
+    from torch.nn.utils import parametrize, prune
+
+    notes = []
+    for name, module in list(model.named_modules()):
+        if parametrize.is_parametrized(module):
+            for parameter in list(module.parametrizations):  # type: ignore[union-attr,arg-type]
+                parametrize.remove_parametrizations(module, str(parameter), leave_parametrized=True)
+                notes.append(f"folded a parametrization into {name}.{parameter}")
+        for hook in list(module._forward_pre_hooks.values()):
+            kind = type(hook).__name__
+            if isinstance(hook, prune.BasePruningMethod):
+                tensor = hook._tensor_name
+                prune.remove(module, tensor)
+                notes.append(f"folded a pruning mask into {name}.{tensor}")
+            elif kind == "WeightNorm":
+                torch.nn.utils.remove_weight_norm(module, hook.name)  # type: ignore[union-attr]
+                notes.append(f"folded weight norm into {name}.{hook.name}")  # type: ignore[union-attr]
+            elif kind == "SpectralNorm":
+                torch.nn.utils.remove_spectral_norm(module, hook.name)  # type: ignore[union-attr]
+                notes.append(f"folded spectral norm into {name}.{hook.name}")  # type: ignore[union-attr]
+    return notes
+
+
+def _refuse_bad_weights(model: nn.Module) -> None:
+    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "running_" in n)]
+    bad = [n for n, p in named if p.is_complex()]
+    if bad:
+        msg = f"weights must be real numbers. Got complex weights in {_some(bad)}."
+        raise RejectedError(msg)
+    bad = [n for n, p in named if p.is_floating_point() and not bool(torch.isfinite(p).all())]
+    if bad:
+        msg = f"weights must be finite. Got NaN or infinity in {_some(bad)}. Load a checkpoint from before the training diverged."
+        raise RejectedError(msg)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _as_inputs(inputs: Any) -> Inputs:
+    if isinstance(inputs, Mapping) and set(inputs) <= {"args", "kwargs"} and inputs:
+        args, kwargs = inputs.get("args", ()), inputs.get("kwargs", {})
+        if isinstance(args, Tensor):
+            args = (args,)
+        if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping):
+            msg = f'inputs must be {{"args": tuple, "kwargs": dict}}. Got {type(args).__name__} and {type(kwargs).__name__}.'
+            raise RejectedError(msg)
+        args, kwargs = tuple(args), dict(kwargs)
+    elif isinstance(inputs, tuple | list):
+        args, kwargs = tuple(inputs), {}
+    else:
+        args, kwargs = (inputs,), {}
+    if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
+        msg = f'inputs must hold at least one tensor: a tensor, a tuple, or {{"args": …, "kwargs": …}}. Got {type(inputs).__name__}.'
+        raise RejectedError(msg)
+    return pytree.tree_map(lambda v: v.detach().clone().cpu() if isinstance(v, Tensor) else v, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Inputs, str]:
+    """The example with a batch of at least 2: torch.export specialises a length of 1."""
+    first = next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    if first.dim() == 0:
+        return (args, kwargs), "fixed: the first input has no axes"
+    length = first.shape[0]
+
+    def repeat(value: Any) -> Any:
+        if length == 1 and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1:
+            return value.repeat(2, *[1] * (value.dim() - 1))
+        return value
+
+    return pytree.tree_map(repeat, (args, kwargs)), "dynamic"
+
+
+def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run once in eval mode; on failure name the module and the shapes it saw."""
+    seen: list[tuple[str, str, str]] = []
+    hooks = []
+
+    def note(name: str, kind: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            leaves = [t for t in pytree.tree_leaves((inputs, named)) if isinstance(t, Tensor)]
+            seen.append((name, kind, ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves)))
+
+        return hook
+
+    model.eval()
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(note(name, type(module).__name__), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model(*pytree.tree_map(_cloned, args), **pytree.tree_map(_cloned, kwargs))
+    except Exception as error:
+        name, kind, shapes = seen[-1] if seen else ("", type(model).__name__, "")
+        msg = f"the example inputs must fit the model. Got {type(error).__name__}: {error} — in {name or 'the model'} ({kind}), which saw {shapes or 'no tensor'}."
+        raise RejectedError(msg) from error
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns and logs about its own internals; what matters is raised."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _export_eval(model: nn.Module, original: Inputs, example: Inputs, batch: str) -> tuple[ExportedProgram, Inputs, str]:
+    if batch == "dynamic":
+        try:
+            graph = _export(model, example, dynamic=True)
+        except Exception as error:
+            batch = f"fixed: {_first_line(error)}"
+        else:
+            if _is_dynamic(graph):
+                return graph, example, batch
+            batch = "fixed: the model does not keep the batch free"
+    try:
+        return _export(model, original, dynamic=False), original, batch
+    except Exception as error:
+        raise _capture_error(error) from error
+
+
+def _export_train(model: nn.Module, example: Inputs, batch: str) -> tuple[ExportedProgram | None, tuple[str, ...]]:
+    modes = {m: m.training for m in model.modules()}
+    model.train()
+    try:
+        graph = _export(model, example, dynamic=batch == "dynamic")
+    except Exception as error:
+        return None, (f"no train graph ({_first_line(error)}): training uses the eval graph, drop path and attention dropout are lost",)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return graph, ()
+
+
+def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgram:
+    args, kwargs = inputs
+    shapes = None
+    if dynamic:
+        length = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)).shape[0]
+
+        def free(value: Any) -> Any:
+            return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == length else None
+
+        shapes = (*pytree.tree_map(free, args),) if not kwargs else None
+        if kwargs:
+            import inspect
+
+            names = list(inspect.signature(model.forward).parameters)
+            shapes = dict(zip(names, pytree.tree_map(free, args), strict=False)) | pytree.tree_map(free, kwargs)
+    with torch.no_grad():
+        graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    _inline_regions(graph)
+    return graph
+
+
+def _is_dynamic(graph: ExportedProgram) -> bool:
+    user = set(graph.graph_signature.user_inputs)
+    shapes = [n.meta["val"].shape for n in graph.graph.nodes if n.op == "placeholder" and n.name in user and isinstance(n.meta.get("val"), Tensor)]
+    return any(len(s) > 0 and isinstance(s[0], torch.SymInt) for s in shapes)
+
+
+def _inline_regions(graph: ExportedProgram) -> None:
+    """Replace higher-order regions (`with torch.no_grad()`, autocast) by their bodies: every op must be seen."""
+    gm = graph.graph_module
+    changed = False
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        position = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        body = getattr(gm, str(node.args[position].target))
+        inner = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[position + 1 :], strict=True))
+        with gm.graph.inserting_before(node):
+            out = gm.graph.graph_copy(body.graph, inner)
+        for user in list(node.users):
+            if user.target is not getattr(__import__("operator"), "getitem"):
+                continue
+            user.replace_all_uses_with(out[user.args[1]])  # type: ignore[index]
+            gm.graph.erase_node(user)
+        if node.users:
+            node.replace_all_uses_with(out)  # type: ignore[arg-type]
+        gm.graph.erase_node(node)
+        changed = True
+    if changed:
+        gm.recompile()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    import traceback
+
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/paredown/" not in f.filename]
+    where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    fix = "A branch or loop on tensor values cannot be captured: move it out of forward, or capture the part before it."
+    return CaptureError(f"torch.export must be able to follow forward. Got {_first_line(error)}{where}. {fix}")
+
+
+def _digest(graph: ExportedProgram, state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(graph.graph_module.code.encode())
+    for name in sorted(state):
+        tensor = state[name]
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        data = tensor.detach().contiguous()
+        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""Measured and Record: numbers with their unit, spread and badge; an append-only journal; files that appear whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from paredown.errors import ResourceError
+
+Badge = Literal["measured", "estimated", "not tested"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One number and how it came about. `low`–`high` is its interval; `protocol` says what interval that is.
+
+    A figure that was not measured has value None and badge "not tested". Timings carry timing=True: they are the
+    only fields that may differ between two runs of one recipe.
+    """
+
+    value: float | int | None
+    unit: str
+    badge: Badge = "measured"
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    protocol: str = ""
+    machine: str = ""
+    timing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What is known of one stage of one run; one line of records.jsonl."""
+
+    cell: Mapping[str, Any]
+    """What was done: {"stage": …, "recipe_digest": …, …}."""
+    plan_digest: str | None = None
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Tables for the report: layers before and after, removed units, float nodes, the snippet."""
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """The inverse of to_json."""
+        data = json.loads(line)
+        data["measured"] = {name: Measured(**value) for name, value in data["measured"].items()}
+        return cls(**data)
+
+
+def append(path: Path, record: Record) -> None:
+    """Append one record and flush it to disk."""
+    with _explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(record.to_json() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[Record]:
+    """All records of a journal. A last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [Record.from_json(line) for line in lines if line.endswith("\n")]
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends without an error; nothing half-written stays.
+
+    >>> import tempfile; folder = Path(tempfile.mkdtemp())
+    >>> with whole_file(folder / "a.txt") as temporary:
+    ...     _ = temporary.write_text("done")
+    >>> (folder / "a.txt").read_text()
+    'done'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sweep_stale(folder: Path) -> int:
+    """Delete temporary files that a kill left behind; returns how many."""
+    stale = list(folder.rglob(".*.tmp"))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = f"{path} must be writable. Got {error.strerror or error}. Free space or choose another --out."
+        raise ResourceError(msg) from error
