@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,6 +110,81 @@ def module_path(node: fx.Node) -> str:
     """Name of the innermost module that made a node, "" for the root."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+class GraphModel(nn.Module):
+    """An nn.Module that runs exported graphs on its own parameters, which keep their original names.
+
+    It has two bodies over one state: the train graph in train mode, the eval graph in eval mode. The bodies are pure
+    functions of the state (flat calling convention), so `.to()`, `load_state_dict`, `deepcopy` and re-capture just work.
+    Without a train graph the eval graph serves both, with batch norm and dropout switched on in train mode.
+    """
+
+    def __init__(self, eval_graph: ExportedProgram, train_graph: ExportedProgram | None, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        trainable = set(eval_graph.graph_signature.parameters)
+        lifted = set(placeholder_names(eval_graph).values()) | (set(placeholder_names(train_graph).values()) if train_graph else set())
+        made: dict[int, nn.Parameter] = {}  # tied names keep one Parameter
+        for name, tensor in state.items():
+            *path, leaf = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner._modules[part]  # type: ignore[assignment]
+            if name in trainable:
+                if id(tensor) not in made:
+                    made[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+                owner.register_parameter(leaf, made[id(tensor)])
+            elif name in lifted or isinstance(tensor, Tensor):
+                persistent = name not in eval_graph.constants
+                owner.register_buffer(leaf, tensor.detach(), persistent=persistent)
+        spec = eval_graph.call_spec
+        self._spec = (spec.in_spec, spec.out_spec)
+        self._bodies = {False: eval_graph.graph_module, True: train_graph.graph_module if train_graph else trainable_copy(eval_graph.graph_module)}
+        self._names = {False: _flat_names(eval_graph), True: _flat_names(train_graph or eval_graph)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The captured forward; keyword inputs in any order."""
+        in_spec, out_spec = self._spec
+        order = in_spec.child(1).context or []
+        if set(order) == set(kwargs):
+            kwargs = {name: kwargs[name] for name in order}
+        leaves, got = pytree.tree_flatten((args, kwargs))
+        if got != in_spec:
+            msg = f"inputs must be as captured: {in_spec}. Got {got}."
+            raise TypeError(msg)
+        values = iter(leaves)
+        names = self._names[self.training]
+        flat = [next(values) if name is None else self._tensor(name) for name in names]
+        return pytree.tree_unflatten(self._bodies[self.training](*flat), out_spec)
+
+    def _tensor(self, name: str) -> Tensor:
+        owner: Any = self
+        for part in name.split("."):
+            owner = getattr(owner, part)
+        return owner  # type: ignore[no-any-return]
+
+
+def _flat_names(graph: ExportedProgram) -> list[str | None]:
+    names = placeholder_names(graph)
+    return [names.get(n.name) for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def trainable_copy(body: fx.GraphModule, *, dropout: bool = True, momentum: float | None = None) -> fx.GraphModule:
+    """A copy of an eval body with batch norm (and dropout) in train mode; `momentum` replaces that of batch norm."""
+    body = copy.deepcopy(body)
+    for node in body.graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default:
+            args = list(node.args)
+            args[5] = True
+            if momentum is not None:
+                args[6] = momentum
+            node.args = tuple(args)
+        elif dropout and str(node.target) in ("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default", "aten.feature_dropout_.default"):
+            node.args = (*node.args[:2], True)
+    body.recompile()
+    return body
 
 
 # ----------------------------------------------------------------------------------------------- the model's own state
@@ -343,7 +419,7 @@ def _inline_regions(graph: ExportedProgram) -> None:
         with gm.graph.inserting_before(node):
             out = gm.graph.graph_copy(body.graph, inner)
         for user in list(node.users):
-            if user.target is not getattr(__import__("operator"), "getitem"):
+            if user.target is not operator.getitem:
                 continue
             user.replace_all_uses_with(out[user.args[1]])  # type: ignore[index]
             gm.graph.erase_node(user)
