@@ -112,6 +112,19 @@ def module_path(node: fx.Node) -> str:
     return str(next(reversed(stack.values()))[0]) if stack else ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bodies:
+    """The stateless part of a GraphModel, by mode (train or not); copies of the model share it."""
+
+    in_spec: Any
+    out_spec: Any
+    bodies: dict[bool, fx.GraphModule]
+    names: dict[bool, list[str | None]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Bodies:
+        return self
+
+
 class GraphModel(nn.Module):
     """An nn.Module that runs exported graphs on its own parameters, which keep their original names.
 
@@ -139,14 +152,16 @@ class GraphModel(nn.Module):
             elif name in lifted or isinstance(tensor, Tensor):
                 persistent = name not in eval_graph.constants
                 owner.register_buffer(leaf, tensor.detach(), persistent=persistent)
-        spec = eval_graph.call_spec
-        self._spec = (spec.in_spec, spec.out_spec)
-        self._bodies = {False: eval_graph.graph_module, True: train_graph.graph_module if train_graph else trainable_copy(eval_graph.graph_module)}
-        self._names = {False: _flat_names(eval_graph), True: _flat_names(train_graph or eval_graph)}
+        self._pure = _Bodies(
+            in_spec=eval_graph.call_spec.in_spec,
+            out_spec=eval_graph.call_spec.out_spec,
+            bodies={False: eval_graph.graph_module, True: train_graph.graph_module if train_graph else trainable_copy(eval_graph.graph_module)},
+            names={False: _flat_names(eval_graph), True: _flat_names(train_graph or eval_graph)},
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured forward; keyword inputs in any order."""
-        in_spec, out_spec = self._spec
+        in_spec = self._pure.in_spec
         order = in_spec.child(1).context or []
         if set(order) == set(kwargs):
             kwargs = {name: kwargs[name] for name in order}
@@ -155,9 +170,8 @@ class GraphModel(nn.Module):
             msg = f"inputs must be as captured: {in_spec}. Got {got}."
             raise TypeError(msg)
         values = iter(leaves)
-        names = self._names[self.training]
-        flat = [next(values) if name is None else self._tensor(name) for name in names]
-        return pytree.tree_unflatten(self._bodies[self.training](*flat), out_spec)
+        flat = [next(values) if name is None else self._tensor(name) for name in self._pure.names[self.training]]
+        return pytree.tree_unflatten(self._pure.bodies[self.training](*flat), self._pure.out_spec)
 
     def _tensor(self, name: str) -> Tensor:
         owner: Any = self
@@ -383,17 +397,12 @@ def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgr
     args, kwargs = inputs
     shapes = None
     if dynamic:
-        length = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)).shape[0]
-
-        def free(value: Any) -> Any:
-            return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == length else None
-
-        shapes = (*pytree.tree_map(free, args),) if not kwargs else None
-        if kwargs:
-            import inspect
-
-            names = list(inspect.signature(model.forward).parameters)
-            shapes = dict(zip(names, pytree.tree_map(free, args), strict=False)) | pytree.tree_map(free, kwargs)
+        tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+        collection = torch.export.ShapesCollection()
+        for tensor in tensors:
+            if tensor.dim() > 0 and tensor.shape[0] == tensors[0].shape[0]:
+                collection[tensor] = {0: Dim.AUTO}
+        shapes = collection.dynamic_shapes(model, args, kwargs)
     with torch.no_grad():
         graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     _inline_regions(graph)
