@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import logging
 import operator
 import warnings
@@ -395,18 +396,24 @@ def _export_train(model: nn.Module, example: Inputs, batch: str) -> tuple[Export
 
 def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgram:
     args, kwargs = inputs
-    shapes = None
-    if dynamic:
-        tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-        collection = torch.export.ShapesCollection()
-        for tensor in tensors:
-            if tensor.dim() > 0 and tensor.shape[0] == tensors[0].shape[0]:
-                collection[tensor] = {0: Dim.AUTO}
-        shapes = collection.dynamic_shapes(model, args, kwargs)
+    shapes = _free_batch(model, args, kwargs) if dynamic else None
     with torch.no_grad():
         graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     _inline_regions(graph)
     return graph
+
+
+def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """dynamic_shapes for torch.export: axis 0 of every tensor as long as the first one's, by argument name."""
+    length = next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)).shape[0]
+    signature = inspect.signature(model.forward)
+    bound: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return pytree.tree_map(  # type: ignore[no-any-return]
+        lambda v: {0: Dim.AUTO} if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == length else None, bound
+    )
 
 
 def _is_dynamic(graph: ExportedProgram) -> bool:
