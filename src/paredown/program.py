@@ -406,11 +406,7 @@ def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgr
 def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """dynamic_shapes for torch.export: axis 0 of every tensor as long as the first one's, by argument name."""
     length = next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)).shape[0]
-    signature = inspect.signature(model.forward)
-    bound: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound |= bound.pop(name, {})
+    bound = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     return pytree.tree_map(  # type: ignore[no-any-return]
         lambda v: {0: Dim.AUTO} if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == length else None, bound
     )
