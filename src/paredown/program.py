@@ -159,6 +159,7 @@ class GraphModel(nn.Module):
             bodies={False: eval_graph.graph_module, True: train_graph.graph_module if train_graph else trainable_copy(eval_graph.graph_module)},
             names={False: _flat_names(eval_graph), True: _flat_names(train_graph or eval_graph)},
         )
+        self.__class__ = _with_signature(eval_graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The captured forward; keyword inputs in any order."""
@@ -179,6 +180,24 @@ class GraphModel(nn.Module):
         for part in name.split("."):
             owner = getattr(owner, part)
         return owner  # type: ignore[no-any-return]
+
+
+def _with_signature(graph: ExportedProgram) -> type[GraphModel]:
+    """GraphModel with the captured argument names in its signature: torch.export cannot free axes under **kwargs."""
+    args_spec, kwargs_spec = graph.call_spec.in_spec.children()
+    users = [str(n) for n in graph.graph_signature.user_inputs]
+    plain = all(c.is_leaf() for c in args_spec.children())
+    positional = users[: args_spec.num_children] if plain else [f"arg_{i}" for i in range(args_spec.num_children)]
+    kinds = inspect.Parameter
+    parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
+    parameters += [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in positional]
+    parameters += [kinds(name, kinds.KEYWORD_ONLY) for name in kwargs_spec.context or []]
+
+    def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
+        return GraphModel.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return type("GraphModel", (GraphModel,), {"forward": forward, "__doc__": GraphModel.__doc__})
 
 
 def _flat_names(graph: ExportedProgram) -> list[str | None]:
