@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -93,6 +93,9 @@ class Coupling:
     spaces: tuple[Space, ...]
     pinned: tuple[Pinned, ...]
     unknown_ops: dict[str, int]
+    products: Mapping[str, tuple[Indices, ...]] = field(default_factory=dict)
+    """Products of two activations (matmul, attention) by node name: per axis that can shrink, [length, 2] of
+    (space number, unit number), -1 where a position is fixed. Their MACs scale with the surviving share of each axis."""
     seconds: float = 0.0
 
     def __getitem__(self, name: str) -> Space:
