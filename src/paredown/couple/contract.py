@@ -1,0 +1,270 @@
+"""Rules for ops that contract one operand with another: convolution, linear, matrix products, attention."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from paredown.couple.ids import FIXED, along, fixed, laid, tidy, varying
+
+if TYPE_CHECKING:  # rules.py builds its table from this module
+    from paredown.couple.trace import Trace
+
+
+def _conv(node: fx.Node, trace: Trace) -> Any:
+    from paredown.couple.rules import args_of, result, unknown
+
+    source, weight, bias, groups = args_of(node, "input", "weight", "bias", "groups")
+    if weight not in trace.parameters:
+        return unknown(node, trace)
+    shape = result(node).shape
+    axis = len(shape) - (len(trace.parameters[weight].shape) - 2) - 1
+    read = trace.vector(trace.of(source), axis, "channels of a convolution")
+    wrote = trace.weight(weight, 0, "write")
+    _grouped(trace, weight, 1, read, wrote, int(groups))
+    _bias(trace, bias, wrote)
+    return laid(wrote, axis, shape)
+
+
+def _conv_transpose(node: fx.Node, trace: Trace) -> Any:
+    """Weight [in, out / groups, …]: axis 0 reads, axis 1 writes."""
+    from paredown.couple.rules import args_of, result, unknown
+
+    source, weight, bias, groups = args_of(node, "input", "weight", "bias", "groups")
+    if weight not in trace.parameters:
+        return unknown(node, trace)
+    shape = result(node).shape
+    axis = len(shape) - (len(trace.parameters[weight].shape) - 2) - 1
+    read = trace.vector(trace.of(source), axis, "channels of a convolution")
+    groups = int(groups)
+    trace.read(weight, 0, read, "read by a convolution")
+    per = trace.weight(weight, 1, "write")
+    if groups == 1:
+        wrote = per
+    elif len(per) == 1:  # depthwise: each output follows its input
+        trace.pin(per, "kernel of a depthwise convolution")
+        wrote = read
+    else:
+        rows = read.reshape(groups, -1)
+        trace.tie(rows, rows[:1], "groups of a convolution")
+        wrote = per.repeat(groups)
+    _bias(trace, bias, wrote)
+    return laid(wrote, axis, shape)
+
+
+def _grouped(trace: Trace, weight: fx.Node, axis: int, read: Tensor, wrote: Tensor, groups: int) -> None:
+    """Tie a convolution's channels: per group the same positions leave, so that groups stay equal."""
+    if groups == 1:
+        trace.read(weight, axis, read, "read by a convolution")
+        return
+    ins, outs = read.reshape(groups, -1), wrote.reshape(groups, -1)
+    if ins.shape[1] == 1:  # depthwise, also with a multiplier: outputs follow their input
+        trace.tie(outs, ins, "depthwise convolution of a fixed channel")
+        return
+    trace.tie(ins, ins[:1], "groups of a convolution")
+    trace.tie(outs, outs[:1], "groups of a convolution")
+    trace.read(weight, axis, ins[0], "read by a convolution")
+
+
+def _bias(trace: Trace, bias: Any, wrote: Tensor) -> None:
+    if isinstance(bias, fx.Node):
+        trace.tie(trace.of(bias), wrote, "a computed bias")
+
+
+def _linear(node: fx.Node, trace: Trace) -> Any:
+    from paredown.couple.rules import args_of, result, unknown
+
+    source, weight, bias = args_of(node, "input", "weight", "bias")
+    if weight not in trace.parameters or len(trace.parameters[weight].shape) != 2:
+        return unknown(node, trace)
+    wrote = _product_with_weight(trace, source, weight, 1, 0)
+    _bias(trace, bias, wrote)
+    shape = result(node).shape
+    return laid(wrote, len(shape) - 1, shape)
+
+
+def _product_with_weight(trace: Trace, source: fx.Node, weight: fx.Node, read_axis: int, write_axis: int) -> Tensor:
+    ids = trace.of(source)
+    read = trace.vector(ids, ids.dim() - 1, "features of a linear layer")
+    trace.read(weight, read_axis, read, "read by a linear layer")
+    return trace.weight(weight, write_axis, "write")
+
+
+def _matmul(node: fx.Node, trace: Trace) -> Any:
+    from paredown.couple.rules import result
+
+    a, b = node.args[0], node.args[1]
+    shape = result(node).shape
+    if _is_matrix(trace, b) and not _is_matrix(trace, a) and len(trace.of(a).shape) >= 2:
+        wrote = _product_with_weight(trace, a, b, 0, 1)  # type: ignore[arg-type]
+        return laid(wrote, len(shape) - 1, shape)
+    left, right = trace.of(a), trace.of(b)
+    if left.dim() < 2 or right.dim() < 2:
+        return _vector_product(node, trace, left, right)
+    return contract(trace, left, right, shape, node.name)
+
+
+def _addmm(node: fx.Node, trace: Trace) -> Any:
+    """bias + a @ b."""
+    from paredown.couple.rules import merge, result
+
+    bias, a, b = node.args[:3]
+    shape = result(node).shape
+    if _is_matrix(trace, b) and not _is_matrix(trace, a):
+        wrote = _product_with_weight(trace, a, b, 0, 1)  # type: ignore[arg-type]
+        out = laid(wrote, len(shape) - 1, shape)
+    else:
+        out = contract(trace, trace.of(a), trace.of(b), shape, node.name)
+    return merge(out, trace.of(bias), trace).expand(shape)
+
+
+def _is_matrix(trace: Trace, node: Any) -> bool:
+    return isinstance(node, fx.Node) and node in trace.parameters and len(trace.parameters[node].shape) == 2 and trace.parameters[node].name not in trace.raw
+
+
+def _vector_product(node: fx.Node, trace: Trace, a: Tensor, b: Tensor) -> Any:
+    from paredown.couple.rules import result
+
+    for ids in (a, b):
+        trace.pin(ids, "product with a vector")
+    return result(node)
+
+
+def contract(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor:
+    """out[l, i, k] = Σ_j a[l, i, j] · b[l, j, k] for ids.
+
+    Where ids vary along the leading axes (heads), each row l lives or dies as a whole. Without heads, j is tied
+    between the operands, and i and k go through.
+    """
+    lead = tuple(shape[:-2])
+    a, b = trace.forest.canon(a), trace.forest.canon(b)
+    for one, other in ((a, b), (b, a)):  # one constant per head pins the heads
+        if not bool((one != FIXED).any()):
+            _constant_rows(trace, one, other)
+    i, j, k = a.shape[-2], a.shape[-1], b.shape[-1]
+    a, b = tidy(a.expand(*lead, i, j)), tidy(b.expand(*lead, j, k))
+    num_lead = len(lead)
+    if any(ax < num_lead for t in (a, b) for ax in varying(t)):
+        return _whole_rows(trace, a, b, shape, name)
+    return _single(trace, a, b, shape, name)
+
+
+def _constant_rows(trace: Trace, one: Tensor, other: Tensor) -> None:
+    dims = max(one.dim(), other.dim())
+    for axis in varying(other):
+        at = axis - other.dim()
+        if at < -2 and -at <= one.dim() and one.shape[at] > 1 and dims:
+            trace.pin(other, "a constant for each head")
+
+
+def _whole_rows(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor:
+    lead = tuple(shape[:-2])
+    # batch axes are constant: work on one row per distinct leading position
+    keep = [ax for ax in range(len(lead)) if ax in varying(a) or ax in varying(b)]
+    pick = tuple(slice(None) if ax in keep else slice(0, 1) for ax in range(len(lead)))
+    rows = math.prod(lead[ax] for ax in keep)
+    flat = torch.cat([t[pick].reshape(rows, -1) if t.numel() else t for t in (a, b)], dim=1)
+    flat = torch.sort(flat, dim=1, descending=True).values
+    head = flat[:, :1]
+    trace.tie(torch.where(flat == FIXED, head, flat), head, "heads")
+    trace.heads.append(head.reshape(-1))
+    head = trace.forest.canon(head)
+    small = head.reshape([lead[ax] if ax in keep else 1 for ax in range(len(lead))] + [1, 1])
+    out = tidy(small).expand(tuple(shape))
+    trace.products[name] = [head.reshape(-1)]
+    return out
+
+
+def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor:
+    num = len(shape) - 2
+    mixed = any(len([x for x in varying(t) if x >= num]) > 1 for t in (a, b))
+    if mixed:
+        trace.pin(a, "a product over mixed channels")
+        trace.pin(b, "a product over mixed channels")
+        return fixed(shape)
+    left, right = along(a, a.dim() - 1), along(b, b.dim() - 2)
+    if num + 1 in varying(a) or num in varying(b):
+        trace.tie(left, right, "contracted with a constant")
+    rows = along(a, a.dim() - 2) if num in varying(a) else None
+    columns = along(b, b.dim() - 1) if num + 1 in varying(b) else None
+    trace.products[name] = [v for v in (left if num + 1 in varying(a) else None, rows, columns) if v is not None]
+    if rows is not None and columns is not None:
+        trace.pin(rows, "rows and columns of a product both carry channels")
+        trace.pin(columns, "rows and columns of a product both carry channels")
+        return fixed(shape)
+    if rows is not None:
+        return laid(rows, len(shape) - 2, shape)
+    if columns is not None:
+        return laid(columns, len(shape) - 1, shape)
+    return fixed(shape)
+
+
+def _attention(node: fx.Node, trace: Trace) -> Any:
+    """softmax(q kᵀ / √d + mask) v."""
+    from paredown.couple.rules import args_of, merge, result
+
+    q, k, v, mask = args_of(node, "query", "key", "value", "attn_mask")
+    queries, keys, values = trace.of(q), trace.of(k), trace.of(v)
+    shape = result(node).shape
+    names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    if "enable_gqa" in names and args_of(node, "enable_gqa")[0]:
+        times = queries.shape[-3] // keys.shape[-3]
+        keys, values = (t.repeat_interleave(times, dim=-3) for t in (keys, values))
+    scores = contract(trace, queries, keys.transpose(-1, -2), (*shape[:-1], keys.shape[-2]), f"{node.name}:scores")
+    if isinstance(mask, fx.Node):
+        scores = merge(scores, trace.of(mask), trace).expand(scores.shape)
+    if scores.dim() - 1 in varying(scores) or scores.dim() - 2 in varying(scores):
+        trace.pin(scores, "attention over channels")
+        scores = fixed(scores.shape)
+    return contract(trace, trace.forest.canon(scores), values, shape, f"{node.name}:values")
+
+
+def _einsum(node: fx.Node, trace: Trace) -> Any:
+    """Two operands, every letter in the result or in both: permuted into a matrix product."""
+    from paredown.couple.rules import result, unknown
+
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    shape = result(node).shape
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        return unknown(node, trace)
+    left, right, out = equation.partition("->")[0].split(",") + [equation.partition("->")[2]]
+    batch = [c for c in out if c in left and c in right]
+    rows, columns = [c for c in out if c in left and c not in right], [c for c in out if c in right and c not in left]
+    summed = [c for c in left if c in right and c not in out]
+    letters = set(left) | set(right)
+    if len(set(left)) != len(left) or len(set(right)) != len(right) or letters != {*batch, *rows, *columns, *summed} or len(rows) > 1 or len(columns) > 1 or len(summed) != 1:
+        return unknown(node, trace)
+    if not batch and len(right) == 2 and _is_matrix(trace, operands[1]) and left[-1] == summed[0]:
+        ids = trace.of(operands[0])
+        read = trace.vector(ids, ids.dim() - 1, "features of a product")
+        trace.read(operands[1], right.index(summed[0]), read, "read by a product")
+        wrote = trace.weight(operands[1], right.index(columns[0]), "write")
+        return laid(wrote, out.index(columns[0]), shape)
+    a, b = trace.of(operands[0]), trace.of(operands[1])
+    size = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
+    if rows and columns and not batch and len(rows) == 1 and len(left) > 2:
+        return unknown(node, trace)
+    one = a.permute([left.index(c) for c in (*batch, *rows, *summed)])
+    two = b.permute([right.index(c) for c in (*batch, *summed, *columns)])
+    one = one if rows else one.unsqueeze(-2)
+    two = two if columns else two.unsqueeze(-1)
+    lead = tuple(size[c] for c in batch)
+    product = contract(trace, one, two, (*lead, one.shape[-2], two.shape[-1]), node.name)
+    product = product if columns else product.squeeze(-1)
+    product = product if rows else product.squeeze(-1 if not columns else -2)
+    have = [*batch, *rows, *columns]
+    return tidy(product.permute([have.index(c) for c in out]))
+
+
+RULES = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
+    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
+    "scaled_dot_product_attention": _attention,
+    "einsum": _einsum,
+}

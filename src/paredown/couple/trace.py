@@ -1,0 +1,285 @@
+"""Trace: run a program's graph on ids, one rule per op; what has no rule pins what reaches it."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from paredown.couple.ids import FIXED, IdForest, along, compact, fixed, tidy, varying
+from paredown.couple.space import Role
+from paredown.program import placeholder_names, source_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Ids that may not be removed, and why."""
+
+    ids: Tensor
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """A placeholder that holds a parameter, buffer or constant, possibly seen through transposes."""
+
+    name: str
+    shape: tuple[int, ...]
+    """As seen."""
+    axes: tuple[int, ...]
+    """Position i as seen is this axis of the stored tensor."""
+
+
+class Trace:
+    """The state of one run over a graph: ids per node, real values of constants, pins, deferred checks."""
+
+    def __init__(self, graph: ExportedProgram, state: Mapping[str, Tensor]) -> None:
+        self.forest = IdForest()
+        self.ids: dict[fx.Node, Any] = {}
+        """Id tensor (or nested tuple of them, or int for sizes) of each node."""
+        self.values: dict[fx.Node, Tensor] = {}
+        """Constants computed for real."""
+        self.parameters: dict[fx.Node, Parameter] = {}
+        self.weights: dict[str, dict[int, Tensor]] = {}
+        """Parameters used as weights: ids along an axis. Name is that of the storage."""
+        self.raw: dict[str, Tensor] = {}
+        """Parameters used element by element: ids of every element."""
+        self.roles: dict[tuple[str, int], Role] = {}
+        self.pins: list[Pin] = []
+        self.unknown: Counter[str] = Counter()
+        self.products: dict[str, list[Tensor]] = {}
+        self.heads: list[Tensor] = []
+        self.norms: dict[fx.Node, Tensor] = {}
+        """Norms over a channel axis: ids of what is normalised together."""
+        self._tables: list[Tensor] = []
+        self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
+        self._storage = _storages(state)
+        self._state = state
+        self.node: fx.Node | None = None
+        self._run(graph)
+        self._settle()
+
+    # ------------------------------------------------------------------------------------------------ what rules use
+
+    def of(self, node: Any) -> Tensor:
+        """The id tensor of an operand; a parameter becomes raw (an id for each element)."""
+        if not isinstance(node, fx.Node):
+            return fixed(())
+        seen = self.parameters.get(node)
+        if seen is None:
+            value = self.ids[node]
+            return value if isinstance(value, Tensor) else fixed(())
+        raw = self._raw(seen.name)
+        return raw.permute(seen.axes).reshape(seen.shape)
+
+    def tie(self, a: Tensor, b: Tensor, why: str) -> None:
+        """a[i] and b[i] live or die together; beside a fixed one the other is pinned. Shapes broadcast."""
+        a, b = torch.broadcast_tensors(a, b)
+        self.forest.unite(a, b)
+        lone = ((a == FIXED) & (b != FIXED)) | ((b == FIXED) & (a != FIXED))
+        if bool(lone.any()):
+            self.pin(torch.where(a != FIXED, a, b)[lone], why)
+
+    def pin(self, ids: Tensor, reason: str) -> None:
+        """These ids may not be removed."""
+        ids = compact(ids).reshape(-1).unique()
+        ids = ids[ids != FIXED]
+        if len(ids):
+            self.pins.append(Pin(ids=ids, reason=reason, where=self.where()))
+
+    def where(self) -> str:
+        """The node at hand and the user's line."""
+        if self.node is None:
+            return ""
+        line = source_line(self.node)
+        return f"{self.node.name} ({line})" if line else self.node.name
+
+    def vector(self, ids: Tensor, axis: int, why: str) -> Tensor:
+        """Ids along an axis; where they differ across the other axes they are tied. Shape [length]."""
+        ids = self.forest.canon(ids)
+        if any(a != axis % ids.dim() for a in varying(ids)):
+            first = along(ids, axis)
+            view = [1] * ids.dim()
+            view[axis] = -1
+            self.tie(compact(ids), first.reshape(view), why)
+            ids = self.forest.canon(ids)
+        return along(ids, axis)
+
+    def weight(self, node: fx.Node, axis: int, role: Role) -> Tensor:
+        """Ids along an axis (as seen) of a parameter used as a weight; made on first use."""
+        seen = self.parameters[node]
+        name, stored = self._storage[seen.name], seen.axes[axis]
+        axes = self.weights.setdefault(name, {})
+        if stored not in axes:
+            axes[stored] = self.forest.fresh(seen.shape[axis])
+        key = (name, stored)
+        self.roles[key] = "read" if "read" in (role, self.roles.get(key)) else "write"
+        return axes[stored]
+
+    def read(self, node: fx.Node, axis: int, ids: Tensor, why: str) -> None:
+        """A weight axis consumes these channels."""
+        seen = self.parameters[node]
+        name, stored = self._storage[seen.name], seen.axes[axis]
+        axes = self.weights.setdefault(name, {})
+        if stored in axes:
+            self.tie(axes[stored], ids, why)
+        else:
+            axes[stored] = ids
+        self.roles[(name, stored)] = "read"
+
+    def later(self, ids: Tensor, axis: int, at_stake: Tensor, reason: str) -> None:
+        """If `ids` still vary along `axis` when all ties are known, pin `at_stake`."""
+        self._fragile.append((compact(ids), axis % max(ids.dim(), 1), compact(at_stake), reason, self.where()))
+
+    def table(self, ids: Tensor) -> None:
+        """The survivors of this tensor must form a rectangle: remember it for settling."""
+        if len(varying(ids)) > 1:
+            self._tables.append(compact(ids))
+
+    # -------------------------------------------------------------------------------------------------------- the run
+
+    def _raw(self, name: str) -> Tensor:
+        stored = self._storage[name]
+        if stored not in self.raw:
+            tensor = self._state[name]
+            shape = tuple(tensor.shape)
+            floating = tensor.is_floating_point() and tensor.dim() > 0
+            ids = self.forest.fresh(tensor.numel()).reshape(shape) if floating else fixed(shape)
+            self.raw[stored] = ids
+            self.table(ids)
+        return self.raw[stored]
+
+    def _run(self, graph: ExportedProgram) -> None:
+        from paredown.couple.rules import RULES, is_constant, unknown
+
+        names = placeholder_names(graph)
+        for node in graph.graph.nodes:
+            self.node = node
+            if node.op == "placeholder":
+                self._placeholder(node, names.get(node.name))
+            elif node.op == "output":
+                self._pin_outputs(node)
+            elif node.op == "call_function":
+                if is_constant(node, self):
+                    self._constant(node)
+                    continue
+                rule = RULES.get(_op_name(node), unknown)
+                self.ids[node] = out = rule(node, self)
+                for leaf in pytree.tree_leaves(out):
+                    if isinstance(leaf, Tensor):
+                        self.table(leaf)
+            elif node.op == "get_attr":
+                self.ids[node] = None
+        self.node = None
+
+    def _placeholder(self, node: fx.Node, name: str | None) -> None:
+        value = node.meta.get("val")
+        if name is None:
+            self.ids[node] = fixed(sizes(value)) if isinstance(value, torch.Tensor) else concrete(value)
+            return
+        tensor = self._state[name]
+        if isinstance(tensor, Tensor):
+            self.parameters[node] = Parameter(name=name, shape=tuple(tensor.shape), axes=tuple(range(tensor.dim())))
+            if not tensor.is_floating_point():
+                self.values[node] = tensor
+        self.ids[node] = None
+
+    def _constant(self, node: fx.Node) -> None:
+        """Compute a node that depends on no activation and no learned number."""
+        args = fx.node.map_arg(node.args, lambda n: self.values[n].clone() if n in self.parameters else self._scalar_or_value(n))
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.values[n].clone() if n in self.parameters else self._scalar_or_value(n))
+        kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+        out = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(out, Tensor):
+            self.values[node] = out
+            self.ids[node] = fixed(out.shape)
+        elif isinstance(out, list | tuple) and all(isinstance(o, Tensor) for o in out):
+            self.ids[node] = tuple(fixed(o.shape) for o in out)
+            self.values[node] = out  # type: ignore[assignment]
+        else:
+            self.ids[node] = out
+
+    def _scalar_or_value(self, node: fx.Node) -> Any:
+        return self.values[node] if node in self.values else self.ids[node]
+
+    def _pin_outputs(self, node: fx.Node) -> None:
+        for leaf in pytree.tree_leaves(node.args):
+            if isinstance(leaf, fx.Node) and isinstance(self.ids.get(leaf), Tensor):
+                self.pin(self.ids[leaf], "model output")
+            elif isinstance(leaf, fx.Node) and leaf in self.parameters:
+                self.pin(self.of(leaf), "model output")
+
+    # ----------------------------------------------------------------------------------------------------- settlement
+
+    def _settle(self) -> None:
+        """Tie until the survivors of every tensor form a rectangle, whichever classes are removed.
+
+        A table that varies along several axes is tied along the first of them: heads in lockstep where nothing tied
+        whole heads before, tokens where a class token was put in front.
+        """
+        self._conflicts()
+        tables = self._tables
+        while tables:
+            left = []
+            for table in tables:
+                ids = self.forest.canon(table)
+                axes = varying(ids)
+                if len(axes) < 2:
+                    continue
+                self.tie(ids, ids.narrow(axes[0], 0, 1), "beside a fixed position")
+                left.append(table)
+            tables = left
+        for ids, axis, at_stake, reason, where in self._fragile:
+            if axis in varying(self.forest.canon(ids)):
+                stake = at_stake.reshape(-1).unique()
+                self.pins.append(Pin(ids=stake[stake != FIXED], reason=reason, where=where))
+
+    def _conflicts(self) -> None:
+        """A matrix used both as a weight and element by element cannot say what a channel of it is."""
+        for name in self.weights.keys() & self.raw.keys():
+            for ids in (*self.weights[name].values(), self.raw[name]):
+                self.pin(ids, f"{name} is used as a weight and element by element")
+
+
+def sizes(value: torch.Tensor) -> tuple[int, ...]:
+    """Concrete sizes of a fake tensor: symbols by their hint."""
+    return tuple(concrete(s) for s in value.shape)
+
+
+def concrete(value: Any) -> Any:
+    """A symbolic size as the number it had in the example."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+
+
+def _storages(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every name → the first name of the same storage."""
+    first: dict[tuple[Any, ...], str] = {}
+    return {
+        name: first.setdefault((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) if t.numel() else (name,), name)
+        for name, t in state.items()
+        if isinstance(t, Tensor)
+    }
+
+
+def _op_name(node: fx.Node) -> str:
+    """"conv2d" for aten.conv2d.default; "operator.getitem" for Python operators."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::")
+    if getattr(target, "__module__", "") in ("_operator", "math", "builtins") or target is operator.getitem:
+        return f"operator.{getattr(target, '__name__', target)}"
+    return str(getattr(target, "__name__", target))
+
+
+def numbers(forest: IdForest, ids: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Roots of a vector of ids as a numpy array."""
+    return forest.find(np.ascontiguousarray(tidy(ids).numpy()))
