@@ -56,7 +56,7 @@ class IdForest:
     def canon(self, ids: Tensor) -> Tensor:
         """Ids replaced by their roots; axes along which they are then constant get stride 0."""
         small = compact(ids)
-        roots = torch.from_numpy(self.find(np.array(small.numpy(), order="C")))
+        roots = torch.from_numpy(self.find(np.array(small.numpy(), order="C").ravel()))
         return tidy(roots.reshape(small.shape)).expand(ids.shape)
 
     def unite(self, a: Tensor, b: Tensor) -> None:
