@@ -1,1 +1,34 @@
-"""."""
+"""Training: the user's task, one loop with hooks, distillation, batch-norm re-estimation, checkpoints."""
+
+from paredown.train.batch_norm import reestimate_batch_norm
+from paredown.train.loop import Epoch, Fitted, Hook, Progress, Training, fit
+from paredown.train.recover import recover
+from paredown.train.task import (
+    Metric,
+    Roles,
+    Task,
+    check_roles,
+    content_hashes,
+    metric_values,
+    predictor,
+    task_from_module,
+)
+
+__all__ = [
+    "Epoch",
+    "Fitted",
+    "Hook",
+    "Metric",
+    "Progress",
+    "Roles",
+    "Task",
+    "Training",
+    "check_roles",
+    "content_hashes",
+    "fit",
+    "metric_values",
+    "predictor",
+    "recover",
+    "reestimate_batch_norm",
+    "task_from_module",
+]

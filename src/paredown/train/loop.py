@@ -1,0 +1,454 @@
+"""fit: the one training loop. Fine-tuning, distillation, masks, growth and quantization-aware training hang on its hooks.
+
+The loop owns mode, device, random seeds, optimizer and checkpoints; the user owns `step(model, batch) -> loss`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
+from paredown.train import checkpoint as checkpoints
+from paredown.train.distil import Distil, Teacher
+from paredown.train.task import Batches, Step, batch_length, kept_randomness, seed_all
+
+OptimizerChoice = str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+""" "sgd", "adamw" (torch's own defaults otherwise), or a function of the trainable parameters."""
+Schedule = Literal["cosine", "constant"]
+
+MOST_RETRIES = 2
+DIVERGED = 10.0
+"""An epoch whose mean loss is this many times the loss at the start has diverged, also where it is finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """What one attempt at an epoch did; equal in an interrupted and in an uninterrupted run."""
+
+    epoch: int
+    loss: float | None
+    """Mean over samples; None where it was not finite."""
+    lr: float
+    """Learning rate of the first parameter group at the epoch's last step."""
+    num_samples: int
+    num_skipped: int = 0
+    """Batches of one sample that batch norm cannot train on."""
+    note: str = ""
+    """Why the epoch was rolled back and repeated with half the learning rate; empty where it counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a training stands; given to `progress` after every step and every epoch."""
+
+    epoch: int
+    epochs: int
+    step: int
+    """Steps done in this epoch."""
+    steps: int
+    """Steps in every epoch."""
+    loss: float | None
+    history: tuple[Epoch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """The trained copy (CPU, eval mode) and what happened, epoch by epoch, rolled-back attempts included."""
+
+    module: nn.Module
+    history: tuple[Epoch, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class Training:
+    """The state of a running training, as hooks see it: they may change the module's tensors in place."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    step: int = 0
+    """Optimizer steps in all, of `steps` × epochs."""
+    steps: int = 0
+    scale: float = 1.0
+    """What roll-backs made of the learning rate: 1, 1/2, 1/4."""
+    loss: float = math.nan
+    start_loss: float | None = None
+    """Mean loss of the first steps of all: the yardstick for divergence."""
+    history: list[Epoch] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hook:
+    """Something that hangs on the loop. `state` and `restore` make it survive checkpoints and roll-backs."""
+
+    name: str
+    after_backward: Callable[[Training], None] | None = None
+    after_step: Callable[[Training], None] | None = None
+    after_epoch: Callable[[Training], None] | None = None
+    state: Callable[[], Mapping[str, Tensor]] | None = None
+    restore: Callable[[Mapping[str, Tensor]], None] | None = None
+
+
+def fit(
+    module: nn.Module,
+    batches: Batches,
+    step: Step,
+    *,
+    epochs: int,
+    optimizer: OptimizerChoice = "sgd",
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    clip_norm: float | None = None,
+    schedule: Schedule = "cosine",
+    seed: int = 0,
+    device: str = "cpu",
+    teacher: nn.Module | None = None,
+    distil: Distil = "none",
+    temperature: float = 4.0,
+    distil_weight: float = 0.9,
+    hooks: Sequence[Hook] = (),
+    checkpoint: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    max_steps: int | None = None,
+) -> Fitted:
+    """Train a deep copy of `module` on `step(model, batch) -> loss`; the module itself is not touched.
+
+    loss = (1 - w) × step + w × distil, w = `distil_weight` where a teacher distils, else 0 (see train.distil).
+    Learning rate at step t of T, cosine: lr/2 × (1 + cos(π t / T)); `constant`: lr. An `optimizer(parameters)` of
+    one's own keeps its own learning rates, which the schedule multiplies. `batches()` is called once per epoch after
+    torch, numpy and random are seeded with seed + epoch; where it has no length it is counted by one pass first.
+    `max_steps` bounds the steps of each epoch (needed for endless loaders). Parameters with requires_grad=False stay
+    as they are; normalization and dropout are in train mode.
+
+    With `checkpoint`, each epoch ends with an atomic checkpoint, and the same call continues there: on a CPU with the
+    same number of threads the result is the same, bit for bit, as without the interruption. An epoch that was
+    interrupted is done again. A loss that is not finite, or 10 × that of the start, rolls back to the epoch's start
+    and halves the learning rate, at most twice. A last batch of one sample is left out where the model has batch norm.
+
+    Raises UsageError, RejectedError (no batches, nothing trainable, loss stays NaN), ResourceError (out of memory or
+    disk), MissingError (no such device), Interrupted (Ctrl-C; resumable where there is a checkpoint).
+
+    >>> data = [(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))] * 3
+    >>> step = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+    >>> fit(nn.Linear(2, 3), lambda: data, step, epochs=2).history[-1].num_samples
+    24
+    """
+    _check_options(epochs=epochs, lr=lr, temperature=temperature, distil_weight=distil_weight, distil=distil, schedule=schedule, teacher=teacher)
+    where = usable_device(device)
+    config = {
+        "epochs": epochs, "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", "own"), "lr": lr,
+        "momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm, "schedule": schedule, "seed": seed, "distil": distil,
+        "temperature": temperature, "distil_weight": distil_weight, "max_steps": max_steps, "hooks": [h.name for h in hooks],
+        "start": checkpoints.state_digest(module), "teacher": checkpoints.state_digest(teacher) if teacher is not None and distil != "none" else None,
+    }  # fmt: skip
+    with kept_randomness():
+        student = private_copy(module).to(where)
+        training = Training(module=student, optimizer=_optimizer(student, optimizer, lr, momentum, weight_decay))
+        distiller = Teacher(teacher, student, where, kind=distil, temperature=temperature) if teacher is not None and distil != "none" else None
+        run = _Run(
+            training=training, batches=batches, step=step, epochs=epochs, seed=seed, device=where, schedule=schedule, clip_norm=clip_norm,
+            base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], teacher=distiller, weight=distil_weight, hooks=tuple(hooks),
+            progress=progress, max_steps=max_steps,
+        )  # fmt: skip
+        try:
+            _train(run, checkpoint, config)
+        except KeyboardInterrupt as error:
+            raise _interrupted(training, epochs, checkpoint) from error
+        except torch.OutOfMemoryError as error:
+            msg = f"training must fit in the memory of {device}. Got out of memory in epoch {training.epoch}. Yield smaller batches or use --device cpu."
+            raise ResourceError(msg) from error
+        finally:
+            if distiller is not None:
+                distiller.detach()
+    return Fitted(module=student.to("cpu").eval(), history=tuple(training.history))
+
+
+def learning_rate(schedule: Schedule, step: int, steps: int) -> float:
+    """The factor on the learning rate at step t = 0 … T-1: cosine (1 + cos(π t / T)) / 2, constant 1.
+
+    >>> [round(learning_rate("cosine", t, 4), 3) for t in range(5)]
+    [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+
+
+def usable_device(device: str) -> torch.device:
+    """The torch device of that name; raises MissingError where this machine has none."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # a CPU build of torch raises AssertionError for cuda
+        msg = f"the device must be one that torch can use here. Got {device!r}: {str(error).splitlines()[0]}. Use --device cpu, or see `paredown doctor`."
+        raise MissingError(msg) from error
+    return found
+
+
+def private_copy(module: nn.Module) -> nn.Module:
+    """A deep copy; raises RejectedError where the module does not allow one."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        msg = f"the model must allow copy.deepcopy, because paredown never changes the original. Got {type(error).__name__}: {error}."
+        raise RejectedError(msg) from error
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    training: Training
+    batches: Batches
+    step: Step
+    epochs: int
+    seed: int
+    device: torch.device
+    schedule: Schedule
+    clip_norm: float | None
+    base_lrs: list[float]
+    teacher: Teacher | None
+    weight: float
+    hooks: tuple[Hook, ...]
+    progress: Callable[[Progress], None] | None
+    max_steps: int | None
+
+
+class _Diverged(Exception):
+    """The loss is not finite or far above its start: the epoch is rolled back."""
+
+
+def _train(run: _Run, path: Path | None, config: Mapping[str, Any]) -> None:
+    training = run.training
+    saved = checkpoints.load(path, config) if path is not None else None
+    if saved is not None:
+        _restore(run, saved)
+        _report(run, 0)
+    else:
+        training.steps = _count_steps(run)
+    last = _snapshot(run)
+    while training.epoch < run.epochs:
+        try:
+            _epoch(run)
+        except _Diverged as error:
+            _roll_back(run, last, str(error))
+            continue
+        training.epoch += 1
+        for hook in run.hooks:
+            if hook.after_epoch is not None:
+                hook.after_epoch(training)
+        last = _snapshot(run)
+        if path is not None:
+            checkpoints.save(path, last, config)
+        _report(run, training.steps)
+
+
+def _epoch(run: _Run) -> None:
+    training = run.training
+    training.module.train()
+    seed_all(run.seed + training.epoch)
+    retries = sum(bool(e.note) for e in training.history)
+    has_batch_norm = any(name.endswith("running_var") for name, _ in training.module.named_buffers())
+    total, num_samples, num_skipped, done, usual = 0.0, 0, 0, 0, 0
+    first: list[float] = []
+    for batch in islice(run.batches(), run.max_steps):
+        length = batch_length(batch)
+        usual = max(usual, length)
+        if length == 1 < usual and has_batch_norm:
+            num_skipped += 1  # variance over one sample: torch refuses it or makes it NaN
+            continue
+        loss = _step(run, on_device(batch, run.device), training.epoch * training.steps + done)
+        done += 1
+        if not math.isfinite(loss):
+            msg = f"loss {loss} at step {done}"
+            raise _Diverged(msg)
+        total, num_samples = total + loss * length, num_samples + length
+        if len(first) < 10:
+            first.append(loss)
+        _report(run, done)
+    if done == 0:
+        msg = f"batches must yield at least one batch to train on. Got none in epoch {training.epoch + 1}. A generator must be made anew at each call."
+        raise RejectedError(msg)
+    mean = total / num_samples
+    _check_finite(training.module)
+    if training.start_loss is None:
+        training.start_loss = sum(first) / len(first)
+    if retries < MOST_RETRIES and 0 < DIVERGED * training.start_loss < mean:
+        msg = f"mean loss {mean:.4g}, {DIVERGED:g} × above the start"
+        raise _Diverged(msg)
+    lr = float(training.optimizer.param_groups[0]["lr"])
+    training.history.append(Epoch(epoch=training.epoch + 1, loss=mean, lr=lr, num_samples=num_samples, num_skipped=num_skipped))
+
+
+def _step(run: _Run, batch: Any, step: int) -> float:
+    training = run.training
+    factor = training.scale * learning_rate(run.schedule, step, training.steps * run.epochs)
+    for group, base in zip(training.optimizer.param_groups, run.base_lrs, strict=True):
+        group["lr"] = base * factor
+    training.optimizer.zero_grad(set_to_none=True)
+    loss = _checked_loss(run.step(training.module, batch))
+    if run.teacher is not None:
+        loss = (1 - run.weight) * loss + run.weight * run.teacher.loss()
+    training.step, training.loss = step, float(loss.detach())
+    if not math.isfinite(training.loss):
+        return training.loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    for hook in run.hooks:
+        if hook.after_backward is not None:
+            hook.after_backward(training)
+    if run.clip_norm is not None:
+        nn.utils.clip_grad_norm_([p for p in training.module.parameters() if p.grad is not None], run.clip_norm)
+    training.optimizer.step()
+    for hook in run.hooks:
+        if hook.after_step is not None:
+            hook.after_step(training)
+    return training.loss
+
+
+def _roll_back(run: _Run, last: checkpoints.Snapshot, why: str) -> None:
+    training = run.training
+    retries = sum(bool(e.note) for e in training.history) + 1
+    lr = float(training.optimizer.param_groups[0]["lr"])
+    if retries > MOST_RETRIES:
+        msg = (
+            f"training must stay finite. Got {why} in epoch {training.epoch + 1} at learning rate {lr:g}, after {MOST_RETRIES} retries with half the "
+            "learning rate each. Use a lower learning rate, clip_norm, or look for NaN in the data."
+        )
+        raise RejectedError(msg)
+    history = [*training.history, Epoch(epoch=training.epoch + 1, loss=None, lr=lr, num_samples=0, note=f"{why}: rolled back, learning rate halved")]
+    scale = training.scale / 2
+    _restore(run, last)
+    training.history, training.scale = history, scale
+
+
+def _interrupted(training: Training, epochs: int, path: Path | None) -> Interrupted:
+    if path is None:
+        return Interrupted(f"stopped in epoch {training.epoch + 1} of {epochs}. There is no checkpoint: nothing was saved.")
+    return Interrupted(f"stopped in epoch {training.epoch + 1} of {epochs}. {path} holds {training.epoch} epochs; the same command continues there.")
+
+
+# ------------------------------------------------------------------------------------------------- state and its checks
+
+
+def _snapshot(run: _Run) -> checkpoints.Snapshot:
+    training = run.training
+    state = copy.deepcopy(training.optimizer.state_dict())
+    facts = {
+        "epoch": training.epoch, "scale": training.scale, "steps": training.steps, "start_loss": training.start_loss,
+        "history": [{s: getattr(e, s) for s in Epoch.__slots__} for e in training.history],
+    }  # fmt: skip
+    model = {n: t.detach().clone() for n, t in checkpoints.model_tensors(training.module).items()}
+    hooks = {h.name: {n: t.detach().clone() for n, t in h.state().items()} for h in run.hooks if h.state is not None}
+    return checkpoints.Snapshot(model=model, optimizer=state, hooks=hooks, facts=facts)
+
+
+def _restore(run: _Run, snapshot: checkpoints.Snapshot) -> None:
+    training, facts = run.training, snapshot.facts
+    with torch.no_grad():
+        for name, tensor in checkpoints.model_tensors(training.module).items():
+            tensor.copy_(snapshot.model[name])
+    training.optimizer.load_state_dict(copy.deepcopy(dict(snapshot.optimizer)))
+    training.epoch, training.scale, training.steps = int(facts["epoch"]), float(facts["scale"]), int(facts["steps"])
+    training.start_loss, training.history = facts["start_loss"], [Epoch(**e) for e in facts["history"]]
+    for hook in run.hooks:
+        if hook.restore is not None:
+            hook.restore(snapshot.hooks.get(hook.name, {}))
+
+
+def _count_steps(run: _Run) -> int:
+    """Steps per epoch: the schedule needs to know where the end is."""
+    seed_all(run.seed)
+    batches = run.batches()
+    if isinstance(batches, Sized):
+        count = len(batches)
+    else:
+        most = 1_000_000 if run.max_steps is None else run.max_steps
+        count = sum(1 for _ in islice(batches, most + 1))
+        if run.max_steps is None and count > most:
+            msg = f"batches must end. Got more than {most:,} in one epoch. Give max_steps, the steps of an epoch."
+            raise UsageError(msg)
+    if count == 0:
+        msg = "batches must yield at least one batch. Got none. Check the path and filters of the training data."
+        raise RejectedError(msg)
+    return count if run.max_steps is None else min(count, run.max_steps)
+
+
+def _optimizer(module: nn.Module, choice: OptimizerChoice, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        msg = "the model must have a parameter with requires_grad. Got none: everything is frozen, or there are no parameters."
+        raise RejectedError(msg)
+    if choice == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if choice == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    if isinstance(choice, str):
+        msg = f'optimizer must be "sgd", "adamw" or a function of the parameters. Got {choice!r}.'
+        raise UsageError(msg)
+    made: object = choice(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        msg = f"optimizer(parameters) must return a torch.optim.Optimizer. Got {type(made).__name__}."
+        raise UsageError(msg)
+    return made
+
+
+def _check_options(
+    *, epochs: int, lr: float, temperature: float, distil_weight: float, distil: str, schedule: str, teacher: nn.Module | None
+) -> None:
+    rules = [
+        ("epochs", epochs, epochs >= 0, "a number ≥ 0"),
+        ("lr", lr, math.isfinite(lr) and lr > 0, "a finite number > 0"),
+        ("temperature", temperature, temperature > 0, "a number > 0"),
+        ("distil_weight", distil_weight, 0 <= distil_weight <= 1, "from 0 to 1"),
+        ("distil", distil, distil in ("none", "kl", "mse"), 'one of "none", "kl", "mse"'),
+        ("schedule", schedule, schedule in ("cosine", "constant"), '"cosine" or "constant"'),
+        ("distil", distil, distil == "none" or teacher is not None, '"none" where there is no teacher'),
+    ]
+    for name, value, holds, rule in rules:
+        if not holds:
+            msg = f"{name} must be {rule}. Got {value!r}."
+            raise UsageError(msg)
+
+
+def _checked_loss(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else type(loss).__name__
+        msg = f"step(model, batch) must return the loss, one number that depends on the model's parameters. Got {got}."
+        raise UsageError(msg)
+    return loss.reshape(())
+
+
+def _check_finite(module: nn.Module) -> None:
+    for name, tensor in checkpoints.model_tensors(module).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+            msg = f"NaN or infinity in {name}"
+            raise _Diverged(msg)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device; mappings that pytree does not know are moved by their own `to`."""
+
+    def move(value: Any) -> Any:
+        movable = isinstance(value, Tensor) or (isinstance(value, Mapping) and hasattr(value, "to"))
+        return cast(Any, value).to(device) if movable else value
+
+    return pytree.tree_map(move, batch)
+
+
+def _report(run: _Run, done: int) -> None:
+    if run.progress is not None:
+        training = run.training
+        loss = training.loss if math.isfinite(training.loss) else None
+        run.progress(
+            Progress(epoch=training.epoch, epochs=run.epochs, step=done, steps=training.steps, loss=loss, history=tuple(training.history))
+        )

@@ -1,0 +1,123 @@
+"""recover: train a pruned model back, with the one loop or with the user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+from torch import nn
+
+from paredown.errors import Interrupted, RejectedError, UsageError
+from paredown.program import Program
+from paredown.train import checkpoint as checkpoints
+from paredown.train.batch_norm import reestimate_batch_norm
+from paredown.train.distil import Distil
+from paredown.train.loop import Hook, OptimizerChoice, Progress, Schedule, fit, private_copy
+from paredown.train.task import Batches, Step
+
+
+class HoldsModule(Protocol):
+    """A frozen dataclass with the module to train and the program it came from, as paredown.Pruned is."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+
+    @property
+    def program(self) -> Program:
+        """Its example inputs are used."""
+
+
+S = TypeVar("S", bound=HoldsModule)
+
+
+def recover(
+    small: S,
+    train_batches: Batches | None = None,
+    *,
+    step: Step | None = None,
+    train: Callable[[nn.Module], nn.Module | None] | None = None,
+    teacher: nn.Module | None = None,
+    epochs: int = 3,
+    optimizer: OptimizerChoice = "sgd",
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    clip_norm: float | None = None,
+    schedule: Schedule = "cosine",
+    seed: int = 0,
+    device: str = "cpu",
+    distil: Distil | None = None,
+    temperature: float = 4.0,
+    distil_weight: float = 0.9,
+    batch_norm_batches: int = 100,
+    hooks: Sequence[Hook] = (),
+    checkpoint: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    max_steps: int | None = None,
+) -> S:
+    """`small` with its module re-trained: batch norm is re-estimated, then `fit` (or the user's own `train`) runs.
+
+    With `train_batches` and `step` the options are those of fit; `distil` is "kl" where there is a teacher (for a
+    regression say "mse"). With `train(model)` the loop is the user's: it gets a deep copy and trains it in place or
+    returns a model of the same structure. `epochs=0` re-estimates batch norm and leaves it at that;
+    `batch_norm_batches=0` leaves the statistics as they are. `small` itself is not touched.
+
+    Raises UsageError (neither or both of `step` and `train`), and what fit and reestimate_batch_norm raise.
+    """
+    if (train is None) == (step is None) or (step is not None and train_batches is None):
+        msg = "recover must be given train_batches and step, or train. Got " + (
+            "both step and train." if train is not None else "step without train_batches." if step is not None else "neither."
+        )
+        raise UsageError(msg)
+    module = small.module
+    if batch_norm_batches and train_batches is not None and step is not None:
+        args, kwargs = small.program.inputs
+        module = reestimate_batch_norm(
+            module, train_batches, {"args": args, "kwargs": kwargs}, step=step, num_batches=batch_norm_batches, seed=seed, device=device
+        )
+    if train is not None:
+        return _replaced(small, _own(module, train))
+    if train_batches is None or step is None:  # checked above; for the type checker
+        raise AssertionError
+    fitted = fit(
+        module, train_batches, step, epochs=epochs, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay,
+        clip_norm=clip_norm, schedule=schedule, seed=seed, device=device, teacher=teacher,
+        distil=distil if distil is not None else "none" if teacher is None else "kl", temperature=temperature,
+        distil_weight=distil_weight, hooks=hooks, checkpoint=checkpoint, progress=progress, max_steps=max_steps,
+    )  # fmt: skip
+    return _replaced(small, fitted.module)
+
+
+def _own(module: nn.Module, train: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """The user's own loop on a deep copy; what it gives back must have the same tensors."""
+    copied = private_copy(module).train()
+    try:
+        returned = train(copied)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as error:
+        msg = "stopped in the task module's own train(). It keeps its own checkpoints, if any; the same command runs it again."
+        raise Interrupted(msg) from error
+    trained: object = copied if returned is None else returned
+    if not isinstance(trained, nn.Module):
+        msg = f"train(model) must train in place and return None, or return the model. Got {type(trained).__name__}."
+        raise UsageError(msg)
+    before, after = (
+        {n: tuple(t.shape) for n, t in checkpoints.model_tensors(m).items()} for m in (module, trained)
+    )
+    if before != after:
+        different = sorted(n for n in {*before, *after} if before.get(n) != after.get(n))
+        msg = f"train(model) must keep the model's structure. Got changes in {', '.join(different[:5])}. Return the model itself, not a wrapper."
+        raise RejectedError(msg)
+    bad = [n for n, t in checkpoints.model_tensors(trained).items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        msg = f"train(model) must return finite weights. Got NaN or infinity in {', '.join(bad[:5])}. Use a lower learning rate."
+        raise RejectedError(msg)
+    return trained.to("cpu").eval()
+
+
+def _replaced(small: S, module: nn.Module) -> S:
+    return cast(S, dataclasses.replace(cast(Any, small), module=module))

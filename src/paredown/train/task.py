@@ -1,0 +1,379 @@
+"""Task: what a user knows about a model (data, step, measure), collected from one Python module.
+
+A *batch* is whatever `step(model, batch)` understands, usually a tuple whose first element is the input tensor.
+A *calibration batch* is inputs alone: a tensor, a tuple of args, or {"args": …, "kwargs": …}; where the module has
+`batch_inputs(batch)`, calibration batches may be full batches and it takes the inputs out of them.
+`predict(*inputs)` takes and returns CPU float32 tensors in the model's own structure, at any batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from paredown.errors import RejectedError, UsageError
+
+Batches = Callable[[], Iterable[Any]]
+Step = Callable[[nn.Module, Any], Tensor]
+Predict = Callable[..., Any]
+Evaluate = Callable[[Predict], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What quality means: a name, its unit, and whether more is better."""
+
+    name: str
+    unit: str
+    goal: Literal["max", "min"]
+
+    def __post_init__(self) -> None:
+        if self.goal not in ("max", "min"):
+            msg = f'a metric\'s goal must be "max" or "min". Got {self.goal!r} for {self.name!r}. paredown does not guess which is better.'
+            raise UsageError(msg)
+
+    def better(self, a: float, b: float) -> bool:
+        """Whether a is strictly better than b."""
+        return a > b if self.goal == "max" else a < b
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The user's functions under their fixed names; optional ones are None where the module lacks them."""
+
+    name: str
+    model: Callable[..., nn.Module]
+    inputs: Callable[[], Any]
+    calibration_batches: Batches
+    evaluate: Evaluate
+    """The metric on the test data: {metric name: number, or one number per sample}."""
+    metric: Metric
+    test_batches: Batches | None = None
+    train_batches: Batches | None = None
+    step: Step | None = None
+    train: Callable[[nn.Module], nn.Module | None] | None = None
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None
+    choose_batches: Batches | None = None
+    """Training data held out of training: choices are made on it, never on test data."""
+    choose: Evaluate | None = None
+    """The metric on `choose_batches`, where `evaluate` takes `batches`."""
+    base: Callable[..., nn.Module] | None = None
+    """`base(seed=…, device=…, progress=…, checkpoint=…)` trains the model first, where no trained weights exist."""
+    twin: Callable[..., nn.Module] | None = None
+    """`twin(parameters, seed=…)`: an untrained dense model of about that many parameters, to compare with."""
+    normalisation: str = ""
+    """One line for the report's snippet: how raw data becomes the model's input."""
+    data: Path | None = None
+
+
+_REQUIRED = ("model", "inputs", "calibration_batches", "evaluate")
+_OPTIONAL = ("test_batches", "train_batches", "step", "train", "optimizer", "choose_batches", "base", "twin")
+
+
+def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> Task:
+    """Collect a task from a Python module; a function that has a parameter `data` gets it.
+
+    Required: `model`, `inputs`, `calibration_batches`, `evaluate`, `METRIC = {"name", "unit", "goal"}`, and either
+    `train_batches` with `step`, or `train`. An `evaluate(predict, batches)` gets `test_batches()`; it then also
+    serves `choose_batches()`. Optional: `batch_inputs`, `optimizer`, `base`, `twin`, `NORMALISATION`.
+
+    Raises UsageError (a function or METRIC is missing or malformed, or one needs `data` and there is none).
+    """
+    where = getattr(module, "__file__", None) or module.__name__
+    folder = Path(data) if data is not None else None
+    missing = [n for n in _REQUIRED if not callable(getattr(module, n, None))]
+    trains = callable(getattr(module, "train", None)) or all(callable(getattr(module, n, None)) for n in ("train_batches", "step"))
+    if missing or not trains:
+        wanted = [*missing, *([] if trains else ["train_batches and step, or train"])]
+        msg = f"a task module must have the functions {', '.join(wanted)}. Got none of that name at {where}. `paredown init` writes an example."
+        raise UsageError(msg)
+    found: dict[str, Any] = {}
+    for name in (*_REQUIRED, *_OPTIONAL):
+        function = getattr(module, name, None)
+        if callable(function):
+            found[name] = _with_data(function, folder, where)
+    _check_data_is_used(module, folder, where)
+    batch_inputs = getattr(module, "batch_inputs", None)
+    if batch_inputs is not None:
+        full = found["calibration_batches"]
+        found["calibration_batches"] = lambda: (batch_inputs(batch) for batch in full())
+    found.update(_evaluations(found, where))
+    return Task(
+        name=module.__name__.rsplit(".", 1)[-1],
+        metric=_metric(module, where),
+        normalisation=str(getattr(module, "NORMALISATION", "")),
+        data=folder,
+        **found,
+    )
+
+
+def call_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as (args, kwargs): a tensor, a tuple or list of args, or {"args": …, "kwargs": …}.
+
+    >>> call_inputs(torch.zeros(1))
+    ((tensor([0.]),), {})
+    """
+    if isinstance(batch, Mapping) and batch and set(batch) <= {"args", "kwargs"}:
+        args = batch.get("args", ())
+        return (args,) if isinstance(args, Tensor) else tuple(args), dict(batch.get("kwargs", {}))
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+def predictor(module: nn.Module) -> Predict:
+    """`predict(*inputs)` of a torch module: eval mode, no gradients, CPU tensors; the module's own mode is put back."""
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        modes = [(m, m.training) for m in module.modules()]
+        module.eval()
+        try:
+            with torch.no_grad():
+                return pytree.tree_map(_cpu, module(*args, **kwargs))
+        finally:
+            for part, mode in modes:
+                part.training = mode
+
+    return predict
+
+
+def metric_values(metric: Metric, result: Any) -> tuple[float, np.ndarray | None]:
+    """What `evaluate` returned, as (value, one float64 per sample or None); value = mean over samples.
+
+    Raises UsageError (no such name, text, None, more than one axis) and RejectedError (NaN, infinity, no samples).
+    """
+    if not isinstance(result, Mapping) or metric.name not in result:
+        got = sorted(result) if isinstance(result, Mapping) else type(result).__name__
+        msg = f"evaluate must return a dict with {metric.name!r}. Got {got}. METRIC names what evaluate returns."
+        raise UsageError(msg)
+    value = result[metric.name]
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        if isinstance(value, str | bytes | bool) or value is None:
+            raise TypeError
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        msg = f"the metric {metric.name!r} must be a number or one number per sample. Got {value!r} ({type(value).__name__}) from evaluate."
+        raise UsageError(msg) from error
+    if numbers.ndim > 1:
+        msg = f"the metric {metric.name!r} must be a number or one number per sample. Got an array of shape {numbers.shape} from evaluate."
+        raise UsageError(msg)
+    if numbers.size == 0 or not np.isfinite(numbers).all():
+        got = "no samples" if numbers.size == 0 else f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} NaN or infinite"
+        msg = f"the metric {metric.name!r} must be finite. Got {got} from evaluate. Look for empty test data or a division by zero."
+        raise RejectedError(msg)
+    return float(numbers.mean()), numbers if numbers.ndim else None
+
+
+# ---------------------------------------------------------------------------------------------------------- data roles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """How many distinct samples each role has, and what is odd about them."""
+
+    num_train: int | None
+    num_calibration: int
+    num_choose: int | None
+    num_test: int | None
+    warnings: tuple[str, ...] = ()
+
+
+def content_hashes(batches: Iterable[Any], *, max_batches: int = 100_000) -> set[bytes]:
+    """16-byte hash of each sample's bytes in the first tensor of every batch (samples lie along axis 0).
+
+    >>> len(content_hashes([torch.tensor([[1.0], [2.0]]), (torch.tensor([[1.0]]), 0)]))
+    2
+    """
+    found: set[bytes] = set()
+    for batch in islice(batches, max_batches):
+        tensor = _first_tensor(batch)
+        samples = tensor.detach().cpu().contiguous()
+        prefix = f"{samples.dtype}{tuple(samples.shape[1:])}".encode()
+        rows = samples.reshape(len(samples), -1) if samples.dim() else samples.reshape(1, 1)
+        found.update(hashlib.blake2b(prefix + _bytes(row), digest_size=16).digest() for row in rows)
+    return found
+
+
+def check_roles(task: Task) -> Roles:
+    """Train, calibrate/choose and test data must be there and be different samples, by content.
+
+    Samples that are both in training and in test are a warning (augmented training samples differ from their
+    originals, so only unaugmented duplicates are seen). Raises RejectedError: a role has no batches, calibration or
+    held-out samples are also test samples, calibration batches do not have the structure of `inputs()`.
+    """
+    with kept_randomness():
+        _check_structure(task)
+        calibration = _role(task.calibration_batches, "calibration_batches")
+        test = _role(task.test_batches, "test_batches")
+        choose = _role(task.choose_batches, "choose_batches")
+        train = _role(task.train_batches, "train_batches")
+    for name, role in (("calibration_batches", calibration), ("choose_batches", choose)):
+        common = len((role or set()) & (test or set()))
+        if common:
+            msg = (
+                f"{name} must not share samples with test_batches. Got {common} of {len(role or ())} samples that are also test samples. "
+                "Test data never chooses anything: take calibration samples from the training data."
+            )
+            raise RejectedError(msg)
+    warnings = []
+    for name, role in (("test", test), ("held-out", choose)):
+        common = len((train or set()) & (role or set()))
+        if common:
+            warnings.append(f"{common} of {len(role or ())} {name} samples are also training samples: the {name} figures are too good.")
+    return Roles(
+        num_train=None if train is None else len(train),
+        num_calibration=len(calibration or ()),
+        num_choose=None if choose is None else len(choose),
+        num_test=None if test is None else len(test),
+        warnings=tuple(warnings),
+    )
+
+
+@contextmanager
+def kept_randomness() -> Iterator[None]:
+    """The global random states of torch, numpy and random are as before when the block ends."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  (user code draws from the global states)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and random: a user's augmentation may draw from any of them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (the user's augmentation draws from the global state)
+    random.seed(seed)
+
+
+def _role(batches: Batches | None, name: str) -> set[bytes] | None:
+    if batches is None:
+        return None
+    found = content_hashes(batches())
+    if not found:
+        msg = f"{name} must yield at least one batch with a sample. Got none. Check the path and filters of the data."
+        raise RejectedError(msg)
+    return found
+
+
+def _check_structure(task: Task) -> None:
+    batch = next(iter(task.calibration_batches()), None)
+    if batch is None:
+        return
+    want = pytree.tree_structure(call_inputs(task.inputs()))
+    got = pytree.tree_structure(call_inputs(batch))
+    if want != got:
+        msg = (
+            f"calibration batches must have the structure of inputs(): {want}. Got {got}. Yield inputs only, or give the task module "
+            "`batch_inputs(batch)`, which takes the inputs out of a batch."
+        )
+        raise RejectedError(msg)
+
+
+def _first_tensor(batch: Any) -> Tensor:
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            return leaf
+        if isinstance(leaf, np.ndarray):
+            return torch.as_tensor(leaf)
+    if isinstance(batch, Mapping):  # mappings that pytree does not know, as a tokenizer's
+        return _first_tensor(dict(batch))
+    msg = f"a batch must hold a tensor. Got {type(batch).__name__}. The first tensor's axis 0 counts the samples."
+    raise RejectedError(msg)
+
+
+def _bytes(row: Tensor) -> bytes:
+    return row.reshape(-1).view(torch.uint8).numpy().tobytes() if row.numel() else b""
+
+
+def _cpu(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return value.float() if value.is_floating_point() else value
+
+
+# ------------------------------------------------------------------------------------------------------ reading a module
+
+
+def _with_data(function: Callable[..., Any], data: Path | None, where: str) -> Callable[..., Any]:
+    """The function with `data` bound, where it has such a parameter."""
+    parameter = _parameters(function).get("data")
+    if parameter is None:
+        return function
+    if data is None:
+        if parameter.default is not inspect.Parameter.empty:
+            return function
+        msg = f"{function.__name__} must be given `data`, the folder it reads. Got no `data` at {where}. Add `data: DIR` to the recipe or `--set data=DIR`."
+        raise UsageError(msg)
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{"data": data, **kwargs})
+
+    bound.__signature__ = inspect.Signature([p for n, p in _parameters(function).items() if n != "data"])  # type: ignore[attr-defined]
+    bound.__name__ = function.__name__
+    return bound
+
+
+def _check_data_is_used(module: ModuleType, data: Path | None, where: str) -> None:
+    functions = [getattr(module, n, None) for n in (*_REQUIRED, *_OPTIONAL)]
+    if data is not None and not any("data" in _parameters(f) for f in functions if callable(f)):
+        msg = f"`data` must be read by a function of the task module. Got {str(data)!r}, and none takes a parameter `data` at {where}. Leave it out."
+        raise UsageError(msg)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins and some C callables have no signature: they take no `data`
+        return {}
+
+
+def _evaluations(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    evaluate = found["evaluate"]
+    if "batches" not in _parameters(evaluate):
+        return {}
+    test, choose = found.get("test_batches"), found.get("choose_batches")
+    if test is None:
+        msg = f"evaluate(predict, batches) must have test_batches() to run on. Got none at {where}. Add it, or take `batches` out of evaluate."
+        raise UsageError(msg)
+    return {
+        "evaluate": lambda predict: evaluate(predict, batches=test()),
+        "choose": None if choose is None else lambda predict: evaluate(predict, batches=choose()),
+    }
+
+
+def _metric(module: ModuleType, where: str) -> Metric:
+    given = getattr(module, "METRIC", None)
+    fix = 'Write METRIC = {"name": "accuracy", "unit": "%", "goal": "max"}; paredown does not guess which direction is better.'
+    if isinstance(given, Metric):
+        return given
+    if not isinstance(given, Mapping) or set(given) != {"name", "unit", "goal"}:
+        msg = f"a task module must declare METRIC with name, unit and goal. Got {given!r} at {where}. {fix}"
+        raise UsageError(msg)
+    if given["goal"] not in ("max", "min"):
+        msg = f'METRIC["goal"] must be "max" or "min". Got {given["goal"]!r} at {where}. {fix}'
+        raise UsageError(msg)
+    return Metric(name=str(given["name"]), unit=str(given["unit"]), goal=given["goal"])
+
+
+def batch_length(batch: Any) -> int:
+    """Samples in a batch: axis 0 of its first tensor, 1 where that has no axes."""
+    tensor = _first_tensor(batch)
+    return int(tensor.shape[0]) if tensor.dim() else 1
+
