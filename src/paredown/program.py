@@ -27,7 +27,7 @@ from paredown.errors import CaptureError, RejectedError
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Program:
     """A captured model. Nothing in it is shared with the model it came from.
 
@@ -134,8 +134,16 @@ class GraphModel(nn.Module):
     Without a train graph the eval graph serves both, with batch norm and dropout switched on in train mode.
     """
 
-    def __init__(self, eval_graph: ExportedProgram, train_graph: ExportedProgram | None, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        eval_graph: ExportedProgram,
+        train_graph: ExportedProgram | None,
+        state: Mapping[str, Tensor],
+        bodies: tuple[fx.GraphModule, fx.GraphModule | None] | None = None,
+    ) -> None:
+        """`bodies` replaces the graphs' own code (a rewrite with the same placeholders)."""
         super().__init__()
+        body, train_body = bodies or (eval_graph.graph_module, train_graph.graph_module if train_graph else None)
         trainable = set(eval_graph.graph_signature.parameters)
         lifted = set(placeholder_names(eval_graph).values()) | (set(placeholder_names(train_graph).values()) if train_graph else set())
         made: dict[int, nn.Parameter] = {}  # tied names keep one Parameter
@@ -156,7 +164,7 @@ class GraphModel(nn.Module):
         self._pure = _Bodies(
             in_spec=eval_graph.call_spec.in_spec,
             out_spec=eval_graph.call_spec.out_spec,
-            bodies={False: eval_graph.graph_module, True: train_graph.graph_module if train_graph else trainable_copy(eval_graph.graph_module)},
+            bodies={False: body, True: train_body or trainable_copy(body)},
             names={False: _flat_names(eval_graph), True: _flat_names(train_graph or eval_graph)},
         )
         self.__class__ = _with_signature(eval_graph)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paredown.couple.ids import FIXED, varying
 from paredown.couple.space import Coupling, Footprint, Indices, Pinned, Role, Space
-from paredown.couple.trace import Pin, Trace, numbers
+from paredown.couple.trace import Pin, Trace, numbers, trace
 from paredown.program import Program
 
 
@@ -39,48 +39,48 @@ def couple(program: Program, *, strict: bool = False) -> Coupling:
     [('0.weight[0]', 8)]
     """
     start = time.perf_counter()
-    trace = Trace(program.eval_graph, program.state)
-    if strict and trace.unknown:
+    run = trace(program)
+    if strict and run.unknown:
         from paredown.errors import RejectedError
 
-        msg = f"every op must have a coupling rule with --strict. Got {dict(trace.unknown)}."
+        msg = f"every op must have a coupling rule with --strict. Got {dict(run.unknown)}."
         raise RejectedError(msg)
-    return assemble(trace, start)
+    return assemble(run, start)
 
 
-def assemble(trace: Trace, start: float) -> Coupling:
-    """Units, spaces and reasons of a finished trace."""
-    axes = parameter_axes(trace)
-    roots = trace.forest.roots()
-    reasons = _pinned_roots(trace, axes)
+def assemble(run: Trace, start: float) -> Coupling:
+    """Units, spaces and reasons of a finished run."""
+    axes = parameter_axes(run)
+    roots = run.forest.roots()
+    reasons = _pinned_roots(run, axes)
     free = _free_classes(axes, reasons)
-    spaces, place = _spaces(trace, axes, free)
+    spaces, place = _spaces(run, axes, free)
     return Coupling(
         spaces=spaces,
         pinned=_reasons(axes, reasons),
-        unknown_ops=dict(trace.unknown),
-        products={name: tuple(place[numbers(trace.forest, v)] for v in vectors) for name, vectors in trace.products.items()},
+        unknown_ops=dict(run.unknown),
+        products={name: tuple(place[numbers(run.forest, v)] for v in vectors) for name, vectors in run.products.items()},
         seconds=time.perf_counter() - start if len(roots) else 0.0,
     )
 
 
-def parameter_axes(trace: Trace) -> tuple[Axis, ...]:
+def parameter_axes(run: Trace) -> tuple[Axis, ...]:
     """Every parameter axis that carries channels, with the class of each position."""
     out = []
-    for name, by_axis in trace.weights.items():
+    for name, by_axis in run.weights.items():
         for axis, ids in sorted(by_axis.items()):
-            out.append(Axis(parameter=name, axis=axis, classes=numbers(trace.forest, ids), role=trace.roles[(name, axis)]))
-    for name, raw in trace.raw.items():
-        if name in trace.weights:
+            out.append(Axis(parameter=name, axis=axis, classes=numbers(run.forest, ids), role=run.roles[(name, axis)]))
+    for name, raw in run.raw.items():
+        if name in run.weights:
             continue
-        ids = trace.forest.canon(raw)
+        ids = run.forest.canon(raw)
         axes = varying(ids)
         if not axes and ids.numel() == 1 and ids.dim() == 1:
             axes = [0]
         for axis in axes:
             out.append(Axis(parameter=name, axis=axis, classes=ids.movedim(axis, 0).reshape(ids.shape[axis], -1)[:, 0].numpy().copy(), role="write"))
         if not axes and ids.numel():  # one class for the whole tensor: it cannot leave without the tensor
-            trace.pins.append(_whole(ids, name))
+            run.pins.append(_whole(ids, name))
     return tuple(out)
 
 
@@ -88,11 +88,11 @@ def _whole(ids: Tensor, name: str) -> Pin:
     return Pin(ids=ids.reshape(-1)[:1], reason="the whole parameter is one unit", where=name)
 
 
-def _pinned_roots(trace: Trace, axes: tuple[Axis, ...]) -> dict[int, tuple[str, str]]:
+def _pinned_roots(run: Trace, axes: tuple[Axis, ...]) -> dict[int, tuple[str, str]]:
     """Root → (reason, where) of the first pin that reached its class."""
     reasons: dict[int, tuple[str, str]] = {}
-    for pin in trace.pins:
-        for root in np.unique(numbers(trace.forest, pin.ids)).tolist():
+    for pin in run.pins:
+        for root in np.unique(numbers(run.forest, pin.ids)).tolist():
             reasons.setdefault(root, (pin.reason, pin.where))
     for axis in axes:
         found = np.unique(axis.classes)
@@ -108,8 +108,10 @@ def _free_classes(axes: tuple[Axis, ...], reasons: Mapping[int, tuple[str, str]]
     return np.setdiff1d(every[every != FIXED], pinned)
 
 
-def _spaces(trace: Trace, axes: tuple[Axis, ...], free: Indices) -> tuple[tuple[Space, ...], Indices]:
+def _spaces(run: Trace, axes: tuple[Axis, ...], free: Indices) -> tuple[tuple[Space, ...], Indices]:
     """Classes with the same footprint become one space. Also root → (space, unit), -1 where fixed, shape [ids, 2]."""
+    is_free = np.zeros(run.forest.size, dtype=bool)
+    is_free[free] = True
     touches: dict[int, list[tuple[int, int]]] = defaultdict(list)
     positions: list[tuple[Indices, Indices]] = []  # per axis: positions ordered by class, and the classes
     for number, axis in enumerate(axes):
@@ -117,14 +119,14 @@ def _spaces(trace: Trace, axes: tuple[Axis, ...], free: Indices) -> tuple[tuple[
         sorted_classes = axis.classes[order]
         positions.append((order, sorted_classes))
         found, counts = np.unique(sorted_classes, return_counts=True)
-        keep = np.isin(found, free)
+        keep = is_free[found]
         for root, count in zip(found[keep].tolist(), counts[keep].tolist(), strict=True):
             touches[root].append((number, count))
     groups: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
     for root, touched in touches.items():
         groups[tuple(touched)].append(root)
-    heads = {int(r) for ids in trace.heads for r in np.unique(numbers(trace.forest, ids)).tolist()}
-    place = np.full((trace.forest.size, 2), -1, dtype=np.int64)
+    heads = {int(r) for ids in run.heads for r in np.unique(numbers(run.forest, ids)).tolist()}
+    place = np.full((run.forest.size, 2), -1, dtype=np.int64)
     spaces = []
     for signature, roots in sorted(groups.items(), key=lambda item: min(item[1])):
         ordered = np.sort(np.asarray(roots, dtype=np.int64))

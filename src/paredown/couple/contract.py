@@ -166,7 +166,7 @@ def _whole_rows(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Te
     keep = [ax for ax in range(len(lead)) if ax in varying(a) or ax in varying(b)]
     pick = tuple(slice(None) if ax in keep else slice(0, 1) for ax in range(len(lead)))
     rows = math.prod(lead[ax] for ax in keep)
-    flat = torch.cat([t[pick].reshape(rows, -1) if t.numel() else t for t in (a, b)], dim=1)
+    flat = torch.cat([_inner(t)[pick].reshape(rows, -1) for t in (a, b)], dim=1)
     flat = torch.sort(flat, dim=1, descending=True).values
     head = flat[:, :1]
     trace.tie(torch.where(flat == FIXED, head, flat), head, "heads")
@@ -176,6 +176,14 @@ def _whole_rows(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Te
     out = tidy(small).expand(tuple(shape))
     trace.products[name] = [head.reshape(-1)]
     return out
+
+
+def _inner(ids: Tensor) -> Tensor:
+    """The same ids with the last two axes narrowed where constant."""
+    for axis in (ids.dim() - 2, ids.dim() - 1):
+        if ids.shape[axis] > 1 and ids.stride(axis) == 0:
+            ids = ids.narrow(axis, 0, 1)
+    return ids
 
 
 def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor:

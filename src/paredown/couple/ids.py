@@ -73,6 +73,14 @@ class IdForest:
             self._parent[high] = low
             x, y = self.find(low), self.find(high)
 
+    def snapshot(self) -> Indices:
+        """All ties so far, for restore."""
+        return self._parent.copy()
+
+    def restore(self, snapshot: Indices) -> None:
+        """Forget the ties made since the snapshot; no ids may have been made since."""
+        self._parent = snapshot
+
     def roots(self) -> Indices:
         """The root of every id ever made, indexed by id."""
         return self.find(np.arange(self.size))

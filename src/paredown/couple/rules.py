@@ -162,15 +162,13 @@ def _slice(node: fx.Node, trace: Trace) -> Any:
 
 
 def _chunk(node: fx.Node, trace: Trace) -> Any:
-    """chunk: pieces stay equal, because the user's code will cut the pruned tensor into equal pieces again."""
+    """chunk: pieces stay equal where that is affordable, because the user's code will cut into equal pieces again."""
     ids = trace.of(node.args[0])
     parts, axis = args_of(node, "chunks", "dim")
     out = _executed(node, trace)
     if len({p.shape for p in out}) == 1 and axis % ids.dim() in varying(trace.forest.canon(ids)):
         stacked = tidy(torch.stack(list(out)))
-        trace.table(stacked)
-        for piece in out:
-            trace.later(stacked, 0, piece, f"the channels are cut into {parts} chunks")
+        trace.chunks(stacked)
     else:
         trace.later(ids, axis, ids, f"the channels are cut into {parts} unequal chunks")
     return out

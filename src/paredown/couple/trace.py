@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.couple.ids import FIXED, IdForest, along, compact, fixed, tidy, varying
 from paredown.couple.space import Role
-from paredown.program import placeholder_names, source_line
+from paredown.program import Program, placeholder_names, source_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +40,23 @@ class Parameter:
     """Position i as seen is this axis of the stored tensor."""
 
 
-class Trace:
-    """The state of one run over a graph: ids per node, real values of constants, pins, deferred checks."""
+_TRACES: weakref.WeakKeyDictionary[Program, Trace] = weakref.WeakKeyDictionary()
 
-    def __init__(self, graph: ExportedProgram, state: Mapping[str, Tensor]) -> None:
+
+def trace(program: Program) -> Trace:
+    """The trace of a program; made once, since both are immutable."""
+    if program not in _TRACES:
+        _TRACES[program] = Trace(program)
+    return _TRACES[program]
+
+
+class Trace:
+    """One run of both graphs on ids over one forest: ids per node, real values of constants, pins, deferred checks.
+
+    The train graph is run as well: it may read channels that the eval graph does not (auxiliary heads).
+    """
+
+    def __init__(self, program: Program) -> None:
         self.forest = IdForest()
         self.ids: dict[fx.Node, Any] = {}
         """Id tensor (or nested tuple of them, or int for sizes) of each node."""
@@ -61,12 +75,21 @@ class Trace:
         self.norms: dict[fx.Node, Tensor] = {}
         """Norms over a channel axis: ids of what is normalised together."""
         self._tables: list[Tensor] = []
+        self._chunks: list[Tensor] = []
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
-        self._storage = _storages(state)
-        self._state = state
+        self.storage = _storages(program.state)
+        """Every name → the first name of the same storage."""
+        self._state = program.state
         self.node: fx.Node | None = None
-        self._run(graph)
+        self._run(program.eval_graph)
+        products = dict(self.products)
+        if program.train_graph is not None:
+            self._run(program.train_graph)
+        self.products = products  # MACs are counted on the eval graph
+        self._conflicts()
         self._settle()
+        self._equal_chunks()
+        self._check_fragile()
 
     # ------------------------------------------------------------------------------------------------ what rules use
 
@@ -117,7 +140,7 @@ class Trace:
     def weight(self, node: fx.Node, axis: int, role: Role) -> Tensor:
         """Ids along an axis (as seen) of a parameter used as a weight; made on first use."""
         seen = self.parameters[node]
-        name, stored = self._storage[seen.name], seen.axes[axis]
+        name, stored = self.storage[seen.name], seen.axes[axis]
         axes = self.weights.setdefault(name, {})
         if stored not in axes:
             axes[stored] = self.forest.fresh(seen.shape[axis])
@@ -128,7 +151,7 @@ class Trace:
     def read(self, node: fx.Node, axis: int, ids: Tensor, why: str) -> None:
         """A weight axis consumes these channels."""
         seen = self.parameters[node]
-        name, stored = self._storage[seen.name], seen.axes[axis]
+        name, stored = self.storage[seen.name], seen.axes[axis]
         axes = self.weights.setdefault(name, {})
         if stored in axes:
             self.tie(axes[stored], ids, why)
@@ -140,6 +163,10 @@ class Trace:
         """If `ids` still vary along `axis` when all ties are known, pin `at_stake`."""
         self._fragile.append((compact(ids), axis % max(ids.dim(), 1), compact(at_stake), reason, self.where()))
 
+    def chunks(self, stacked: Tensor) -> None:
+        """Pieces of one axis, stacked: kept equal where that leaves enough freedom."""
+        self._chunks.append(compact(stacked))
+
     def table(self, ids: Tensor) -> None:
         """The survivors of this tensor must form a rectangle: remember it for settling."""
         if len(varying(ids)) > 1:
@@ -148,7 +175,7 @@ class Trace:
     # -------------------------------------------------------------------------------------------------------- the run
 
     def _raw(self, name: str) -> Tensor:
-        stored = self._storage[name]
+        stored = self.storage[name]
         if stored not in self.raw:
             tensor = self._state[name]
             shape = tuple(tensor.shape)
@@ -226,7 +253,6 @@ class Trace:
         A table that varies along several axes is tied along the first of them: heads in lockstep where nothing tied
         whole heads before, tokens where a class token was put in front.
         """
-        self._conflicts()
         tables = self._tables
         while tables:
             left = []
@@ -238,6 +264,30 @@ class Trace:
                 self.tie(ids, ids.narrow(axes[0], 0, 1), "beside a fixed position")
                 left.append(table)
             tables = left
+
+    def _equal_chunks(self) -> None:
+        """Keep the pieces of a chunk equal, so that the user's own class can cut the pruned tensor again.
+
+        Where that would cost units elsewhere too (a channel shuffle ties everything with everything), the pieces may
+        differ: then only the graph realiser fits.
+        """
+        if not self._chunks:
+            return
+        before = self.forest.snapshot()
+        expected = [self._num_classes(table) // table.shape[0] for table in self._chunks]
+        for table in self._chunks:
+            ids = self.forest.canon(table)
+            if len(varying(ids)) > 1:
+                self.tie(ids, ids.narrow(0, 0, 1), "cut into equal chunks")
+        self._tables += self._chunks
+        self._settle()
+        if any(self._num_classes(table) < want * 3 // 4 for table, want in zip(self._chunks, expected, strict=True)):
+            self.forest.restore(before)
+
+    def _num_classes(self, ids: Tensor) -> int:
+        return len(np.unique(numbers(self.forest, ids)))
+
+    def _check_fragile(self) -> None:
         for ids, axis, at_stake, reason, where in self._fragile:
             if axis in varying(self.forest.canon(ids)):
                 stake = at_stake.reshape(-1).unique()
