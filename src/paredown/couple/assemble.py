@@ -52,7 +52,7 @@ def assemble(run: Trace, start: float) -> Coupling:
     """Units, spaces and reasons of a finished run."""
     axes = parameter_axes(run)
     roots = run.forest.roots()
-    reasons = _pinned_roots(run, axes)
+    reasons = pinned_roots(run, axes)
     free = _free_classes(axes, reasons)
     spaces, place = _spaces(run, axes, free)
     return Coupling(
@@ -88,7 +88,7 @@ def _whole(ids: Tensor, name: str) -> Pin:
     return Pin(ids=ids.reshape(-1)[:1], reason="the whole parameter is one unit", where=name)
 
 
-def _pinned_roots(run: Trace, axes: tuple[Axis, ...]) -> dict[int, tuple[str, str]]:
+def pinned_roots(run: Trace, axes: tuple[Axis, ...]) -> dict[int, tuple[str, str]]:
     """Root → (reason, where) of the first pin that reached its class."""
     reasons: dict[int, tuple[str, str]] = {}
     for pin in run.pins:

@@ -83,6 +83,8 @@ class Trace:
         self.node: fx.Node | None = None
         self._run(program.eval_graph)
         products = dict(self.products)
+        self.eval_names = frozenset(self.weights.keys() | self.raw.keys())
+        """Parameters that the eval graph uses."""
         if program.train_graph is not None:
             self._run(program.train_graph)
         self.products = products  # MACs are counted on the eval graph
@@ -199,7 +201,7 @@ class Trace:
                 if is_constant(node, self):
                     self._constant(node)
                     continue
-                rule = RULES.get(_op_name(node), unknown)
+                rule = RULES.get(op_name(node), unknown)
                 self.ids[node] = out = rule(node, self)
                 for leaf in pytree.tree_leaves(out):
                     if isinstance(leaf, Tensor):
@@ -320,7 +322,7 @@ def _storages(state: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def _op_name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
     """"conv2d" for aten.conv2d.default; "operator.getitem" for Python operators."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):

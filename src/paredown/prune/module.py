@@ -1,0 +1,119 @@
+"""The module realiser: slice the user's own module by parameter name and set the sizes it keeps as attributes."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from paredown.couple.trace import op_name
+from paredown.program import GraphModel, Program, module_path
+from paredown.prune.graph import conv_groups, norm_groups
+from paredown.prune.removal import Removal, slice_state
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def realise_module(program: Program, removal: Removal) -> nn.Module | None:
+    """A copy of the user's module without what leaves, or None where the module came as graphs.
+
+    Sizes are set by axis role for torch's own layers and by value for user classes (an int attribute equal to a size
+    that changed). Nothing is promised: prove decides whether the result is right.
+    """
+    if isinstance(program.module, GraphModel):
+        return None
+    module = copy.deepcopy(program.module)
+    before = {n: tuple(t.shape) for n, t in _tensors(module).items()}
+    state = slice_state(dict(_tensors(module)), removal.trace.storage, removal.keep)
+    put_state(module, state)
+    groups = _groups(program, removal)
+    changes = _changes(program, removal, before, state)
+    for name, child in module.named_modules():
+        _set_sizes(name, child, groups)
+        if not type(child).__module__.startswith("torch.nn.modules"):
+            _set_by_value(child, changes.get(name, {}))
+    return module.eval()
+
+
+def put_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Replace parameters and buffers by name; tied names keep sharing one Parameter."""
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if owner._parameters.get(leaf) is not None:
+            if id(tensor) not in made:
+                made[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+            owner._parameters[leaf] = made[id(tensor)]
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = tensor.detach()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _groups(program: Program, removal: Removal) -> dict[str, int]:
+    """Module path → new number of groups of its convolution or group norm."""
+    out = {}
+    for node in program.eval_graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        groups = conv_groups(node, removal) if name.startswith("conv") else norm_groups(node, removal) if name == "group_norm" else None
+        if groups is not None:
+            out[module_path(node)] = groups
+    return out
+
+
+def _set_sizes(name: str, module: nn.Module, groups: dict[str, int]) -> None:
+    """Sizes of torch's own layers, by the role of each weight axis."""
+    kind: Any = module
+    if name in groups and hasattr(module, "groups"):
+        kind.groups = groups[name]
+    if isinstance(module, _CONVS):
+        kind.out_channels, kind.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, _TRANSPOSED):
+        kind.in_channels, kind.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        kind.out_features, kind.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        kind.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.GroupNorm):
+        kind.num_groups = groups.get(name, module.num_groups)
+        kind.num_channels = module.weight.shape[0] if module.weight is not None else module.num_channels
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        tensor = module.weight if module.weight is not None else module.running_mean
+        kind.num_features = tensor.shape[0] if tensor is not None else module.num_features
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+        kind.normalized_shape = tuple(module.weight.shape)
+
+
+def _changes(program: Program, removal: Removal, before: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> dict[str, dict[int, int]]:
+    """Module path → {old size: new size}, where one old size has one new one."""
+    seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name, old in before.items():
+        for a, b in zip(old, state[name].shape, strict=True):
+            owner = name.rpartition(".")[0]
+            seen[owner][a].add(b)
+            seen[owner.rpartition(".")[0]][a].add(b)
+    for node in program.eval_graph.graph.nodes:
+        ids = removal.trace.ids.get(node)
+        if node.op == "call_function" and isinstance(ids, Tensor):
+            for a, b in zip(ids.shape, removal.shape(ids), strict=True):
+                seen[module_path(node)][a].add(b)
+    return {path: {a: next(iter(b - {a})) for a, b in sizes.items() if len(b - {a}) == 1} for path, sizes in seen.items()}
+
+
+def _set_by_value(module: nn.Module, sizes: dict[int, int]) -> None:
+    for name, value in list(vars(module).items()):
+        if isinstance(value, int) and not isinstance(value, bool) and value in sizes and not name.startswith("_"):
+            setattr(module, name, sizes[value])
+
+

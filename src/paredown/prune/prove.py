@@ -1,0 +1,268 @@
+"""The proof of a removal: on random weights of healthy scale, pruned must equal dense with the removed reads zeroed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from paredown.couple.rules import args_of
+from paredown.couple.trace import op_name
+from paredown.errors import VerificationError
+from paredown.program import Program, placeholder_names
+from paredown.prune.nouns import Proof
+from paredown.prune.removal import Removal, slice_state
+
+SINGLE, DOUBLE = 1e-4, 1e-9
+"""Largest error relative to the output's scale, in float32 and in float64."""
+
+
+def prove(program: Program, module: nn.Module, removal: Removal, *, seed: int = 0) -> Proof:
+    """Compare `module` (pruned) with the dense graph in which every read of a removed unit is zeroed.
+
+    About structure, not about the user's weights: parameters and norm statistics are seeded random values of healthy
+    scale, so that every channel matters and a wrong index shows. Across a norm axis the dense graph normalises over
+    the survivors only. Holds where max |pruned - masked dense| ≤ 1e-4 × max |dense| in float32, or, if not, ≤ 1e-9 in
+    float64. The output must move, or the proof would be vacuous.
+
+    Raises VerificationError with the Proof as evidence.
+    """
+    inputs = _healthy_inputs(program, seed)
+    for attempt in range(3):
+        state = healthy(program, seed + attempt, gain=1.0 / (1 + attempt))
+        proof = _compare(program, module, removal, state, inputs, torch.float32)
+        if math.isfinite(proof.scale) and proof.moved > 1e-6 * proof.scale:
+            break
+    if not proof.max_error <= SINGLE * proof.scale:
+        proof = _compare(program, module, removal, state, inputs, torch.float64)
+    tolerance = SINGLE if proof.mode == "float32" else DOUBLE
+    if not proof.max_error <= tolerance * proof.scale:
+        msg = (
+            f"pruned must equal dense with the removed units' reads zeroed. Got a difference of {proof.max_error:.2e} at output "
+            f"scale {proof.scale:.2e} in {proof.mode}. This is a fault of paredown or of an attribute it cannot see: please report the model."
+        )
+        raise VerificationError(msg, proof)
+    return proof
+
+
+def own_move(program: Program, module: nn.Module) -> float:
+    """max |pruned - dense| on the user's own weights and example inputs."""
+    args, kwargs = _one(program)
+    with torch.no_grad():
+        dense = _flat(program, program.state, (args, kwargs), None)
+        pruned = module(*args, **kwargs)
+    return _distance(pytree.tree_leaves(pruned), dense)
+
+
+def _compare(program: Program, module: nn.Module, removal: Removal, state: dict[str, Tensor], inputs: Any, dtype: torch.dtype) -> Proof:
+    cast = {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in state.items()}
+    args, kwargs = pytree.tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
+    sliced = slice_state(cast, removal.trace.storage, removal.keep)
+    names = {n for n, _ in module.named_parameters(remove_duplicate=False)} | {n for n, _ in module.named_buffers(remove_duplicate=False)}
+    with torch.no_grad():
+        dense = _flat(program, cast, (args, kwargs), None)
+        masked = _flat(program, _reads_zeroed(cast, removal), (args, kwargs), removal)
+        pruned = functional_call(
+            module, {n: t for n, t in sliced.items() if n in names}, pytree.tree_map(_clone, args), pytree.tree_map(_clone, kwargs), tie_weights=False
+        )
+    return Proof(
+        max_error=_distance(pytree.tree_leaves(pruned), masked),
+        scale=_scale(dense),
+        moved=_distance(masked, dense),
+        mode="float32" if dtype == torch.float32 else "float64",
+    )
+
+
+def _reads_zeroed(state: Mapping[str, Tensor], removal: Removal) -> dict[str, Tensor]:
+    out = dict(state)
+    done: dict[str, Tensor] = {}
+    for axis in removal.axes:
+        gone = torch.from_numpy(removal.gone[axis.classes])
+        if axis.role == "read" and bool(gone.any()):
+            base = done.get(axis.parameter, state[axis.parameter])
+            done[axis.parameter] = base.index_fill(axis.axis, gone.nonzero().flatten(), 0)
+    for name in out:
+        first = removal.trace.storage.get(name, name)
+        if first in done:
+            out[name] = done[first]
+    return out
+
+
+def _flat(program: Program, state: Mapping[str, Tensor], inputs: Any, removal: Removal | None) -> list[Any]:
+    """Outputs of the dense eval graph; with a removal, norms see the survivors only."""
+    graph = program.eval_graph
+    names = placeholder_names(graph)
+    values = iter(pytree.tree_leaves(pytree.tree_map(_clone, inputs)))
+    flat = [state[names[n.name]] if n.name in names else next(values) for n in graph.graph.nodes if n.op == "placeholder"]
+    masked = _masked_norms(graph.graph_module, removal) if removal is not None else {}
+    if not masked:
+        return list(graph.graph_module(*flat))
+    return list(_Masked(graph.graph_module, masked).run(*flat, enable_io_processing=False))
+
+
+def _masked_norms(gm: fx.GraphModule, removal: Removal) -> dict[fx.Node, Tensor]:
+    out = {}
+    for node in gm.graph.nodes:
+        ids = removal.trace.norms.get(node)
+        if ids is not None:
+            alive = removal.alive(ids).expand(ids.shape)
+            if not bool(alive.all()):
+                out[node] = alive
+    return out
+
+
+class _Masked(fx.Interpreter):
+    """Runs a graph with norms over the survivors of their axis."""
+
+    def __init__(self, gm: fx.GraphModule, masked: Mapping[fx.Node, Tensor]) -> None:
+        super().__init__(gm)
+        self.masked = masked
+
+    def run_node(self, n: fx.Node) -> Any:
+        alive = self.masked.get(n)
+        if alive is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return _masked_norm(n, alive, args, kwargs)
+
+
+def _masked_norm(node: fx.Node, alive: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """layer_norm, rms_norm or group_norm over the surviving elements, written from the definition."""
+    x: Tensor = args[0]
+    given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False)) | kwargs  # type: ignore[union-attr]
+    eps, weight, bias = given.get("eps"), given.get("weight"), given.get("bias")
+    if op_name(node) == "group_norm":
+        groups = int(given["num_groups"])
+        table = x.reshape(x.shape[0], groups, -1)
+        mask = alive.reshape(1, groups, -1, 1).expand(1, groups, -1, x[0, 0].numel()).reshape(1, groups, -1)
+        axes, view = (2,), (1, -1) + (1,) * (x.dim() - 2)
+    else:
+        table, mask = x, alive
+        axes, view = tuple(range(x.dim() - alive.dim(), x.dim())), tuple(alive.shape)
+    count = mask.expand(table.shape).sum(axes, keepdim=True)
+    zero = torch.zeros((), dtype=x.dtype)
+    mean = torch.where(mask, table, zero).sum(axes, keepdim=True) / count
+    if op_name(node) == "rms_norm":
+        mean = torch.zeros_like(mean)
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+    variance = torch.where(mask, table - mean, zero).square().sum(axes, keepdim=True) / count
+    out = ((table - mean) / torch.sqrt(variance + (1e-5 if eps is None else eps))).reshape(x.shape)
+    out = out * weight.reshape(view) if weight is not None else out
+    return out + bias.reshape(view) if bias is not None else out
+
+
+# ---------------------------------------------------------------------------------------------------- healthy numbers
+
+
+def healthy(program: Program, seed: int, gain: float = 1.0) -> dict[str, Tensor]:
+    """The state with every parameter and norm statistic replaced by seeded random values of healthy scale.
+
+    Matrices and kernels: N(0, gain²/fan_in); norm weights and running variances: U(0.5, 1.5); other vectors and
+    tables used element by element: N(0, 0.25). Buffers that are no statistics (masks, indices, positions) stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = set(program.eval_graph.graph_signature.parameters) | (
+        set(program.train_graph.graph_signature.parameters) if program.train_graph is not None else set()
+    )
+    roles = _roles(program)
+    out: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}
+    for name, tensor in program.state.items():
+        role = roles.get(name)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or (name not in parameters and role is None):
+            out[name] = tensor
+            continue
+        if id(tensor) not in made:
+            made[id(tensor)] = _random(tensor, role, generator, gain)
+        out[name] = made[id(tensor)]
+    return out
+
+
+def _random(tensor: Tensor, role: str | None, generator: torch.Generator, gain: float) -> Tensor:
+    shape = tensor.shape
+    if role == "scale":
+        return (torch.rand(shape, generator=generator) + 0.5).to(torch.float32)
+    noise = torch.randn(shape, generator=generator)
+    if role == "weight":
+        return noise * (gain / math.sqrt(max(tensor.numel() // shape[0], 1)))
+    if role == "transposed":
+        return noise * (gain / math.sqrt(max(tensor.numel() // shape[1], 1)))
+    return noise * 0.5
+
+
+def _roles(program: Program) -> dict[str, str]:
+    """State name → "weight", "transposed", "scale" or "shift", by how the graphs use it."""
+    roles: dict[str, str] = {}
+    for graph in filter(None, (program.eval_graph, program.train_graph)):
+        names = placeholder_names(graph)
+        for node in graph.graph.nodes:
+            if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+                continue
+            op = op_name(node)
+            wanted = {
+                "batch_norm": {"weight": "scale", "running_var": "scale", "running_mean": "shift"},
+                "instance_norm": {"weight": "scale", "running_var": "scale", "running_mean": "shift"},
+                "layer_norm": {"weight": "scale"},
+                "group_norm": {"weight": "scale"},
+                "rms_norm": {"weight": "scale"},
+                "linear": {"weight": "weight"},
+            }.get(op, {"weight": "transposed" if "transpose" in op else "weight"} if op.startswith("conv") else {})
+            for argument, role in wanted.items():
+                value = args_of(node, argument)[0]
+                if isinstance(value, fx.Node) and value.name in names:
+                    roles.setdefault(names[value.name], role)
+            if op in ("lstm", "gru", "matmul", "addmm", "einsum"):
+                for value in node.all_input_nodes:
+                    name = names.get(value.name)
+                    if name is not None and program.state[name].dim() == 2:
+                        roles.setdefault(name, "weight")
+    return roles
+
+
+def _healthy_inputs(program: Program, seed: int) -> Any:
+    """One sample: the user's example where it is integer, boolean or a mask, else seeded noise of its scale."""
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def noisy(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            return value
+        if bool(((value == 0) | (value == 1)).all()) and bool((value == 1).any()):
+            return value  # a mask
+        spread = float(value.std()) if value.numel() > 1 else 0.0
+        return value + torch.randn(value.shape, generator=generator) * (spread if spread > 1e-6 else 1.0)
+
+    return pytree.tree_map(noisy, _one(program))
+
+
+def _one(program: Program) -> Any:
+    """The example inputs, cut to one sample where the batch is free."""
+    if program.batch != "dynamic":
+        return program.inputs
+    length = next(t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor)).shape[0]
+    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == length else t, program.inputs)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _scale(outputs: list[Any]) -> float:
+    return max((float(o.abs().max()) for o in outputs if isinstance(o, Tensor) and o.is_floating_point() and o.numel()), default=0.0)
+
+
+def _distance(left: list[Any], right: list[Any]) -> float:
+    """Largest difference over all outputs; infinite where shapes or counts differ."""
+    left, right = ([o for o in side if isinstance(o, Tensor)] for side in (left, right))
+    if len(left) != len(right) or any(a.shape != b.shape for a, b in zip(left, right, strict=False)):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if a.is_floating_point() and a.numel():
+            gap = float((a.double() - b.double()).abs().max())
+            worst = max(worst, gap if math.isfinite(gap) else math.inf)
+    return worst
