@@ -1,0 +1,270 @@
+"""Examine an .onnx file: parameters, bytes with side files, ops, MACs of conv, gemm and matmul."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paredown.errors import MissingError, RejectedError, ResourceError
+
+_MOST_ELEMENTS = 10**11
+_MOST_NODES = 10**6
+_NEVER_WEIGHTS = ("Shape", "Constant", "ConstantOfShape")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxCost:
+    """What an ONNX file costs. MACs are per sample: a symbolic axis counts as 1."""
+
+    path: str
+    files: tuple[str, ...]
+    """The file and its side files."""
+    file_bytes: int
+    """Bytes of all of them by stat: measured."""
+    parameters: int
+    """Elements of float initializers and of int8/int4 weights; not of shapes, indices, scales and zero points."""
+    parameter_bytes: int
+    macs: int
+    ops: dict[str, int]
+    """Nodes by op, with the domain where it is not ONNX's own."""
+    uncounted: tuple[str, ...]
+    """Nodes of conv, gemm or matmul whose shape the file does not tell, and ops of foreign domains."""
+    by_node: tuple[tuple[str, str, int], ...]
+    """(node, op, MACs) of those that multiply."""
+    opset: int
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        import json
+
+        rows = [{"name": n, "kind": k, "macs": m} for n, k, m in self.by_node]
+        document = {
+            "schema": 1,
+            "model": Path(self.path).name,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "flops": 2 * self.macs,
+            "parameter_bytes": self.parameter_bytes,
+            "file_bytes": self.file_bytes,
+            "state_dict_bytes": None,
+            "peak_activation_bytes": None,
+            "ops": self.ops,
+            "opset": self.opset,
+            "files": list(self.files),
+            "uncounted": list(self.uncounted),
+            "layers": rows,
+        }
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def examine_onnx(path: Path | str) -> OnnxCost:
+    """Parameters, bytes, ops and MACs of an ONNX file; tensor data is not read, side files must lie beside the file.
+
+    Raises RejectedError (damaged, side file outside the folder or a link), ResourceError (declared sizes beyond any
+    use) and MissingError (no onnx).
+    """
+    path = Path(path)
+    model = _load(path)
+    files = _files(path, model)
+    graphs = list(_graphs(model.graph, 0))
+    nodes = [n for g in graphs for n in g.node]
+    if len(nodes) > _MOST_NODES:
+        msg = f"a model must have fewer than {_MOST_NODES:,} nodes. Got {len(nodes):,} in {path.name}."
+        raise ResourceError(msg)
+    weights = _weights(graphs, nodes, path)
+    shapes = _shapes(model, weights)
+    ops = Counter(n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}::{n.op_type}" for n in nodes)
+    by_node, uncounted = [], [op for op in ops if "::" in op]
+    for index, node in enumerate(nodes):
+        count = _MACS.get(node.op_type)
+        if count is None:
+            continue
+        macs = count(node, shapes)
+        name = node.name or f"{node.op_type}_{index}"
+        if macs is None:
+            uncounted.append(name)
+        else:
+            by_node.append((name, str(node.op_type), macs))
+    counted = {n: v for n, v in weights.items() if v[2]}
+    return OnnxCost(
+        path=str(path),
+        files=tuple(f.name for f in files),
+        file_bytes=sum(f.stat().st_size for f in files),
+        parameters=sum(math.prod(shape) for shape, _, _ in counted.values()),
+        parameter_bytes=sum(-(-math.prod(shape) * bits // 8) for shape, bits, _ in counted.values()),
+        macs=sum(m for _, _, m in by_node),
+        ops=dict(ops.most_common()),
+        uncounted=tuple(uncounted),
+        by_node=tuple(by_node),
+        opset=next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
+    )
+
+
+def _load(path: Path) -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        msg = "examining an .onnx file needs onnx: pip install 'paredown[onnx]'."
+        raise MissingError(msg) from error
+    if not path.is_file() or path.stat().st_size == 0:
+        msg = f"an ONNX model must be a file that is not empty. Got {str(path)!r}."
+        raise RejectedError(msg)
+    try:
+        model = onnx.load_model(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises its own DecodeError, which is private to the installed backend
+        msg = (
+            f"an ONNX model must be readable. Got {type(error).__name__} in {path.name}. "
+            "The file is damaged or not ONNX."
+        )
+        raise RejectedError(msg) from error
+    if not model.graph.node and not model.graph.initializer:
+        msg = f"an ONNX model must have a graph. Got none in {path.name}."
+        raise RejectedError(msg)
+    return model
+
+
+def _graphs(graph: Any, depth: int) -> Iterator[Any]:
+    """The graph and those inside If, Loop and Scan."""
+    yield graph
+    if depth > 16:
+        msg = "graphs may be nested 16 deep. Got more."
+        raise ResourceError(msg)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    yield from _graphs(inner, depth + 1)
+
+
+def _tensors(graphs: list[Any]) -> Iterator[Any]:
+    for graph in graphs:
+        yield from graph.initializer
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+
+
+def _files(path: Path, model: Any) -> list[Path]:
+    """The file and its side files; one that lies outside the folder, or is a link, is refused unread."""
+    found = {path: path}
+    folder = path.parent.resolve()
+    for tensor in _tensors(list(_graphs(model.graph, 0))):
+        if tensor.data_location != 1:  # EXTERNAL
+            continue
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        side = path.parent / location
+        inside = (
+            location and not Path(location).is_absolute() and ".." not in Path(location).parts and "\\" not in location
+        )
+        if not inside or folder not in side.resolve().parents:
+            msg = f"side files of an ONNX model must lie beside it. Got {location!r} at {tensor.name!r} in {path.name}."
+            raise RejectedError(msg)
+        if side.is_symlink() or (side.is_file() and side.stat().st_nlink > 1):
+            msg = (
+                f"side files of an ONNX model must be files of their own. Got a link: {location!r} in {path.name}. "
+                "Copy it into the folder."
+            )
+            raise RejectedError(msg)
+        if not side.is_file():
+            msg = f"side files of an ONNX model must be there. Got no {location!r} beside {path.name}."
+            raise RejectedError(msg)
+        found[side] = side
+    return list(found)
+
+
+def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple[tuple[int, ...], int, bool]]:
+    """Initializers and constants: shape, bits per element, and whether they count as parameters."""
+    from onnx import TensorProto as T
+
+    bits = {
+        T.FLOAT: 32,
+        T.DOUBLE: 64,
+        T.FLOAT16: 16,
+        T.BFLOAT16: 16,
+        T.INT8: 8,
+        T.UINT8: 8,
+        T.INT4: 4,
+        T.UINT4: 4,
+        T.INT32: 32,
+    }
+    helpers = {i for n in nodes if n.op_type in ("QuantizeLinear", "DequantizeLinear") for i in n.input[1:3]}
+    quantized = {n.input[0] for n in nodes if n.op_type == "DequantizeLinear"}
+    found: dict[str, tuple[tuple[int, ...], int, bool]] = {}
+    constants = [(a.t, n.output[0]) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    for tensor, name in [*((t, t.name) for g in graphs for t in g.initializer), *constants]:
+        shape = tuple(int(d) for d in tensor.dims)
+        if any(d < 0 for d in shape) or math.prod(shape) > _MOST_ELEMENTS:
+            msg = f"a tensor must have fewer than {_MOST_ELEMENTS:,} elements. Got {shape} for {name!r} in {path.name}."
+            raise ResourceError(msg)
+        is_float = tensor.data_type in (T.FLOAT, T.DOUBLE, T.FLOAT16, T.BFLOAT16)
+        counts = name not in helpers and (is_float or name in quantized)
+        found[name] = (shape, bits.get(tensor.data_type, 64), counts)
+    return found
+
+
+def _shapes(model: Any, weights: dict[str, tuple[tuple[int, ...], int, bool]]) -> dict[str, tuple[int, ...]]:
+    """Shapes by value name, a symbolic axis as 1; as far as shape inference gets."""
+    import onnx
+
+    try:
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception as error:  # the checker raises its own types; what is missing becomes "uncounted"
+        model.doc_string = f"shape inference failed: {type(error).__name__}"
+    shapes = {n: v[0] for n, v in weights.items()}
+    for graph in _graphs(model.graph, 0):
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            if value.type.tensor_type.HasField("shape"):
+                dims = value.type.tensor_type.shape.dim
+                shapes.setdefault(value.name, tuple(int(d.dim_value) if d.HasField("dim_value") else 1 for d in dims))
+        for node in graph.node:  # a quantized weight has the shape of its codes
+            if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Identity") and node.input[0] in shapes:
+                shapes.setdefault(node.output[0], shapes[node.input[0]])
+    return shapes
+
+
+def _conv(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    at = 3 if node.op_type == "QLinearConv" else 1
+    weight, out = shapes.get(node.input[at]), shapes.get(node.output[0])
+    return None if weight is None or out is None else math.prod(out) // max(weight[0], 1) * math.prod(weight)
+
+
+def _conv_transpose(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    data, weight = shapes.get(node.input[0]), shapes.get(node.input[1])
+    return None if weight is None or data is None else math.prod(data) // max(weight[0], 1) * math.prod(weight)
+
+
+def _gemm(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    a, b = shapes.get(node.input[0]), shapes.get(node.input[1])
+    if a is None or b is None or len(a) != 2 or len(b) != 2:
+        return None
+    flags = {x.name: x.i for x in node.attribute}
+    rows, inner = (a[1], a[0]) if flags.get("transA") else (a[0], a[1])
+    return int(rows) * int(inner) * int(b[0] if flags.get("transB") else b[1])
+
+
+def _matmul(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    second = 3 if node.op_type == "QLinearMatMul" else 1
+    a, b, out = shapes.get(node.input[0]), shapes.get(node.input[second]), shapes.get(node.output[0])
+    if a is None or b is None or not a or not b:
+        return None
+    if out is None:
+        out = (*a[:-1], *b[-1:]) if len(b) <= 2 else None
+    return None if out is None else math.prod(out) * a[-1]
+
+
+_MACS = {
+    "Conv": _conv,
+    "ConvInteger": _conv,
+    "QLinearConv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "MatMulInteger": _matmul,
+    "QLinearMatMul": _matmul,
+}
