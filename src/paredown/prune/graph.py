@@ -13,14 +13,14 @@ from torch import Tensor, fx
 from paredown.couple.rules import args_of
 from paredown.couple.trace import concrete, op_name
 from paredown.program import GraphModel, Program
-from paredown.prune.removal import Removal, slice_state
+from paredown.prune.removal import Removal, own, slice_state
 
 Rewrite = Callable[[fx.Node, fx.Node, Removal], None]
 
 
 def realise_graph(program: Program, removal: Removal) -> GraphModel:
     """A module rebuilt from the exported graphs, without what leaves. Names of parameters stay."""
-    state = slice_state(program.state, removal.trace.storage, removal.keep)
+    state = own(slice_state(program.state, removal.trace.storage, removal.keep), program.state)
     body = rewritten(program.eval_graph.graph_module, removal)
     train_body = rewritten(program.train_graph.graph_module, removal) if program.train_graph is not None else None
     return GraphModel(program.eval_graph, program.train_graph, state, bodies=(body, train_body)).eval()

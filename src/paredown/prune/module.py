@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paredown.couple.trace import op_name
 from paredown.program import GraphModel, Program, module_path
 from paredown.prune.graph import conv_groups, norm_groups
-from paredown.prune.removal import Removal, slice_state
+from paredown.prune.removal import Removal, own, slice_state
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -25,10 +25,12 @@ def realise_module(program: Program, removal: Removal) -> nn.Module | None:
     """
     if isinstance(program.module, GraphModel):
         return None
-    module = copy.deepcopy(program.module)
-    before = {n: tuple(t.shape) for n, t in _tensors(module).items()}
-    state = slice_state(dict(_tensors(module)), removal.trace.storage, removal.keep)
-    put_state(module, state)
+    source = _tensors(program.module)
+    before = {n: tuple(t.shape) for n, t in source.items()}
+    state = slice_state(source, removal.trace.storage, removal.keep)
+    # Copy the module around its tensors, then put the cut ones in: no second copy of what leaves.
+    module = copy.deepcopy(program.module, {id(t): t for t in source.values()})
+    put_state(module, own(state, source))
     groups = _groups(program, removal)
     changes = _changes(program, removal, before, state)
     for name, child in module.named_modules():
@@ -44,9 +46,10 @@ def put_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        if owner._parameters.get(leaf) is not None:
+        old = owner._parameters.get(leaf)
+        if old is not None:
             if id(tensor) not in made:
-                made[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+                made[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
             owner._parameters[leaf] = made[id(tensor)]
         elif leaf in owner._buffers:
             owner._buffers[leaf] = tensor.detach()

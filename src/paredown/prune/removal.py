@@ -129,7 +129,7 @@ def _refuse_torn(trace: Trace, axes: tuple[Axis, ...], gone: Bools, plan: Plan) 
 
 
 def slice_state(state: Mapping[str, Tensor], storage: Mapping[str, str], keep: Keep) -> dict[str, Tensor]:
-    """Every tensor cut to what is kept; tied names share one tensor. Tensors that lose nothing are cloned."""
+    """Every tensor cut to what is kept; tied names share one tensor. Tensors that lose nothing are passed on."""
     made: dict[str, Any] = {}
     out = {}
     for name, tensor in state.items():
@@ -141,6 +141,21 @@ def slice_state(state: Mapping[str, Tensor], storage: Mapping[str, str], keep: K
             cut = tensor.detach()
             for axis, kept in keep.get(first, {}).items():
                 cut = cut.index_select(axis, torch.tensor(kept, device=cut.device))
-            made[first] = cut.clone().contiguous().requires_grad_(tensor.requires_grad)
+            made[first] = cut
         out[name] = made[first]
+    return out
+
+
+def own(state: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with what still shares memory with `source` cloned; tied names keep sharing, requires_grad is kept."""
+    made: dict[int, Tensor] = {}
+    out = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            out[name] = tensor
+            continue
+        if id(tensor) not in made:
+            shared = tensor.numel() > 0 and tensor.data_ptr() == source[name].data_ptr()
+            made[id(tensor)] = (tensor.detach().clone() if shared else tensor.detach()).requires_grad_(source[name].requires_grad)
+        out[name] = made[id(tensor)]
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,8 +15,8 @@ from paredown.plan import Plan
 from paredown.program import Program
 from paredown.prune.graph import realise_graph
 from paredown.prune.module import realise_module
-from paredown.prune.nouns import Proof, Pruned
-from paredown.prune.prove import own_move, prove
+from paredown.prune.nouns import Pruned
+from paredown.prune.prove import Reference, own_move, prove, reference
 from paredown.prune.removal import Removal, removal
 
 Realiser = Literal["auto", "module", "graph"]
@@ -45,22 +46,31 @@ def prune(program: Program, plan: Plan, *, realiser: Realiser = "auto", seed: in
         msg = "a plan must remove something. Got one that keeps every index."
         raise NothingToDo(msg)
     plan = dataclasses.replace(plan, keep=gone.keep)
+    attempt = _Attempt(program=program, plan=plan, gone=gone, known=reference(program, gone, seed=seed), seed=seed)
     if realiser != "graph":
-        done = _by_module(program, plan, gone, seed)
+        done = _by_module(attempt)
         if isinstance(done, Pruned):
             return done
         if realiser == "module":
             raise done
-    module = realise_graph(program, gone)
-    return _pruned(program, plan, module, "graph", prove(program, module, gone, seed=seed))
+    return _proven(attempt, realise_graph(program, gone), "graph")
 
 
-def _by_module(program: Program, plan: Plan, gone: Removal, seed: int) -> Pruned | VerificationError:
-    module = realise_module(program, gone)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    program: Program
+    plan: Plan
+    gone: Removal
+    known: Reference
+    seed: int
+
+
+def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
+    module = realise_module(attempt.program, attempt.gone)
     if module is None:
         return VerificationError("the module realiser needs the user's own class. Got a model that was rebuilt from graphs.")
     try:
-        proof = prove(program, module, gone, seed=seed)
+        return _proven(attempt, module, "module")
     except VerificationError as error:
         return error
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
@@ -68,9 +78,9 @@ def _by_module(program: Program, plan: Plan, gone: Removal, seed: int) -> Pruned
         refused = VerificationError(f"the class must follow its new sizes. Got {type(error).__name__}: {error}. Use the graph realiser.")
         refused.__cause__ = error
         return refused
-    return _pruned(program, plan, module, "module", proof)
 
 
-def _pruned(program: Program, plan: Plan, module: nn.Module, realiser: Literal["module", "graph"], proof: Proof) -> Pruned:
-    proof = dataclasses.replace(proof, own_move=own_move(program, module))
-    return Pruned(module=module, program=program, plan=plan, realiser=realiser, proof=proof)
+def _proven(attempt: _Attempt, module: nn.Module, realiser: Literal["module", "graph"]) -> Pruned:
+    proof = prove(attempt.program, module, attempt.gone, attempt.known, seed=attempt.seed)
+    proof = dataclasses.replace(proof, own_move=own_move(attempt.program, module))
+    return Pruned(module=module, program=attempt.program, plan=attempt.plan, realiser=realiser, proof=proof)
