@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,7 +24,13 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import CaptureError, RejectedError
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+class Inputs(NamedTuple):
+    """Example inputs of a forward call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -67,17 +73,18 @@ def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch:
     _refuse_bad_weights(model)
     args, kwargs = _as_inputs(inputs)
     _try_forward(model, args, kwargs)
-    example, batch = _batched(args, kwargs) if dynamic_batch else ((args, kwargs), "fixed: asked for")
+    example, batch = _batched(args, kwargs) if dynamic_batch else (Inputs(args, kwargs), "fixed: asked for")
     with _quiet():
         try:
-            eval_graph, example, batch = _export_eval(model.eval(), (args, kwargs), example, batch)
+            eval_graph, example, batch = _export_eval(model.eval(), Inputs(args, kwargs), example, batch)
             train_graph = None
             if train:
                 train_graph, note = _export_train(model, example, batch)
                 notes += note
         finally:
             model.eval()
-    state = {**eval_graph.state_dict, **eval_graph.constants}
+    every = {**(train_graph.constants if train_graph else {}), **eval_graph.state_dict, **eval_graph.constants}
+    state = {name: tensor for name, tensor in every.items() if isinstance(tensor, Tensor)}
     return Program(
         eval_graph=eval_graph,
         train_graph=train_graph,
@@ -235,11 +242,12 @@ def trainable_copy(body: fx.GraphModule, *, dropout: bool = True, momentum: floa
 def _private_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """A deep copy in float form: unwrapped, with parametrizations and pruning masks folded into plain weights."""
     notes: list[str] = []
+    kind: object = model
+    if not isinstance(kind, nn.Module):
+        msg = f"the model must be an nn.Module. Got {type(kind).__name__}."
+        raise RejectedError(msg)
     if isinstance(model, torch.jit.ScriptModule):
         msg = "the model must be a plain nn.Module. Got a TorchScript module. Pass the Python class with its state_dict."
-        raise RejectedError(msg)
-    if not isinstance(model, nn.Module):
-        msg = f"the model must be an nn.Module. Got {type(model).__name__}."
         raise RejectedError(msg)
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -259,7 +267,7 @@ def _private_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         msg = f"the model must allow copy.deepcopy, because paredown never changes the original. Got {type(error).__name__}: {error}."
         raise RejectedError(msg) from error
     notes += _fold(model)
-    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         msg = "the model must be initialised. Got lazy modules without a shape. Run it once on an example first."
         raise RejectedError(msg)
     model.to("cpu")
@@ -311,7 +319,9 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def _as_inputs(inputs: Any) -> Inputs:
-    if isinstance(inputs, Mapping) and set(inputs) <= {"args", "kwargs"} and inputs:
+    if isinstance(inputs, Inputs):
+        args, kwargs = inputs
+    elif isinstance(inputs, Mapping) and set(inputs) <= {"args", "kwargs"} and inputs:
         args, kwargs = inputs.get("args", ()), inputs.get("kwargs", {})
         if isinstance(args, Tensor):
             args = (args,)
@@ -326,14 +336,14 @@ def _as_inputs(inputs: Any) -> Inputs:
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs))):
         msg = f'inputs must hold at least one tensor: a tensor, a tuple, or {{"args": …, "kwargs": …}}. Got {type(inputs).__name__}.'
         raise RejectedError(msg)
-    return pytree.tree_map(lambda v: v.detach().clone().cpu() if isinstance(v, Tensor) else v, (args, kwargs))  # type: ignore[no-any-return]
+    return pytree.tree_map(lambda v: v.detach().clone().cpu() if isinstance(v, Tensor) else v, Inputs(args, kwargs))  # type: ignore[no-any-return]
 
 
 def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Inputs, str]:
     """The example with a batch of at least 2: torch.export specialises a length of 1."""
     first = next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     if first.dim() == 0:
-        return (args, kwargs), "fixed: the first input has no axes"
+        return Inputs(args, kwargs), "fixed: the first input has no axes"
     length = first.shape[0]
 
     def repeat(value: Any) -> Any:
@@ -341,7 +351,7 @@ def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Inputs, str
             return value.repeat(2, *[1] * (value.dim() - 1))
         return value
 
-    return pytree.tree_map(repeat, (args, kwargs)), "dynamic"
+    return pytree.tree_map(repeat, Inputs(args, kwargs)), "dynamic"
 
 
 def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -487,9 +497,7 @@ def _digest(graph: ExportedProgram, state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(graph.graph_module.code.encode())
     for name in sorted(state):
         tensor = state[name]
-        if not isinstance(tensor, Tensor):
-            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         data = tensor.detach().contiguous()
-        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else b"")
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
     return digest.hexdigest()

@@ -318,7 +318,6 @@ def _storages(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {
         name: first.setdefault((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) if t.numel() else (name,), name)
         for name, t in state.items()
-        if isinstance(t, Tensor)
     }
 
 

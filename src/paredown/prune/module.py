@@ -17,7 +17,11 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def realise_module(program: Program, removal: Removal) -> nn.Module | None:
+Attributes = dict[str, dict[str, Any]]
+"""Module path → {attribute: new value}, where it differs from the dense module's."""
+
+
+def realise_module(program: Program, removal: Removal) -> tuple[nn.Module, Attributes] | None:
     """A copy of the user's module without what leaves, or None where the module came as graphs.
 
     Sizes are set by axis role for torch's own layers and by value for user classes (an int attribute equal to a size
@@ -25,19 +29,30 @@ def realise_module(program: Program, removal: Removal) -> nn.Module | None:
     """
     if isinstance(program.module, GraphModel):
         return None
-    source = _tensors(program.module)
-    before = {n: tuple(t.shape) for n, t in source.items()}
+    source = tensors(program.module)
     state = slice_state(source, removal.trace.storage, removal.keep)
+    groups = _groups(program, removal)
+    changes = _changes(program, removal, {n: tuple(t.shape) for n, t in source.items()}, state)
     # Copy the module around its tensors, then put the cut ones in: no second copy of what leaves.
     module = copy.deepcopy(program.module, {id(t): t for t in source.values()})
     put_state(module, own(state, source))
-    groups = _groups(program, removal)
-    changes = _changes(program, removal, before, state)
+    attributes: Attributes = {}
     for name, child in module.named_modules():
-        _set_sizes(name, child, groups)
+        wanted = _sizes(name, child, groups)
         if not type(child).__module__.startswith("torch.nn.modules"):
-            _set_by_value(child, changes.get(name, {}))
-    return module.eval()
+            wanted |= _by_value(child, changes.get(name, {}))
+        changed = {k: v for k, v in wanted.items() if getattr(child, k) != v}
+        if changed:
+            attributes[name] = changed
+    set_attributes(module, attributes)
+    return module.eval(), attributes
+
+
+def set_attributes(module: nn.Module, attributes: Attributes) -> None:
+    """Set the sizes that modules keep as attributes."""
+    for path, values in attributes.items():
+        for name, value in values.items():
+            setattr(module.get_submodule(path), name, value)
 
 
 def put_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -55,7 +70,8 @@ def put_state(module: nn.Module, state: dict[str, Tensor]) -> None:
             owner._buffers[leaf] = tensor.detach()
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -75,27 +91,27 @@ def _groups(program: Program, removal: Removal) -> dict[str, int]:
     return out
 
 
-def _set_sizes(name: str, module: nn.Module, groups: dict[str, int]) -> None:
+def _sizes(name: str, module: nn.Module, groups: dict[str, int]) -> dict[str, Any]:
     """Sizes of torch's own layers, by the role of each weight axis."""
     kind: Any = module
-    if name in groups and hasattr(module, "groups"):
-        kind.groups = groups[name]
-    if isinstance(module, _CONVS):
-        kind.out_channels, kind.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    elif isinstance(module, _TRANSPOSED):
-        kind.in_channels, kind.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        kind.out_features, kind.in_features = module.weight.shape
-    elif isinstance(module, nn.Embedding):
-        kind.embedding_dim = module.weight.shape[1]
-    elif isinstance(module, nn.GroupNorm):
-        kind.num_groups = groups.get(name, module.num_groups)
-        kind.num_channels = module.weight.shape[0] if module.weight is not None else module.num_channels
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, _CONVS + _TRANSPOSED):
+        num = groups.get(name, module.groups)
+        first, second = module.weight.shape[:2]
+        outs, ins = (first, second * num) if isinstance(module, _CONVS) else (second * num, first)
+        return {"groups": num, "in_channels": ins, "out_channels": outs}
+    if isinstance(module, nn.Linear):
+        return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": module.weight.shape[1]}
+    if isinstance(module, nn.GroupNorm):
+        channels = module.weight.shape[0] if module.weight is not None else module.num_channels
+        return {"num_groups": groups.get(name, module.num_groups), "num_channels": channels}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         tensor = module.weight if module.weight is not None else module.running_mean
-        kind.num_features = tensor.shape[0] if tensor is not None else module.num_features
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
-        kind.normalized_shape = tuple(module.weight.shape)
+        return {"num_features": tensor.shape[0] if tensor is not None else module.num_features}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+        return {"normalized_shape": tuple(module.weight.shape)}
+    return {"groups": groups[name]} if name in groups and hasattr(kind, "groups") else {}
 
 
 def _changes(program: Program, removal: Removal, before: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> dict[str, dict[int, int]]:
@@ -114,9 +130,9 @@ def _changes(program: Program, removal: Removal, before: dict[str, tuple[int, ..
     return {path: {a: next(iter(b - {a})) for a, b in sizes.items() if len(b - {a}) == 1} for path, sizes in seen.items()}
 
 
-def _set_by_value(module: nn.Module, sizes: dict[int, int]) -> None:
-    for name, value in list(vars(module).items()):
-        if isinstance(value, int) and not isinstance(value, bool) and value in sizes and not name.startswith("_"):
-            setattr(module, name, sizes[value])
-
-
+def _by_value(module: nn.Module, sizes: dict[int, int]) -> dict[str, Any]:
+    return {
+        name: sizes[value]
+        for name, value in vars(module).items()
+        if isinstance(value, int) and not isinstance(value, bool) and value in sizes and not name.startswith("_") and name != "training"
+    }

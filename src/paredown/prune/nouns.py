@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 
@@ -37,3 +38,5 @@ class Pruned:
     realiser: Literal["module", "graph"]
     """ "module": the user's own class with smaller parameters; "graph": rebuilt from the exported graph."""
     proof: Proof
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Sizes set on the user's class, by module path, so that `load` can set them again."""

@@ -193,7 +193,7 @@ def healthy(program: Program, seed: int, gain: float = 1.0) -> dict[str, Tensor]
     made: dict[int, Tensor] = {}
     for name, tensor in program.state.items():
         role = roles.get(name)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or (name not in parameters and role is None):
+        if not tensor.is_floating_point() or (name not in parameters and role is None):
             out[name] = tensor
             continue
         if id(tensor) not in made:

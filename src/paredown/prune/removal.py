@@ -133,9 +133,6 @@ def slice_state(state: Mapping[str, Tensor], storage: Mapping[str, str], keep: K
     made: dict[str, Any] = {}
     out = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            out[name] = tensor
-            continue
         first = storage.get(name, name)
         if first not in made:
             cut = tensor.detach()
@@ -151,9 +148,6 @@ def own(state: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, 
     made: dict[int, Tensor] = {}
     out = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            out[name] = tensor
-            continue
         if id(tensor) not in made:
             shared = tensor.numel() > 0 and tensor.data_ptr() == source[name].data_ptr()
             made[id(tensor)] = (tensor.detach().clone() if shared else tensor.detach()).requires_grad_(source[name].requires_grad)

@@ -14,7 +14,7 @@ from paredown.errors import NothingToDo, UsageError, VerificationError
 from paredown.plan import Plan
 from paredown.program import Program
 from paredown.prune.graph import realise_graph
-from paredown.prune.module import realise_module
+from paredown.prune.module import Attributes, realise_module
 from paredown.prune.nouns import Pruned
 from paredown.prune.prove import Reference, own_move, prove, reference
 from paredown.prune.removal import Removal, removal
@@ -66,11 +66,11 @@ class _Attempt:
 
 
 def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
-    module = realise_module(attempt.program, attempt.gone)
-    if module is None:
+    realised = realise_module(attempt.program, attempt.gone)
+    if realised is None:
         return VerificationError("the module realiser needs the user's own class. Got a model that was rebuilt from graphs.")
     try:
-        return _proven(attempt, module, "module")
+        return _proven(attempt, realised[0], "module", realised[1])
     except VerificationError as error:
         return error
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
@@ -80,7 +80,27 @@ def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
         return refused
 
 
-def _proven(attempt: _Attempt, module: nn.Module, realiser: Literal["module", "graph"]) -> Pruned:
+def _proven(attempt: _Attempt, module: nn.Module, realiser: Literal["module", "graph"], attributes: Attributes | None = None) -> Pruned:
     proof = prove(attempt.program, module, attempt.gone, attempt.known, seed=attempt.seed)
     proof = dataclasses.replace(proof, own_move=own_move(attempt.program, module))
-    return Pruned(module=module, program=attempt.program, plan=attempt.plan, realiser=realiser, proof=proof)
+    return Pruned(module=module, program=attempt.program, plan=attempt.plan, realiser=realiser, proof=proof, attributes=attributes or {})
+
+
+def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
+    """Two levels as one result of the first program. `second` was pruned from a capture of `first.module`.
+
+    The composed plan is proven again, on the first program.
+    """
+    plan = first.plan.then(second.plan)
+    gone = removal(trace(first.program), plan)
+    known = reference(first.program, gone, seed=seed)
+    proof = prove(first.program, second.module, gone, known, seed=seed)
+    attributes = {p: {**first.attributes.get(p, {}), **second.attributes.get(p, {})} for p in {*first.attributes, *second.attributes}}
+    return Pruned(
+        module=second.module,
+        program=first.program,
+        plan=plan,
+        realiser=second.realiser,
+        proof=dataclasses.replace(proof, own_move=own_move(first.program, second.module)),
+        attributes=attributes,
+    )

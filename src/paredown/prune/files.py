@@ -1,0 +1,128 @@
+"""save and load: a pruned model as safetensors and JSON, rebuilt in the user's own class without unpickling."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from paredown.couple.trace import trace
+from paredown.errors import RejectedError, UsageError
+from paredown.plan import Plan
+from paredown.program import Inputs, capture
+from paredown.prune.graph import realise_graph
+from paredown.prune.module import put_state, set_attributes, tensors
+from paredown.prune.nouns import Pruned
+from paredown.prune.removal import removal
+from paredown.records import whole_file, write_text
+
+WEIGHTS, PLAN, FORM = "model.safetensors", "plan.json", "form.json"
+
+
+def save(pruned: Pruned, folder: str | Path) -> None:
+    """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, input shapes); each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / PLAN, pruned.plan.to_json())
+    form = {
+        "schema": 1,
+        "realiser": pruned.realiser,
+        "plan_digest": pruned.plan.digest,
+        "attributes": {p: dict(v) for p, v in sorted(pruned.attributes.items())},
+        "inputs": _described(pruned.program.inputs),
+    }
+    write_text(folder / FORM, json.dumps(form, indent=1, sort_keys=True) + "\n")
+    with whole_file(folder / WEIGHTS) as temporary:
+        save_file(_own_tensors(pruned.module.state_dict()), temporary, metadata={"plan": pruned.plan.digest})
+
+
+def load(folder: str | Path, model: nn.Module, inputs: Any = None) -> nn.Module:
+    """The pruned model in the user's class: cut by the plan, sizes set, weights loaded strictly. `model` is not changed.
+
+    Where only the graph realiser fitted, the model is captured again and rebuilt as a graph (`inputs` where the
+    stored shapes are not enough: integer inputs with a meaning). Raises RejectedError where the files do not fit.
+
+    >>> import paredown as pare                                       # doctest: +SKIP
+    >>> model = pare.load("runs/digits", DigitsNet())                 # doctest: +SKIP
+    """
+    folder = Path(folder)
+    form = _read_form(folder)
+    plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    if plan.digest != form["plan_digest"]:
+        msg = f"plan.json and form.json in {folder} must belong together. Got digests {plan.digest[:12]} and {form['plan_digest'][:12]}."
+        raise RejectedError(msg)
+    weights = load_file(folder / WEIGHTS)
+    if form["realiser"] == "graph":
+        program = capture(model, inputs if inputs is not None else _example(form["inputs"]))
+        rebuilt: nn.Module = realise_graph(program, removal(trace(program), plan))
+    else:
+        rebuilt = _cut(copy.deepcopy(model), plan)
+        set_attributes(rebuilt, form["attributes"])
+    try:
+        rebuilt.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        msg = f"the weights in {folder} must fit {type(model).__name__} after the plan. {error}"
+        raise RejectedError(msg) from error
+    return rebuilt.eval()
+
+
+def _read_form(folder: Path) -> dict[str, Any]:
+    missing = [n for n in (WEIGHTS, PLAN, FORM) if not (folder / n).is_file()]
+    if missing:
+        msg = f"a pruned model must be a folder with {WEIGHTS}, {PLAN} and {FORM}. Got {folder} without {', '.join(missing)}."
+        raise RejectedError(msg)
+    form: dict[str, Any] = json.loads((folder / FORM).read_text(encoding="utf-8"))
+    if form.get("schema") != 1:
+        msg = f"form.json must have schema 1. Got {form.get('schema')!r}. A newer file needs a newer paredown."
+        raise UsageError(msg)
+    for path, values in form["attributes"].items():
+        form["attributes"][path] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return form
+
+
+def _cut(model: nn.Module, plan: Plan) -> nn.Module:
+    """Slice a model's tensors by the plan, tied names together."""
+    every = tensors(model)
+    made: dict[int, Tensor] = {}
+    by_id = {id(every[name]): axes for name, axes in plan.keep.items() if name in every}
+    for tensor in every.values():
+        cut = tensor.detach()
+        for axis, kept in by_id.get(id(tensor), {}).items():
+            cut = cut.index_select(axis, torch.tensor(kept))
+        made[id(tensor)] = cut
+    put_state(model, {name: made[id(tensor)] for name, tensor in every.items()})
+    return model
+
+
+def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share nothing: safetensors refuses shared memory, so a tied name is written for itself."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return out
+
+
+def _described(inputs: Inputs) -> dict[str, Any]:
+    leaves = pytree.tree_map(lambda t: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} if isinstance(t, Tensor) else None, inputs)
+    return {"args": leaves[0], "kwargs": leaves[1]}
+
+
+def _example(described: dict[str, Any]) -> dict[str, Any]:
+    def made(value: Any) -> Any:
+        if isinstance(value, dict) and set(value) == {"shape", "dtype"}:
+            dtype = getattr(torch, value["dtype"])
+            return torch.zeros(value["shape"], dtype=dtype)
+        if isinstance(value, dict):
+            return {k: made(v) for k, v in value.items()}
+        return tuple(made(v) for v in value) if isinstance(value, list) else value
+
+    return {"args": made(described["args"]), "kwargs": made(described["kwargs"])}
