@@ -23,7 +23,7 @@ class NodeCost:
     name: str
     """Layer as the user knows it: the owner of its parameters, else the module that made it, else the node."""
     node: str
-    """Node of the exported graph; "" for parameters that no node reads."""
+    """Node of the exported graph; attention has two, "name:scores" and "name:values"; "" where no node reads it."""
     kind: str
     """Op such as "conv2d"; for a layer those of its ops that count, as "linear+scaled_dot_product_attention"."""
     output_shape: tuple[int, ...] = ()
@@ -36,7 +36,8 @@ class NodeCost:
     activation_bytes: int = 0
     """Bytes of the tensors this node allocates; views and in-place results are 0."""
     weights: tuple[str, ...] = ()
-    """Parameters that the MACs are proportional to: MACs = rows × Σ numel. Empty for products of activations."""
+    """Parameters that the MACs are proportional to, by their first name where tied: MACs = rows × Σ numel.
+    Empty for products of activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,10 @@ class Cost:
     shrink: ShrinkPlan | None = None
     dtypes: Mapping[str, int] = field(default_factory=dict)
     """Parameters by dtype."""
+    parameter_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Distinct parameters; tied ones under their first name."""
+    buffer_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Buffers and lifted constants."""
 
     @property
     def flops(self) -> int:

@@ -76,8 +76,13 @@ def product(first: str, second: str) -> Callable[[Call], Counted]:
 
 def attention(call: Call) -> Counted:
     """MACs = heads × L × S × (E + Ev): query [.., L, E] · key [.., S, E], then weights · value [.., S, Ev]."""
-    query, key = call.shape("query"), call.shape("key")
-    return _numel(call.out[:-1]) * key[-2] * (query[-1] + call.out[-1]), ()
+    return sum(attention_parts(call)), ()
+
+
+def attention_parts(call: Call) -> tuple[int, int]:
+    """MACs of query·key and of weights·value."""
+    pairs = _numel(call.out[:-1]) * call.shape("key")[-2]
+    return pairs * call.shape("query")[-1], pairs * call.out[-1]
 
 
 def recurrent(call: Call) -> Counted:

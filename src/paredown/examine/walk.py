@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError
 from paredown.examine.cost import Cost, NodeCost, Uncounted
-from paredown.examine.count import COUNTED, ZERO, Call, Shape, bound, op_name
+from paredown.examine.count import COUNTED, ZERO, Call, Shape, attention_parts, bound, op_name
 from paredown.examine.shrink import shrink_to
 from paredown.examine.size import file_size, state_size
 from paredown.program import Program, module_path, placeholder_names, source_line
@@ -78,6 +78,10 @@ def examine(
         file_badge=badge,
         alarms=tuple(dict.fromkeys(held.alarms + (found.alarms if found is not None else ()))),
         dtypes=walk.dtypes(),
+        parameter_shapes={n: tuple(t.shape) for n, t in walk.parameters.items() if walk.first[n] == n},
+        buffer_shapes={
+            n: tuple(t.shape) for n, t in program.state.items() if isinstance(t, Tensor) and n not in walk.parameters
+        },
     )
     if target_bytes is None:
         return cost
@@ -95,6 +99,8 @@ class _Walk:
         self.graph = program.eval_graph
         self.names = placeholder_names(self.graph)
         self.parameters = {n: t for n, t in program.state.items() if n in set(self.graph.graph_signature.parameters)}
+        names: dict[int, str] = {}
+        self.first = {n: names.setdefault(id(t), n) for n, t in self.parameters.items()}  # tied names → the first
         self._sizes: dict[Any, int] = {}
         self.whole: dict[fx.Node, str] = {}  # node → parameter that it is a (permuted) whole view of
         self.storage: dict[fx.Node, fx.Node] = {}  # node → node that allocated its memory
@@ -203,7 +209,8 @@ class _Walk:
             allocated = self.bytes.get(node, 0)
             if not (macs or own or allocated):
                 continue
-            costs.append(
+            costs += self._parts(
+                node,
                 NodeCost(
                     name=self._name(node, weights or tuple(own)),
                     node=node.name,
@@ -213,8 +220,8 @@ class _Walk:
                     macs=macs,
                     parameter_bytes=_bytes(self.parameters[n] for n in own),
                     activation_bytes=allocated,
-                    weights=weights,
-                )
+                    weights=tuple(self.first[w] for w in weights),
+                ),
             )
         for name in unused:
             tensor = self.parameters[name]
@@ -236,6 +243,18 @@ class _Walk:
             found[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
         return dict(found)
 
+    def _parts(self, node: fx.Node, cost: NodeCost) -> list[NodeCost]:
+        """Attention as its two products, which shrink on their own; anything else as it is."""
+        if cost.kind != "scaled_dot_product_attention":
+            return [cost]
+        scores, values = attention_parts(self._call(node))
+        first = replace(cost, node=f"{node.name}:scores", macs=scores, activation_bytes=0)
+        return [first, replace(cost, node=f"{node.name}:values", macs=values, parameters=0, parameter_bytes=0)]
+
+    def _call(self, node: fx.Node) -> Call:
+        out = self._output_shape(node)
+        return Call(node=node, arguments=bound(node), shape_of=self.shape, weight_of=self._weight, out=out)
+
     def _macs(self, node: fx.Node, unknown: dict[str, list[str]]) -> tuple[int, tuple[str, ...]]:
         op = op_name(node)
         count = COUNTED.get(op)
@@ -243,12 +262,9 @@ class _Walk:
             if op not in ZERO:
                 unknown[op].append(_where(node))
             return 0, ()
-        call = Call(
-            node=node, arguments=bound(node), shape_of=self.shape, weight_of=self._weight, out=self._output_shape(node)
-        )
         if any(_is_unbacked(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
             unknown[f"{op} of a size that depends on data"].append(_where(node))
-        return count(call)
+        return count(self._call(node))
 
     def _weight(self, node: Any) -> str | None:
         return self.whole.get(node) if isinstance(node, fx.Node) else None
