@@ -1,1 +1,103 @@
-"""."""
+"""Export: a network as a file that a runtime executes, and the proof that it executes the same function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from paredown.errors import MissingError, UsageError
+from paredown.export.artifact import Artifact, Check
+from paredown.export.session import Predict, predictor
+from paredown.program import Program, capture
+from paredown.prune.nouns import Pruned
+from paredown.quantize.batches import Batches
+from paredown.quantize.nouns import Quantized
+from paredown.target import named
+
+RUNTIMES: Mapping[str, str] = {"onnxruntime-x86": "paredown.export.onnxruntime"}
+"""Target → the module that writes its files and opens what the runtime makes of them."""
+
+
+def export(
+    thing: Program | Pruned | Quantized | tuple[nn.Module, Any],
+    path: str | Path,
+    *,
+    target: str | None = None,
+    opset: int = 18,
+) -> Artifact:
+    """Write the file that a runtime executes: ONNX, float32 or int8 (QDQ), with the batch free where the program's is.
+
+    `thing` is a Program, a Pruned, a Quantized, or (module, inputs). Integer codes are written as they are in
+    `Quantized.weights`, never computed again. The bytes depend on nothing but `thing` and the versions of torch and
+    onnxscript, and hold no path, user name or stack trace. Weights above 1.9 GB go to a side file, listed in
+    `Artifact.files`. Files appear whole or not at all.
+
+    Raises UsageError (target, opset), RejectedError (ops without a translation, listed before conversion), MissingError
+    (onnx, onnxscript), ResourceError (the path cannot be written).
+
+    >>> import tempfile, torch
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    >>> artifact = export((net, torch.zeros(2, 1, 4, 4)), Path(tempfile.mkdtemp()) / "net.onnx")
+    >>> artifact.scheme, len(artifact.files)
+    ('fp32', 1)
+    """
+    table = named(target or (thing.target if isinstance(thing, Quantized) else "onnxruntime-x86"))
+    if isinstance(thing, Quantized) and thing.target != table.name:
+        msg = f"target must be that of the quantized network, {thing.target!r}. Got {table.name!r}. Quantize again for it."
+        raise UsageError(msg)
+    runtime = _runtime(table.name)
+    path = Path(path)
+    if path.is_dir():
+        msg = f"path must be a file to write. Got the folder {path}. Add a name such as model.onnx."
+        raise UsageError(msg)
+    return runtime.write(_floating(thing), path, target=table, opset=opset)  # type: ignore[no-any-return]
+
+
+def check(
+    artifact: Artifact,
+    reference: Program | Pruned | Quantized | nn.Module,
+    samples: Batches,
+    *,
+    strict: bool = True,
+) -> Check:
+    """Run the file in its runtime on real samples, at their batch size and at 1, and compare with PyTorch.
+
+    float32 holds where max |runtime - torch| ≤ 1e-4 · max |torch|. int8 holds where the cosine of every output tensor
+    is ≥ 0.999 against `reference`, which should be the Quantized that was exported: single steps of rounding
+    differ between the two and propagate, so the maximum error says little there. Also opens the runtime's own optimised
+    graph and lists what runs in int8 and what computes in float.
+
+    Raises VerificationError with the Check as `evidence` where it does not hold and `strict`; RejectedError without
+    samples; MissingError where the runtime is missing or older than the file.
+    """
+    return _runtime(artifact.target).compare(artifact, reference, samples, strict=strict)  # type: ignore[no-any-return]
+
+
+def _runtime(target: str) -> Any:
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            msg = f"the target {target} must have {library}. It cannot be imported ({error}). Run: pip install 'paredown[onnx]'."
+            raise MissingError(msg) from error
+    return importlib.import_module(RUNTIMES[named(target).name])
+
+
+def _floating(thing: Any) -> Program | Quantized:
+    """What the runtime's module exports: a captured program or a quantized one."""
+    if isinstance(thing, Program | Quantized):
+        return thing
+    if isinstance(thing, Pruned):
+        args, kwargs = thing.program.inputs
+        return capture(thing.module, {"args": args, "kwargs": kwargs}, train=False)
+    if isinstance(thing, tuple) and len(thing) == 2 and isinstance(thing[0], nn.Module):
+        return capture(thing[0], thing[1], train=False)
+    msg = f"the thing to export must be a Program, a Pruned, a Quantized or (module, inputs). Got {type(thing).__name__}."
+    raise UsageError(msg)
+
+
+__all__ = ["RUNTIMES", "Artifact", "Check", "Predict", "check", "export", "predictor"]

@@ -1,0 +1,302 @@
+"""ONNX files for ONNX Runtime: float or QDQ, dynamic batch, nothing of the machine inside; and what the runtime makes of them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.utils import _pytree as pytree
+
+from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
+from paredown.export.artifact import Artifact, Check
+from paredown.export.session import STRUCTURE, leaf_names, open_session, predictor, skeleton
+from paredown.program import Program, source_line
+from paredown.quantize.batches import Batches, each, length, rows, tensors_of
+from paredown.quantize.nouns import Quantized
+from paredown.records import whole_file
+from paredown.target import Target
+
+SPLIT_BYTES = 1_900_000_000
+"""Above this many bytes of weights they go to a side file: one protobuf message holds 2 GiB at most."""
+FLOAT_TOLERANCE = 1e-4
+COSINE = 0.999
+
+
+def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int) -> Artifact:
+    """Convert, tidy, name and write; the files appear whole or not at all."""
+    limits = target.limits
+    if isinstance(opset, bool) or not isinstance(opset, int) or not limits["opset"] <= opset <= limits["opset_max"]:
+        msg = f"opset must be an integer from {limits['opset']} to {limits['opset_max']} for {target.name}. Got {opset!r}."
+        raise UsageError(msg)
+    quantized = isinstance(thing, Quantized)
+    with _quiet():
+        program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
+        model = _converted(program, opset)
+        names = _parameter_names(thing, model)
+        _polish(model, program, names, quantized)
+    files = _write_files(model, path)
+    return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else "fp32")
+
+
+def _exported(quantized: Quantized) -> ExportedProgram:
+    """The quantized graph as an exported program, with the batch free where that of the float network is."""
+    args, kwargs = quantized.inputs
+    shapes = None
+    if quantized.program.batch == "dynamic":
+        size = length((args, kwargs))
+
+        def free(value: Any) -> Any:
+            return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else None
+
+        names = _argument_names(quantized)
+        shapes = {**dict(zip(names, pytree.tree_map(free, args), strict=False)), **pytree.tree_map(free, kwargs)}
+    with torch.no_grad():
+        return torch.export.export(quantized.module, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _argument_names(quantized: Quantized) -> list[str]:
+    import inspect
+
+    parameters = inspect.signature(quantized.module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+
+
+def _refuse_unsupported(program: ExportedProgram, opset: int) -> None:
+    """List every op that has no translation; the exporter itself stops at the first. Nothing is written by then."""
+    from torch.onnx._internal.exporter import _decomp, _dispatching, _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib()
+    table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
+    missing: dict[str, tuple[int, str]] = {}
+    for node in program.run_decompositions(table).graph.nodes:
+        if node.op == "call_function" and _dispatching.dispatch(node, registry)[0] is None:
+            count, where = missing.get(str(node.target), (0, source_line(node)))
+            missing[str(node.target)] = (count + 1, where)
+    if missing:
+        listed = "; ".join(f"{op} ({n}×{', first at ' + where if where else ''})" for op, (n, where) in sorted(missing.items()))
+        msg = f"every op must have a translation to ONNX opset {opset}. Got {listed}. Replace these ops, or keep them out of forward."
+        raise RejectedError(msg)
+
+
+def _converted(program: ExportedProgram, opset: int) -> Any:
+    """The exporter's model; its own words are kept out of the way unless it fails."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
+    except ImportError as error:
+        msg = f"export must have onnx and onnxscript. Got: {error}. Run: pip install 'paredown[onnx]'."
+        raise MissingError(msg) from error
+    except Exception as error:
+        _refuse_unsupported(program, opset)
+        reason = str(error).strip().splitlines()[0][:300]
+        msg = f"the network must be convertible to ONNX opset {opset}. Got {type(error).__name__}: {reason}."
+        raise RejectedError(msg) from error
+    if result is None:
+        msg = "the ONNX exporter must return a program. Got None."
+        raise RejectedError(msg)
+    return result.model
+
+
+def _parameter_names(thing: Program | Quantized, model: Any) -> dict[str, str]:
+    """Initializer → parameter it holds."""
+    if isinstance(thing, Program):
+        return {name: name for name in model.graph.initializers if name in thing.state}
+    held = {p.codes.data_ptr(): name for name, p in thing.weights.items()}
+    found = {}
+    for name in model.graph.initializers:
+        tensor = thing.module
+        for part in name.split("."):
+            tensor = getattr(tensor, part, None)  # type: ignore[assignment]
+        if isinstance(tensor, Tensor) and tensor.data_ptr() in held:
+            found[name] = held[tensor.data_ptr()]
+    return found
+
+
+def _polish(model: Any, program: ExportedProgram, names: Mapping[str, str], quantized: bool) -> None:
+    from paredown.export import onnx_passes
+
+    _name_edges(model, program)
+    held = {model.graph.initializers[k]: name for k, name in names.items()}
+    onnx_passes.tidy(model)
+    left = {str(v.name): held[v] for v in model.graph.initializers.values() if v in held}
+    onnx_passes.shorten(model, left, keep_weights=not quantized)
+
+
+def _name_edges(model: Any, program: ExportedProgram) -> None:
+    """Outputs by their place in the structure; the free axis of inputs and outputs is called batch."""
+    outs = [s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    structure = skeleton(program.call_spec.out_spec, [not isinstance(s.arg, ConstantArgument) for s in outs])
+    taken = {v.name for v in model.graph.inputs}
+    for number, name in leaf_names(structure).items():
+        model.graph.outputs[number].name = name if name not in taken else f"{name}_out"
+    model.metadata_props.clear()
+    if structure != 0:
+        model.metadata_props[STRUCTURE] = json.dumps(structure, separators=(",", ":"))
+    free: dict[str, str] = {}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                first = axis == 0 and "batch" not in free.values()
+                value.shape[axis] = free.setdefault(dim.value, "batch" if first else f"axis{len(free)}")
+
+
+def _write_files(model: Any, path: Path) -> tuple[Path, ...]:
+    """One file, or two where the weights are too large for one."""
+    import onnx_ir as ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    if size <= SPLIT_BYTES:
+        data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(data)
+        return (path,)
+    side = path.with_name(path.name + ".data")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+        ir.external_data.unload_from_model(model, folder, side.name)
+        data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+        with whole_file(side) as temporary:
+            (Path(folder) / side.name).replace(temporary)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+    return (path, side)
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+
+
+def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: bool) -> Check:
+    """Run the file on the samples, at their batch and at batch 1, against PyTorch."""
+    runtime, torch_side = predictor(artifact), predictor(reference)
+    pairs: list[tuple[list[Tensor], list[Tensor]]] = []
+    for args, kwargs in each(samples):
+        for part in [(args, kwargs)] if length((args, kwargs)) == 1 else [(args, kwargs), rows((args, kwargs), slice(0, 1))]:
+            pairs.append((tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference)))
+    if not pairs:
+        msg = "check must have at least one sample. Got 0 batches."
+        raise RejectedError(msg)
+    int8_nodes, float_nodes = inspect_optimized(artifact)
+    error, scale, cosine, finite = _distance(pairs)
+    within = error <= FLOAT_TOLERANCE * scale if artifact.scheme == "fp32" else cosine >= COSINE
+    check = Check(
+        max_error=error,
+        scale=scale,
+        cosine=cosine,
+        int8_nodes=int8_nodes,
+        float_nodes=float_nodes,
+        holds=bool(within and finite),
+    )
+    if strict and not check.holds:
+        rule = f"within {FLOAT_TOLERANCE:g} of the output scale" if artifact.scheme == "fp32" else f"cosine ≥ {COSINE}"
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got an error of {error:.3g} at scale {scale:.3g}, cosine {cosine:.6f}."
+        raise VerificationError(msg, evidence=check)
+    return check
+
+
+def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
+    """PyTorch's outputs; a program with a fixed batch is asked with its own batch only."""
+    program = reference.program if isinstance(reference, Quantized) else reference
+    if isinstance(program, Program) and program.batch != "dynamic" and length(part) == 1 and length(program.inputs) > 1:
+        whole = pytree.tree_map(lambda v: v.repeat(length(program.inputs), *[1] * (v.dim() - 1)) if isinstance(v, Tensor) and v.dim() else v, part)
+        return [t[:1] for t in tensors_of(predict(*whole[0], **whole[1]))]
+    return tensors_of(predict(*part[0], **part[1]))
+
+
+def _distance(pairs: list[tuple[list[Tensor], list[Tensor]]]) -> tuple[float, float, float, bool]:
+    """Largest error, largest reference value, smallest cosine over all outputs, whether all is finite."""
+    error, scale, cosine, finite = 0.0, 0.0, 1.0, True
+    for got, expected in pairs:
+        if [tuple(t.shape) for t in got] != [tuple(t.shape) for t in expected]:
+            msg = f"outputs must have the shapes of PyTorch's: {[tuple(t.shape) for t in expected]}. Got {[tuple(t.shape) for t in got]}."
+            raise VerificationError(msg)
+        for a, b in zip(got, expected, strict=True):
+            x, y = a.double().reshape(-1), b.double().reshape(-1)
+            if not x.numel():
+                continue
+            finite &= bool(torch.isfinite(x).all())
+            error, scale = max(error, float((x - y).abs().max())), max(scale, float(y.abs().max()))
+            norms = float(x.norm() * y.norm())
+            cosine = min(cosine, float(x @ y) / norms if norms else float(bool((x == y).all())))
+    return error, scale, cosine, finite
+
+
+def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """("op: name" in int8, "op: name" in float) of the runtime's own optimised graph (ORT_ENABLE_EXTENDED)."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(artifact.path, optimized=optimized)
+        model = onnx.load(str(optimized), load_external_data=False)
+    kinds = {i.name: "code" if i.data_type in _CODES else "float" if i.data_type in _FLOATS else "other" for i in model.graph.initializer}
+    kinds |= {i.name: "float" if i.type.tensor_type.elem_type in _FLOATS else "other" for i in model.graph.input}
+    int8_nodes, float_nodes = [], []
+    for node in model.graph.node:
+        kind = _kind_of_output(node, kinds)
+        kinds |= dict.fromkeys(node.output, kind)
+        label = f"{node.op_type}: {node.name or (node.output[0] if node.output else '')}"
+        if node.op_type in _INT8_OPS or node.op_type.startswith("QLinear") or (kind == "code" and node.op_type not in _EDGES):
+            int8_nodes.append(label)
+        elif kind == "float" and node.op_type not in (*_EDGES, *_VIEWS):
+            float_nodes.append(label)
+    return tuple(int8_nodes), tuple(float_nodes)
+
+
+_FLOATS, _CODES = (1, 10, 11, 16), (2, 3)  # onnx.TensorProto: FLOAT, FLOAT16, DOUBLE, BFLOAT16; UINT8, INT8
+_EDGES = ("QuantizeLinear", "DequantizeLinear", "Constant")
+_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+_INT8_OPS = ("QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "ConvInteger", "QAttention")
+_FLOAT_RESULT = ("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+_OTHER_RESULT = ("Shape", "Size", "ArgMax", "ArgMin", "MatMulInteger", "ConvInteger", "NonZero", "Equal", "Greater", "Less", "Not", "And", "Or")
+
+
+def _kind_of_output(node: Any, kinds: Mapping[str, str]) -> str:
+    if node.op_type in _FLOAT_RESULT:
+        return "float"
+    if node.op_type == "QGemm":
+        return "code" if len(node.input) > 8 and node.input[8] else "float"
+    if node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear"):
+        return "code"
+    if node.op_type in _OTHER_RESULT:
+        return "other"
+    if node.op_type == "Cast":
+        to = next(a.i for a in node.attribute if a.name == "to")
+        return "float" if to in _FLOATS else "code" if to in _CODES else "other"
+    position = 1 if node.op_type == "Where" else 0
+    data = node.input[position] if len(node.input) > position else ""
+    return kinds.get(data, "other")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns and logs about its own internals; what matters is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def summary(check: Check) -> str:
+    """One line: how many nodes run in int8 and which kinds stay float."""
+    kinds = collections.Counter(n.split(":")[0] for n in check.float_nodes)
+    left = ", ".join(f"{k} {n}×" for k, n in sorted(kinds.items())) or "nothing"
+    return f"{len(check.int8_nodes)} nodes in int8; float: {left}"

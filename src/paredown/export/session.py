@@ -1,0 +1,196 @@
+"""An ONNX file in ONNX Runtime, and `predict`: the same call for a file and for a PyTorch module."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from paredown.errors import MissingError, RejectedError
+from paredown.export.artifact import Artifact
+from paredown.program import Program
+from paredown.prune.nouns import Pruned
+from paredown.quantize.batches import length, rows, tensors_of
+from paredown.quantize.nouns import Quantized
+
+Predict = Callable[..., Any]
+STRUCTURE = "outputs"
+"""Key of the file's metadata that holds the structure of its outputs, where it is not one tensor."""
+
+
+class Fields(dict[str, Any]):
+    """A dict output whose entries are attributes too, as models from Hugging Face return them."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+pytree.register_pytree_node(Fields, lambda d: (list(d.values()), list(d)), lambda values, keys: Fields(zip(keys, values, strict=True)))
+
+
+def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU with that many threads; `optimized` is where the runtime's own graph is written.
+
+    Raises MissingError where ONNX Runtime is missing or older than the file, RejectedError where it refuses the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        msg = "running an ONNX file must have ONNX Runtime. It is not installed. Run: pip install 'paredown[onnx]'."
+        raise MissingError(msg) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        if "opset" in reason.lower() or "ir version" in reason.lower():
+            msg = f"ONNX Runtime must be new enough for the file. Got version {onnxruntime.__version__} for {path.name}: {reason}. "
+            raise MissingError(msg + "Export with a lower opset=…, or install a newer onnxruntime.") from error
+        msg = f"an ONNX file must load in ONNX Runtime {onnxruntime.__version__}. Got {path.name}: {reason}."
+        raise RejectedError(msg) from error
+
+
+def predictor(thing: Artifact | Program | Pruned | Quantized | nn.Module, *, threads: int = 1) -> Predict:
+    """`predict(*inputs, **named)` of a file or a module: CPU float32 tensors in, the model's own structure out.
+
+    The same function of the same inputs, whichever it is: a dict stays a dict, a tuple a tuple. Any batch size; a file with
+    a fixed batch is run in pieces, the last one filled up. No gradients, eval mode; the module's own mode is restored.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> predictor(net)(torch.zeros(3, 2, 2)).shape
+    torch.Size([3, 2])
+    """
+    if isinstance(thing, Artifact):
+        return _of_file(thing, threads)
+    module = thing if isinstance(thing, nn.Module) else thing.module
+    frozen = isinstance(thing, Quantized)
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        mode = module.training
+        if mode and not frozen:
+            module.eval()
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        args, kwargs = pytree.tree_map(lambda v: v.detach().to(device) if isinstance(v, Tensor) else v, (args, kwargs))
+        try:
+            with torch.no_grad():
+                return pytree.tree_map(_plain, module(*args, **kwargs))
+        finally:
+            if mode and not frozen:
+                module.train(mode)
+
+    return predict
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+
+
+def _of_file(artifact: Artifact, threads: int) -> Predict:
+    session = open_session(artifact.path, threads=threads)
+    wanted = session.get_inputs()
+    meta = session.get_modelmeta().custom_metadata_map
+    structure = json.loads(meta[STRUCTURE]) if STRUCTURE in meta else 0
+    fixed = next((i.shape[0] for i in wanted if i.shape and isinstance(i.shape[0], int)), None)
+    if any(i.shape and isinstance(i.shape[0], str) for i in wanted):
+        fixed = None
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        feed = as_feed(wanted, args, kwargs)
+        arrays = session.run(None, feed) if fixed is None else _in_pieces(session, feed, fixed)
+        return _built(structure, [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays])
+
+    return predict
+
+
+def as_feed(wanted: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by input name: named tensors by their name, the others in order. Raises RejectedError where they do not fit."""
+    names = [i.name for i in wanted]
+    feed = {name: value for name, value in kwargs.items() if name in names and isinstance(value, Tensor)}
+    rest = tensors_of((args, {k: v for k, v in kwargs.items() if k not in feed}))
+    free = [n for n in names if n not in feed]
+    if len(rest) != len(free):
+        msg = f"inputs must fit the file: {', '.join(names)}. Got {len(rest)} tensors by position and {', '.join(feed) or 'none'} by name."
+        raise RejectedError(msg)
+    feed.update(zip(free, rest, strict=True))
+    kinds = {i.name: i.type for i in wanted}
+    return {n: _array(feed[n], kinds[n]) for n in names}
+
+
+def _array(tensor: Tensor, kind: str) -> Any:
+    array = tensor.detach().cpu().contiguous().numpy()
+    return array.astype(np.float32) if kind == "tensor(float)" and array.dtype != np.float32 else array
+
+
+def _in_pieces(session: Any, feed: dict[str, Any], fixed: int) -> list[Any]:
+    """Run a file whose batch is fixed: pieces of that length, the last filled with its own last sample, and cut again."""
+    total = next(a.shape[0] for a in feed.values() if a.ndim)
+    parts = []
+    for start in range(0, total, fixed):
+        index = np.minimum(np.arange(start, start + fixed), total - 1)
+        parts.append(session.run(None, {n: a[index] if a.ndim and a.shape[0] == total else a for n, a in feed.items()}))
+    outs = [np.concatenate(p) if p[0].ndim and p[0].shape[0] == fixed else p[0] for p in zip(*parts, strict=True)]
+    return [o[:total] if o.ndim and o.shape[0] > total else o for o in outs]
+
+
+def skeleton(out_spec: Any, tensors: list[bool]) -> Any:
+    """The structure of an output as JSON: a number for a tensor, a list, an object with names, null for anything else.
+
+    `tensors` says of every leaf whether it is one.
+    """
+    leaves = iter(tensors)
+    numbers = itertools.count()
+
+    def walk(spec: Any) -> Any:
+        if spec.is_leaf():
+            return next(numbers) if next(leaves) else None
+        children = [walk(c) for c in spec.children()]
+        keys = spec.context
+        if isinstance(keys, list | tuple) and len(keys) == 2 and isinstance(keys[0], list | tuple):
+            keys = keys[0] if len(keys[0]) == len(children) else keys[1]  # OrderedDict-like outputs carry (names, types)
+        if isinstance(spec.type, type) and issubclass(spec.type, dict) and isinstance(keys, list | tuple):
+            return {str(k): c for k, c in zip(keys, children, strict=True)}
+        return children
+
+    return walk(out_spec)
+
+
+def leaf_names(structure: Any, prefix: str = "") -> dict[int, str]:
+    """Name of every output: "logits", "boxes.0", "output" where the structure has no names."""
+    if isinstance(structure, int):
+        return {structure: prefix or "output"}
+    if structure is None:
+        return {}
+    parts = structure.items() if isinstance(structure, dict) else enumerate(structure)
+    found: dict[int, str] = {}
+    for key, part in parts:
+        found |= leaf_names(part, f"{prefix}.{key}" if prefix else str(key) if isinstance(key, str) else f"output_{key}")
+    return found
+
+
+def _built(structure: Any, leaves: list[Tensor]) -> Any:
+    if isinstance(structure, int):
+        return leaves[structure]
+    if isinstance(structure, dict):
+        return Fields({k: _built(v, leaves) for k, v in structure.items()})
+    return None if structure is None else tuple(_built(v, leaves) for v in structure)
+
+
+__all__ = ["Fields", "Predict", "as_feed", "leaf_names", "length", "open_session", "predictor", "rows", "skeleton"]

@@ -1,0 +1,157 @@
+"""Our annotation for PT2E: reads the target's table, writes on every node how its inputs and output are quantized."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer, SharedQuantizationSpec
+
+from paredown.quantize.decompose import op_name
+from paredown.quantize.numerics import WEIGHT_MAX, WEIGHT_MIN
+from paredown.quantize.observe import OBSERVERS, PerChannel
+from paredown.target import Target
+
+KEY = "quantization_annotation"
+
+
+class TableQuantizer(Quantizer):  # type: ignore[misc]
+    """A PT2E Quantizer that knows nothing but a table.
+
+    Three passes over the graph: ops that compute (weighted, binary, lookup, matmul, fused activations); then, forward and
+    backward, ops that only move values, where their neighbour is quantized already: a view between two float
+    ops stays float. All activations of one value share one observer, so both inputs of an addition are quantized
+    and pool, flatten, pad and concatenation keep the scale of their inputs.
+    """
+
+    def __init__(self, target: Target, observer: str) -> None:
+        unsigned = target.activation_dtype == "uint8"
+        self.target = target
+        self.activation = QuantizationSpec(
+            dtype=torch.uint8 if unsigned else torch.int8,
+            quant_min=0 if unsigned else -128,
+            quant_max=255 if unsigned else 127,
+            qscheme=torch.per_tensor_affine,
+            observer_or_fake_quant_ctr=OBSERVERS[observer],
+        )
+        self.weight = QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=WEIGHT_MIN,
+            quant_max=WEIGHT_MAX,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+            observer_or_fake_quant_ctr=PerChannel,
+        )
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Write the annotations."""
+        nodes = [n for n in model.graph.nodes if n.op == "call_function"]
+        for node in nodes:
+            self._compute(node)
+        for node in nodes:
+            if self._moves(node) and any(_is_quantized(x) for x in _inputs(node)):
+                self._share(node)
+        for node in reversed(nodes):
+            if self._moves(node) and any(_wants(user, node) for user in _readers(node)):
+                self._share(node)
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing to check: `quantize` proves the prepared graph by running it."""
+
+    def _compute(self, node: fx.Node) -> None:
+        name = op_name(node)
+        kind = self.target.ops.get(name, "")
+        args = list(node.args[:2])
+        if name in self.target.fusions and isinstance(args[0], fx.Node) and is_float(args[0]):
+            _put(node, {}, self.activation)
+        elif any(isinstance(v, fx.Node) for v in node.kwargs.values()) or "alpha" in node.kwargs:
+            return  # PT2E cannot annotate tensors that are passed by keyword; x + 2·y is two ops in the runtime
+        elif kind == "weighted" and is_float(args[0]) and is_constant(args[1]):
+            _put(node, {args[0]: self.activation, args[1]: self.weight}, self._output(node, name))
+        elif kind in ("binary", "matmul") and len(args) == 2 and all(is_float(a) for a in args) and not _scales_by_weight(name, args):
+            _put(node, dict.fromkeys(args, self.activation), self._output(node, ""))
+        elif kind == "lookup" and is_float(args[0]):
+            _put(node, {args[0]: self.activation}, self._output(node, ""))
+
+    def _output(self, node: fx.Node, name: str) -> Any:
+        """None where the next op is fused, and behind a last linear layer, whose kernel can return float."""
+        users = list(node.users)
+        if len(users) == 1 and op_name(users[0]) in self.target.fusions:
+            return None
+        if name == "linear" and all(_reaches_output(u) for u in users):
+            return None
+        return self.activation
+
+    def _moves(self, node: fx.Node) -> bool:
+        if KEY in node.meta or self.target.ops.get(op_name(node)) != "shared":
+            return False
+        if op_name(node) in ("pad", "constant_pad_nd") and _pad_value(node) != 0:
+            return False
+        inputs = _inputs(node)
+        return bool(inputs) and all(is_float(x) for x in inputs)
+
+    def _share(self, node: fx.Node) -> None:
+        inputs = _inputs(node)
+        first = SharedQuantizationSpec((inputs[0], node))
+        parts = [u for u in node.users if u.target is operator.getitem] if not isinstance(node.meta.get("val"), Tensor) else []
+        specs: dict[Any, Any] = {x: first for x in inputs if x is not inputs[0]}  # a concatenation has one scale
+        _put(node, {inputs[0]: self.activation, **specs}, None if parts else first)
+        for part in parts:
+            _put(part, {}, first)
+
+
+def is_float(value: Any) -> bool:
+    """Whether a node's value is a float32 tensor."""
+    fake = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(fake, Tensor) and fake.dtype == torch.float32
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a node is a parameter or buffer."""
+    return isinstance(value, fx.Node) and value.op == "get_attr" and is_float(value)
+
+
+def _put(node: fx.Node, inputs: dict[Any, Any], output: Any) -> None:
+    node.meta[KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=output, _annotated=True)
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The values that an op moves: a list of tensors, or its first argument. Sizes and indices are not among them."""
+    first = node.args[0] if node.args else None
+    return [x for x in first if isinstance(x, fx.Node)] if isinstance(first, list | tuple) else [first] if isinstance(first, fx.Node) else []
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    return [reader for user in node.users for reader in (user.users if user.target is operator.getitem else [user])]
+
+
+def _is_quantized(node: fx.Node) -> bool:
+    return KEY in node.meta and node.meta[KEY].output_qspec is not None
+
+
+def _wants(user: fx.Node, node: fx.Node) -> bool:
+    if KEY not in user.meta:
+        return False
+    wanted = user.meta[KEY].input_qspec_map
+    return node in wanted or any(part in wanted for part in node.users if part.target is operator.getitem)
+
+
+def _scales_by_weight(name: str, args: list[Any]) -> bool:
+    """Layer scale: one weight per channel over orders of magnitude does not survive one scale for all."""
+    return name.startswith("mul") and any(is_constant(a) for a in args)
+
+
+def _reaches_output(node: fx.Node) -> bool:
+    return node.op == "output" or (op_name(node) in ("view", "reshape") and all(_reaches_output(u) for u in node.users))
+
+
+def _pad_value(node: fx.Node) -> Any:
+    """The constant of a padding; 0 where the mode repeats values that exist."""
+    if op_name(node) == "constant_pad_nd":
+        return node.args[2] if len(node.args) > 2 else 0
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    return (value or 0) if mode == "constant" else 0

@@ -1,0 +1,73 @@
+"""Batches of inputs in the forms that users write them: a tensor, args, or {"args": …, "kwargs": …}."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from paredown.errors import RejectedError
+from paredown.program import Inputs
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+def as_call(batch: Any) -> Inputs:
+    """(args, kwargs) of a batch, tensors detached and on the CPU. Raises RejectedError for anything else.
+
+    >>> args, kwargs = as_call({"args": (torch.zeros(2),), "kwargs": {"mask": torch.ones(2)}})
+    >>> len(args), list(kwargs)
+    (1, ['mask'])
+    """
+    if isinstance(batch, Mapping) and batch and set(batch) <= {"args", "kwargs"}:
+        args, kwargs = batch.get("args", ()), batch.get("kwargs", {})
+        args = (args,) if isinstance(args, Tensor) else args
+    elif isinstance(batch, tuple | list):
+        args, kwargs = tuple(batch), {}
+    else:
+        args, kwargs = (batch,), {}
+    if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping) or not tensors_of((args, kwargs)):
+        msg = f'a batch must be a tensor, a tuple of arguments or {{"args": …, "kwargs": …}}. Got {type(batch).__name__}.'
+        raise RejectedError(msg)
+    return pytree.tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))  # type: ignore[no-any-return]
+
+
+def each(batches: Batches) -> Iterator[Inputs]:
+    """(args, kwargs) of every batch, one at a time; a tensor counts as one batch, not as a sequence of samples."""
+    if isinstance(batches, Tensor | Mapping):
+        batches = [batches]
+    source = batches() if callable(batches) else batches
+    if not isinstance(source, Iterable):
+        msg = f"batches must be an iterable, or a function that returns one. Got {type(source).__name__}."
+        raise RejectedError(msg)
+    for batch in source:
+        yield as_call(batch)
+
+
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """All tensors in the order in which torch.export flattens them."""
+    return [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+
+
+def length(inputs: Any) -> int:
+    """Samples in a batch: axis 0 of the first tensor that has axes; 1 where none has."""
+    return next((t.shape[0] for t in tensors_of(inputs) if t.dim()), 1)
+
+
+def rows(inputs: Any, index: Any) -> Any:
+    """The same inputs with only the samples of that index (a slice or a boolean mask)."""
+    size = length(inputs)
+    return pytree.tree_map(lambda v: v[index] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v, inputs)
+
+
+def finite_rows(inputs: Any) -> Tensor:
+    """Boolean mask of the samples without NaN or infinity."""
+    size = length(inputs)
+    mask = torch.ones(size, dtype=torch.bool)
+    for tensor in tensors_of(inputs):
+        if tensor.dim() and tensor.shape[0] == size and tensor.is_floating_point():
+            mask &= torch.isfinite(tensor.reshape(size, -1)).all(1)
+    return mask

@@ -1,0 +1,178 @@
+"""Rewrites before annotation: identities out, compound activations into ops that the runtime has in int8.
+
+One function per aten op name; a target's `decompositions` says which of them apply. Every rewrite computes the same
+function; `quantize` proves it on the example before it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+Rewrite = Callable[[fx.Node], "fx.Node | None"]
+CONVS = tuple(
+    getattr(aten, name).default for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d") if hasattr(getattr(aten, name), "default")
+) + (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the aten op without its overload, "" for anything else."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return ""
+    return target.overloadpacket.__name__
+
+
+def decompose(graph: fx.GraphModule, names: tuple[str, ...]) -> None:
+    """Apply the rewrites of those names, in place."""
+    for node in list(graph.graph.nodes):
+        rewrite = REWRITES.get(op_name(node)) if op_name(node) in names else None
+        new = rewrite(node) if rewrite else None
+        if new is not None:
+            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A new call in front of a node, with the fake value that later passes read shapes from."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    fakes = fx.node.map_arg(args, lambda n: n.meta["val"])
+    node.meta["val"] = target(*fakes)
+    node.meta["stack_trace"] = before.meta.get("stack_trace")
+    node.meta["nn_module_stack"] = before.meta.get("nn_module_stack")
+    return node
+
+
+def _identity(node: fx.Node) -> fx.Node | None:
+    training = op_name(node).rstrip("_").endswith("dropout") and bool(node.args[2])
+    first = node.args[0]
+    return None if training or not isinstance(first, fx.Node) else first
+
+
+def _gated(gate: Any) -> Rewrite:
+    """x → x · gate(x)."""
+
+    def rewrite(node: fx.Node) -> fx.Node:
+        x = node.args[0]
+        return call(node, aten.mul.Tensor, x, call(node, gate, x))
+
+    return rewrite
+
+
+def _mean(node: fx.Node) -> fx.Node | None:
+    """The mean over height and width as a pool: runtimes have int8 pools, but no int8 mean."""
+    x, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(axes, list | tuple) or node.kwargs.get("dtype") is not None:
+        return None
+    if sorted(int(a) % 4 for a in axes) != [2, 3] or not value.is_floating_point():  # type: ignore[arg-type]
+        return None
+    pooled = call(node, aten.adaptive_avg_pool2d.default, x, [1, 1])
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return pooled if keep else call(node, aten.flatten.using_ints, pooled, 1)
+
+
+def _linear(node: fx.Node) -> fx.Node | None:
+    """A linear layer on [batch, tokens, channels] as one on [batch · tokens, channels]: a matrix product with bias is one int8 kernel."""
+    x = node.args[0]
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() < 3:
+        return None
+    free = [d for d in value.shape[:-1] if not isinstance(d, int)]
+    if len(free) > 1:
+        return None
+    width = node.meta["val"].shape[-1]
+    sizes = [d if isinstance(d, int) else -1 for d in value.shape[:-1]]
+    flat = call(node, aten.reshape.default, x, [-1, value.shape[-1]])
+    return call(node, aten.view.default, call(node, aten.linear.default, flat, *node.args[1:]), [*sizes, width])
+
+
+REWRITES: dict[str, Rewrite] = {
+    **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy"), _identity),
+    **dict.fromkeys(("hardswish", "hardswish_"), _gated(aten.hardsigmoid.default)),
+    **dict.fromkeys(("silu", "silu_"), _gated(aten.sigmoid.default)),
+    "mean": _mean,
+    "linear": _linear,
+}
+
+
+# ------------------------------------------------------------------------------------------ batch norm, ready to be folded
+
+
+def free_batch_norms(graph: fx.GraphModule) -> None:
+    """Make it safe that prepare_pt2e folds every batch norm that follows a convolution or a linear layer.
+
+    It folds them without looking whether the weight or the output is used elsewhere too. A shared weight gets a
+    copy of its own, and a batch norm whose input has another reader becomes a multiplication and an addition.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.batch_norm.default or not isinstance(node.args[0], fx.Node):
+            continue
+        layer = node.args[0]
+        if layer.target is aten.linear.default or layer.target in CONVS:
+            if len(layer.users) > 1:
+                _as_affine(graph, node)
+            else:
+                _own_weights(graph, layer)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _own_weights(graph: fx.GraphModule, layer: fx.Node) -> None:
+    holders = [n for n in graph.graph.nodes if n.op == "get_attr"]
+    for position in (1, 2):
+        arg = layer.args[position] if len(layer.args) > position else None
+        if not isinstance(arg, fx.Node) or arg.op != "get_attr":
+            continue
+        tensor = fetch(graph, str(arg.target))
+        aliases = [n for n in holders if fetch(graph, str(n.target)) is tensor]
+        if len(arg.users) == 1 and len(aliases) == 1:
+            continue
+        with graph.graph.inserting_before(layer):
+            own = graph.graph.get_attr(attach(graph, f"{arg.target}_of_{layer.name}".replace(".", "_"), tensor.detach().clone()))
+        own.meta.update(arg.meta)
+        layer.update_arg(position, own)
+
+
+def _as_affine(graph: fx.GraphModule, node: fx.Node) -> None:
+    names = [str(a.target) if isinstance(a, fx.Node) else None for a in node.args[1:5]]
+    weight, bias, mean, var = (fetch(graph, n) if n else None for n in names)
+    if mean is None or var is None or bool(node.args[5]):
+        return
+    scale = torch.rsqrt(var.double() + float(node.args[7])) * (1.0 if weight is None else weight.detach().double())  # type: ignore[arg-type]
+    shift = (0.0 if bias is None else bias.detach().double()) - mean.double() * scale
+    value = node.meta["val"]
+    shape = [1, -1] + [1] * (value.dim() - 2)
+    x = node.args[0]
+    for what, tensor, op in (("scale", scale, aten.mul.Tensor), ("shift", shift, aten.add.Tensor)):
+        constant = tensor.to(value.dtype).reshape(shape)
+        with graph.graph.inserting_before(node):
+            holder = graph.graph.get_attr(attach(graph, f"{node.name}_{what}", constant))
+        holder.meta["val"] = value.fake_mode.from_tensor(constant, static_shapes=True)
+        x = call(node, op, x, holder)
+    node.replace_all_uses_with(x)  # type: ignore[arg-type]
+    graph.graph.erase_node(node)
+
+
+def fetch(graph: fx.GraphModule, name: str) -> Tensor:
+    """The tensor that a get_attr node of that target reads."""
+    owner: Any = graph
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner  # type: ignore[no-any-return]
+
+
+def attach(graph: fx.GraphModule, name: str, tensor: Tensor) -> str:
+    """Register a new buffer under a free name; returns the name."""
+    free = name
+    while hasattr(graph, free):
+        free += "_"
+    graph.register_buffer(free, tensor)
+    return free

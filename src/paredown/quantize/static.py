@@ -1,0 +1,277 @@
+"""Static post-training quantization through torchao's PT2E, annotated from the target's table."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
+from paredown.program import Inputs, Program, capture, source_line
+from paredown.prune.nouns import Pruned
+from paredown.quantize.batches import Batches, each, finite_rows, length, rows, tensors_of
+from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
+from paredown.quantize.nouns import Packed, Quantized
+from paredown.quantize.numerics import bias_floor
+from paredown.target import Target, named
+
+SCHEMES = ("fp32", "fp16", "int8", "int8-dynamic", "w4", "w4a8", "w4a4", "w2", "ternary", "binary")
+Owners = dict[tuple[str, int], str]
+"""(name of a node, which of its inputs) → the parameter that this input is."""
+FEW = 32
+"""Below this many samples, activation ranges depend on the draw."""
+
+
+def quantize(
+    tuned: Pruned | Program,
+    *,
+    target: str = "onnxruntime-x86",
+    calibrate: Batches,
+    scheme: str = "int8",
+    observer: Literal["minmax", "mse"] = "mse",
+    num_samples: int | None = None,
+) -> Quantized:
+    """Static int8 quantization for a runtime: int8 weights per output channel, 8-bit activations per tensor.
+
+    q = clamp(round(x / s) + z, qmin, qmax). Weights: s = max|w| / 127 per channel, z = 0, codes in [-127, 127].
+    Activations: the target's dtype (uint8 for ONNX Runtime on x86), range by `observer`: "minmax" (all values seen)
+    or "mse" (least squared error, from a streaming histogram). Batch norm is folded first. Works on a user's own
+    module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its weights change.
+
+    `calibrate` holds inputs (no labels): an iterable, or a function that returns one, of tensors, tuples of arguments
+    or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
+
+    Raises UsageError (scheme, target, observer), RejectedError (no samples, samples that do not fit, a network that
+    is quantized already), MissingError (torchao), VerificationError (the prepared graph computes something else).
+
+    >>> from paredown.program import capture
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    >>> small = quantize(capture(net, torch.zeros(2, 1, 4, 4)), calibrate=[torch.rand(32, 1, 4, 4)])
+    >>> sorted(small.weights), small.weights["0.weight"].codes.dtype
+    (['0.weight', '3.weight'], torch.int8)
+    """
+    table = _checked(target, scheme, observer)
+    program = _recaptured(tuned)
+    graph = program.eval_graph.module(check_guards=False)
+    prepared, owners = _prepared(graph, table, observer, program)
+    stayed = tuple(_stayed_float(prepared, table))
+    notes = _calibrated(prepared, calibrate, num_samples, program)
+    _keep_biases(prepared, table)
+    with _quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        converted = convert_pt2e(prepared)
+    return Quantized(
+        module=converted,
+        program=program,
+        scheme=scheme,
+        target=target,
+        inputs=program.inputs,
+        weights=dict(_packed(converted, owners)),
+        notes=(*program.notes, *notes, *stayed),
+    )
+
+
+def _checked(target: str, scheme: str, observer: str) -> Target:
+    table = named(target)
+    if scheme != "int8":
+        later = " It is a scheme of paredown, but this version cannot produce it yet." if scheme in SCHEMES else ""
+        msg = f"scheme must be 'int8'. Got {scheme!r}.{later}"
+        raise UsageError(msg)
+    if observer not in ("minmax", "mse"):
+        msg = f"observer must be 'minmax' or 'mse'. Got {observer!r}."
+        raise UsageError(msg)
+    try:
+        with _quiet():
+            import torchao.quantization.pt2e.quantize_pt2e
+    except ImportError as error:
+        msg = "quantize must have torchao. It is not installed. Run: pip install 'paredown[quant]'."
+        raise MissingError(msg) from error
+    return table
+
+
+def _recaptured(tuned: Any) -> Program:
+    if isinstance(tuned, Quantized):
+        msg = f"the network to quantize must be in float. Got a network that is {tuned.scheme} already. Pass what it was made from."
+        raise RejectedError(msg)
+    if not isinstance(tuned, Pruned | Program):
+        msg = f"the network to quantize must be a Pruned or a Program. Got {type(tuned).__name__}. Use paredown.capture(model, inputs)."
+        raise UsageError(msg)
+    args, kwargs = tuned.program.inputs if isinstance(tuned, Pruned) else tuned.inputs
+    program = capture(tuned.module, {"args": args, "kwargs": kwargs}, train=False)
+    coded = [n for n in program.eval_graph.graph.nodes if "quantize" in str(n.target)]
+    if coded:
+        where = source_line(coded[0]) or coded[0].name
+        msg = f"the network to quantize must be in float. Got {len(coded)} quantize or dequantize ops, the first at {where}."
+        raise RejectedError(msg)
+    return program
+
+
+def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Program) -> tuple[fx.GraphModule, Owners]:
+    """The graph with observers in it, which must still compute the same function, and whose parameter each op reads."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    from paredown.quantize.annotate import TableQuantizer
+
+    args, kwargs = program.inputs
+    with torch.no_grad():
+        before = tensors_of(graph(*_cloned(args), **_cloned(kwargs)))
+    with _quiet():
+        decompose(graph, table.decompositions)
+        owners = {
+            (node.name, i): str(x.target) for node in graph.graph.nodes for i, x in enumerate(node.all_input_nodes) if x.op == "get_attr"
+        }
+        free_batch_norms(graph)
+        prepared = prepare_pt2e(graph, TableQuantizer(table, observer))
+    with torch.no_grad():
+        after = tensors_of(prepared(*_cloned(args), **_cloned(kwargs)))
+    for module in prepared.modules():
+        if hasattr(module, "reset"):
+            module.reset()
+    for a, b in zip(before, after, strict=True):
+        scale = float(a.double().abs().max()) if a.numel() else 0.0
+        error = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        if not error <= 1e-3 * max(scale, 1e-6):
+            msg = f"the graph prepared for quantization must compute the same function. Got a difference of {error:.3g} at scale {scale:.3g}."
+            raise VerificationError(msg + " An op that changes its input in place may be the cause: write it without the underscore.")
+    return prepared, owners
+
+
+def _calibrated(prepared: fx.GraphModule, calibrate: Batches, num_samples: int | None, program: Program) -> tuple[str, ...]:
+    """Run the samples through the observers; returns what was odd about them."""
+    seen: dict[str, int] = collections.Counter()
+    digests: set[bytes] = set()
+    for args, kwargs in each(calibrate):
+        batch: Inputs = (args, kwargs)
+        if num_samples is not None:
+            batch = rows(batch, slice(0, num_samples - seen["used"]))
+        batch = _only_finite(batch, seen, program)
+        size = length(batch)
+        if size:
+            try:
+                with torch.no_grad():
+                    prepared(*batch[0], **batch[1])
+            except Exception as error:
+                shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(batch))
+                msg = f"calibration batches must fit the network's inputs. Got {shapes}: {str(error).strip().splitlines()[0][:200]}."
+                raise RejectedError(msg) from error
+            seen["used"] += size
+            _remember(batch, seen, digests)
+        if num_samples is not None and seen["used"] >= num_samples:
+            break
+    if not seen["used"]:
+        got = f"{seen['bad']} samples, all with NaN or infinity" if seen["bad"] else "0 batches"
+        msg = f"calibration must have at least one sample. Got {got}. Pass inputs like those the network will see."
+        raise RejectedError(msg)
+    return tuple(_oddities(seen, len(digests)))
+
+
+def _only_finite(batch: Inputs, seen: dict[str, int], program: Program) -> Inputs:
+    good = finite_rows(batch)
+    if bool(good.all()):
+        return batch
+    seen["bad"] += int((~good).sum())
+    return rows(batch, good if program.batch == "dynamic" else slice(0, 0))  # type: ignore[no-any-return]
+
+
+def _remember(batch: Inputs, seen: dict[str, int], digests: set[bytes]) -> None:
+    floats = [t for t in tensors_of(batch) if t.dim() and t.is_floating_point() and t.shape[0] == length(batch)]
+    for i in range(length(batch) if floats else 0):
+        sample = [t[i] for t in floats]
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in sample:
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(float(tensor)).encode())
+        digests.add(digest.digest())
+        seen["constant"] += all(bool((t == t.reshape(-1)[0]).all()) for t in sample if t.numel())
+
+
+def _oddities(seen: dict[str, int], distinct: int) -> Iterator[str]:
+    used = seen["used"]
+    if seen["bad"]:
+        yield f"calibration: {seen['bad']} samples with NaN or infinity were left out"
+    if used < FEW:
+        yield f"calibration: only {used} samples; below {FEW} the ranges depend on the draw"
+    if distinct == 1 and used > 1:
+        yield f"calibration: all {used} samples are identical"
+    elif 0 < distinct < used:
+        yield f"calibration: {used - distinct} of {used} samples are repetitions"
+    if seen["constant"]:
+        yield f"calibration: {seen['constant']} of {used} samples are constant (one value everywhere)"
+
+
+def _keep_biases(prepared: fx.GraphModule, table: Target) -> None:
+    """Give every weight observer the smallest scale for which the bias fits into int32."""
+    observers = dict(prepared.named_modules())
+    for node in prepared.graph.nodes:
+        if table.ops.get(op_name(node)) != "weighted" or len(node.args) < 3 or not _holder(node, 2):
+            continue
+        x, weight = (observers.get(str(a.target)) for a in node.args[:2])
+        if hasattr(x, "calculate_qparams") and hasattr(weight, "floor"):
+            scale = float(x.calculate_qparams()[0])  # type: ignore[union-attr,operator]
+            floor = bias_floor(fetch(prepared, str(node.args[2].target)), scale)
+            weight.floor = floor if weight.floor is None else torch.maximum(weight.floor, floor)  # type: ignore[union-attr,arg-type,assignment]
+
+
+def _stayed_float(prepared: fx.GraphModule, table: Target) -> Iterator[str]:
+    """One line per kind of op that computes in float, with where it is."""
+    free = (*table.fusions, *(op for op, kind in table.ops.items() if kind == "shared"), "sym_size", "_assert_tensor_metadata")
+    kinds: dict[str, list[fx.Node]] = collections.defaultdict(list)
+    for node in prepared.graph.nodes:
+        value = node.meta.get("val")
+        if op_name(node) and op_name(node) not in free and "quantization_annotation" not in node.meta:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                kinds[op_name(node)].append(node)
+    for name, nodes in sorted(kinds.items()):
+        where = source_line(nodes[0]) or nodes[0].name
+        yield f"{name} stays float ({len(nodes)}×, first at {where})"
+
+
+def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Packed]]:
+    """The codes by the parameter's name; a constant that is computed from others by the name PT2E gave it."""
+    ops = torch.ops.quantized_decomposed
+    done: set[str] = set()
+    for node in converted.graph.nodes:
+        if node.target not in (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.default) or not _holder(node, 0):
+            continue
+        codes = fetch(converted, str(node.args[0].target))
+        readers = ((u.name, u.all_input_nodes.index(node)) for u in node.users)
+        name = next((owners[r] for r in readers if r in owners), str(node.args[0].target))
+        name = name if name not in done else f"{name} ({node.name})"
+        done.add(name)
+        per_channel = node.target is ops.dequantize_per_channel.default
+        scales, zeros = (fetch(converted, str(a.target)) if isinstance(a, fx.Node) else torch.tensor(a) for a in node.args[1:3])
+        yield name, Packed(codes=codes, scales=scales.float(), zero_points=zeros.long(), axis=int(node.args[3]) if per_channel else None)
+
+
+def _holder(node: fx.Node, position: int) -> bool:
+    arg = node.args[position] if len(node.args) > position else None
+    return isinstance(arg, fx.Node) and arg.op == "get_attr"
+
+
+def _cloned(values: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, values)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torchao warns and logs about its own internals while it is imported and used; errors pass."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torchao")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
