@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from paredown.errors import UsageError
@@ -43,7 +44,7 @@ class Plan:
         }
         for name, axes in keep.items():
             for axis, kept in axes.items():
-                if any(b <= a for a, b in zip(kept, kept[1:], strict=False)) or (kept and kept[0] < 0):
+                if any(b <= a for a, b in pairwise(kept)) or (kept and kept[0] < 0):
                     msg = f"kept indices must be ascending and ≥ 0. Got {kept[:8]}… for {name} axis {axis}."
                     raise UsageError(msg)
                 if not kept:

@@ -32,7 +32,6 @@ class Inputs(NamedTuple):
     kwargs: dict[str, Any]
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Program:
     """A captured model. Nothing in it is shared with the model it came from.
@@ -152,7 +151,9 @@ class GraphModel(nn.Module):
         super().__init__()
         body, train_body = bodies or (eval_graph.graph_module, train_graph.graph_module if train_graph else None)
         trainable = set(eval_graph.graph_signature.parameters)
-        lifted = set(placeholder_names(eval_graph).values()) | (set(placeholder_names(train_graph).values()) if train_graph else set())
+        lifted = set(placeholder_names(eval_graph).values()) | (
+            set(placeholder_names(train_graph).values()) if train_graph else set()
+        )
         made: dict[int, nn.Parameter] = {}  # tied names keep one Parameter
         for name, tensor in state.items():
             *path, leaf = name.split(".")
@@ -230,7 +231,12 @@ def trainable_copy(body: fx.GraphModule, *, dropout: bool = True, momentum: floa
             if momentum is not None:
                 args[6] = momentum
             node.args = tuple(args)
-        elif dropout and str(node.target) in ("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default", "aten.feature_dropout_.default"):
+        elif dropout and str(node.target) in (
+            "aten.dropout.default",
+            "aten.dropout_.default",
+            "aten.feature_dropout.default",
+            "aten.feature_dropout_.default",
+        ):
             node.args = (*node.args[:2], True)
     body.recompile()
     return body
@@ -247,7 +253,9 @@ def _private_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         msg = f"the model must be an nn.Module. Got {type(kind).__name__}."
         raise RejectedError(msg)
     if isinstance(model, torch.jit.ScriptModule):
-        msg = "the model must be a plain nn.Module. Got a TorchScript module. Pass the Python class with its state_dict."
+        msg = (
+            "the model must be a plain nn.Module. Got a TorchScript module. Pass the Python class with its state_dict."
+        )
         raise RejectedError(msg)
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -259,7 +267,10 @@ def _private_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         model = inner
     # Tensors that are results of a computation (old-style weight_norm keeps one) refuse to be deep-copied.
     memo: dict[int, Any] = {
-        id(v): v.detach().clone() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None
+        id(v): v.detach().clone()
+        for m in model.modules()
+        for v in vars(m).values()
+        if isinstance(v, Tensor) and v.grad_fn is not None
     }
     try:
         model = copy.deepcopy(model, memo)
@@ -281,7 +292,7 @@ def _fold(model: nn.Module) -> list[str]:
     notes = []
     for name, module in list(model.named_modules()):
         if parametrize.is_parametrized(module):
-            for parameter in list(module.parametrizations):  # type: ignore[union-attr,arg-type]
+            for parameter in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, str(parameter), leave_parametrized=True)
                 notes.append(f"folded a parametrization into {name}.{parameter}")
         for hook in list(module._forward_pre_hooks.values()):
@@ -291,11 +302,11 @@ def _fold(model: nn.Module) -> list[str]:
                 prune.remove(module, tensor)
                 notes.append(f"folded a pruning mask into {name}.{tensor}")
             elif kind == "WeightNorm":
-                torch.nn.utils.remove_weight_norm(module, hook.name)  # type: ignore[union-attr]
-                notes.append(f"folded weight norm into {name}.{hook.name}")  # type: ignore[union-attr]
+                torch.nn.utils.remove_weight_norm(module, hook.name)
+                notes.append(f"folded weight norm into {name}.{hook.name}")
             elif kind == "SpectralNorm":
-                torch.nn.utils.remove_spectral_norm(module, hook.name)  # type: ignore[union-attr]
-                notes.append(f"folded spectral norm into {name}.{hook.name}")  # type: ignore[union-attr]
+                torch.nn.utils.remove_spectral_norm(module, hook.name)
+                notes.append(f"folded spectral norm into {name}.{hook.name}")
     return notes
 
 
@@ -362,7 +373,9 @@ def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     def note(name: str, kind: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             leaves = [t for t in pytree.tree_leaves((inputs, named)) if isinstance(t, Tensor)]
-            seen.append((name, kind, ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves)))
+            seen.append(
+                (name, kind, ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves))
+            )
 
         return hook
 
@@ -402,7 +415,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _export_eval(model: nn.Module, original: Inputs, example: Inputs, batch: str) -> tuple[ExportedProgram, Inputs, str]:
+def _export_eval(
+    model: nn.Module, original: Inputs, example: Inputs, batch: str
+) -> tuple[ExportedProgram, Inputs, str]:
     if batch == "dynamic":
         try:
             graph = _export(model, example, dynamic=True)
@@ -424,7 +439,9 @@ def _export_train(model: nn.Module, example: Inputs, batch: str) -> tuple[Export
     try:
         graph = _export(model, example, dynamic=batch == "dynamic")
     except Exception as error:
-        return None, (f"no train graph ({_first_line(error)}): training uses the eval graph, drop path and attention dropout are lost",)
+        return None, (
+            f"no train graph ({_first_line(error)}): training uses the eval graph, drop path and attention dropout are lost",
+        )
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -451,7 +468,11 @@ def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _is_dynamic(graph: ExportedProgram) -> bool:
     user = set(graph.graph_signature.user_inputs)
-    shapes = [n.meta["val"].shape for n in graph.graph.nodes if n.op == "placeholder" and n.name in user and isinstance(n.meta.get("val"), Tensor)]
+    shapes = [
+        n.meta["val"].shape
+        for n in graph.graph.nodes
+        if n.op == "placeholder" and n.name in user and isinstance(n.meta.get("val"), Tensor)
+    ]
     return any(len(s) > 0 and isinstance(s[0], torch.SymInt) for s in shapes)
 
 
@@ -460,20 +481,25 @@ def _inline_regions(graph: ExportedProgram) -> None:
     gm = graph.graph_module
     changed = False
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "__name__", "") not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in (
+            "wrap_with_set_grad_enabled",
+            "wrap_with_autocast",
+        ):
             continue
         position = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
         body = getattr(gm, str(node.args[position].target))
-        inner = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[position + 1 :], strict=True))
+        inner = dict(
+            zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[position + 1 :], strict=True)
+        )
         with gm.graph.inserting_before(node):
             out = gm.graph.graph_copy(body.graph, inner)
         for user in list(node.users):
             if user.target is not operator.getitem:
                 continue
-            user.replace_all_uses_with(out[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(out[user.args[1]])
             gm.graph.erase_node(user)
         if node.users:
-            node.replace_all_uses_with(out)  # type: ignore[arg-type]
+            node.replace_all_uses_with(out)
         gm.graph.erase_node(node)
         changed = True
     if changed:
@@ -487,7 +513,11 @@ def _first_line(error: BaseException) -> str:
 def _capture_error(error: Exception) -> CaptureError:
     import traceback
 
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/paredown/" not in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and "/paredown/" not in f.filename
+    ]
     where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     fix = "A branch or loop on tensor values cannot be captured: move it out of forward, or capture the part before it."
     return CaptureError(f"torch.export must be able to follow forward. Got {_first_line(error)}{where}. {fix}")

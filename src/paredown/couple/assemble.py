@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from paredown.couple.ids import FIXED, varying
+from paredown.couple.ids import FIXED, along, varying
 from paredown.couple.space import Coupling, Footprint, Indices, Pinned, Role, Space
 from paredown.couple.trace import Pin, Trace, numbers, trace
 from paredown.program import Program
@@ -59,7 +59,9 @@ def assemble(run: Trace, start: float) -> Coupling:
         spaces=spaces,
         pinned=_reasons(axes, reasons),
         unknown_ops=dict(run.unknown),
-        products={name: tuple(place[numbers(run.forest, v)] for v in vectors) for name, vectors in run.products.items()},
+        products={
+            name: tuple(place[numbers(run.forest, v)] for v in vectors) for name, vectors in run.products.items()
+        },
         seconds=time.perf_counter() - start if len(roots) else 0.0,
     )
 
@@ -77,8 +79,7 @@ def parameter_axes(run: Trace) -> tuple[Axis, ...]:
         axes = varying(ids)
         if not axes and ids.numel() == 1 and ids.dim() == 1:
             axes = [0]
-        for axis in axes:
-            out.append(Axis(parameter=name, axis=axis, classes=ids.movedim(axis, 0).reshape(ids.shape[axis], -1)[:, 0].numpy().copy(), role="write"))
+        out += [Axis(parameter=name, axis=a, classes=along(ids, a).numpy().copy(), role="write") for a in axes]
         if not axes and ids.numel():  # one class for the whole tensor: it cannot leave without the tensor
             run.pins.append(_whole(ids, name))
     return tuple(out)
@@ -127,11 +128,17 @@ def _spaces(run: Trace, axes: tuple[Axis, ...], free: Indices) -> tuple[tuple[Sp
         groups[tuple(touched)].append(root)
     heads = {int(r) for ids in run.heads for r in np.unique(numbers(run.forest, ids)).tolist()}
     place = np.full((run.forest.size, 2), -1, dtype=np.int64)
-    spaces = []
+    spaces: list[Space] = []
     for signature, roots in sorted(groups.items(), key=lambda item: min(item[1])):
         ordered = np.sort(np.asarray(roots, dtype=np.int64))
         footprints = tuple(_footprint(axes[n], *positions[n], ordered, count) for n, count in signature)
-        spaces.append(Space(name=_name(footprints, spaces), footprints=footprints, kind="head" if int(ordered[0]) in heads else "channel"))
+        spaces.append(
+            Space(
+                name=_name(footprints, spaces),
+                footprints=footprints,
+                kind="head" if int(ordered[0]) in heads else "channel",
+            )
+        )
         place[ordered, 0] = len(spaces) - 1
         place[ordered, 1] = np.arange(len(ordered))
     return tuple(spaces), place
@@ -162,5 +169,6 @@ def _reasons(axes: tuple[Axis, ...], reasons: Mapping[int, tuple[str, str]]) -> 
                 if label not in named[reasons[root]]:
                     named[reasons[root]].append(label)
     return tuple(
-        Pinned(reason=reason, units=len(roots), where=where, parameters=tuple(named[(reason, where)])) for (reason, where), roots in members.items()
+        Pinned(reason=reason, units=len(roots), where=where, parameters=tuple(named[(reason, where)]))
+        for (reason, where), roots in members.items()
     )

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from paredown.couple.ids import FIXED, along, fixed, laid, tidy, varying
-
-if TYPE_CHECKING:  # rules.py builds its table from this module
-    from paredown.couple.trace import Trace
+from paredown.couple.operand import args_of, merge, result, schema, unknown
+from paredown.couple.trace import Trace
 
 
 def _conv(node: fx.Node, trace: Trace) -> Any:
-    from paredown.couple.rules import args_of, result, unknown
-
     source, weight, bias, groups = args_of(node, "input", "weight", "bias", "groups")
     if weight not in trace.parameters:
         return unknown(node, trace)
@@ -31,8 +28,6 @@ def _conv(node: fx.Node, trace: Trace) -> Any:
 
 def _conv_transpose(node: fx.Node, trace: Trace) -> Any:
     """Weight [in, out / groups, …]: axis 0 reads, axis 1 writes."""
-    from paredown.couple.rules import args_of, result, unknown
-
     source, weight, bias, groups = args_of(node, "input", "weight", "bias", "groups")
     if weight not in trace.parameters:
         return unknown(node, trace)
@@ -75,8 +70,6 @@ def _bias(trace: Trace, bias: Any, wrote: Tensor) -> None:
 
 
 def _linear(node: fx.Node, trace: Trace) -> Any:
-    from paredown.couple.rules import args_of, result, unknown
-
     source, weight, bias = args_of(node, "input", "weight", "bias")
     if weight not in trace.parameters or len(trace.parameters[weight].shape) != 2:
         return unknown(node, trace)
@@ -94,8 +87,6 @@ def _product_with_weight(trace: Trace, source: fx.Node, weight: fx.Node, read_ax
 
 
 def _matmul(node: fx.Node, trace: Trace) -> Any:
-    from paredown.couple.rules import result
-
     a, b = node.args[0], node.args[1]
     shape = result(node).shape
     if _is_matrix(trace, b) and not _is_matrix(trace, a) and len(trace.of(a).shape) >= 2:
@@ -109,8 +100,6 @@ def _matmul(node: fx.Node, trace: Trace) -> Any:
 
 def _addmm(node: fx.Node, trace: Trace) -> Any:
     """bias + a @ b."""
-    from paredown.couple.rules import merge, result
-
     bias, a, b = node.args[:3]
     shape = result(node).shape
     if _is_matrix(trace, b) and not _is_matrix(trace, a):
@@ -122,12 +111,15 @@ def _addmm(node: fx.Node, trace: Trace) -> Any:
 
 
 def _is_matrix(trace: Trace, node: Any) -> bool:
-    return isinstance(node, fx.Node) and node in trace.parameters and len(trace.parameters[node].shape) == 2 and trace.parameters[node].name not in trace.raw
+    return (
+        isinstance(node, fx.Node)
+        and node in trace.parameters
+        and len(trace.parameters[node].shape) == 2
+        and trace.parameters[node].name not in trace.raw
+    )
 
 
 def _vector_product(node: fx.Node, trace: Trace, a: Tensor, b: Tensor) -> Any:
-    from paredown.couple.rules import result
-
     for ids in (a, b):
         trace.pin(ids, "product with a vector")
     return result(node)
@@ -212,12 +204,10 @@ def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor
 
 def _attention(node: fx.Node, trace: Trace) -> Any:
     """softmax(q kᵀ / √d + mask) v."""
-    from paredown.couple.rules import args_of, merge, result
-
     q, k, v, mask = args_of(node, "query", "key", "value", "attn_mask")
     queries, keys, values = trace.of(q), trace.of(k), trace.of(v)
     shape = result(node).shape
-    names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    names = {a.name for a in schema(node).arguments}
     if "enable_gqa" in names and args_of(node, "enable_gqa")[0]:
         times = queries.shape[-3] // keys.shape[-3]
         keys, values = (t.repeat_interleave(times, dim=-3) for t in (keys, values))
@@ -232,18 +222,23 @@ def _attention(node: fx.Node, trace: Trace) -> Any:
 
 def _einsum(node: fx.Node, trace: Trace) -> Any:
     """Two operands, every letter in the result or in both: permuted into a matrix product."""
-    from paredown.couple.rules import result, unknown
-
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
     shape = result(node).shape
     if len(operands) != 2 or "." in equation or "->" not in equation:
         return unknown(node, trace)
-    left, right, out = equation.partition("->")[0].split(",") + [equation.partition("->")[2]]
+    left, right, out = equation.replace("->", ",").split(",")
     batch = [c for c in out if c in left and c in right]
     rows, columns = [c for c in out if c in left and c not in right], [c for c in out if c in right and c not in left]
     summed = [c for c in left if c in right and c not in out]
     letters = set(left) | set(right)
-    if len(set(left)) != len(left) or len(set(right)) != len(right) or letters != {*batch, *rows, *columns, *summed} or len(rows) > 1 or len(columns) > 1 or len(summed) != 1:
+    if (
+        len(set(left)) != len(left)
+        or len(set(right)) != len(right)
+        or letters != {*batch, *rows, *columns, *summed}
+        or len(rows) > 1
+        or len(columns) > 1
+        or len(summed) != 1
+    ):
         return unknown(node, trace)
     if not batch and len(right) == 2 and _is_matrix(trace, operands[1]) and left[-1] == summed[0]:
         ids = trace.of(operands[0])

@@ -69,7 +69,8 @@ class Space:
         for u in range(len(self)):
             yield Unit(
                 slices=tuple(
-                    Slice(parameter=f.parameter, axis=f.axis, indices=tuple(f.indices[u].tolist()), role=f.role) for f in self.footprints
+                    Slice(parameter=f.parameter, axis=f.axis, indices=tuple(f.indices[u].tolist()), role=f.role)
+                    for f in self.footprints
                 )
             )
 

@@ -188,7 +188,9 @@ class Trace:
         return self.raw[stored]
 
     def _run(self, graph: ExportedProgram) -> None:
-        from paredown.couple.rules import RULES, is_constant, unknown
+        from paredown.couple.operand import unknown  # rules are written over Trace
+        from paredown.couple.rules import RULES
+        from paredown.couple.shape import is_constant
 
         names = placeholder_names(graph)
         for node in graph.graph.nodes:
@@ -224,8 +226,12 @@ class Trace:
 
     def _constant(self, node: fx.Node) -> None:
         """Compute a node that depends on no activation and no learned number."""
-        args = fx.node.map_arg(node.args, lambda n: self.values[n].clone() if n in self.parameters else self._scalar_or_value(n))
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.values[n].clone() if n in self.parameters else self._scalar_or_value(n))
+        args = fx.node.map_arg(
+            node.args, lambda n: self.values[n].clone() if n in self.parameters else self._scalar_or_value(n)
+        )
+        kwargs = fx.node.map_arg(
+            node.kwargs, lambda n: self.values[n].clone() if n in self.parameters else self._scalar_or_value(n)
+        )
         kwargs = {k: v for k, v in kwargs.items() if k != "device"}
         out = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(out, Tensor):
@@ -322,7 +328,7 @@ def _storages(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def op_name(node: fx.Node) -> str:
-    """"conv2d" for aten.conv2d.default; "operator.getitem" for Python operators."""
+    """ "conv2d" for aten.conv2d.default; "operator.getitem" for Python operators."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::")

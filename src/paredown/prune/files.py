@@ -105,14 +105,19 @@ def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     out = {}
     for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        plain = tensor.detach().cpu().contiguous()
+        out[name] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
     return out
 
 
 def _described(inputs: Inputs) -> dict[str, Any]:
-    leaves = pytree.tree_map(lambda t: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} if isinstance(t, Tensor) else None, inputs)
+    leaves = pytree.tree_map(
+        lambda t: (
+            {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} if isinstance(t, Tensor) else None
+        ),
+        inputs,
+    )
     return {"args": leaves[0], "kwargs": leaves[1]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from paredown.couple.rules import args_of
+from paredown.couple.operand import args_of, schema
 from paredown.couple.trace import concrete, op_name
 from paredown.program import GraphModel, Program
 from paredown.prune.removal import Removal, own, slice_state
@@ -30,7 +30,7 @@ def rewritten(gm: fx.GraphModule, removal: Removal) -> fx.GraphModule:
     """A copy of a graph in which every size constant is what survives of it."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))  # type: ignore[arg-type]
+    graph.output(graph.graph_copy(gm.graph, copies))
     for node, copied in copies.items():
         rewrite = REWRITES.get(op_name(node)) if node.op == "call_function" else None
         if rewrite is not None:
@@ -42,7 +42,7 @@ def rewritten(gm: fx.GraphModule, removal: Removal) -> fx.GraphModule:
 
 def _set(node: fx.Node, name: str, value: Any) -> None:
     """Replace one argument, wherever it was given."""
-    position = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    position = [a.name for a in schema(node).arguments].index(name)
     if position < len(node.args):
         node.args = (*node.args[:position], value, *node.args[position + 1 :])
     else:
@@ -195,7 +195,7 @@ def _attention(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
 
 def _squeeze(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
     """squeeze() drops every axis of length 1: name the dense ones, or a channel axis of 1 would go too."""
-    if len(node.target._schema.arguments) == 1:  # type: ignore[union-attr]
+    if len(schema(node).arguments) == 1:
         shape = [concrete(s) for s in node.args[0].meta["val"].shape]  # type: ignore[union-attr]
         copied.target = torch.ops.aten.squeeze.dims
         copied.args = (copied.args[0], [i for i, s in enumerate(shape) if s == 1])
@@ -216,7 +216,9 @@ REWRITES: dict[str, Rewrite] = {
     "slice": _slice,
     "narrow": _narrow,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _pieces),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution
+    ),
     "layer_norm": _last_norm,
     "rms_norm": _last_norm,
     "group_norm": _group_norm,
@@ -226,5 +228,3 @@ REWRITES: dict[str, Rewrite] = {
     "squeeze": _squeeze,
     "repeat_interleave": _repeat_interleave,
 }
-
-

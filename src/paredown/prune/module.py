@@ -85,7 +85,13 @@ def _groups(program: Program, removal: Removal) -> dict[str, int]:
         if node.op != "call_function":
             continue
         name = op_name(node)
-        groups = conv_groups(node, removal) if name.startswith("conv") else norm_groups(node, removal) if name == "group_norm" else None
+        groups = (
+            conv_groups(node, removal)
+            if name.startswith("conv")
+            else norm_groups(node, removal)
+            if name == "group_norm"
+            else None
+        )
         if groups is not None:
             out[module_path(node)] = groups
     return out
@@ -114,7 +120,9 @@ def _sizes(name: str, module: nn.Module, groups: dict[str, int]) -> dict[str, An
     return {"groups": groups[name]} if name in groups and hasattr(kind, "groups") else {}
 
 
-def _changes(program: Program, removal: Removal, before: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> dict[str, dict[int, int]]:
+def _changes(
+    program: Program, removal: Removal, before: dict[str, tuple[int, ...]], state: dict[str, Tensor]
+) -> dict[str, dict[int, int]]:
     """Module path → {old size: new size}, where one old size has one new one."""
     seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for name, old in before.items():
@@ -127,12 +135,18 @@ def _changes(program: Program, removal: Removal, before: dict[str, tuple[int, ..
         if node.op == "call_function" and isinstance(ids, Tensor):
             for a, b in zip(ids.shape, removal.shape(ids), strict=True):
                 seen[module_path(node)][a].add(b)
-    return {path: {a: next(iter(b - {a})) for a, b in sizes.items() if len(b - {a}) == 1} for path, sizes in seen.items()}
+    return {
+        path: {a: next(iter(b - {a})) for a, b in sizes.items() if len(b - {a}) == 1} for path, sizes in seen.items()
+    }
 
 
 def _by_value(module: nn.Module, sizes: dict[int, int]) -> dict[str, Any]:
     return {
         name: sizes[value]
         for name, value in vars(module).items()
-        if isinstance(value, int) and not isinstance(value, bool) and value in sizes and not name.startswith("_") and name != "training"
+        if isinstance(value, int)
+        and not isinstance(value, bool)
+        and value in sizes
+        and not name.startswith("_")
+        and name != "training"
     }

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from paredown.couple.rules import args_of
+from paredown.couple.operand import args_of, schema
 from paredown.couple.trace import op_name
 from paredown.errors import VerificationError
 from paredown.program import Program, placeholder_names
@@ -49,7 +49,13 @@ def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch
             masked = _flat(program, state, inputs, removal)
         if math.isfinite(_scale(dense)) and _distance(masked, dense) > 1e-6 * _scale(dense):
             break
-    return Reference(state=slice_state(state, removal.trace.storage, removal.keep), inputs=inputs, dense=dense, masked=masked, dtype=dtype)
+    return Reference(
+        state=slice_state(state, removal.trace.storage, removal.keep),
+        inputs=inputs,
+        dense=dense,
+        masked=masked,
+        dtype=dtype,
+    )
 
 
 def prove(program: Program, module: nn.Module, removal: Removal, known: Reference, *, seed: int = 0) -> Proof:
@@ -86,9 +92,13 @@ def own_move(program: Program, module: nn.Module) -> float:
 
 def _compare(module: nn.Module, known: Reference) -> Proof:
     args, kwargs = pytree.tree_map(_clone, known.inputs)
-    names = {n for n, _ in module.named_parameters(remove_duplicate=False)} | {n for n, _ in module.named_buffers(remove_duplicate=False)}
+    names = {n for n, _ in module.named_parameters(remove_duplicate=False)} | {
+        n for n, _ in module.named_buffers(remove_duplicate=False)
+    }
     with torch.no_grad():
-        pruned = functional_call(module, {n: t for n, t in known.state.items() if n in names}, args, kwargs, tie_weights=False)
+        pruned = functional_call(
+            module, {n: t for n, t in known.state.items() if n in names}, args, kwargs, tie_weights=False
+        )
     return Proof(
         max_error=_distance(pytree.tree_leaves(pruned), known.masked),
         scale=_scale(known.dense),
@@ -117,7 +127,9 @@ def _flat(program: Program, state: Mapping[str, Tensor], inputs: Any, removal: R
     graph = program.eval_graph
     names = placeholder_names(graph)
     values = iter(pytree.tree_leaves(pytree.tree_map(_clone, inputs)))
-    flat = [state[names[n.name]] if n.name in names else next(values) for n in graph.graph.nodes if n.op == "placeholder"]
+    flat = [
+        state[names[n.name]] if n.name in names else next(values) for n in graph.graph.nodes if n.op == "placeholder"
+    ]
     masked = _masked_norms(graph.graph_module, removal) if removal is not None else {}
     if not masked:
         return list(graph.graph_module(*flat))
@@ -153,13 +165,14 @@ class _Masked(fx.Interpreter):
 def _masked_norm(node: fx.Node, alive: Tensor, args: Any, kwargs: Any) -> Tensor:
     """layer_norm, rms_norm or group_norm over the surviving elements, written from the definition."""
     x: Tensor = args[0]
-    given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False)) | kwargs  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema(node).arguments), args, strict=False)) | kwargs
     eps, weight, bias = given.get("eps"), given.get("weight"), given.get("bias")
     if op_name(node) == "group_norm":
         groups = int(given["num_groups"])
         table = x.reshape(x.shape[0], groups, -1)
         mask = alive.reshape(1, groups, -1, 1).expand(1, groups, -1, x[0, 0].numel()).reshape(1, groups, -1)
-        axes, view = (2,), (1, -1) + (1,) * (x.dim() - 2)
+        axes: tuple[int, ...] = (2,)
+        view: tuple[int, ...] = (1, -1) + (1,) * (x.dim() - 2)
     else:
         table, mask = x, alive
         axes, view = tuple(range(x.dim() - alive.dim(), x.dim())), tuple(alive.shape)
@@ -263,7 +276,9 @@ def _one(program: Program) -> Any:
     if program.batch != "dynamic":
         return program.inputs
     length = next(t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor)).shape[0]
-    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == length else t, program.inputs)
+    return pytree.tree_map(
+        lambda t: t[:1] if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == length else t, program.inputs
+    )
 
 
 def _clone(value: Any) -> Any:
@@ -271,7 +286,10 @@ def _clone(value: Any) -> Any:
 
 
 def _scale(outputs: list[Any]) -> float:
-    return max((float(o.abs().max()) for o in outputs if isinstance(o, Tensor) and o.is_floating_point() and o.numel()), default=0.0)
+    return max(
+        (float(o.abs().max()) for o in outputs if isinstance(o, Tensor) and o.is_floating_point() and o.numel()),
+        default=0.0,
+    )
 
 
 def _distance(left: list[Any], right: list[Any]) -> float:

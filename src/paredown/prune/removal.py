@@ -34,7 +34,9 @@ class Removal:
     def alive(self, ids: Tensor) -> Tensor:
         """Which elements survive; axes along which ids are constant have length 1."""
         small = compact(ids)
-        return torch.from_numpy(~self.gone[self.trace.forest.find(np.array(small.numpy(), order="C").ravel())]).reshape(small.shape)
+        return torch.from_numpy(~self.gone[self.trace.forest.find(np.array(small.numpy(), order="C").ravel())]).reshape(
+            small.shape
+        )
 
     def shape(self, ids: Tensor) -> list[int]:
         """The shape after removal."""
@@ -150,6 +152,8 @@ def own(state: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, 
     for name, tensor in state.items():
         if id(tensor) not in made:
             shared = tensor.numel() > 0 and tensor.data_ptr() == source[name].data_ptr()
-            made[id(tensor)] = (tensor.detach().clone() if shared else tensor.detach()).requires_grad_(source[name].requires_grad)
+            made[id(tensor)] = (tensor.detach().clone() if shared else tensor.detach()).requires_grad_(
+                source[name].requires_grad
+            )
         out[name] = made[id(tensor)]
     return out

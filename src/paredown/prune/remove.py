@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from paredown.couple.trace import trace
@@ -68,22 +67,35 @@ class _Attempt:
 def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
     realised = realise_module(attempt.program, attempt.gone)
     if realised is None:
-        return VerificationError("the module realiser needs the user's own class. Got a model that was rebuilt from graphs.")
+        return VerificationError(
+            "the module realiser needs the user's own class. Got a model that was rebuilt from graphs."
+        )
     try:
         return _proven(attempt, realised[0], "module", realised[1])
     except VerificationError as error:
         return error
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         # The class fixes a size in its code (C // num_heads, nn.MultiheadAttention): its own forward refuses.
-        refused = VerificationError(f"the class must follow its new sizes. Got {type(error).__name__}: {error}. Use the graph realiser.")
+        refused = VerificationError(
+            f"the class must follow its new sizes. Got {type(error).__name__}: {error}. Use the graph realiser."
+        )
         refused.__cause__ = error
         return refused
 
 
-def _proven(attempt: _Attempt, module: nn.Module, realiser: Literal["module", "graph"], attributes: Attributes | None = None) -> Pruned:
+def _proven(
+    attempt: _Attempt, module: nn.Module, realiser: Literal["module", "graph"], attributes: Attributes | None = None
+) -> Pruned:
     proof = prove(attempt.program, module, attempt.gone, attempt.known, seed=attempt.seed)
     proof = dataclasses.replace(proof, own_move=own_move(attempt.program, module))
-    return Pruned(module=module, program=attempt.program, plan=attempt.plan, realiser=realiser, proof=proof, attributes=attributes or {})
+    return Pruned(
+        module=module,
+        program=attempt.program,
+        plan=attempt.plan,
+        realiser=realiser,
+        proof=proof,
+        attributes=attributes or {},
+    )
 
 
 def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
@@ -95,7 +107,10 @@ def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
     gone = removal(trace(first.program), plan)
     known = reference(first.program, gone, seed=seed)
     proof = prove(first.program, second.module, gone, known, seed=seed)
-    attributes = {p: {**first.attributes.get(p, {}), **second.attributes.get(p, {})} for p in {*first.attributes, *second.attributes}}
+    attributes = {
+        p: {**first.attributes.get(p, {}), **second.attributes.get(p, {})}
+        for p in {*first.attributes, *second.attributes}
+    }
     return Pruned(
         module=second.module,
         program=first.program,

@@ -1,0 +1,81 @@
+"""What every rule uses: arguments by name, the shape of the result, the fallback, and the meeting of operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from paredown.couple.ids import FIXED, compact, fixed, tidy, varying
+from paredown.couple.trace import Trace, concrete, sizes
+
+Rule = Callable[[fx.Node, Trace], Any]
+
+
+def schema(node: fx.Node) -> Any:
+    """The schema of an ATen op: name, argument names and defaults."""
+    target: Any = node.target
+    return target._schema
+
+
+def args_of(node: fx.Node, *names: str) -> list[Any]:
+    """The arguments of these names, given by position or keyword, with the schema's defaults."""
+    every = schema(node).arguments
+    at = {a.name: i for i, a in enumerate(every)}
+    out = []
+    for name in names:
+        i = at[name]
+        out.append(node.args[i] if i < len(node.args) else node.kwargs.get(name, every[i].default_value))
+    return out
+
+
+def result(node: fx.Node) -> Any:
+    """Fixed ids in the structure and shape of the node's result."""
+    return pytree.tree_map(
+        lambda v: fixed(sizes(v)) if isinstance(v, torch.Tensor) else concrete(v),
+        node.meta.get("val"),
+    )
+
+
+def unknown(node: fx.Node, trace: Trace) -> Any:
+    """No rule: pin all that reaches the op."""
+    touched = [trace.of(n) for n in node.all_input_nodes]
+    if any(bool((t != FIXED).any()) for t in touched):
+        name = str(node.target)
+        trace.unknown[name] += 1
+        for ids in touched:
+            trace.pin(ids, f"no rule for {name}")
+    return result(node)
+
+
+def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
+    """The ids of an element-wise result; shapes broadcast.
+
+    An operand of length 1 along the other's channels serves all of them: it does not die with any one of them.
+    """
+    a, b = trace.forest.canon(a), trace.forest.canon(b)
+    dims = max(a.dim(), b.dim())
+    a, b = (t.reshape((1,) * (dims - t.dim()) + tuple(t.shape)) if t.dim() < dims else t for t in (a, b))
+    a, b = _released(a, b, trace), _released(b, a, trace)
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    one, two = compact(a), compact(b)
+    trace.forest.unite(one, two)
+    one, two = torch.broadcast_tensors(one, two)
+    # A fixed element beside a channel: harmless where the fixed operand is broadcast along the channels, else it pins.
+    for x, y, y_whole in ((one, two, b), (two, one, a)):
+        lone = (x != FIXED) & (y == FIXED)
+        if bool(lone.any()) and any(y_whole.shape[d] > 1 for d in varying(tidy(x))):
+            trace.pin(x[lone], "a constant as long as the channels is combined with them")
+    return tidy(torch.where(one != FIXED, one, two)).expand(shape)
+
+
+def _released(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
+    """`t` as fixed where it is a single channel broadcast along the other's many."""
+    stretched = [d for d in varying(other) if t.shape[d] == 1]
+    if stretched and bool((t != FIXED).any()) and not varying(t):
+        trace.pin(t, "one channel is broadcast over many")
+        return fixed(t.shape)
+    return t
