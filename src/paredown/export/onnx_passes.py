@@ -173,13 +173,13 @@ def drop_defaults(model: ir.Model) -> None:
 
 
 def drop_shapes(model: ir.Model) -> None:
-    """Forget the shapes of values in between: every runtime infers them."""
-    for node in model.graph:
-        for out in node.outputs:
-            if not out.is_graph_output():
-                out.shape = out.type = None
-    for value in model.graph.initializers.values():
+    """Forget the shapes of values in between, which every runtime infers, and what the exporter noted on values."""
+    between = [*model.graph.initializers.values(), *(out for node in model.graph for out in node.outputs if not out.is_graph_output())]
+    for value in between:
         value.shape = value.type = None
+    for value in (*between, *model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+        value.doc_string = None
 
 
 def shorten(model: ir.Model, names: dict[str, str], *, keep_weights: bool) -> None:
@@ -214,7 +214,7 @@ def _name_nodes(graph: ir.Graph, owners: dict[ir.Value, str]) -> None:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
         weight = next((owners[s] for x in node.inputs[1:] if (s := _through(x)) in owners), "")
-        name = weight.rpartition(".")[0] if weight.endswith(".weight") else weight
+        name = weight.rpartition(".")[0] if weight.endswith((".weight", ".bias")) else weight
         if not name or name in used:
             base = node.op_type.lower()
             number = counts.setdefault(base, itertools.count())

@@ -1,1 +1,150 @@
-"""."""
+"""Measure: size, quality, latency and memory of an exported file, through the runtime that runs it.
+
+Importing this room loads neither torch nor a runtime, so that it can describe an environment where they are broken.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paredown.errors import MissingError, RejectedError, ResourceError, UsageError
+from paredown.measure.machine import machine, machine_text
+from paredown.measure.quality import evaluated, paired, summarize
+from paredown.records import Measured
+
+if TYPE_CHECKING:
+    from paredown.export.artifact import Artifact
+    from paredown.quantize.batches import Batches
+
+
+def measure(
+    artifact: Artifact,
+    samples: Batches,
+    *,
+    evaluate: Callable[[Any], Any] | None = None,
+    baseline: Artifact | None = None,
+    threads: int = 1,
+    runs: int = 200,
+    seconds: float = 10.0,
+    units: Mapping[str, str] | None = None,
+    memory: bool = True,
+) -> dict[str, Measured]:
+    """Size, quality, latency and memory of a file, all through the runtime, each with unit, spread, protocol and machine.
+
+    "bytes": stat of all its files. "gzip_bytes": the same compressed (level 9, no time stamp). "latency_ms": one sample,
+    `threads` threads, warm-up, median with 10th–90th percentile; with `baseline` the two files take turns, and
+    "baseline_latency_ms" and "speedup" join (ratio with 95 % interval). "peak_memory_bytes",
+    "after_import_memory_bytes" and "memory_bytes" (their difference): a process of its own. With `evaluate`, one
+    entry per metric: evaluate(predict) returns {name: number, or one value per sample}; arrays give mean and 95 %
+    interval. `units` names the metrics' units. Timings and memory carry timing=True.
+
+    Raises RejectedError (no samples, a metric that is None, text or NaN), UsageError (threads, runs), MissingError
+    (the runtime), ResourceError (the process that measures memory failed).
+    """
+    if threads < 1 or runs < 5:
+        msg = f"threads must be ≥ 1 and runs ≥ 5. Got {threads} and {runs}."
+        raise UsageError(msg)
+    where = machine_text()
+    measured = dict(sizes(artifact.files, where))
+    sample = _first(samples)
+    measured |= _latencies(artifact, baseline, sample, threads, runs, seconds, where)
+    if memory:
+        measured |= _memory(artifact, sample, threads, where)
+    if evaluate is not None:
+        from paredown.export.session import predictor
+
+        for name, values in evaluated(evaluate, predictor(artifact, threads=threads)).items():
+            if name in measured:
+                msg = f"a metric must not be called {name!r}: that is measured already. Rename it in evaluate."
+                raise RejectedError(msg)
+            measured[name] = summarize(values, (units or {}).get(name, ""), where)
+    return measured
+
+
+def sizes(files: tuple[Path, ...], where: str = "") -> dict[str, Measured]:
+    """Bytes of the files by stat, and gzipped one by one (level 9, mtime 0: the same for the same bytes)."""
+    total = sum(f.stat().st_size for f in files)
+    packed = sum(len(gzip.compress(f.read_bytes(), 9, mtime=0)) for f in files)
+    return {
+        "bytes": Measured(value=total, unit="B", n=len(files), protocol=f"stat of {len(files)} file(s)", machine=where),
+        "gzip_bytes": Measured(value=packed, unit="B", n=len(files), protocol="gzip level 9, no time stamp", machine=where),
+    }
+
+
+def _first(samples: Batches) -> Any:
+    from paredown.quantize.batches import each, length, rows
+
+    for batch in each(samples):
+        if length(batch):
+            return rows(batch, slice(0, 1))
+    msg = "measure must have at least one sample. Got 0 batches."
+    raise RejectedError(msg)
+
+
+def _feed(session: Any, sample: Any) -> dict[str, Any]:
+    """Arrays for one run: one sample, repeated where the file's batch is fixed to more."""
+    from paredown.export.session import as_feed
+
+    wanted = session.get_inputs()
+    feed = as_feed(wanted, *sample)
+    for value in wanted:
+        fixed = value.shape[0] if value.shape and isinstance(value.shape[0], int) else None
+        if fixed and feed[value.name].shape[:1] == (1,) and fixed > 1:
+            feed[value.name] = np.repeat(feed[value.name], fixed, axis=0)
+    return feed
+
+
+def _latencies(
+    artifact: Artifact, baseline: Artifact | None, sample: Any, threads: int, runs: int, seconds: float, where: str
+) -> dict[str, Measured]:
+    from paredown.export.session import open_session
+    from paredown.measure.latency import latency
+
+    files = {"this": artifact, **({"baseline": baseline} if baseline is not None else {})}
+    sessions = {name: open_session(one.path, threads=threads) for name, one in files.items()}
+    feeds = {name: _feed(session, sample) for name, session in sessions.items()}
+    found = latency(sessions, feeds, threads=threads, runs=runs, seconds=seconds, machine=where)
+    names = {"this": "latency_ms", "baseline": "baseline_latency_ms", "ratio": "speedup"}
+    return {names[k]: v for k, v in found.items()}
+
+
+def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[str, Measured]:
+    from paredown.export.session import open_session
+
+    feed = _feed(open_session(artifact.path, threads=threads), sample)
+    shapes = {name: [list(a.shape), str(a.dtype)] for name, a in feed.items()}
+    script = Path(__file__).with_name("memory.py")
+    command = [sys.executable, "-P", str(script), str(artifact.path.resolve()), json.dumps(shapes), str(threads)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired as error:
+        msg = "the process that measures memory must end within 600 s. It did not."
+        raise ResourceError(msg) from error
+    except (IndexError, ValueError) as error:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        kind = MissingError if "ModuleNotFoundError" in last else ResourceError
+        msg = f"the process that measures memory must print its reading. Got exit code {done.returncode}: {last}."
+        raise kind(msg) from error
+    peak, after = int(found["peak_bytes"]), int(found["after_import_bytes"])
+    how = f"own process, {threads} thread, 5 runs of one sample, getrusage maximum resident size"
+
+    def reading(value: int, what: str) -> Measured:
+        return Measured(value=value, unit="B", n=1, protocol=f"{what}; {how}", machine=where, timing=True)
+
+    return {
+        "peak_memory_bytes": reading(peak, "peak"),
+        "after_import_memory_bytes": reading(after, "after importing the runtime"),
+        "memory_bytes": reading(peak - after, "peak minus after import"),
+    }
+
+
+__all__ = ["evaluated", "machine", "machine_text", "measure", "paired", "sizes", "summarize"]

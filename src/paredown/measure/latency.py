@@ -1,0 +1,79 @@
+"""Latency of a file in its runtime: warm-up, one thread, turns with the baseline, median and spread."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from paredown.records import Measured
+
+_WARM = 10
+_SHORTEST_S = 5e-4
+"""Runs shorter than this are timed in groups: the clock and the call would be a visible part of them."""
+
+
+def latency(
+    sessions: dict[str, Any], feeds: dict[str, Any], *, threads: int, runs: int, seconds: float, machine: str
+) -> dict[str, Measured]:
+    """Median latency of every session in milliseconds, with the 10th–90th percentile, taking turns.
+
+    `sessions` and `feeds` go by name; the first is what is measured, a second one is the baseline. Each round runs
+    every session once, in alternating order, so that drift of clock or load meets all of them; it ends after `runs`
+    rounds or `seconds`, whichever comes first, but not before 5 rounds.
+    """
+    names = list(sessions)
+    groups = {name: _group(sessions[name], feeds[name]) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for turn in range(runs):
+            for name in names if turn % 2 == 0 else reversed(names):
+                times[name].append(_timed(sessions[name], feeds[name], groups[name]))
+            if turn >= 4 and time.perf_counter() - start > seconds:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    measured = {}
+    for name in names:
+        what = f"median, low–high is the 10th–90th percentile; {threads} thread, {_WARM} warm-up runs, {groups[name]} run(s) per reading"
+        measured[name] = _spread(times[name], what + (", in turns with the other file" if len(names) > 1 else ""), machine)
+    if len(names) > 1:
+        measured["ratio"] = _ratio(np.asarray(times[names[1]]), np.asarray(times[names[0]]), machine)
+    return measured
+
+
+def _timed(session: Any, feed: Any, group: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(group):
+        session.run(None, feed)
+    return (time.perf_counter_ns() - start) / group / 1e6
+
+
+def _group(session: Any, feed: Any) -> int:
+    """Warm up, and how many runs make one reading."""
+    fastest = min(_timed(session, feed, 1) for _ in range(_WARM))
+    return max(1, math.ceil(_SHORTEST_S * 1e3 / max(fastest, 1e-6)))
+
+
+def _spread(times_ms: list[float], protocol: str, machine: str) -> Measured:
+    low, middle, high = (float(q) for q in np.percentile(times_ms, (10, 50, 90)))
+    if high > 1.5 * low:
+        protocol += f"; unsteady, p90 is {high / low:.1f} × p10: other load or throttling"
+    return Measured(value=middle, unit="ms", low=low, high=high, n=len(times_ms), protocol=protocol, machine=machine, timing=True)
+
+
+def _ratio(before: Any, after: Any, machine: str) -> Measured:
+    """How many times faster than the baseline: ratio of medians, 95 % bootstrap interval over rounds (seed 0)."""
+    picks = np.random.default_rng(0).integers(0, len(before), (2000, len(before)))
+    ratios = np.median(before[picks], axis=1) / np.median(after[picks], axis=1)
+    low, high = (float(q) for q in np.percentile(ratios, (2.5, 97.5)))
+    protocol = "median of the baseline / median of this file; 95 % bootstrap interval over rounds, 2000 resamples, seed 0"
+    value = float(np.median(before) / np.median(after))
+    return Measured(value=value, unit="×", low=low, high=high, n=len(before), protocol=protocol, machine=machine, timing=True)

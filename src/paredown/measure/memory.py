@@ -1,0 +1,59 @@
+"""Peak memory of a process that does nothing but run one ONNX file: python -m paredown.measure.memory FILE [SHAPES].
+
+SHAPES is JSON, {"input": [[1, 3, 8, 8], "float32"]}; without it every free axis is 1. Prints one JSON object. Nothing of
+paredown or torch is imported here, so that the reading is of the runtime alone.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far, bytes."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(largest if sys.platform == "darwin" else largest * 1024)
+
+
+def run(path: str, shapes: dict[str, Any], threads: int = 1) -> dict[str, int]:
+    """Load the file, run it five times on zeros; {"after_import_bytes", "peak_bytes"}."""
+    import numpy as np
+    import onnxruntime
+
+    before = peak_bytes()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {}
+    for value in session.get_inputs():
+        free = [d if isinstance(d, int) else 1 for d in value.shape], _TYPES.get(value.type, "float32")
+        shape, kind = shapes.get(value.name, free)
+        feed[value.name] = np.zeros(shape, kind)
+    for _ in range(5):
+        session.run(None, feed)
+    return {"after_import_bytes": before, "peak_bytes": peak_bytes()}
+
+
+def main(arguments: list[str]) -> int:
+    """FILE [SHAPES [THREADS]]; the measuring process is a grandchild.
+
+    A new process starts with the peak of the process it was forked from. One small process in between keeps the size of
+    the caller (torch, data) out of the reading.
+    """
+    if arguments[:1] != ["--measure"]:
+        command = [sys.executable, "-P", __file__, "--measure", *arguments]
+        return subprocess.run(command, check=False).returncode
+    path, *rest = arguments[1:]
+    shapes = json.loads(rest[0]) if rest else {}
+    sys.stdout.write(json.dumps(run(path, shapes, int(rest[1]) if len(rest) > 1 else 1)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
