@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from paredown.errors import MissingError, RejectedError
 from paredown.train.task import Predict
 
 METRIC = {"name": "accuracy", "unit": "%", "goal": "max"}
-NORMALISATION = "x = ((pixels / 255 - [.485, .456, .406]) / [.229, .224, .225]).astype(float32), RGB, shape [N, 3, 32, 32]"
+NORMALISATION = (
+    "x = ((pixels / 255 - [.485, .456, .406]) / [.229, .224, .225]).astype(float32), RGB, shape [N, 3, 32, 32]"
+)
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -75,7 +78,7 @@ class CifarResNet(nn.Module):
         return self.linear(torch.flatten(x, 1))  # type: ignore[no-any-return]
 
 
-# ------------------------------------------------------------------------------------------------------- the task module
+# ------------------------------------------------------------------------------------------------------ the task module
 
 
 def model(data: Path) -> CifarResNet:
@@ -154,13 +157,13 @@ class _Batches:
             yield normalised(cropped_and_flipped(images) if self.augmented else images), self.labels[index]
 
 
-def normalised(images_NHWC: Tensor) -> Tensor:  # noqa: N803
+def normalised(images_NHWC: Tensor) -> Tensor:
     """uint8 [N, 32, 32, 3] -> float32 [N, 3, 32, 32]: (x / 255 - mean) / std."""
     x = images_NHWC.permute(0, 3, 1, 2).float() / 255
     return ((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).contiguous()
 
 
-def cropped_and_flipped(images_NHWC: Tensor) -> Tensor:  # noqa: N803
+def cropped_and_flipped(images_NHWC: Tensor) -> Tensor:
     """Each image shifted by up to 4 pixels over black, every second one mirrored; uint8 [N, H, W, C] as it came."""
     count, height, width, _ = images_NHWC.shape
     padded = F.pad(images_NHWC, (0, 0, PADDING, PADDING, PADDING, PADDING))
@@ -175,7 +178,9 @@ def _train_split(data: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tenso
     """((images, labels) to train on, (images, labels) held out), the same for every run."""
     images, labels = _read(data / "cifar10.npz", "train")
     rng = np.random.default_rng(0)
-    held_out = np.concatenate([rng.permutation(np.flatnonzero(labels.numpy() == c))[:NUM_CHOOSE_PER_CLASS] for c in range(10)])
+    held_out = np.concatenate(
+        [rng.permutation(np.flatnonzero(labels.numpy() == c))[:NUM_CHOOSE_PER_CLASS] for c in range(10)]
+    )
     held_out = rng.permutation(held_out)  # so that the first 256, the calibration images, are of all classes
     rest = np.setdiff1d(np.arange(len(labels)), held_out)
     train, choose = torch.from_numpy(rest), torch.from_numpy(held_out)
@@ -190,17 +195,21 @@ def _read(path: Path, split: str) -> tuple[Tensor, Tensor]:
             data, offsets, labels = (file[f"{split}_{name}"] for name in ("webp", "offsets", "labels"))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         msg = (
-            f"cifar10.npz must be a NumPy archive with {split}_webp, {split}_offsets and {split}_labels, and no pickles. "
+            f"cifar10.npz must be a NumPy archive with {split}_webp, {split}_offsets and {split}_labels, and no "
+            "pickles. "
             f"Got {type(error).__name__}: {error} at {path}. Give the folder with `--set data=DIR`."
         )
         raise RejectedError(msg) from error
     steps = np.diff(offsets.astype(np.int64)) if offsets.ndim == 1 else np.zeros(0)
     whole = data.dtype == np.uint8 and data.ndim == 1 and labels.shape == steps.shape and labels.size > 0
     if not (whole and (steps > 0).all() and offsets[0] >= 0 and offsets[-1] <= data.size and labels.max() < 10):
-        msg = f"cifar10.npz must hold ascending offsets into its bytes and labels 0…9. Got something else for {split} at {path}."
+        msg = (
+            f"cifar10.npz must hold ascending offsets into its bytes and labels 0…9. Got something else for {split} at "
+            f"{path}."
+        )
         raise RejectedError(msg)
     raw = data.tobytes()
-    images = np.stack([_decoded(raw[a:b], i, path) for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))])
+    images = np.stack([_decoded(raw[a:b], i, path) for i, (a, b) in enumerate(pairwise(offsets))])
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -234,9 +243,14 @@ def _pretrained(num_blocks: int, path: Path) -> CifarResNet:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        msg = f"the weights must be a safetensors file. Got {type(error).__name__}: {error} at {path}. Give its folder with `--set data=DIR`."
+        msg = (
+            f"the weights must be a safetensors file. Got {type(error).__name__}: {error} at {path}. Give its folder "
+            "with `--set data=DIR`."
+        )
         raise RejectedError(msg) from error
-    counters = {n: b for n, b in network.named_buffers() if n.endswith("num_batches_tracked")}  # not in the published file
+    counters = {
+        n: b for n, b in network.named_buffers() if n.endswith("num_batches_tracked")
+    }  # not in the published file
     try:
         network.load_state_dict({**counters, **weights}, strict=True)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The embedded default task: handwritten digits, 8×8 pixels, as they ship inside scikit-learn (real images, no download).
+"""The embedded default task: handwritten digits of 8×8 pixels, which ship inside scikit-learn (no download).
 
 1,797 images of UCI's optical digits, split by class with a fixed seed: 540 to test, 240 held out to choose and
 calibrate on, 1,017 to train. There are no trained weights: `base` trains the smallest network of a ladder that reaches
@@ -77,7 +77,7 @@ class DigitsNet(nn.Module):
         return self.linear(torch.flatten(x, 1))  # type: ignore[no-any-return]
 
 
-# ------------------------------------------------------------------------------------------------------- the task module
+# ------------------------------------------------------------------------------------------------------ the task module
 
 
 def model(width: int = LADDER[0], seed: int = 0) -> DigitsNet:
@@ -137,12 +137,17 @@ def base(
     reached = {}
     for width in LADDER:
         path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.stem}-{width}{checkpoint.suffix}")
-        trained = _train(model(width, seed), epochs=epochs, seed=seed, device=device, progress=progress, checkpoint=path)
+        trained = _train(
+            model(width, seed), epochs=epochs, seed=seed, device=device, progress=progress, checkpoint=path
+        )
         reached[width] = float(evaluate(predictor(trained), choose_batches())["accuracy"].mean())
         if reached[width] >= TARGET:
             return trained
     shown = ", ".join(f"width {w}: {a:.2f} %" for w, a in reached.items())
-    msg = f"a network of the ladder must reach {TARGET} % on the held-out images. Got {shown}. Train for more than {epochs} epochs."
+    msg = (
+        f"a network of the ladder must reach {TARGET} % on the held-out images. Got {shown}. Train for more than "
+        f"{epochs} epochs."
+    )
     raise GateError(msg)
 
 
@@ -155,17 +160,23 @@ def twin(
     progress: Callable[[Progress], None] | None = None,
     checkpoint: Path | None = None,
 ) -> nn.Module:
-    """A dense network of about `parameters` parameters, trained as `base` and `extra_epochs` longer: what pruning must beat."""
+    """A dense network of about `parameters` parameters, trained as `base` and `extra_epochs` longer: what pruning "
+    "must beat."""
     sizes = [(w, w2) for w in range(4, LADDER[-1] + 1) for w2 in range(2 * w - 4, 2 * w + 5)]
     width, width2 = min(sizes, key=lambda s: (abs(_num_parameters(*s) - parameters), abs(s[1] - 2 * s[0]), s))
     if not 0.9 < _num_parameters(width, width2) / parameters < 1.1:
-        msg = f"a dense network of equal size must be within 10 % of {parameters:,} parameters. Got {_num_parameters(width, width2):,} at width {width}."
+        msg = (
+            f"a dense network of equal size must be within 10 % of {parameters:,} parameters. Got "
+            f"{_num_parameters(width, width2):,} at width {width}."
+        )
         raise UsageError(msg)
     thin = _made(width, width2, seed)
-    return _train(thin, epochs=EPOCHS + extra_epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint)
+    return _train(
+        thin, epochs=EPOCHS + extra_epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- data, training
+# ------------------------------------------------------------------------------------------------------- data, training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +223,9 @@ def _data() -> _Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        msg = "scikit-learn must be installed: the digits are in it. Got no module sklearn. pip install 'paredown[demo]'."
+        msg = (
+            "scikit-learn must be installed: the digits are in it. Got no module sklearn. pip install 'paredown[demo]'."
+        )
         raise MissingError(msg) from error
     pixels, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
@@ -248,6 +261,6 @@ def _train(
     checkpoint: Path | None,
 ) -> nn.Module:
     return fit(
-        network, train_batches, step, epochs=epochs, optimizer="adamw", lr=LR, weight_decay=WEIGHT_DECAY, seed=1000 * seed, device=device,
-        progress=progress, checkpoint=checkpoint,
+        network, train_batches, step, epochs=epochs, optimizer="adamw", lr=LR, weight_decay=WEIGHT_DECAY,
+        seed=1000 * seed, device=device, progress=progress, checkpoint=checkpoint,
     ).module  # fmt: skip

@@ -1,4 +1,4 @@
-"""Batch-norm statistics measured anew: after channels are gone, the stored means and variances are those of another network.
+"""Batch-norm statistics measured anew: once channels are gone, the stored ones are those of another network.
 
 One code path for both realisers: the eval graph runs with batch norm alone in train mode, so dropout and drop path
 stay off, and each batch leaves its own mean and variance in the buffers.
@@ -32,10 +32,11 @@ def reestimate_batch_norm(
     seed: int = 0,
     device: str = "cpu",
 ) -> nn.Module:
-    """A copy of `module` whose running means and variances are those of `num_batches` of the given batches.
+    """A copy of `module` in eval mode whose running means and variances are those of the given batches.
 
-    mean = Σ_b n_b mean_b / Σ_b n_b and var = Σ_b n_b var_b / Σ_b n_b over batches of n_b samples, var_b unbiased as torch
-    keeps it; a norm used k times in one forward averages over its uses. All else is untouched, also the batch counter.
+    mean = Σ_b n_b mean_b / Σ_b n_b and var = Σ_b n_b var_b / Σ_b n_b over batches of n_b samples, var_b unbiased as
+    torch keeps it; a norm used k times in one forward averages over its uses. All else is untouched, also the batch
+    counter.
 
     `batches()` must yield *training batches as they are trained on*: on images without their augmentation the
     untouched ResNet-20 loses three points. They go through the user's `step(model, batch)`, whose model is a stand-in
@@ -49,7 +50,7 @@ def reestimate_batch_norm(
     >>> bool(torch.allclose(new[1].running_mean, new[0](x).mean((0, 2, 3)), atol=1e-5))
     True
     """
-    result = private_copy(module)
+    result = private_copy(module).eval()
     if not any(name.endswith("running_var") for name, _ in module.named_buffers()):
         return result
     where = usable_device(device)
@@ -92,7 +93,10 @@ def _stand_in(module: nn.Module, inputs: Any) -> tuple[nn.Module, list[str]]:
             arguments[6] = 1.0 / uses[name]  # momentum 1, 1/2, 1/3, … makes the buffer the mean over its uses
         node.args = tuple(arguments)
     body.recompile()
-    state = {name: tensor.detach().clone() if isinstance(tensor, Tensor) else tensor for name, tensor in program.state.items()}
+    state = {
+        name: tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+        for name, tensor in program.state.items()
+    }
     return GraphModel(graph, None, state, bodies=(body, body)), list(dict.fromkeys(names))
 
 
@@ -118,6 +122,9 @@ def _averages(
         for name in names:
             sums[name] += length * buffers[name].double().cpu()
     if num_samples == 0:
-        msg = "batches must yield at least one batch to estimate batch norm from. Got none. A generator must be made anew at each call."
+        msg = (
+            "batches must yield at least one batch to estimate batch norm from. Got none. A generator must be made "
+            "anew at each call."
+        )
         raise RejectedError(msg)
     return {name: total / num_samples for name, total in sums.items()}

@@ -63,11 +63,20 @@ def save(path: Path, snapshot: Snapshot, config: Mapping[str, Any]) -> None:
                 tensors[f"optimizer/{index}/{key}"] = value
             else:
                 plain.setdefault(str(index), {})[key] = value
-    document = {"schema": SCHEMA, "config": config, "facts": snapshot.facts, "plain": plain, "groups": snapshot.optimizer["param_groups"]}
+    document = {
+        "schema": SCHEMA,
+        "config": config,
+        "facts": snapshot.facts,
+        "plain": plain,
+        "groups": snapshot.optimizer["param_groups"],
+    }
     try:
         text = json.dumps(document, sort_keys=True)
     except TypeError as error:
-        msg = f"an optimizer's state must be tensors and plain values to be checkpointed. Got: {error}. Use another optimizer, or no checkpoint."
+        msg = (
+            f"an optimizer's state must be tensors and plain values to be checkpointed. Got: {error}. Use another "
+            "optimizer, or no checkpoint."
+        )
         raise UsageError(msg) from error
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     num_bytes = sum(t.numel() * t.element_size() for t in data.values()) + len(text)
@@ -75,7 +84,10 @@ def save(path: Path, snapshot: Snapshot, config: Mapping[str, Any]) -> None:
         try:
             save_file(_unshared(data), temporary, metadata={"paredown": text})
         except (SafetensorError, OSError) as error:  # safetensors wraps what the disk said
-            msg = f"{path} must be writable: {num_bytes:,} bytes are needed. Got {error}. The last checkpoint is intact; free space and run again."
+            msg = (
+                f"{path} must be writable: {num_bytes:,} bytes are needed. Got {error}. The last checkpoint is intact; "
+                "free space and run again."
+            )
             raise ResourceError(msg) from error
 
 
@@ -92,13 +104,21 @@ def load(path: Path, config: Mapping[str, Any]) -> Snapshot | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
         schema, found = document["schema"], document["config"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        msg = f"a checkpoint must be a whole file written by paredown. Got {type(error).__name__}: {error} at {path}. Delete it to start again."
+        msg = (
+            f"a checkpoint must be a whole file written by paredown. Got {type(error).__name__}: {error} at {path}. "
+            "Delete it to start again."
+        )
         raise RejectedError(msg) from error
     wanted = json.loads(json.dumps(config))
-    different = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)] if schema == SCHEMA else ["schema"]
+    different = (
+        [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)] if schema == SCHEMA else ["schema"]
+    )
     if different:
         shown = "; ".join(f"{k}: {_short(found.get(k))} then, {_short(wanted.get(k))} now" for k in different)
-        msg = f"a training must be continued as it was begun. Got {shown} at {path}. Delete the checkpoint to start again."
+        msg = (
+            f"a training must be continued as it was begun. Got {shown} at {path}. Delete the checkpoint to start "
+            "again."
+        )
         raise UsageError(msg)
     return _snapshot(document, tensors)
 
@@ -117,7 +137,12 @@ def _snapshot(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sna
         else:
             index, _, key = name.partition("/")
             state.setdefault(int(index), {})[key] = tensor
-    return Snapshot(model=model, hooks=hooks, optimizer={"state": state, "param_groups": document["groups"]}, facts=document["facts"])
+    return Snapshot(
+        model=model,
+        hooks=hooks,
+        optimizer={"state": state, "param_groups": document["groups"]},
+        facts=document["facts"],
+    )
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +151,11 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, tensor in tensors.items():
         where = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if where in seen or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size() else tensor
+        result[name] = (
+            tensor.clone()
+            if where in seen or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+            else tensor
+        )
         seen.add(where)
     return result
 

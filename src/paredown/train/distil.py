@@ -40,7 +40,9 @@ def distil_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 class Teacher:
     """Listens to the student's calls; `loss()` is the distillation loss of the calls since it was last asked."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, device: torch.device, *, kind: Distil, temperature: float) -> None:
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, device: torch.device, *, kind: Distil, temperature: float
+    ) -> None:
         self._model = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
         self._kind = kind
         self._temperature = temperature
@@ -55,7 +57,10 @@ class Teacher:
         """Mean over the student's calls; raises UsageError where step did not call the model."""
         calls, self._calls, self._pending = self._calls, [], []
         if not calls:
-            msg = "step must call model(*inputs) for the teacher to see the inputs. Got no call. Do not call model.forward or parts of the model."
+            msg = (
+                "step must call model(*inputs) for the teacher to see the inputs. Got no call. Do not call "
+                "model.forward or parts of the model."
+            )
             raise UsageError(msg)
         losses = []
         for (args, kwargs), output in calls:
@@ -74,11 +79,17 @@ class Teacher:
             student, teacher = student[:1], teacher[:1]
         if not student or [t.shape for t in student] != [t.shape for t in teacher]:
             shapes = [tuple(t.shape) for t in student], [tuple(t.shape) for t in teacher]
-            msg = f"teacher and student must have floating outputs of one structure. Got {shapes[1]} and {shapes[0]}. Use distil: none."
+            msg = (
+                f"teacher and student must have floating outputs of one structure. Got {shapes[1]} and {shapes[0]}. "
+                "Use distil: none."
+            )
             raise RejectedError(msg)
         if self._kind == "kl":
             if student[0].dim() == 0 or student[0].shape[1 if student[0].dim() > 3 else -1] < 2:
-                msg = f"distil: kl must have at least two classes to compare. Got an output of shape {tuple(student[0].shape)}. Use distil: mse."
+                msg = (
+                    "distil: kl must have at least two classes to compare. Got an output of shape "
+                    f"{tuple(student[0].shape)}. Use distil: mse."
+                )
                 raise UsageError(msg)
             return distil_kl(student[0], teacher[0], self._temperature)
         return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
@@ -86,7 +97,9 @@ class Teacher:
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Copied before the forward: an in-place op (ReLU on the input) would show the teacher something else.
         if module.training:
-            self._pending.append(pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, (args, kwargs)))
+            self._pending.append(
+                pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, (args, kwargs))
+            )
 
     def _note_output(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         if module.training and self._pending:

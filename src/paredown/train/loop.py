@@ -1,4 +1,4 @@
-"""fit: the one training loop. Fine-tuning, distillation, masks, growth and quantization-aware training hang on its hooks.
+"""fit: the one training loop. Fine-tuning, distillation, masks, growth and QAT hang on its hooks.
 
 The loop owns mode, device, random seeds, optimizer and checkpoints; the user owns `step(model, batch) -> loss`.
 """
@@ -79,6 +79,7 @@ class Training:
     step: int = 0
     """Optimizer steps in all, of `steps` × epochs."""
     steps: int = 0
+    saved_epochs: int = 0
     scale: float = 1.0
     """What roll-backs made of the learning rate: 1, 1/2, 1/4."""
     loss: float = math.nan
@@ -144,29 +145,35 @@ def fit(
     >>> fit(nn.Linear(2, 3), lambda: data, step, epochs=2).history[-1].num_samples
     24
     """
-    _check_options(epochs=epochs, lr=lr, temperature=temperature, distil_weight=distil_weight, distil=distil, schedule=schedule, teacher=teacher)
+    options = _Options(
+        epochs=epochs, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm,
+        schedule=schedule, seed=seed, distil="none" if teacher is None else distil, temperature=temperature,
+        distil_weight=distil_weight, max_steps=max_steps,
+    )  # fmt: skip
+    if teacher is None and distil != "none":
+        msg = f'distil must be "none" where there is no teacher. Got {distil!r}.'
+        raise UsageError(msg)
     where = usable_device(device)
-    config = {
-        "epochs": epochs, "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", "own"), "lr": lr,
-        "momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm, "schedule": schedule, "seed": seed, "distil": distil,
-        "temperature": temperature, "distil_weight": distil_weight, "max_steps": max_steps, "hooks": [h.name for h in hooks],
-        "start": checkpoints.state_digest(module), "teacher": checkpoints.state_digest(teacher) if teacher is not None and distil != "none" else None,
-    }  # fmt: skip
+    config = _config(options, module, teacher, hooks)
     with kept_randomness():
         student = private_copy(module).to(where)
-        training = Training(module=student, optimizer=_optimizer(student, optimizer, lr, momentum, weight_decay))
-        distiller = Teacher(teacher, student, where, kind=distil, temperature=temperature) if teacher is not None and distil != "none" else None
+        training = Training(module=student, optimizer=_optimizer(student, options))
+        distiller = None
+        if teacher is not None and options.distil != "none":
+            distiller = Teacher(teacher, student, where, kind=options.distil, temperature=temperature)
         run = _Run(
-            training=training, batches=batches, step=step, epochs=epochs, seed=seed, device=where, schedule=schedule, clip_norm=clip_norm,
-            base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], teacher=distiller, weight=distil_weight, hooks=tuple(hooks),
-            progress=progress, max_steps=max_steps,
+            training=training, batches=batches, step=step, options=options, device=where, teacher=distiller,
+            hooks=tuple(hooks), base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], progress=progress,
         )  # fmt: skip
         try:
             _train(run, checkpoint, config)
         except KeyboardInterrupt as error:
-            raise _interrupted(training, epochs, checkpoint) from error
+            raise _interrupted(run, checkpoint) from error
         except torch.OutOfMemoryError as error:
-            msg = f"training must fit in the memory of {device}. Got out of memory in epoch {training.epoch}. Yield smaller batches or use --device cpu."
+            msg = (
+                f"training must fit in the memory of {device}. Got out of memory in epoch {training.epoch + 1}. Yield "
+                "smaller batches."
+            )
             raise ResourceError(msg) from error
         finally:
             if distiller is not None:
@@ -189,7 +196,10 @@ def usable_device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:  # a CPU build of torch raises AssertionError for cuda
-        msg = f"the device must be one that torch can use here. Got {device!r}: {str(error).splitlines()[0]}. Use --device cpu, or see `paredown doctor`."
+        msg = (
+            f"the device must be one that torch can use here. Got {device!r}: {str(error).splitlines()[0]}. Use "
+            "--device cpu, or see `paredown doctor`."
+        )
         raise MissingError(msg) from error
     return found
 
@@ -199,11 +209,48 @@ def private_copy(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module)
     except Exception as error:
-        msg = f"the model must allow copy.deepcopy, because paredown never changes the original. Got {type(error).__name__}: {error}."
+        msg = (
+            "the model must allow copy.deepcopy, because paredown never changes the original. Got "
+            f"{type(error).__name__}: {error}."
+        )
         raise RejectedError(msg) from error
 
 
-# ----------------------------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The options of fit that decide its result; a checkpoint keeps them."""
+
+    epochs: int
+    optimizer: OptimizerChoice
+    lr: float
+    momentum: float
+    weight_decay: float
+    clip_norm: float | None
+    schedule: Schedule
+    seed: int
+    distil: Distil
+    temperature: float
+    distil_weight: float
+    max_steps: int | None
+
+    def __post_init__(self) -> None:
+        rules = [
+            ("epochs", self.epochs >= 0, "a number ≥ 0"),
+            ("lr", math.isfinite(self.lr) and self.lr > 0, "a finite number > 0"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0, or none"),
+            ("temperature", self.temperature > 0, "a number > 0"),
+            ("distil_weight", 0 <= self.distil_weight <= 1, "from 0 to 1"),
+            ("distil", self.distil in ("none", "kl", "mse"), 'one of "none", "kl", "mse"'),
+            ("schedule", self.schedule in ("cosine", "constant"), '"cosine" or "constant"'),
+            ("max_steps", self.max_steps is None or self.max_steps > 0, "a number > 0, or none"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                msg = f"{name} must be {rule}. Got {getattr(self, name)!r}."
+                raise UsageError(msg)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,17 +258,12 @@ class _Run:
     training: Training
     batches: Batches
     step: Step
-    epochs: int
-    seed: int
+    options: _Options
     device: torch.device
-    schedule: Schedule
-    clip_norm: float | None
     base_lrs: list[float]
     teacher: Teacher | None
-    weight: float
     hooks: tuple[Hook, ...]
     progress: Callable[[Progress], None] | None
-    max_steps: int | None
 
 
 class _Diverged(Exception):
@@ -237,7 +279,9 @@ def _train(run: _Run, path: Path | None, config: Mapping[str, Any]) -> None:
     else:
         training.steps = _count_steps(run)
     last = _snapshot(run)
-    while training.epoch < run.epochs:
+    if path is not None and saved is None:
+        checkpoints.save(path, last, config)  # a full disk or a read-only folder shows now, not after an epoch
+    while training.epoch < run.options.epochs:
         try:
             _epoch(run)
         except _Diverged as error:
@@ -250,18 +294,19 @@ def _train(run: _Run, path: Path | None, config: Mapping[str, Any]) -> None:
         last = _snapshot(run)
         if path is not None:
             checkpoints.save(path, last, config)
+            training.saved_epochs = training.epoch
         _report(run, training.steps)
 
 
 def _epoch(run: _Run) -> None:
     training = run.training
     training.module.train()
-    seed_all(run.seed + training.epoch)
+    seed_all(run.options.seed + training.epoch)
     retries = sum(bool(e.note) for e in training.history)
     has_batch_norm = any(name.endswith("running_var") for name, _ in training.module.named_buffers())
     total, num_samples, num_skipped, done, usual = 0.0, 0, 0, 0, 0
     first: list[float] = []
-    for batch in islice(run.batches(), run.max_steps):
+    for batch in islice(run.batches(), run.options.max_steps):
         length = batch_length(batch)
         usual = max(usual, length)
         if length == 1 < usual and has_batch_norm:
@@ -277,7 +322,10 @@ def _epoch(run: _Run) -> None:
             first.append(loss)
         _report(run, done)
     if done == 0:
-        msg = f"batches must yield at least one batch to train on. Got none in epoch {training.epoch + 1}. A generator must be made anew at each call."
+        msg = (
+            f"batches must yield at least one batch to train on. Got none in epoch {training.epoch + 1}. A generator "
+            "must be made anew at each call."
+        )
         raise RejectedError(msg)
     mean = total / num_samples
     _check_finite(training.module)
@@ -287,27 +335,30 @@ def _epoch(run: _Run) -> None:
         msg = f"mean loss {mean:.4g}, {DIVERGED:g} × above the start"
         raise _Diverged(msg)
     lr = float(training.optimizer.param_groups[0]["lr"])
-    training.history.append(Epoch(epoch=training.epoch + 1, loss=mean, lr=lr, num_samples=num_samples, num_skipped=num_skipped))
+    training.history.append(
+        Epoch(epoch=training.epoch + 1, loss=mean, lr=lr, num_samples=num_samples, num_skipped=num_skipped)
+    )
 
 
 def _step(run: _Run, batch: Any, step: int) -> float:
     training = run.training
-    factor = training.scale * learning_rate(run.schedule, step, training.steps * run.epochs)
+    factor = training.scale * learning_rate(run.options.schedule, step, training.steps * run.options.epochs)
     for group, base in zip(training.optimizer.param_groups, run.base_lrs, strict=True):
         group["lr"] = base * factor
     training.optimizer.zero_grad(set_to_none=True)
     loss = _checked_loss(run.step(training.module, batch))
     if run.teacher is not None:
-        loss = (1 - run.weight) * loss + run.weight * run.teacher.loss()
+        weight = run.options.distil_weight
+        loss = (1 - weight) * loss + weight * run.teacher.loss()
     training.step, training.loss = step, float(loss.detach())
     if not math.isfinite(training.loss):
         return training.loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for hook in run.hooks:
         if hook.after_backward is not None:
             hook.after_backward(training)
-    if run.clip_norm is not None:
-        nn.utils.clip_grad_norm_([p for p in training.module.parameters() if p.grad is not None], run.clip_norm)
+    if run.options.clip_norm is not None:
+        nn.utils.clip_grad_norm_([p for p in training.module.parameters() if p.grad is not None], run.options.clip_norm)
     training.optimizer.step()
     for hook in run.hooks:
         if hook.after_step is not None:
@@ -321,20 +372,27 @@ def _roll_back(run: _Run, last: checkpoints.Snapshot, why: str) -> None:
     lr = float(training.optimizer.param_groups[0]["lr"])
     if retries > MOST_RETRIES:
         msg = (
-            f"training must stay finite. Got {why} in epoch {training.epoch + 1} at learning rate {lr:g}, after {MOST_RETRIES} retries with half the "
+            f"training must stay finite. Got {why} in epoch {training.epoch + 1} at learning rate {lr:g}, after "
+            f"{MOST_RETRIES} retries with half the "
             "learning rate each. Use a lower learning rate, clip_norm, or look for NaN in the data."
         )
         raise RejectedError(msg)
-    history = [*training.history, Epoch(epoch=training.epoch + 1, loss=None, lr=lr, num_samples=0, note=f"{why}: rolled back, learning rate halved")]
+    history = [
+        *training.history,
+        Epoch(
+            epoch=training.epoch + 1, loss=None, lr=lr, num_samples=0, note=f"{why}: rolled back, learning rate halved"
+        ),
+    ]
     scale = training.scale / 2
     _restore(run, last)
     training.history, training.scale = history, scale
 
 
-def _interrupted(training: Training, epochs: int, path: Path | None) -> Interrupted:
-    if path is None:
-        return Interrupted(f"stopped in epoch {training.epoch + 1} of {epochs}. There is no checkpoint: nothing was saved.")
-    return Interrupted(f"stopped in epoch {training.epoch + 1} of {epochs}. {path} holds {training.epoch} epochs; the same command continues there.")
+def _interrupted(run: _Run, path: Path | None) -> Interrupted:
+    saved = "There is no checkpoint: nothing was saved."
+    if path is not None:
+        saved = f"{path} holds {run.training.saved_epochs} epochs; the same command continues there."
+    return Interrupted(f"stopped in epoch {run.training.epoch + 1} of {run.options.epochs}. {saved}")
 
 
 # ------------------------------------------------------------------------------------------------- state and its checks
@@ -358,6 +416,7 @@ def _restore(run: _Run, snapshot: checkpoints.Snapshot) -> None:
         for name, tensor in checkpoints.model_tensors(training.module).items():
             tensor.copy_(snapshot.model[name])
     training.optimizer.load_state_dict(copy.deepcopy(dict(snapshot.optimizer)))
+    training.saved_epochs = int(facts["epoch"])
     training.epoch, training.scale, training.steps = int(facts["epoch"]), float(facts["scale"]), int(facts["steps"])
     training.start_loss, training.history = facts["start_loss"], [Epoch(**e) for e in facts["history"]]
     for hook in run.hooks:
@@ -365,33 +424,52 @@ def _restore(run: _Run, snapshot: checkpoints.Snapshot) -> None:
             hook.restore(snapshot.hooks.get(hook.name, {}))
 
 
+def _config(options: _Options, module: nn.Module, teacher: nn.Module | None, hooks: Sequence[Hook]) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued, as JSON values."""
+    given = {name: getattr(options, name) for name in options.__slots__}
+    if not isinstance(options.optimizer, str):
+        given["optimizer"] = getattr(options.optimizer, "__qualname__", type(options.optimizer).__name__)
+    return {
+        **given,
+        "hooks": [hook.name for hook in hooks],
+        "weights at the start": checkpoints.state_digest(module),
+        "weights of the teacher": checkpoints.state_digest(teacher)
+        if teacher is not None and options.distil != "none"
+        else None,
+    }
+
+
 def _count_steps(run: _Run) -> int:
     """Steps per epoch: the schedule needs to know where the end is."""
-    seed_all(run.seed)
+    seed_all(run.options.seed)
     batches = run.batches()
     if isinstance(batches, Sized):
         count = len(batches)
     else:
-        most = 1_000_000 if run.max_steps is None else run.max_steps
+        most = 1_000_000 if run.options.max_steps is None else run.options.max_steps
         count = sum(1 for _ in islice(batches, most + 1))
-        if run.max_steps is None and count > most:
+        if run.options.max_steps is None and count > most:
             msg = f"batches must end. Got more than {most:,} in one epoch. Give max_steps, the steps of an epoch."
             raise UsageError(msg)
     if count == 0:
         msg = "batches must yield at least one batch. Got none. Check the path and filters of the training data."
         raise RejectedError(msg)
-    return count if run.max_steps is None else min(count, run.max_steps)
+    return count if run.options.max_steps is None else min(count, run.options.max_steps)
 
 
-def _optimizer(module: nn.Module, choice: OptimizerChoice, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, options: _Options) -> torch.optim.Optimizer:
+    choice, lr, decay = options.optimizer, options.lr, options.weight_decay
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
-        msg = "the model must have a parameter with requires_grad. Got none: everything is frozen, or there are no parameters."
+        msg = (
+            "the model must have a parameter with requires_grad. Got none: everything is frozen, or there are no "
+            "parameters."
+        )
         raise RejectedError(msg)
     if choice == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr=lr, momentum=options.momentum, weight_decay=decay)
     if choice == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
     if isinstance(choice, str):
         msg = f'optimizer must be "sgd", "adamw" or a function of the parameters. Got {choice!r}.'
         raise UsageError(msg)
@@ -402,27 +480,13 @@ def _optimizer(module: nn.Module, choice: OptimizerChoice, lr: float, momentum: 
     return made
 
 
-def _check_options(
-    *, epochs: int, lr: float, temperature: float, distil_weight: float, distil: str, schedule: str, teacher: nn.Module | None
-) -> None:
-    rules = [
-        ("epochs", epochs, epochs >= 0, "a number ≥ 0"),
-        ("lr", lr, math.isfinite(lr) and lr > 0, "a finite number > 0"),
-        ("temperature", temperature, temperature > 0, "a number > 0"),
-        ("distil_weight", distil_weight, 0 <= distil_weight <= 1, "from 0 to 1"),
-        ("distil", distil, distil in ("none", "kl", "mse"), 'one of "none", "kl", "mse"'),
-        ("schedule", schedule, schedule in ("cosine", "constant"), '"cosine" or "constant"'),
-        ("distil", distil, distil == "none" or teacher is not None, '"none" where there is no teacher'),
-    ]
-    for name, value, holds, rule in rules:
-        if not holds:
-            msg = f"{name} must be {rule}. Got {value!r}."
-            raise UsageError(msg)
-
-
 def _checked_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        got = f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else type(loss).__name__
+        got = (
+            f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+            if isinstance(loss, Tensor)
+            else type(loss).__name__
+        )
         msg = f"step(model, batch) must return the loss, one number that depends on the model's parameters. Got {got}."
         raise UsageError(msg)
     return loss.reshape(())
@@ -450,5 +514,12 @@ def _report(run: _Run, done: int) -> None:
         training = run.training
         loss = training.loss if math.isfinite(training.loss) else None
         run.progress(
-            Progress(epoch=training.epoch, epochs=run.epochs, step=done, steps=training.steps, loss=loss, history=tuple(training.history))
+            Progress(
+                epoch=training.epoch,
+                epochs=run.options.epochs,
+                step=done,
+                steps=training.steps,
+                loss=loss,
+                history=tuple(training.history),
+            )
         )

@@ -42,7 +42,10 @@ class Metric:
 
     def __post_init__(self) -> None:
         if self.goal not in ("max", "min"):
-            msg = f'a metric\'s goal must be "max" or "min". Got {self.goal!r} for {self.name!r}. paredown does not guess which is better.'
+            msg = (
+                f'a metric\'s goal must be "max" or "min". Got {self.goal!r} for {self.name!r}. paredown does not '
+                "guess which is better."
+            )
             raise UsageError(msg)
 
     def better(self, a: float, b: float) -> bool:
@@ -95,10 +98,15 @@ def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> T
     where = getattr(module, "__file__", None) or module.__name__
     folder = Path(data) if data is not None else None
     missing = [n for n in _REQUIRED if not callable(getattr(module, n, None))]
-    trains = callable(getattr(module, "train", None)) or all(callable(getattr(module, n, None)) for n in ("train_batches", "step"))
+    trains = callable(getattr(module, "train", None)) or all(
+        callable(getattr(module, n, None)) for n in ("train_batches", "step")
+    )
     if missing or not trains:
         wanted = [*missing, *([] if trains else ["train_batches and step, or train"])]
-        msg = f"a task module must have the functions {', '.join(wanted)}. Got none of that name at {where}. `paredown init` writes an example."
+        msg = (
+            f"a task module must have the functions {', '.join(wanted)}. Got none of that name at {where}. `paredown "
+            "init` writes an example."
+        )
         raise UsageError(msg)
     found: dict[str, Any] = {}
     for name in (*_REQUIRED, *_OPTIONAL):
@@ -165,19 +173,32 @@ def metric_values(metric: Metric, result: Any) -> tuple[float, np.ndarray | None
             raise TypeError
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        msg = f"the metric {metric.name!r} must be a number or one number per sample. Got {value!r} ({type(value).__name__}) from evaluate."
+        msg = (
+            f"the metric {metric.name!r} must be a number or one number per sample. Got {value!r} "
+            f"({type(value).__name__}) from evaluate."
+        )
         raise UsageError(msg) from error
     if numbers.ndim > 1:
-        msg = f"the metric {metric.name!r} must be a number or one number per sample. Got an array of shape {numbers.shape} from evaluate."
+        msg = (
+            f"the metric {metric.name!r} must be a number or one number per sample. Got an array of shape "
+            f"{numbers.shape} from evaluate."
+        )
         raise UsageError(msg)
     if numbers.size == 0 or not np.isfinite(numbers).all():
-        got = "no samples" if numbers.size == 0 else f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} NaN or infinite"
-        msg = f"the metric {metric.name!r} must be finite. Got {got} from evaluate. Look for empty test data or a division by zero."
+        got = (
+            "no samples"
+            if numbers.size == 0
+            else f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} NaN or infinite"
+        )
+        msg = (
+            f"the metric {metric.name!r} must be finite. Got {got} from evaluate. Look for empty test data or a "
+            "division by zero."
+        )
         raise RejectedError(msg)
     return float(numbers.mean()), numbers if numbers.ndim else None
 
 
-# ---------------------------------------------------------------------------------------------------------- data roles
+# ----------------------------------------------------------------------------------------------------------- data roles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +221,8 @@ def content_hashes(batches: Iterable[Any], *, max_batches: int = 100_000) -> set
     found: set[bytes] = set()
     for batch in islice(batches, max_batches):
         tensor = _first_tensor(batch)
+        if tensor.numel() == 0:
+            continue
         samples = tensor.detach().cpu().contiguous()
         prefix = f"{samples.dtype}{tuple(samples.shape[1:])}".encode()
         rows = samples.reshape(len(samples), -1) if samples.dim() else samples.reshape(1, 1)
@@ -224,7 +247,8 @@ def check_roles(task: Task) -> Roles:
         common = len((role or set()) & (test or set()))
         if common:
             msg = (
-                f"{name} must not share samples with test_batches. Got {common} of {len(role or ())} samples that are also test samples. "
+                f"{name} must not share samples with test_batches. Got {common} of {len(role or ())} samples that are "
+                "also test samples. "
                 "Test data never chooses anything: take calibration samples from the training data."
             )
             raise RejectedError(msg)
@@ -232,7 +256,10 @@ def check_roles(task: Task) -> Roles:
     for name, role in (("test", test), ("held-out", choose)):
         common = len((train or set()) & (role or set()))
         if common:
-            warnings.append(f"{common} of {len(role or ())} {name} samples are also training samples: the {name} figures are too good.")
+            warnings.append(
+                f"{common} of {len(role or ())} {name} samples are also training samples: the {name} figures are too "
+                "good."
+            )
     return Roles(
         num_train=None if train is None else len(train),
         num_calibration=len(calibration or ()),
@@ -279,7 +306,8 @@ def _check_structure(task: Task) -> None:
     got = pytree.tree_structure(call_inputs(batch))
     if want != got:
         msg = (
-            f"calibration batches must have the structure of inputs(): {want}. Got {got}. Yield inputs only, or give the task module "
+            f"calibration batches must have the structure of inputs(): {want}. Got {got}. Yield inputs only, or give "
+            "the task module "
             "`batch_inputs(batch)`, which takes the inputs out of a batch."
         )
         raise RejectedError(msg)
@@ -308,7 +336,7 @@ def _cpu(value: Any) -> Any:
     return value.float() if value.is_floating_point() else value
 
 
-# ------------------------------------------------------------------------------------------------------ reading a module
+# ----------------------------------------------------------------------------------------------------- reading a module
 
 
 def _with_data(function: Callable[..., Any], data: Path | None, where: str) -> Callable[..., Any]:
@@ -319,7 +347,10 @@ def _with_data(function: Callable[..., Any], data: Path | None, where: str) -> C
     if data is None:
         if parameter.default is not inspect.Parameter.empty:
             return function
-        msg = f"{function.__name__} must be given `data`, the folder it reads. Got no `data` at {where}. Add `data: DIR` to the recipe or `--set data=DIR`."
+        msg = (
+            f"{function.__name__} must be given `data`, the folder it reads. Got no `data` at {where}. Add `data: DIR` "
+            "to the recipe or `--set data=DIR`."
+        )
         raise UsageError(msg)
 
     def bound(*args: Any, **kwargs: Any) -> Any:
@@ -333,7 +364,10 @@ def _with_data(function: Callable[..., Any], data: Path | None, where: str) -> C
 def _check_data_is_used(module: ModuleType, data: Path | None, where: str) -> None:
     functions = [getattr(module, n, None) for n in (*_REQUIRED, *_OPTIONAL)]
     if data is not None and not any("data" in _parameters(f) for f in functions if callable(f)):
-        msg = f"`data` must be read by a function of the task module. Got {str(data)!r}, and none takes a parameter `data` at {where}. Leave it out."
+        msg = (
+            f"`data` must be read by a function of the task module. Got {str(data)!r}, and none takes a parameter "
+            f"`data` at {where}. Leave it out."
+        )
         raise UsageError(msg)
 
 
@@ -350,7 +384,10 @@ def _evaluations(found: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {}
     test, choose = found.get("test_batches"), found.get("choose_batches")
     if test is None:
-        msg = f"evaluate(predict, batches) must have test_batches() to run on. Got none at {where}. Add it, or take `batches` out of evaluate."
+        msg = (
+            f"evaluate(predict, batches) must have test_batches() to run on. Got none at {where}. Add it, or take "
+            "`batches` out of evaluate."
+        )
         raise UsageError(msg)
     return {
         "evaluate": lambda predict: evaluate(predict, batches=test()),
@@ -360,7 +397,10 @@ def _evaluations(found: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _metric(module: ModuleType, where: str) -> Metric:
     given = getattr(module, "METRIC", None)
-    fix = 'Write METRIC = {"name": "accuracy", "unit": "%", "goal": "max"}; paredown does not guess which direction is better.'
+    fix = (
+        'Write METRIC = {"name": "accuracy", "unit": "%", "goal": "max"}; paredown does not guess which direction is '
+        "better."
+    )
     if isinstance(given, Metric):
         return given
     if not isinstance(given, Mapping) or set(given) != {"name", "unit", "goal"}:
@@ -376,4 +416,3 @@ def batch_length(batch: Any) -> int:
     """Samples in a batch: axis 0 of its first tensor, 1 where that has no axes."""
     tensor = _first_tensor(batch)
     return int(tensor.shape[0]) if tensor.dim() else 1
-

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from paredown.errors import RejectedError, UsageError
+from paredown.train import Metric, check_roles, content_hashes, metric_values, predictor, task_from_module
+from paredown.train.task import kept_randomness
+
+IMAGES = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(40) % 2
+METRIC = {"name": "accuracy", "unit": "%", "goal": "max"}
+
+
+def split(first: int, last: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(torch.split(IMAGES[first:last], 5), torch.split(LABELS[first:last], 5), strict=True))
+
+
+def evaluate(predict, batches):
+    return {"accuracy": np.concatenate([100.0 * (predict(x).argmax(1) == y).numpy() for x, y in batches])}
+
+
+def module(**changes: object) -> ModuleType:
+    found = ModuleType("mine.task")
+    functions = {
+        "model": lambda: nn.Linear(3, 2),
+        "inputs": lambda: IMAGES[:2],
+        "train_batches": lambda: split(0, 20),
+        "calibration_batches": lambda: [x for x, _ in split(20, 25)],
+        "choose_batches": lambda: split(20, 30),
+        "test_batches": lambda: split(30, 40),
+        "step": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+        "evaluate": evaluate,
+        "METRIC": METRIC,
+        "NORMALISATION": "none",
+    }
+    for name, value in {**functions, **changes}.items():
+        if value is not None:
+            setattr(found, name, value)
+    return found
+
+
+def test_a_module_becomes_a_task():
+    task = task_from_module(module())
+    assert (task.name, task.metric, task.normalisation) == (
+        "task",
+        Metric(name="accuracy", unit="%", goal="max"),
+        "none",
+    )
+    model = task.model()
+    value, each = metric_values(task.metric, task.evaluate(predictor(model)))
+    assert each is not None
+    assert (len(each), value) == (10, float((model(IMAGES[30:]).argmax(1) == LABELS[30:]).float().mean() * 100))
+    assert task.choose is not None
+    held_out = metric_values(task.metric, task.choose(predictor(model)))[1]
+    assert held_out is not None
+    assert len(held_out) == 10
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        task.name = "other"  # type: ignore[misc]
+
+
+def test_evaluate_without_batches_is_taken_as_it_is():
+    task = task_from_module(module(evaluate=lambda predict: {"accuracy": 50.0}, test_batches=None))
+    assert metric_values(task.metric, task.evaluate(predictor(task.model()))) == (50.0, None)
+    assert task.choose is None
+    with pytest.raises(UsageError, match="test_batches"):
+        task_from_module(module(test_batches=None))
+
+
+def test_train_may_stand_for_step():
+    task = task_from_module(module(step=None, train_batches=None, train=lambda model: model))
+    assert task.step is None
+    assert task.train is not None
+
+
+@pytest.mark.parametrize("name", ["model", "inputs", "calibration_batches", "evaluate", "step", "train_batches"])
+def test_a_missing_function_is_named(name):
+    with pytest.raises(UsageError, match=name):
+        task_from_module(module(**{name: None}))
+
+
+@pytest.mark.parametrize("given", [None, "accuracy", {"name": "mae", "unit": "g"}, {**METRIC, "goal": "higher"}])
+def test_the_direction_is_never_guessed(given):
+    with pytest.raises(UsageError, match=r"does not guess which"):
+        task_from_module(module(METRIC=given))
+    with pytest.raises(UsageError, match="does not guess"):
+        Metric(name="mae", unit="g", goal="up")  # type: ignore[arg-type]
+
+
+def test_better():
+    assert Metric(name="a", unit="%", goal="max").better(2, 1)
+    assert Metric(name="a", unit="%", goal="min").better(1, 2)
+    assert not Metric(name="a", unit="%", goal="min").better(1, 1)
+
+
+def test_data_is_given_to_who_asks(tmp_path):
+    seen = []
+
+    def model(data, width=2):
+        seen.append(data)
+        return nn.Linear(3, width)
+
+    task = task_from_module(module(model=model), data=str(tmp_path))
+    assert task.model(width=4).out_features == 4
+    assert seen == [tmp_path]
+    assert task.data == tmp_path
+    with pytest.raises(UsageError, match="data: DIR"):
+        task_from_module(module(model=model))
+    with pytest.raises(UsageError, match="Leave it out"):
+        task_from_module(module(), data=tmp_path)
+    optional = task_from_module(module(model=lambda data=Path("here"): data))
+    assert optional.model() == Path("here")
+
+
+def test_calibration_batches_may_be_whole_batches():
+    task = task_from_module(module(calibration_batches=lambda: split(20, 30), batch_inputs=lambda batch: batch[0]))
+    assert torch.equal(next(iter(task.calibration_batches())), IMAGES[20:25])
+    assert check_roles(task).num_calibration == 10
+    with pytest.raises(RejectedError, match="batch_inputs"):
+        check_roles(task_from_module(module(calibration_batches=lambda: split(20, 30))))
+
+
+# ---------------------------------------------------------------------------------------------------------- the metric
+
+
+@pytest.mark.parametrize(
+    "value", [3, 3.0, np.float32(3), torch.tensor(3.0), np.array([2.0, 4.0]), [2, 4], torch.tensor([2, 4])]
+)
+def test_numbers_are_taken(value):
+    assert metric_values(Metric(name="m", unit="", goal="min"), {"m": value})[0] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "match"),
+    [
+        ({"m": None}, UsageError, "None"),
+        ({"m": "3"}, UsageError, "'3'"),
+        ({"m": True}, UsageError, "bool"),
+        ({"m": np.zeros((2, 2))}, UsageError, r"\(2, 2\)"),
+        ({"m": float("nan")}, RejectedError, "NaN"),
+        ({"m": [1.0, float("inf")]}, RejectedError, "1 of 2"),
+        ({"m": []}, RejectedError, "no samples"),
+        ({"other": 1.0}, UsageError, "other"),
+        (3.0, UsageError, "float"),
+    ],
+)
+def test_what_is_no_number_is_refused(result, error, match):
+    with pytest.raises(error, match=match):
+        metric_values(Metric(name="m", unit="", goal="min"), result)
+
+
+def test_a_predictor_is_float32_on_the_cpu_and_puts_the_mode_back():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.9)).double().train()
+    model[1].eval()
+    predict = predictor(model)
+    a = predict(IMAGES.double())
+    assert (a.dtype, a.requires_grad) == (torch.float32, False)
+    assert torch.equal(a, model[0](IMAGES.double()).detach().float())
+    assert [m.training for m in model.modules()] == [True, True, False]
+
+
+# ----------------------------------------------------------------------------------------------------------- data roles
+
+
+def test_roles_are_counted():
+    roles = check_roles(task_from_module(module()))
+    assert (roles.num_train, roles.num_calibration, roles.num_choose, roles.num_test) == (20, 5, 10, 10)
+    assert roles.warnings == ()
+
+
+def test_calibration_on_test_samples_is_refused():
+    with pytest.raises(RejectedError, match=r"calibration_batches .* Got 3 of 8 samples"):
+        check_roles(task_from_module(module(calibration_batches=lambda: [IMAGES[25:33]])))
+    with pytest.raises(RejectedError, match=r"choose_batches .* Got 1 of 11"):
+        check_roles(task_from_module(module(choose_batches=lambda: split(20, 31))))
+
+
+def test_training_on_test_samples_is_a_warning():
+    roles = check_roles(task_from_module(module(train_batches=lambda: split(0, 20) + split(38, 40))))
+    assert roles.warnings == ("2 of 10 test samples are also training samples: the test figures are too good.",)
+
+
+@pytest.mark.parametrize("name", ["calibration_batches", "test_batches", "choose_batches", "train_batches"])
+@pytest.mark.parametrize("empty", [[], [(torch.zeros(0, 3), torch.zeros(0))]])
+def test_an_empty_role_is_refused(name, empty):
+    if name == "calibration_batches":
+        empty = [batch[0] for batch in empty]
+    with pytest.raises(RejectedError, match=name):
+        check_roles(task_from_module(module(**{name: lambda: empty})))
+
+
+def test_hashes_are_of_samples_not_of_batches():
+    a = content_hashes(split(0, 20))
+    order = torch.randperm(20)
+    assert content_hashes([IMAGES[:20][order]]) == a
+    assert len(a) == 20
+    assert content_hashes([{"args": (IMAGES[:1].numpy(),), "kwargs": {}}]) < a
+    assert content_hashes([IMAGES[:1].double()]).isdisjoint(a)
+    row = IMAGES[:1].numpy().tobytes()
+    assert content_hashes([IMAGES[:1]]) == {hashlib.blake2b(b"torch.float32(3,)" + row, digest_size=16).digest()}
+    with pytest.raises(RejectedError, match="hold a tensor"):
+        content_hashes([("text",)])
+
+
+def test_checking_leaves_the_random_states_alone():
+    def noisy():
+        random.random(), np.random.rand()  # noqa: NPY002
+        return [(IMAGES[:20] + torch.randn(20, 3), LABELS[:20])]
+
+    with kept_randomness():
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+        expected = torch.rand(1).item(), random.random(), np.random.rand()  # noqa: NPY002
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+        check_roles(task_from_module(module(train_batches=noisy)))
+        assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected  # noqa: NPY002
