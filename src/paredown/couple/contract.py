@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from paredown.couple.ids import FIXED, along, fixed, laid, tidy, varying
 from paredown.couple.operand import args_of, merge, result, schema, unknown
-from paredown.couple.trace import Trace
+from paredown.couple.trace import Summed, Trace
 
 
 def _conv(node: fx.Node, trace: Trace) -> Any:
@@ -95,7 +95,7 @@ def _matmul(node: fx.Node, trace: Trace) -> Any:
     left, right = trace.of(a), trace.of(b)
     if left.dim() < 2 or right.dim() < 2:
         return _vector_product(node, trace, left, right)
-    return contract(trace, left, right, shape, node.name)
+    return contract(trace, left, right, shape, node.name, Reader(node, a, -1))
 
 
 def _addmm(node: fx.Node, trace: Trace) -> Any:
@@ -106,7 +106,7 @@ def _addmm(node: fx.Node, trace: Trace) -> Any:
         wrote = _product_with_weight(trace, a, b, 0, 1)  # type: ignore[arg-type]
         out = laid(wrote, len(shape) - 1, shape)
     else:
-        out = contract(trace, trace.of(a), trace.of(b), shape, node.name)
+        out = contract(trace, trace.of(a), trace.of(b), shape, node.name, Reader(node, a, -1))
     return merge(out, trace.of(bias), trace).expand(shape)
 
 
@@ -125,7 +125,15 @@ def _vector_product(node: fx.Node, trace: Trace, a: Tensor, b: Tensor) -> Any:
     return result(node)
 
 
-def contract(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor:
+class Reader(NamedTuple):
+    """Who sums over the contracted axis: the node, its first operand, and that operand's axis."""
+
+    node: fx.Node
+    operand: Any
+    axis: int
+
+
+def contract(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: Reader) -> Tensor:
     """out[l, i, k] = Σ_j a[l, i, j] · b[l, j, k] for ids.
 
     Where ids vary along the leading axes (heads), each row l lives or dies as a whole. Without heads, j is tied
@@ -141,7 +149,7 @@ def contract(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tenso
     num_lead = len(lead)
     if any(ax < num_lead for t in (a, b) for ax in varying(t)):
         return _whole_rows(trace, a, b, shape, name)
-    return _single(trace, a, b, shape, name)
+    return _single(trace, a, b, shape, name, reader)
 
 
 def _constant_rows(trace: Trace, one: Tensor, other: Tensor) -> None:
@@ -178,7 +186,7 @@ def _inner(ids: Tensor) -> Tensor:
     return ids
 
 
-def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor:
+def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: Reader) -> Tensor:
     num = len(shape) - 2
     mixed = any(len([x for x in varying(t) if x >= num]) > 1 for t in (a, b))
     if mixed:
@@ -188,6 +196,7 @@ def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor
     left, right = along(a, a.dim() - 1), along(b, b.dim() - 2)
     if num + 1 in varying(a) or num in varying(b):
         trace.tie(left, right, "contracted with a constant")
+        trace.summed[reader.node] = Summed(operand=reader.operand, axis=reader.axis, ids=left)
     rows = along(a, a.dim() - 2) if num in varying(a) else None
     columns = along(b, b.dim() - 1) if num + 1 in varying(b) else None
     trace.products[name] = [v for v in (left if num + 1 in varying(a) else None, rows, columns) if v is not None]
@@ -211,17 +220,19 @@ def _attention(node: fx.Node, trace: Trace) -> Any:
     if "enable_gqa" in names and args_of(node, "enable_gqa")[0]:
         times = queries.shape[-3] // keys.shape[-3]
         keys, values = (t.repeat_interleave(times, dim=-3) for t in (keys, values))
-    scores = contract(trace, queries, keys.transpose(-1, -2), (*shape[:-1], keys.shape[-2]), f"{node.name}:scores")
+    scores = contract(
+        trace, queries, keys.transpose(-1, -2), (*shape[:-1], keys.shape[-2]), f"{node.name}:scores", Reader(node, q, -1)
+    )
     if isinstance(mask, fx.Node):
         scores = merge(scores, trace.of(mask), trace).expand(scores.shape)
     if scores.dim() - 1 in varying(scores) or scores.dim() - 2 in varying(scores):
         trace.pin(scores, "attention over channels")
         scores = fixed(scores.shape)
-    return contract(trace, trace.forest.canon(scores), values, shape, f"{node.name}:values")
+    return contract(trace, trace.forest.canon(scores), values, shape, f"{node.name}:values", Reader(node, q, -1))
 
 
 def _einsum(node: fx.Node, trace: Trace) -> Any:
-    """Two operands, every letter in the result or in both: permuted into a matrix product."""
+    """Two operands, one summed letter: a linear layer, or permuted into a matrix product."""
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
     shape = result(node).shape
     if len(operands) != 2 or "." in equation or "->" not in equation:
@@ -230,32 +241,26 @@ def _einsum(node: fx.Node, trace: Trace) -> Any:
     batch = [c for c in out if c in left and c in right]
     rows, columns = [c for c in out if c in left and c not in right], [c for c in out if c in right and c not in left]
     summed = [c for c in left if c in right and c not in out]
-    letters = set(left) | set(right)
-    if (
-        len(set(left)) != len(left)
-        or len(set(right)) != len(right)
-        or letters != {*batch, *rows, *columns, *summed}
-        or len(rows) > 1
-        or len(columns) > 1
-        or len(summed) != 1
-    ):
+    whole = {*left, *right} == {*batch, *rows, *columns, *summed}
+    if len({*left}) != len(left) or len({*right}) != len(right) or not whole or len(columns) > 1 or len(summed) != 1:
         return unknown(node, trace)
-    if not batch and len(right) == 2 and _is_matrix(trace, operands[1]) and left[-1] == summed[0]:
+    if not batch and columns and len(right) == 2 and _is_matrix(trace, operands[1]):
         ids = trace.of(operands[0])
-        read = trace.vector(ids, ids.dim() - 1, "features of a product")
+        read = trace.vector(ids, left.index(summed[0]), "features of a product")
         trace.read(operands[1], right.index(summed[0]), read, "read by a product")
         wrote = trace.weight(operands[1], right.index(columns[0]), "write")
         return laid(wrote, out.index(columns[0]), shape)
+    if len(rows) > 1 or (rows and columns and not batch and len(left) > 2):
+        return unknown(node, trace)
     a, b = trace.of(operands[0]), trace.of(operands[1])
     size = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
-    if rows and columns and not batch and len(rows) == 1 and len(left) > 2:
-        return unknown(node, trace)
     one = a.permute([left.index(c) for c in (*batch, *rows, *summed)])
     two = b.permute([right.index(c) for c in (*batch, *summed, *columns)])
     one = one if rows else one.unsqueeze(-2)
     two = two if columns else two.unsqueeze(-1)
     lead = tuple(size[c] for c in batch)
-    product = contract(trace, one, two, (*lead, one.shape[-2], two.shape[-1]), node.name)
+    reader = Reader(node, operands[0], left.index(summed[0]))
+    product = contract(trace, one, two, (*lead, one.shape[-2], two.shape[-1]), node.name, reader)
     product = product if columns else product.squeeze(-1)
     product = product if rows else product.squeeze(-1 if not columns else -2)
     have = [*batch, *rows, *columns]

@@ -235,7 +235,7 @@ _UNARY = (
     "abs abs_ neg neg_ exp exp_ expm1 log log_ log2 log10 log1p sqrt sqrt_ rsqrt rsqrt_ square reciprocal sin cos tan atan asin acos sinh cosh erf erfc "
     "ceil floor round trunc frac sign clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ isnan isinf isfinite nan_to_num bitwise_not logical_not "
     "zero_ fill_ zeros_like ones_like full_like empty_like rand_like randn_like bernoulli bernoulli_ uniform_ normal_ tril triu positive fill "
-    "hardshrink softshrink tanhshrink sgn flip nan_to_num_ requires_grad_"
+    "hardshrink softshrink tanhshrink sgn nan_to_num_ requires_grad_"
 ).split()
 _NARY = (
     "add add_ sub sub_ mul mul_ div div_ rsub pow pow_ floor_divide remainder fmod maximum minimum atan2 where masked_fill masked_fill_ "
@@ -244,7 +244,7 @@ _NARY = (
 ).split()
 _SHAPE = (
     "view reshape squeeze unsqueeze expand cat concat split split_with_sizes tensor_split flatten unflatten stack repeat repeat_interleave "
-    "pixel_shuffle pixel_unshuffle channel_shuffle narrow movedim moveaxis swapaxes broadcast_to _unsafe_view hstack vstack meshgrid rot90 view_copy _reshape_alias"
+    "pixel_shuffle pixel_unshuffle channel_shuffle narrow movedim moveaxis swapaxes broadcast_to _unsafe_view hstack vstack meshgrid flip rot90 view_copy _reshape_alias"
 ).split()
 _MOVED = "permute transpose t numpy_T swapdims adjoint mT".split()
 _REDUCE = (

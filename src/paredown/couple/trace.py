@@ -50,6 +50,16 @@ def trace(program: Program) -> Trace:
     return _TRACES[program]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summed:
+    """A product of activations sums over channels: removed ones are read there, not by a weight."""
+
+    operand: fx.Node
+    axis: int
+    ids: Tensor
+    """Along that axis of the operand."""
+
+
 class Trace:
     """One run of both graphs on ids over one forest: ids per node, real values of constants, pins, deferred checks.
 
@@ -74,6 +84,7 @@ class Trace:
         self.heads: list[Tensor] = []
         self.norms: dict[fx.Node, Tensor] = {}
         """Norms over a channel axis: ids of what is normalised together."""
+        self.summed: dict[fx.Node, Summed] = {}
         self._tables: list[Tensor] = []
         self._chunks: list[Tensor] = []
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
@@ -82,12 +93,14 @@ class Trace:
         self._state = program.state
         self.node: fx.Node | None = None
         self._run(program.eval_graph)
-        products = dict(self.products)
+        products, unknown = dict(self.products), self.unknown
+        self.unknown = Counter()
         self.eval_names = frozenset(self.weights.keys() | self.raw.keys())
         """Parameters that the eval graph uses."""
         if program.train_graph is not None:
             self._run(program.train_graph)
         self.products = products  # MACs are counted on the eval graph
+        self.unknown |= unknown
         self._conflicts()
         self._settle()
         self._equal_chunks()

@@ -130,10 +130,12 @@ def _flat(program: Program, state: Mapping[str, Tensor], inputs: Any, removal: R
     flat = [
         state[names[n.name]] if n.name in names else next(values) for n in graph.graph.nodes if n.op == "placeholder"
     ]
-    masked = _masked_norms(graph.graph_module, removal) if removal is not None else {}
-    if not masked:
-        return list(graph.graph_module(*flat))
-    return list(_Masked(graph.graph_module, masked).run(*flat, enable_io_processing=False))
+    body = graph.graph_module
+    norms = _masked_norms(body, removal) if removal is not None else {}
+    sums = _masked_sums(body, removal) if removal is not None else {}
+    if not norms and not sums:
+        return list(body(*flat))
+    return list(_Masked(body, norms, sums).run(*flat, enable_io_processing=False))
 
 
 def _masked_norms(gm: fx.GraphModule, removal: Removal) -> dict[fx.Node, Tensor]:
@@ -147,15 +149,40 @@ def _masked_norms(gm: fx.GraphModule, removal: Removal) -> dict[fx.Node, Tensor]
     return out
 
 
-class _Masked(fx.Interpreter):
-    """Runs a graph with norms over the survivors of their axis."""
+def _masked_sums(gm: fx.GraphModule, removal: Removal) -> dict[fx.Node, tuple[fx.Node, Tensor]]:
+    """Products of activations that sum over removed channels: (first operand, its mask)."""
+    out = {}
+    for node in gm.graph.nodes:
+        summed = removal.trace.summed.get(node)
+        if summed is not None:
+            alive = removal.alive(summed.ids).expand(summed.ids.shape)
+            if not bool(alive.all()):
+                dims = summed.operand.meta["val"].dim()
+                view = [1] * dims
+                view[summed.axis] = -1
+                out[node] = (summed.operand, alive.reshape(view))
+    return out
 
-    def __init__(self, gm: fx.GraphModule, masked: Mapping[fx.Node, Tensor]) -> None:
+
+class _Masked(fx.Interpreter):
+    """Runs a graph with norms over the survivors of their axis, and products that do not read removed channels."""
+
+    def __init__(
+        self, gm: fx.GraphModule, norms: Mapping[fx.Node, Tensor], sums: Mapping[fx.Node, tuple[fx.Node, Tensor]]
+    ) -> None:
         super().__init__(gm)
-        self.masked = masked
+        self.norms, self.sums = norms, sums
 
     def run_node(self, n: fx.Node) -> Any:
-        alive = self.masked.get(n)
+        if n in self.sums:
+            operand, mask = self.sums[n]
+            whole = self.env[operand]
+            self.env[operand] = whole * mask
+            try:
+                return super().run_node(n)
+            finally:
+                self.env[operand] = whole
+        alive = self.norms.get(n)
         if alive is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
