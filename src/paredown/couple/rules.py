@@ -22,6 +22,9 @@ from paredown.couple.trace import Trace
 
 def _unary(node: fx.Node, trace: Trace) -> Any:
     """Element by element, one tensor: the ids go through."""
+    others = [n for n in node.all_input_nodes if n in trace.parameters or isinstance(trace.ids.get(n), Tensor)]
+    if len(others) > 1 and schema(node).name not in ("aten::to", "aten::type_as"):
+        return _nary(node, trace)  # clamp(x, min=tensor) and the like
     ids = trace.of(node.args[0])
     out = result(node)
     if isinstance(out, Tensor) and ids.shape != out.shape:
@@ -67,6 +70,8 @@ def _prelu(node: fx.Node, trace: Trace) -> Any:
 
 def _reduce(node: fx.Node, trace: Trace) -> Any:
     """Reductions: over channels they tie what is reduced together (a head), or pin a whole channel axis."""
+    if any(a.name == "other" for a in schema(node).arguments):
+        return _nary(node, trace)  # max(a, b)
     ids = trace.forest.canon(trace.of(node.args[0]))
     dims, keep = _reduced(node, ids)
     ids = reduce_rows(ids, dims, f"{node.target} over the channels", trace)
@@ -105,7 +110,8 @@ def _softmax(node: fx.Node, trace: Trace) -> Any:
     ids = trace.forest.canon(trace.of(node.args[0]))
     axis = int(args_of(node, "dim")[0]) % max(ids.dim(), 1)
     out = reduce_rows(ids, [axis], f"{node.target} over the channels", trace)
-    return pytree.tree_map(lambda o: out if isinstance(o, Tensor) else o, result(node))
+    first = out.narrow(axis, 0, 1) if out.dim() else out  # topk returns fewer; along the axis ids do not vary any more
+    return pytree.tree_map(lambda o: first.expand(o.shape) if isinstance(o, Tensor) else o, result(node))
 
 
 # --------------------------------------------------------------------------------------------------------------- norms

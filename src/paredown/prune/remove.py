@@ -46,13 +46,24 @@ def prune(program: Program, plan: Plan, *, realiser: Realiser = "auto", seed: in
         raise NothingToDo(msg)
     plan = dataclasses.replace(plan, keep=gone.keep)
     attempt = _Attempt(program=program, plan=plan, gone=gone, known=reference(program, gone, seed=seed), seed=seed)
-    if realiser != "graph":
+    if realiser == "module" or (realiser == "auto" and _trains_as_seen(program)):
         done = _by_module(attempt)
         if isinstance(done, Pruned):
             return done
         if realiser == "module":
             raise done
     return _proven(attempt, realise_graph(program, gone), "graph")
+
+
+def _trains_as_seen(program: Program) -> bool:
+    """Whether the user's class can be trusted in train mode.
+
+    Without a train capture, parameters that the eval graph does not use (an auxiliary head) may read what leaves.
+    """
+    if program.train_graph is not None:
+        return True
+    run = trace(program)
+    return all(run.storage[name] in run.eval_names for name in program.eval_graph.graph_signature.parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
