@@ -451,6 +451,20 @@ def test_progress_counts_steps_and_epochs():
     assert seen[0].steps == 4
 
 
+def test_out_of_memory_is_a_resource_error_and_other_errors_pass():
+    def greedy(model, batch):
+        return step(model, batch) + torch.empty(10**15).sum()
+
+    with pytest.raises(ResourceError, match="smaller batches"):
+        fit(net(), batches, greedy, epochs=1)
+
+    def wrong(model, batch):
+        return step(model, (batch[0][:, :, :3], batch[1]))
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        fit(net(), batches, wrong, epochs=1)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_device_that_is_not_there():
     with pytest.raises(MissingError, match="cuda"):

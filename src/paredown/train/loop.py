@@ -169,10 +169,12 @@ def fit(
             _train(run, checkpoint, config)
         except KeyboardInterrupt as error:
             raise _interrupted(run, checkpoint) from error
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise  # the user's own error, from step or batches
             msg = (
-                f"training must fit in the memory of {device}. Got out of memory in epoch {training.epoch + 1}. Yield "
-                "smaller batches."
+                f"training must fit in the memory of {device}. Got out of memory in epoch {training.epoch + 1}. "
+                "Yield smaller batches."
             )
             raise ResourceError(msg) from error
         finally:
