@@ -151,8 +151,9 @@ def double_residual() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.stem(x)
         x = x + m.b(F.relu(m.a(x)))
-        x += m.d(torch.tanh(m.c(x)))
-        return m.head(x)
+        y = m.d(torch.tanh(m.c(x)))
+        y += x
+        return m.head(y)
 
     return Net(run, stem=conv(3, 8, 1), a=conv(8, 5, 1), b=conv(5, 8, 1), c=conv(8, 6, 1), d=conv(6, 8, 1), head=conv(8, 4))
 
@@ -586,12 +587,12 @@ def coordinates() -> nn.Module:
 @hazard()
 def in_place_slice() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
-        x = m.a(x)
-        x[:, :4] += m.b(x)
-        x[:, 2:] *= 1.5
-        return m.head(x)
+        y = m.a(x)
+        y[:, :4] += m.b(x)
+        y[:, 2:].mul_(1.5)
+        return m.head(y)
 
-    return Net(run, a=conv(3, 7), b=conv(7, 4), head=conv(7, 3))
+    return Net(run, a=conv(3, 7), b=conv(3, 4), head=conv(7, 3))
 
 
 @hazard(double=False)
@@ -798,7 +799,7 @@ def local_channel_attention() -> nn.Module:
 def gram_matrix() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x).flatten(2)
-        return m.head((y @ y.transpose(1, 2)).flatten(1)) + m.other(m.b(x)).mean((2, 3))
+        return m.head((y @ y.transpose(1, 2) / 64).flatten(1)) + m.other(m.b(x)).mean((2, 3))
 
     return Net(run, a=conv(3, 6), b=conv(3, 6), head=nn.Linear(36, 3), other=conv(6, 3))
 

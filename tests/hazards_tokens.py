@@ -132,7 +132,7 @@ def separate_qkv() -> nn.Module:
     return Net(run, inner=nn.Linear(5, 8), q=nn.Linear(8, 8), k=nn.Linear(8, 8, bias=False), v=nn.Linear(8, 8), proj=nn.Linear(8, 8), head=nn.Linear(8, 3))
 
 
-@hazard(tokens)
+@hazard(tokens, free=14, zero_writes=True)
 def single_head() -> nn.Module:
     """One head: the default scale follows the pruned width of q and k, if it is not written down."""
 
@@ -352,7 +352,7 @@ def positions_looked_up() -> nn.Module:
     return net
 
 
-@hazard(tokens, because=("lstm",))
+@hazard(tokens, because=("lstm",), double=False)
 def lstm() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         y, (h, _) = m.cell(m.inner(x))
@@ -363,7 +363,7 @@ def lstm() -> nn.Module:
     )
 
 
-@hazard(tokens, because=("gru",))
+@hazard(tokens, because=("gru",), double=False)
 def gru() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.head(m.cell(m.inner(x))[0])
@@ -383,7 +383,7 @@ def attention_pooling() -> nn.Module:
     return Net(run, a=nn.Linear(5, 7), v=nn.Parameter(torch.zeros(7)), head=nn.Linear(7, 3))
 
 
-@hazard(tokens)
+@hazard(tokens, unused=("score.weight", "score.bias"))
 def top_tokens() -> nn.Module:
     """Three tokens are chosen by a score, and the highest of each channel is taken."""
 
@@ -419,7 +419,7 @@ def position_mlp() -> nn.Module:
     return net
 
 
-@hazard(tokens)
+@hazard(tokens, zero_writes=True)
 def sliced_positions() -> nn.Module:
     """Rows of one position table go to the class token and to the others, and to learned queries."""
 

@@ -81,6 +81,8 @@ def plain(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(source, memo)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
+            kind = type(module)  # torch removes the property from the class, which a deep copy shares with its source
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             for name in list(module.parametrizations):  # type: ignore[union-attr,arg-type]
                 parametrize.remove_parametrizations(module, name)
         for hook in list(module._forward_pre_hooks.values()):
@@ -97,6 +99,7 @@ class MaskedNorm(nn.Module):
     def __init__(self, norm: Any, leaving: list[int]) -> None:
         super().__init__()
         self.norm = norm
+        self.eps, self.weight, self.bias = norm.eps, norm.weight, getattr(norm, "bias", None)
         self.leaving = sorted(set(leaving))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,6 +134,7 @@ def run(model: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:
     """Float outputs as a flat list; the inputs are not changed."""
     args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
     torch.manual_seed(seed)
+    torch.backends.mha.set_fastpath_enabled(False)  # it looks at weights, not at modules
     with torch.no_grad():
         return floats(model(*args, **kwargs))
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from paredown.errors import CaptureError, RejectedError
@@ -80,6 +81,8 @@ def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch:
             if train:
                 train_graph, note = _export_train(model, example, batch)
                 notes += note
+                if train_graph is not None:
+                    _part_constants(train_graph, eval_graph)
         finally:
             model.eval()
     every = {**(train_graph.constants if train_graph else {}), **eval_graph.state_dict, **eval_graph.constants}
@@ -124,7 +127,7 @@ class _Bodies:
     """The stateless part of a GraphModel, by mode (train or not); copies of the model share it."""
 
     in_spec: Any
-    out_spec: Any
+    out_specs: dict[bool, Any]
     bodies: dict[bool, fx.GraphModule]
     names: dict[bool, list[str | None]]
 
@@ -171,7 +174,10 @@ class GraphModel(nn.Module):
                 owner.register_buffer(leaf, tensor.detach(), persistent=persistent)
         self._pure = _Bodies(
             in_spec=eval_graph.call_spec.in_spec,
-            out_spec=eval_graph.call_spec.out_spec,
+            out_specs={
+                False: eval_graph.call_spec.out_spec,
+                True: (train_graph or eval_graph).call_spec.out_spec,  # auxiliary heads: more outputs in train mode
+            },
             bodies={False: body, True: train_body or trainable_copy(body)},
             names={False: _flat_names(eval_graph), True: _flat_names(train_graph or eval_graph)},
         )
@@ -189,7 +195,7 @@ class GraphModel(nn.Module):
             raise TypeError(msg)
         values = iter(leaves)
         flat = [next(values) if name is None else self._tensor(name) for name in self._pure.names[self.training]]
-        return pytree.tree_unflatten(self._pure.bodies[self.training](*flat), self._pure.out_spec)
+        return pytree.tree_unflatten(self._pure.bodies[self.training](*flat), self._pure.out_specs[self.training])
 
     def _tensor(self, name: str) -> Tensor:
         owner: Any = self
@@ -292,6 +298,9 @@ def _fold(model: nn.Module) -> list[str]:
     notes = []
     for name, module in list(model.named_modules()):
         if parametrize.is_parametrized(module):
+            # torch takes the property off the class, and a deep copy shares its class with the user's module.
+            made = type(module)
+            module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
             for parameter in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, str(parameter), leave_parametrized=True)
                 notes.append(f"folded a parametrization into {name}.{parameter}")
@@ -446,6 +455,19 @@ def _export_train(model: nn.Module, example: Inputs, batch: str) -> tuple[Export
         for module, mode in modes.items():
             module.training = mode
     return graph, ()
+
+
+def _part_constants(train_graph: ExportedProgram, eval_graph: ExportedProgram) -> None:
+    """Rename constants of the train graph that are other tensors of the same name: both graphs count from lifted_tensor_0."""
+    constants = train_graph.constants
+    for spec in train_graph.graph_signature.input_specs:
+        name = spec.target
+        if spec.kind is not InputKind.CONSTANT_TENSOR or name is None or name not in eval_graph.constants:
+            continue
+        mine, other = constants[name], eval_graph.constants[name]
+        if not (mine.dtype == other.dtype and torch.equal(mine, other)):
+            spec.target = f"train_{name.replace('.', '_')}"
+            constants[spec.target] = constants.pop(name)
 
 
 def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgram:
