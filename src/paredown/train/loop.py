@@ -172,10 +172,7 @@ def fit(
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise  # the user's own error, from step or batches
-            msg = (
-                f"training must fit in the memory of {device}. Got out of memory in epoch {training.epoch + 1}. "
-                "Yield smaller batches."
-            )
+            msg = f"training must fit in the memory of {device}. Got out of memory. Yield smaller batches."
             raise ResourceError(msg) from error
         finally:
             if distiller is not None:
