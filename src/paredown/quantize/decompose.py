@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 Rewrite = Callable[[fx.Node], "fx.Node | None"]
@@ -66,6 +66,13 @@ def _gated(gate: Any) -> Rewrite:
     return rewrite
 
 
+def _reshape(node: fx.Node) -> fx.Node | None:
+    """A view needs the strides of its input; what passes through quantize and dequantize has others."""
+    x = node.args[0]
+    sizes = node.args[1] if len(node.args) > 1 else None
+    return call(node, aten.reshape.default, x, sizes) if isinstance(sizes, list | tuple) else None
+
+
 def _mean(node: fx.Node) -> fx.Node | None:
     """The mean over height and width as a pool: runtimes have int8 pools, but no int8 mean."""
     x, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
@@ -91,36 +98,39 @@ def _linear(node: fx.Node) -> fx.Node | None:
     width = node.meta["val"].shape[-1]
     sizes = [d if isinstance(d, int) else -1 for d in value.shape[:-1]]
     flat = call(node, aten.reshape.default, x, [-1, value.shape[-1]])
-    return call(node, aten.view.default, call(node, aten.linear.default, flat, *node.args[1:]), [*sizes, width])
+    return call(node, aten.reshape.default, call(node, aten.linear.default, flat, *node.args[1:]), [*sizes, width])
 
 
 REWRITES: dict[str, Rewrite] = {
     **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy"), _identity),
     **dict.fromkeys(("hardswish", "hardswish_"), _gated(aten.hardsigmoid.default)),
     **dict.fromkeys(("silu", "silu_"), _gated(aten.sigmoid.default)),
+    **dict.fromkeys(("view", "_unsafe_view"), _reshape),
     "mean": _mean,
     "linear": _linear,
 }
 
 
-# ------------------------------------------------------------------------------------------ batch norm, ready to be folded
+# ------------------------------------------------------------------------------------------------------- batch norm
 
 
 def free_batch_norms(graph: fx.GraphModule) -> None:
-    """Make it safe that prepare_pt2e folds every batch norm that follows a convolution or a linear layer.
+    """Leave no batch norm but those that prepare_pt2e folds into the layer before them, and make that safe.
 
-    It folds them without looking whether the weight or the output is used elsewhere too. A shared weight gets a
-    copy of its own, and a batch norm whose input has another reader becomes a multiplication and an addition.
+    It folds without looking whether the weight or the output of that layer is used elsewhere. So a shared weight
+    gets a copy of its own, and a batch norm that cannot be folded becomes a depthwise 1×1 convolution, which has an int8
+    kernel and loses nothing: with one weight per channel, every weight is 127 times its scale. One of an input
+    without height and width becomes a multiplication and an addition.
     """
     for node in list(graph.graph.nodes):
         if node.target is not aten.batch_norm.default or not isinstance(node.args[0], fx.Node):
             continue
         layer = node.args[0]
-        if layer.target is aten.linear.default or layer.target in CONVS:
-            if len(layer.users) > 1:
-                _as_affine(graph, node)
-            else:
-                _own_weights(graph, layer)
+        flat = layer.target is aten.linear.default and layer.meta["val"].dim() == 2
+        if (flat or layer.target in CONVS) and len(layer.users) == 1:
+            _own_weights(graph, layer)
+        else:
+            _as_affine(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -135,8 +145,9 @@ def _own_weights(graph: fx.GraphModule, layer: fx.Node) -> None:
         aliases = [n for n in holders if fetch(graph, str(n.target)) is tensor]
         if len(arg.users) == 1 and len(aliases) == 1:
             continue
+        path, _, leaf = str(arg.target).rpartition(".")
         with graph.graph.inserting_before(layer):
-            own = graph.graph.get_attr(attach(graph, f"{arg.target}_of_{layer.name}".replace(".", "_"), tensor.detach().clone()))
+            own = graph.graph.get_attr(attach(graph, f"{path}_{layer.name}.{leaf}", tensor.detach().clone()))
         own.meta.update(arg.meta)
         layer.update_arg(position, own)
 
@@ -148,16 +159,25 @@ def _as_affine(graph: fx.GraphModule, node: fx.Node) -> None:
         return
     scale = torch.rsqrt(var.double() + float(node.args[7])) * (1.0 if weight is None else weight.detach().double())  # type: ignore[arg-type]
     shift = (0.0 if bias is None else bias.detach().double()) - mean.double() * scale
-    value = node.meta["val"]
-    shape = [1, -1] + [1] * (value.dim() - 2)
-    x = node.args[0]
-    for what, tensor, op in (("scale", scale, aten.mul.Tensor), ("shift", shift, aten.add.Tensor)):
-        constant = tensor.to(value.dtype).reshape(shape)
+    value, x = node.meta["val"], node.args[0]
+    path = (names[0] or f"{node.name}.weight").rpartition(".")[0]
+
+    def holder(leaf: str, tensor: Tensor) -> fx.Node:
+        tensor = tensor.to(value.dtype)
         with graph.graph.inserting_before(node):
-            holder = graph.graph.get_attr(attach(graph, f"{node.name}_{what}", constant))
-        holder.meta["val"] = value.fake_mode.from_tensor(constant, static_shapes=True)
-        x = call(node, op, x, holder)
-    node.replace_all_uses_with(x)  # type: ignore[arg-type]
+            made = graph.graph.get_attr(attach(graph, f"{path}_affine.{leaf}", tensor))
+        made.meta["val"] = value.fake_mode.from_tensor(tensor, static_shapes=True)
+        return made
+
+    if value.dim() == 4:
+        channels = int(scale.numel())
+        parts = (holder("weight", scale.reshape(-1, 1, 1, 1)), holder("bias", shift))
+        new = call(node, aten.conv2d.default, x, *parts, [1, 1], [0, 0], [1, 1], channels)
+    else:
+        shape = [1, -1] + [1] * (value.dim() - 2)
+        scaled = call(node, aten.mul.Tensor, x, holder("weight", scale.reshape(shape)))
+        new = call(node, aten.add.Tensor, scaled, holder("bias", shift.reshape(shape)))
+    node.replace_all_uses_with(new)
     graph.graph.erase_node(node)
 
 
@@ -170,9 +190,14 @@ def fetch(graph: fx.GraphModule, name: str) -> Tensor:
 
 
 def attach(graph: fx.GraphModule, name: str, tensor: Tensor) -> str:
-    """Register a new buffer under a free name; returns the name."""
-    free = name
-    while hasattr(graph, free):
-        free += "_"
-    graph.register_buffer(free, tensor)
-    return free
+    """Register a new buffer under a dotted name that is free; returns the name."""
+    *path, leaf = name.split(".")
+    owner: nn.Module = graph
+    for part in path:
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    while hasattr(owner, leaf):
+        leaf += "_"
+    owner.register_buffer(leaf, tensor)
+    return ".".join((*path, leaf))

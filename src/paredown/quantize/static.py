@@ -127,10 +127,10 @@ def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Prog
         before = tensors_of(graph(*_cloned(args), **_cloned(kwargs)))
     with _quiet():
         decompose(graph, table.decompositions)
+        free_batch_norms(graph)
         owners = {
             (node.name, i): str(x.target) for node in graph.graph.nodes for i, x in enumerate(node.all_input_nodes) if x.op == "get_attr"
         }
-        free_batch_norms(graph)
         prepared = prepare_pt2e(graph, TableQuantizer(table, observer))
     with torch.no_grad():
         after = tensors_of(prepared(*_cloned(args), **_cloned(kwargs)))

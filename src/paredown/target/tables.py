@@ -58,7 +58,7 @@ TARGETS: Mapping[str, Target] = {
         fusions=("relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_"),
         decompositions=(
             *("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy"),
-            *("hardswish", "hardswish_", "silu", "silu_", "mean", "linear"),
+            *("hardswish", "hardswish_", "silu", "silu_", "mean", "linear", "view", "_unsafe_view"),
         ),
         alignment=8,
         limits={"opset": 18, "opset_max": 23},
