@@ -68,10 +68,7 @@ def allocate(
     meter = Meter(coupling, cost)
     made: dict[str, Any] = {
         "verb": "allocate",
-        "criterion": scores.criterion,
-        "criterion_options": dict(scores.options),
-        "seed": scores.seed,
-        "allocation": allocation,
+        **_scored(scores, allocation, normalize),
         "budget": dict(given),
         "target": target,
         "align": align,
@@ -82,8 +79,6 @@ def allocate(
         "protected": list(guard.names),
         "dense": {"parameters": meter.parameters, "macs": meter.macs},
     }
-    if allocation == "global":
-        made["normalize"] = normalize
     gap = _gap(coupling, meter, given)
     channels = given.get("channels")
     if _is_met(gap, meter, channels):
@@ -130,6 +125,17 @@ def predict(coupling: Coupling, cost: Cost, plan: Plan) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _scored(scores: Scores, allocation: Allocation, normalize: str) -> dict[str, Any]:
+    """Where the ranking comes from, for the plan's provenance."""
+    made = {
+        "criterion": scores.criterion,
+        "criterion_options": dict(scores.options),
+        "seed": scores.seed,
+        "allocation": allocation,
+    }
+    return {**made, "normalize": normalize} if allocation == "global" else made
 
 
 def _checked(
