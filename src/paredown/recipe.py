@@ -1,0 +1,574 @@
+"""Recipe: one run as strict data. YAML in, typed and checked; nothing in it is code, and nothing is guessed.
+
+Every option is one field with its docstring; the JSON Schema (`recipe_schema`), the errors and the defaults all come
+from these fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml  # type: ignore[import-untyped]
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from paredown.budget import Budget
+from paredown.errors import RejectedError, UsageError
+from paredown.strict_yaml import read_yaml
+from paredown.target import named
+
+SCHEMA = 1
+EMBEDDED = Path(__file__).with_name("recipes")
+_FILE_FIELDS = ("task", "model", "weights", "data")
+
+
+def _amount(value: Any, info: ValidationInfo) -> Any:
+    """One rule for all amounts: that of Budget."""
+    if value is None:
+        return None
+    name = str(info.field_name)
+    return getattr(Budget(**{name: value}), name)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Level(_Strict):
+    """One level of pruning. Amounts are what remains of the model that the level starts from."""
+
+    channels: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction of the channels of each space that remains. Stands alone."""
+    parameters: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction (or number, an integer ≥ 2) of parameters that remains."""
+    macs: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction (or number) of multiply-accumulates of one sample that remains (FLOPs = 2 × MACs)."""
+
+    @model_validator(mode="after")
+    def _given(self) -> Level:
+        given = self.model_dump(exclude_none=True)
+        if not given or ("channels" in given and len(given) > 1):
+            got = " and ".join(given) or "none"
+            msg = f"a level must give channels alone, or parameters, macs or both. Got {got}."
+            raise ValueError(msg)
+        return self
+
+
+class Base(_Strict):
+    """How the dense model is trained where the task brings no trained weights but a `base` function."""
+
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the training data; null leaves it to the task."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate; null leaves it to the task."""
+
+
+class Prune(_Strict):
+    """Which channels leave, in how many levels."""
+
+    criterion: Literal["l1", "l2", "bn_scale", "taylor", "random"] = "l1"
+    """What makes a channel important. taylor (first order) reads training batches, the others only weights."""
+    allocation: Literal["uniform", "global"] = "uniform"
+    """uniform keeps one ratio of every space; global ranks all channels of the model against each other."""
+    levels: tuple[Level, ...] = ()
+    """One entry per level; each level is followed by recovery. Empty: nothing is pruned."""
+    include: tuple[str, ...] = ()
+    """Patterns (* and ?) on parameter, module and space names; empty means all. exclude wins over include."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of what is never pruned. A pattern that matches nothing is an error."""
+    align: int | None = Field(default=None, ge=1)
+    """Kept channels are a multiple of this; null takes the target's, 1 turns it off."""
+    floor: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of each space that always remains; never less than one channel."""
+    realiser: Literal["auto", "module", "graph"] = "auto"
+    """module keeps your own class, graph rebuilds the model from its graph; auto takes the module where it is proven."""
+    score_batches: int = Field(default=16, ge=1)
+    """Training batches that a criterion which needs data reads."""
+
+
+class Recover(_Strict):
+    """Training after each level, on the task's `step` or its own `train`."""
+
+    epochs: int = Field(default=3, ge=0)
+    """Passes over the training data per level; 0 only re-estimates batch norm. Not used with the task's own `train`."""
+    lr: float = Field(default=0.01, gt=0)
+    """Learning rate at the start. An `optimizer` of the task keeps its own."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Used where the task has no `optimizer` of its own."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate changes over a level."""
+    distil: Literal["none", "kl", "mse"] = "kl"
+    """The dense model as teacher: kl for logits, mse for regression, none for no teacher."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Of the kl distillation."""
+    distil_weight: float = Field(default=0.9, ge=0, le=1)
+    """Loss = (1 - distil_weight) × step + distil_weight × distillation; no effect with distil: none."""
+    batch_norm_batches: int = Field(default=100, ge=0)
+    """Training batches that re-estimate batch norm at the end of a level; 0 skips it."""
+
+
+class Quantize(_Strict):
+    """Static INT8 after the last level."""
+
+    scheme: Literal["int8"] = "int8"
+    """Weights int8 per output channel, activations 8 bits per tensor, as the target wants them."""
+    observer: Literal["minmax", "mse"] = "mse"
+    """How the range of an activation is chosen: all values seen, or least squared error."""
+    samples: int | None = Field(default=None, ge=1)
+    """Calibration samples at most; null takes all that the task gives."""
+
+
+class DenseTwin(_Strict):
+    """A dense network of equal size, trained from scratch as long: the honest rival. Needs the task's `twin`."""
+
+    enabled: bool = True
+    """Train, quantize and measure it beside the pruned one."""
+
+
+class Measure(_Strict):
+    """How latency is measured, in turns with the dense file."""
+
+    threads: int = Field(default=1, ge=1, le=1024)
+    """Threads of the runtime."""
+    runs: int = Field(default=200, ge=5)
+    """Readings at most."""
+    seconds: float = Field(default=10.0, gt=0)
+    """Time at most, seconds; whichever of runs and seconds ends first, but not before 5 readings."""
+
+
+class Bounds(_Strict):
+    """What the recommended file must keep; a bound that does not hold ends with exit code 5 (metric) or 4."""
+
+    metric_loss: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Largest loss of the metric against the dense FP32 file, in the metric's own unit."""
+    size_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction of the dense file's bytes, or bytes, or a text such as "30 MB" (10⁶) or "30 MiB" (2²⁰)."""
+    latency_ms: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Median latency of one sample on this machine, milliseconds."""
+    peak_ram_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Peak memory of the process that runs the file: bytes, or a text such as "200 MB"."""
+
+
+class Recipe(_Strict):
+    """One run, from the model to the report. Read with `load_recipe`."""
+
+    schema_: int = Field(alias="schema")
+    """Version of this format: 1."""
+    name: str = Field(default="run", min_length=1, max_length=200)
+    """Shown in the report."""
+    task: str = Field(min_length=1, max_length=4096)
+    """Model, data and measure: "digits" or "cifar10", a path to a file.py (relative to the recipe), or package.module."""
+    task_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Filled in for a task in a file: a run is not continued with another task. Where given, it must fit the file."""
+    model: str | None = Field(default=None, max_length=4096)
+    """Replaces the task's model: torchvision:NAME, timm:NAME, package.module:callable or path/to/file.py:callable."""
+    weights: str | None = Field(default=None, max_length=4096)
+    """safetensors file, or a .pt/.pth state_dict (relative to the recipe)."""
+    data: str | None = Field(default=None, max_length=4096)
+    """Folder handed to the task's functions that have a parameter `data` (relative to the recipe)."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """The same recipe, seed and versions give the same plan, model and export on a CPU."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")
+    """Where training runs: cpu, cuda, cuda:1, mps."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of PyTorch; null leaves them as they are."""
+    target: str = "onnxruntime-x86"
+    """The runtime that will execute the file."""
+    base: Base = Base()
+    prune: Prune = Prune()
+    recover: Recover = Recover()
+    quantize: Quantize = Quantize()
+    dense_twin: DenseTwin = DenseTwin()
+    measure: Measure = Measure()
+    budget: Bounds = Bounds()
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, target: str) -> str:
+        return named(target).name
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the recipe lies; None for one that was made in Python."""
+        return self._folder
+
+    @property
+    def data_path(self) -> Path | None:
+        """`data` as a path."""
+        return None if self.data is None else Path(self.data)
+
+    @property
+    def weights_path(self) -> Path | None:
+        """`weights` as a path."""
+        return None if self.weights is None else Path(self.weights)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the resolved recipe, 64 hexadecimal digits."""
+        text = json.dumps(self._plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every field, with the defaults that were used; paths absolute."""
+        return str(yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True, width=1000))
+
+    def _plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: an embedded name ("digits", "cifar10"), a path, or a mapping; then apply "key=value" overrides.
+
+    Keys of overrides go down by dots ("prune.levels.0.macs=0.5"); values are read as YAML, for texts and paths as they
+    are. Relative paths are relative to the recipe, those of overrides to the current folder; the result holds
+    absolute ones. Raises UsageError, with all mistakes at once and what was probably meant.
+
+    >>> load_recipe("digits", ["prune.criterion=l2"]).prune.criterion
+    'l2'
+    """
+    if isinstance(source, Mapping):
+        data, folder, where = _copied(source), None, "the recipe"
+    else:
+        path = find_recipe(source)
+        where = f"the recipe {path.stem}" if path.parent == EMBEDDED else str(path)
+        data, folder = read_yaml(path), path.resolve().parent
+        if not isinstance(data, dict):
+            msg = f"a recipe must be a mapping of keys to values. Got {type(data).__name__} at {where}."
+            raise UsageError(msg)
+    _absolute(data, folder)
+    changed: dict[str, Any] = {}
+    for text in overrides:
+        _override(data, text, changed)
+    return parse_recipe(data, where=where, folder=folder)
+
+
+def parse_recipe(data: Mapping[str, Any], *, where: str = "the recipe", folder: Path | None = None) -> Recipe:
+    """A recipe from plain data. Raises UsageError with every mistake.
+
+    >>> parse_recipe({"schema": 1, "task": "digits", "prune": {"levels": [{"macs": 0.5}]}}).prune.levels[0].macs
+    0.5
+    """
+    _check_schema(data, where)
+    try:
+        text = json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        msg = f"a recipe must hold texts, finite numbers, true, false, null, lists and mappings. {error} at {where}. Put dates and odd keys in quotes."
+        raise UsageError(msg) from error
+    try:
+        recipe = Recipe.model_validate_json(text)
+    except ValidationError as error:
+        raise UsageError(_explained(error, where)) from error
+    recipe._folder = folder
+    return _with_task_digest(recipe, where)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors and for the docs."""
+    return Recipe.model_json_schema()
+
+
+def diff(before: Recipe | str, after: Recipe | str) -> str:
+    """How two recipes differ, one line per key; "" where they do not. Texts are YAML.
+
+    >>> print(diff("seed: 0", "seed: 1"))
+      seed: 0 → 1
+    """
+    a, b = (dict(_leaves(r._plain() if isinstance(r, Recipe) else _read_text(r))) for r in (before, after))
+    keys = [*a, *(k for k in b if k not in a)]
+    missing = "(not there)"
+    return "\n".join(
+        f"  {k}: {a.get(k, missing)} → {b.get(k, missing)}" for k in keys if a.get(k, missing) != b.get(k, missing)
+    )
+
+
+def embedded_names() -> tuple[str, ...]:
+    """Recipes that ship with paredown."""
+    return tuple(sorted(p.stem for p in EMBEDDED.glob("*.yaml")))
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The path of a recipe by embedded name or path; raises UsageError with what is near."""
+    if isinstance(source, str) and source in embedded_names():
+        return EMBEDDED / f"{source}.yaml"
+    path = Path(source)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # names that are too long, or hold a NUL
+        msg = f"a recipe must be a path or one of {', '.join(embedded_names())}. Got {str(source)[:80]!r}…: {error}."
+        raise UsageError(msg) from error
+    if is_file:
+        return path
+    if is_folder:
+        near = sorted(p.name for p in path.iterdir() if p.suffix in (".yaml", ".yml"))
+        hint = f"It holds {', '.join(near[:8])}." if near else "It holds no .yaml file."
+        msg = f"a recipe must be a file. Got the folder {path}. {hint}"
+        raise UsageError(msg)
+    folder = path.parent
+    names = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, [*embedded_names(), *names], n=3, cutoff=0.4)
+    hint = f" Near it: {', '.join(near)}." if near else ""
+    msg = f"a recipe must exist: a path, or one of {', '.join(embedded_names())}. Got {str(source)!r}.{hint}"
+    raise UsageError(msg)
+
+
+# --------------------------------------------------------------------------------------------------- paths, overrides
+
+
+def _absolute(data: dict[str, Any], folder: Path | None) -> None:
+    """Make the paths in a recipe absolute: relative ones are relative to the recipe."""
+    for key in _FILE_FIELDS:
+        value = data.get(key)
+        if isinstance(value, str) and value:
+            data[key] = _absolute_text(key, value, folder or Path.cwd())
+
+
+def _absolute_text(key: str, value: str, folder: Path) -> str:
+    """A path as an absolute one; names of modules and zoos stay."""
+    path, colon, function = value.rpartition(":")
+    if key == "model":
+        return f"{_absolute_path(path, folder)}{colon}{function}" if path.endswith(".py") else value
+    if key == "task" and not value.endswith(".py"):
+        return value
+    return _absolute_path(value, folder)
+
+
+def _absolute_path(value: str, folder: Path) -> str:
+    path = Path(value).expanduser()
+    return str(path if path.is_absolute() else Path(_normal(folder / path)))
+
+
+def _normal(path: Path) -> str:
+    import os
+
+    return os.path.normpath(path)  # not resolve(): a symbolic link is what the user named
+
+
+def _with_task_digest(recipe: Recipe, where: str) -> Recipe:
+    """Fill in the digest of a task file; one that was given must fit."""
+    if not recipe.task.endswith(".py"):
+        return recipe
+    try:
+        found = hashlib.sha256(Path(recipe.task).read_bytes()).hexdigest()
+    except OSError as error:
+        msg = f"task must be a readable file, an embedded name or a module. Got {recipe.task!r}: {error.strerror}, at {where}."
+        raise RejectedError(msg) from error
+    if recipe.task_sha256 not in (None, found):
+        msg = f"task_sha256 must fit the task file {recipe.task}. Got {recipe.task_sha256}, the file has {found}: it was changed since. Delete the line to accept it."
+        raise UsageError(msg)
+    filled = recipe.model_copy(update={"task_sha256": found})
+    filled._folder = recipe._folder
+    return filled
+
+
+def _override(data: dict[str, Any], text: str, changed: dict[str, Any]) -> None:
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        msg = f"--set must be key=value, as prune.criterion=l2. Got {text!r}."
+        raise UsageError(msg)
+    if key in changed:
+        msg = f"--set must give each key once. Got {key!r} twice: {changed[key]!r} and {value!r}."
+        raise UsageError(msg)
+    changed[key] = value
+    parsed: Any = value if _takes_text(path) else _read_value(value, key)
+    if len(path) == 1 and key in _FILE_FIELDS and parsed is not None:
+        parsed = _absolute_text(key, parsed, Path.cwd())
+    owner: Any = data
+    for depth, part in enumerate(path[:-1]):
+        owner = _descend(owner, part, ".".join(path[: depth + 1]))
+    last = path[-1]
+    if isinstance(owner, list):
+        owner[_index(owner, last, key)] = parsed
+    elif isinstance(owner, dict):
+        owner[last] = parsed
+    else:
+        msg = f"--set must name a key below a mapping or a list. Got {key!r}, but {'.'.join(path[:-1])} is {owner!r}."
+        raise UsageError(msg)
+
+
+def _descend(owner: Any, part: str, key: str) -> Any:
+    if isinstance(owner, list):
+        return owner[_index(owner, part, key)]
+    if not isinstance(owner, dict):
+        msg = f"--set must name a key below a mapping or a list. Got {key!r}."
+        raise UsageError(msg)
+    if owner.get(part) is None:
+        owner[part] = {}
+    return owner[part]
+
+
+def _index(owner: list[Any], part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(owner):
+        msg = f"--set must index a list of {len(owner)} with 0…{len(owner) - 1}. Got {part!r} in {key!r}. Give the whole list: key=[…]."
+        raise UsageError(msg)
+    return int(part)
+
+
+def _takes_text(path: list[str]) -> bool:
+    """Whether a key holds a text that must not be read as YAML (a path may hold ':' or '#')."""
+    return len(path) == 1 and path[0] in (*_FILE_FIELDS, "name", "device", "target")
+
+
+def _read_value(value: str, key: str) -> Any:
+    try:
+        return _read_text(value) if value.strip() else ""
+    except UsageError as error:
+        msg = f"--set {key} must be a YAML value. {error}"
+        raise UsageError(msg) from error
+
+
+def _read_text(text: str) -> Any:
+    return read_yaml(text)
+
+
+def _copied(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: _copied(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in source.items()
+    }
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, json.dumps(value, ensure_ascii=False, default=str)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def _check_schema(data: Mapping[str, Any], where: str) -> None:
+    got = data.get("schema")
+    if got is None:
+        msg = f"a recipe must say its version. Got no schema at {where}. Add the line `schema: {SCHEMA}`."
+        raise UsageError(msg)
+    if isinstance(got, int) and not isinstance(got, bool) and got > SCHEMA:
+        msg = f"schema must be at most {SCHEMA} for this version of paredown. Got {got} at {where}. The recipe is newer: pip install --upgrade paredown."
+        raise UsageError(msg)
+    if got != SCHEMA or isinstance(got, bool):
+        msg = f"schema must be {SCHEMA}. Got {got!r} at {where}."
+        raise UsageError(msg)
+
+
+_RULES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
+
+
+def _explained(error: ValidationError, where: str) -> str:
+    """All mistakes of a recipe, one line each."""
+    found: dict[str, str] = {}
+    for mistake in error.errors(include_url=False):
+        # A value of a union is reported once per member: the first report is enough.
+        path = _path(p for p in mistake["loc"] if p not in ("float", "int"))
+        found.setdefault(path, _mistake(path, cast(Mapping[str, Any], mistake), where))
+    lines = list(found.values())
+    more = [f"… and {len(lines) - 10} more."] if len(lines) > 10 else []
+    return "\n".join([*lines[:10], *more])
+
+
+def _mistake(path: str, mistake: Mapping[str, Any], where: str) -> str:
+    kind, got, context = mistake["type"], mistake.get("input"), mistake.get("ctx", {})
+    shown = repr(got)[:80]
+    if kind == "extra_forbidden":
+        return f"{path} is not a key of a recipe, at {where}.{_suggestion(path)}"
+    if kind == "missing":
+        return f"{path} must be given, at {where}."
+    if kind == "value_error":
+        message, leaf = str(context.get("error", mistake["msg"])), path.rpartition(".")[2]
+        if f"budget.{leaf}" in message:
+            message = message.replace(f"budget.{leaf}", path, 1)
+        elif not message.startswith(leaf):
+            message = f"{path}: {message}"
+        return f"{message} At {where}."
+    rule = _RULES.get(kind) or str(mistake["msg"]).removeprefix("Input should be ").removeprefix("String should ")
+    if kind == "literal_error":
+        rule = f"one of {context['expected']}"
+    elif kind == "string_pattern_mismatch":
+        rule = f"of the form {context['pattern']}"
+    return f"{path} must be {rule}. Got {shown} at {where}.{_hint(kind, got, context)}"
+
+
+def _hint(kind: str, got: Any, context: Mapping[str, Any]) -> str:
+    if kind == "literal_error":
+        if isinstance(got, bool) or got is None:
+            return " YAML reads yes, no, on, off and null as values: put a text in quotes."
+        choices = re.findall(r"'([^']+)'", str(context["expected"]))
+        near = difflib.get_close_matches(str(got), choices, n=1, cutoff=0.4)
+        return f" Did you mean {near[0]!r}?" if near else ""
+    if isinstance(got, str) and re.fullmatch(r"[+-]?\d+(\.\d+)?%?|[+-]?\d[\d_.]*e[+-]?\d+", got.strip(), re.IGNORECASE):
+        if got.strip().endswith("%"):
+            return " Write 25 % as 0.25."
+        return (
+            " It is a text: YAML reads 1e-3 as text, write 0.001 or 1.0e-3."
+            if "e" in got.lower()
+            else " Leave out the quotes."
+        )
+    return ""
+
+
+def _suggestion(path: str) -> str:
+    """What an unknown key was probably meant to be: a sibling, or the same key elsewhere."""
+    known = dict(_fields(Recipe))
+    parent, _, leaf = re.sub(r"\[\d+\]", "", path).rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {siblings[near[0]]}?"
+    elsewhere = {k.rpartition(".")[2]: k for k in known}
+    near = difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.75)
+    if near:
+        return f" Did you mean {elsewhere[near[0]]}?"
+    return f" Keys here: {', '.join(siblings)}." if siblings else ""
+
+
+def _fields(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, description) of every field, lists of models included."""
+    for name, field in model.model_fields.items():
+        here = f"{path}.{field.alias or name}" if path else field.alias or name
+        yield here, field.description or ""
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _fields(kind, here)
+
+
+def _path(parts: Iterable[int | str]) -> str:
+    out = ""
+    for part in parts:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else str(part)
+    return out or "the recipe"
