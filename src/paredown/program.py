@@ -11,12 +11,14 @@ import hashlib
 import inspect
 import logging
 import operator
+import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -127,6 +129,8 @@ class _Bodies:
     """The stateless part of a GraphModel, by mode (train or not); copies of the model share it."""
 
     in_spec: Any
+    wanted: tuple[Any, ...]
+    """Per input: the sizes of a tensor (None where free), or a value that the graphs have built in."""
     out_specs: dict[bool, Any]
     bodies: dict[bool, fx.GraphModule]
     names: dict[bool, list[str | None]]
@@ -174,6 +178,7 @@ class GraphModel(nn.Module):
                 owner.register_buffer(leaf, tensor.detach(), persistent=persistent)
         self._pure = _Bodies(
             in_spec=eval_graph.call_spec.in_spec,
+            wanted=_wanted(eval_graph),
             out_specs={
                 False: eval_graph.call_spec.out_spec,
                 True: (train_graph or eval_graph).call_spec.out_spec,  # auxiliary heads: more outputs in train mode
@@ -193,6 +198,7 @@ class GraphModel(nn.Module):
         if got != in_spec:
             msg = f"inputs must be as captured: {in_spec}. Got {got}."
             raise TypeError(msg)
+        _refuse_other_inputs(leaves, self._pure.wanted)
         values = iter(leaves)
         flat = [next(values) if name is None else self._tensor(name) for name in self._pure.names[self.training]]
         return pytree.tree_unflatten(self._pure.bodies[self.training](*flat), self._pure.out_specs[self.training])
@@ -220,6 +226,37 @@ def _with_signature(graph: ExportedProgram) -> type[GraphModel]:
 
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return type("GraphModel", (GraphModel,), {"forward": forward, "__doc__": GraphModel.__doc__})
+
+
+def _wanted(graph: ExportedProgram) -> tuple[Any, ...]:
+    """What each input must be: a tuple of sizes (None where free), or the constant that export built in."""
+    sizes = {
+        n.name: tuple(_known(s) for s in n.meta["val"].shape)
+        for n in graph.graph.nodes
+        if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)
+    }
+    specs = [s.arg for s in graph.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    return tuple(sizes[a.name] if a.name in sizes else getattr(a, "value", None) for a in specs)
+
+
+def _known(size: Any) -> int | None:
+    """A size that the graph fixes, None where it is free. A symbol fixed by the model's code stays a SymInt."""
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return None if known is None else int(known)
+
+
+def _refuse_other_inputs(leaves: list[Any], wanted: tuple[Any, ...]) -> None:
+    """The graphs hold sizes and flags of the capture as constants: other ones would be computed wrongly, in silence."""
+    for number, (value, want) in enumerate(zip(leaves, wanted, strict=True)):
+        got = tuple(value.shape) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor) and isinstance(want, tuple):
+            fits = len(want) == len(got) and all(w is None or w == s for w, s in zip(want, got, strict=True))
+        else:
+            fits = type(got) is type(want) and got == want
+        if not fits:
+            rule = tuple("any" if w is None else w for w in want) if isinstance(want, tuple) else repr(want)
+            msg = f"input {number} must be {rule}, as captured. Got {got!r}. Capture the model again with this input."
+            raise RejectedError(msg)
 
 
 def _flat_names(graph: ExportedProgram) -> list[str | None]:
@@ -445,6 +482,7 @@ def _export_eval(
 def _export_train(model: nn.Module, example: Inputs, batch: str) -> tuple[ExportedProgram | None, tuple[str, ...]]:
     modes = {m: m.training for m in model.modules()}
     model.train()
+    drawn = _draws()
     try:
         graph = _export(model, example, dynamic=batch == "dynamic")
     except Exception as error:
@@ -454,7 +492,15 @@ def _export_train(model: nn.Module, example: Inputs, batch: str) -> tuple[Export
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if _draws() != drawn:
+        return graph, ("the train graph repeats one draw of Python's or numpy's random numbers for ever (LayerDrop?)",)
     return graph, ()
+
+
+def _draws() -> tuple[Any, ...]:
+    """The state of the generators whose numbers torch.export takes for constants."""
+    _, words, position, *_ = np.random.get_state()  # noqa: NPY002 (the global generator is the one to watch)
+    return random.getstate(), bytes(words), position  # type: ignore[arg-type]
 
 
 def _part_constants(train_graph: ExportedProgram, eval_graph: ExportedProgram) -> None:
@@ -495,7 +541,7 @@ def _is_dynamic(graph: ExportedProgram) -> bool:
         for n in graph.graph.nodes
         if n.op == "placeholder" and n.name in user and isinstance(n.meta.get("val"), Tensor)
     ]
-    return any(len(s) > 0 and isinstance(s[0], torch.SymInt) for s in shapes)
+    return any(len(s) > 0 and _known(s[0]) is None for s in shapes)
 
 
 def _inline_regions(graph: ExportedProgram) -> None:

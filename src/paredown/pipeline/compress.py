@@ -1,0 +1,174 @@
+"""compress: the whole job, from a recipe or from a notebook."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paredown.budget import Budget
+from paredown.errors import UsageError
+from paredown.measure import machine
+from paredown.pipeline.display import Display, display
+from paredown.pipeline.folder import RunFolder, opened
+from paredown.pipeline.stages import Compressed, Run, run_stages
+from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
+from paredown.target import named
+from paredown.train import Metric, Task, task_from_module
+
+_VERSIONS = ("paredown", "torch", "torchao", "onnx", "onnxruntime", "onnxscript", "numpy")
+
+
+def compress(
+    what: str | Path | Recipe | nn.Module,
+    inputs: Any = None,
+    *,
+    out: str | Path,
+    train: Callable[[nn.Module], nn.Module | None] | None = None,
+    train_batches: Callable[[], Any] | None = None,
+    step: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    calibrate: Callable[[], Any] | None = None,
+    evaluate: Callable[..., Any] | None = None,
+    metric: Metric | Mapping[str, str] | None = None,
+    budget: Budget | None = None,
+    target: str = "onnxruntime-x86",
+    options: Mapping[str, Any] | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Compressed:
+    """Take a trained model to a proven, measured INT8 file with a report.
+
+    From a recipe: `compress("digits", out="runs/digits")`, an embedded name, a path or a Recipe, with `overrides`
+    ("prune.criterion=l2"). From a notebook: `compress(model, inputs, train=…, calibrate=…, evaluate=…, metric=…,
+    budget=Budget(macs=0.5), out=…)`: `train(model)` is your own loop, or give `train_batches` and `step`; `calibrate()`
+    yields inputs; `evaluate(predict)` returns {metric: value or one value per sample} on test data; `budget` says what
+    remains after one level of pruning (without it nothing is pruned) and may bound `metric_loss`; `options` are recipe
+    keys ({"prune": {"criterion": "taylor"}}).
+
+    The same recipe in the same `out` continues a killed run, to the same model, plan and export, byte for byte.
+    Writes recipe.yaml, plan.json, records.jsonl, report.html, model.safetensors and one file per export.
+
+    Raises UsageError (2), RejectedError (3), InfeasibleError (4), GateError (5: the metric bound does not hold; the
+    report is written), VerificationError (6), ResourceError (7), MissingError (8), Interrupted (130, resumable).
+    """
+    if isinstance(what, nn.Module):
+        recipe = _notebook_recipe(budget, target, options)
+        task = _notebook_task(what, inputs, train, train_batches, step, calibrate, evaluate, metric)
+        return _run(recipe, task, lambda: what, True, Path(out), overwrite=overwrite, quiet=quiet)
+    if any(v is not None for v in (inputs, train, train_batches, step, calibrate, evaluate, metric, budget, options)):
+        msg = "compress must be given a recipe alone, or a model with its functions. Got a recipe and functions. Put them in the recipe's task."
+        raise UsageError(msg)
+    recipe = what if isinstance(what, Recipe) else load_recipe(what, overrides)
+    task, model, given = task_of(recipe)
+    return _run(recipe, task, model, given, Path(out), overwrite=overwrite, quiet=quiet)
+
+
+def task_of(recipe: Recipe) -> tuple[Task, Callable[[], nn.Module], bool]:
+    """The recipe's task, how to make its model with weights, and whether weights were given."""
+    from paredown.models import load_model, load_task_module
+    from paredown.weights import load_into, read_weights
+
+    module = load_task_module(recipe.task, recipe.folder)
+    task = task_from_module(module, data=recipe.data_path)
+    base = Path(recipe.folder) if recipe.folder else None
+
+    def model() -> nn.Module:
+        if recipe.model is not None:
+            return load_model(recipe.model, weights=recipe.weights_path, base_dir=base)[0]
+        made = task.model()
+        if recipe.weights_path is not None:
+            load_into(made, read_weights(recipe.weights_path))
+        return made
+
+    given = recipe.model is None or recipe.weights is not None
+    return task, model, given
+
+
+def _notebook_recipe(budget: Budget | None, target: str, options: Mapping[str, Any] | None) -> Recipe:
+    given = budget.given() if budget is not None else {}
+    level = {k: v for k, v in given.items() if k in ("channels", "parameters", "macs")}
+    bounds = {k: v for k, v in given.items() if k not in level}
+    asked: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (options or {}).items()}
+    prune = {"levels": [level] if level else [], **asked.pop("prune", {})}
+    return parse_recipe({"schema": 1, "name": "notebook", "task": "notebook", "target": target, "prune": prune, "budget": bounds, **asked})
+
+
+def _notebook_task(
+    model: nn.Module,
+    inputs: Any,
+    train: Callable[[nn.Module], nn.Module | None] | None,
+    train_batches: Callable[[], Any] | None,
+    step: Callable[[nn.Module, Any], torch.Tensor] | None,
+    calibrate: Callable[[], Any] | None,
+    evaluate: Callable[..., Any] | None,
+    metric: Metric | Mapping[str, str] | None,
+) -> Task:
+    missing = [n for n, v in (("inputs", inputs), ("calibrate", calibrate), ("evaluate", evaluate), ("metric", metric)) if v is None]
+    if missing or calibrate is None or evaluate is None or metric is None:
+        msg = f'compress(model, …) must be given inputs, calibrate, evaluate and metric={{"name", "unit", "goal"}}. Got no {", ".join(missing)}.'
+        raise UsageError(msg)
+    return Task(
+        name=type(model).__name__,
+        model=lambda: model,
+        inputs=lambda: inputs,
+        calibration_batches=calibrate,
+        evaluate=evaluate,
+        metric=metric if isinstance(metric, Metric) else Metric(**metric),  # type: ignore[arg-type]
+        train_batches=train_batches,
+        step=step,
+        train=train,
+    )
+
+
+def _run(
+    recipe: Recipe, task: Task, model: Callable[[], nn.Module], given: bool, out: Path, *, overwrite: bool, quiet: bool
+) -> Compressed:
+    named(recipe.target)
+    threads = torch.get_num_threads()
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    try:
+        with opened(out, recipe.to_yaml(), lambda there: _difference(there, recipe), overwrite=overwrite) as folder, display(quiet=quiet) as shown:
+            return run_stages(_context(recipe, task, model, given, folder, shown))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _difference(there: str, recipe: Recipe) -> str:
+    """How the recipe in a run folder differs from the one asked for; "" where it does not."""
+    if there == recipe.to_yaml():
+        return ""
+    return diff(there, recipe.to_yaml())
+
+
+def _context(
+    recipe: Recipe, task: Task, model: Callable[[], nn.Module], given: bool, folder: RunFolder, shown: Display
+) -> Run:
+    return Run(
+        recipe=recipe,
+        task=task,
+        folder=folder,
+        say=shown.say,
+        on_training=shown.training,
+        weights_given=given,
+        model=model,
+        environment={
+            "versions": {name: _version(name) for name in _VERSIONS},
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+            "seed": recipe.seed,
+            "device": recipe.device,
+        },
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # shown as missing in the provenance

@@ -1,0 +1,119 @@
+"""A run's folder: one owner at a time, each finished stage on disk under its key, records that are always whole."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paredown.errors import ResourceError, UsageError
+from paredown.records import Record, sweep_stale, write_text
+
+RECIPE, RECORDS, STEPS, LOCK = "recipe.yaml", "records.jsonl", "steps", ".lock"
+MADE = (RECIPE, RECORDS, "report.html", "plan.json", "form.json", "model.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """The folder of one run. Stages are kept under `steps/`, so that a killed run continues where it was."""
+
+    path: Path
+
+    @property
+    def steps(self) -> Path:
+        """Where finished stages and checkpoints lie."""
+        return self.path / STEPS
+
+    def stage(self, number: int, name: str, key: str, make: Callable[[], Record]) -> Record:
+        """The record of a stage: as it was measured, if it was with this key, else made now and kept."""
+        file = self.steps / f"{number:02d}-{name}.json"
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                return Record.from_json(json.dumps(kept["record"]))
+        record = make()
+        kept = {"key": key, "record": json.loads(record.to_json())}
+        write_text(file, json.dumps(kept, sort_keys=True, ensure_ascii=False) + "\n")
+        self.write_records()
+        return record
+
+    def write_records(self) -> None:
+        """records.jsonl anew from all finished stages, in order."""
+        lines = []
+        for file in sorted(self.steps.glob("[0-9][0-9]-*.json")):
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            lines.append(Record.from_json(json.dumps(kept["record"])).to_json())
+        write_text(self.path / RECORDS, "".join(line + "\n" for line in lines))
+
+
+@contextmanager
+def opened(path: Path, recipe_yaml: str, difference: Callable[[str], str], *, overwrite: bool) -> Iterator[RunFolder]:
+    """Take a run folder: a new one, or one that holds the same recipe; a second process is refused (exit 7).
+
+    `difference(yaml)` says how the recipe that is there differs from this one, "" where it does not. Another recipe,
+    or a folder with other files in it, is refused (UsageError) unless `overwrite`.
+    """
+    if path.exists() and not path.is_dir():
+        msg = f"out must be a folder. Got the file {path}."
+        raise UsageError(msg)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK).open("w")
+    except OSError as error:
+        msg = f"out must be a writable folder. Got {path}: {error.strerror}."
+        raise ResourceError(msg) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            msg = f"a run folder must have one owner. {path} is in use by another process. Wait for it, or choose another --out."
+            raise ResourceError(msg) from error
+        _claim(path, recipe_yaml, difference, overwrite)
+        sweep_stale(path)
+        (path / STEPS).mkdir(exist_ok=True)
+        yield RunFolder(path=path)
+
+
+def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overwrite: bool) -> None:
+    recipe = path / RECIPE
+    if recipe.exists():
+        changed = difference(recipe.read_text(encoding="utf-8"))
+        if not changed:
+            return
+        if not overwrite:
+            msg = f"{path} holds another run. The recipe differs:\n{changed}\nChoose another --out, or --overwrite."
+            raise UsageError(msg)
+    elif not overwrite and any(p.name != LOCK for p in path.iterdir()):
+        msg = f"out must be an empty folder or one of a run. Got {path} with other files in it. Choose another --out, or --overwrite."
+        raise UsageError(msg)
+    _clear(path)
+    write_text(recipe, recipe_yaml)
+
+
+def _clear(path: Path) -> None:
+    """Delete what a run makes, and nothing else."""
+    for name in MADE:
+        (path / name).unlink(missing_ok=True)
+    for model in path.glob("*.onnx*"):
+        model.unlink()
+    steps = path / STEPS
+    if steps.is_dir():
+        for file in steps.iterdir():
+            if file.is_file():
+                file.unlink()
+
+
+def key_of(*parts: Any) -> str:
+    """SHA-256 of JSON values: what a stage's result depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,31 @@
+"""Ten lines that run the recommended file, with its normalisation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from paredown.program import Program
+
+
+def snippet(file: str, normalisation: str, program: Program) -> str:
+    """Python text that loads the file in ONNX Runtime and runs it on one sample of the right shape."""
+    tensors = [t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor)]
+    shapes = [[1, *t.shape[1:]] if program.batch == "dynamic" else list(t.shape) for t in tensors]
+    kinds = [str(t.dtype).removeprefix("torch.") for t in tensors]
+    values = ", ".join(f"np.zeros({shape}, np.{kind})" for shape, kind in zip(shapes, kinds, strict=True))
+    how = " ".join(normalisation.split()) or "bring your data to the form that the model was trained on"
+    return "\n".join(
+        [
+            "import numpy as np",
+            "import onnxruntime as ort",
+            "",
+            f"session = ort.InferenceSession({file!r}, providers=['CPUExecutionProvider'])",
+            f"# {how}",
+            f"inputs = [{values}]  # put your samples here",
+            "names = [i.name for i in session.get_inputs()]",
+            "outputs = session.run(None, dict(zip(names, inputs)))",
+            "for o, value in zip(session.get_outputs(), outputs):",
+            "    print(o.name, value.shape)",
+        ]
+    )

@@ -1,0 +1,547 @@
+"""The stages of a run, in order: each is kept under its key, so that a killed run continues to the same result."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from paredown.allocate import allocate
+from paredown.budget import Budget
+from paredown.couple import Coupling, couple
+from paredown.errors import GateError, InfeasibleError, RejectedError, VerificationError
+from paredown.examine import Cost, examine
+from paredown.export import Artifact, Check, check, export, predictor
+from paredown.measure import evaluated, measure, paired, summarize
+from paredown.pipeline.folder import RunFolder, file_digest, key_of
+from paredown.pipeline.snippet import snippet
+from paredown.plan import Plan
+from paredown.program import Program, capture
+from paredown.prune import Pruned, compose, prune, save
+from paredown.quantize import Quantized, quantize
+from paredown.recipe import Level, Recipe
+from paredown.records import Measured, Record, whole_file
+from paredown.score import score
+from paredown.train import Task, check_roles, recover
+from paredown.train.task import seed_all
+
+PARITY = 0.2
+"""Largest distance of the INT8 file's metric from its simulation: points where the unit is %, else % of the metric."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compressed:
+    """What a run made. `recommended` is the file to ship; `verdict` says by which bounds."""
+
+    out: Path
+    module: nn.Module
+    plan: Plan
+    artifact: Artifact
+    recommended: str
+    """Stage of the recommended file: "int8", a level, or "dense"."""
+    verdict: Mapping[str, Any]
+    records: tuple[Record, ...]
+
+    def _repr_html_(self) -> str:
+        """The report, in a frame of its own."""
+        import html
+
+        text = (self.out / "report.html").read_text(encoding="utf-8")
+        return f'<iframe srcdoc="{html.escape(text)}" style="width:100%;height:80vh;border:0" sandbox></iframe>'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run: what is asked, on what, where."""
+
+    recipe: Recipe
+    task: Task
+    folder: RunFolder
+    say: Say
+    on_training: Callable[[str, Any], None]
+    weights_given: bool
+    model: Callable[[], nn.Module]
+    environment: Mapping[str, Any]
+    dense: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Facts of the dense file that later stages are compared with (artifact, per-sample metric)."""
+
+    def record(self, stage: str, title: str, **fields: Any) -> Record:
+        cell = {
+            "stage": stage,
+            "title": title,
+            "recipe_digest": self.recipe.digest,
+            "task": self.task.name,
+            "target": self.recipe.target,
+        }
+        return Record(cell=cell, environment=self.environment, **fields)
+
+
+def run_stages(run: Run) -> Compressed:
+    """All stages of one run, in order."""
+    recipe, task = run.recipe, run.task
+    roles = check_roles(task)
+    dense = _base(run)
+    program = capture(dense, task.inputs())
+    _stage_examine(run, program, roles.warnings)
+    _stage_float(run, 1, "dense", "Dense FP32", program, None, {})
+    tuned: Pruned | None = None
+    for number, level in enumerate(recipe.prune.levels, start=1):
+        tuned = _level(run, number, level, program, tuned, dense)
+    last: Program | Pruned = tuned or program
+    quantized = _quantized(run, last)
+    _stage_int8(run, 50, "int8", "INT8, the recommended file", quantized, tuned)
+    _twin(run, last)
+    if tuned is not None:
+        save(tuned, run.folder.path)
+    records, verdict = _verdict(run, program, roles.warnings)
+    recommended = str(verdict["recommended"])
+    result = Compressed(
+        out=run.folder.path,
+        module=tuned.module if tuned is not None else dense,
+        plan=tuned.plan if tuned is not None else Plan(keep={}),
+        artifact=_artifact(run, recommended),
+        recommended=recommended,
+        verdict=verdict,
+        records=records,
+    )
+    _gates(records, verdict)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- dense and levels
+
+
+def _base(run: Run) -> nn.Module:
+    """The trained dense model: the user's, with weights where given, or trained by the task's own `base`."""
+    run.say("load the model")
+    seed_all(run.recipe.seed)
+    if run.task.base is None or run.recipe.weights is not None or run.recipe.model is not None:
+        return run.model()
+    options = {
+        "seed": run.recipe.seed,
+        "device": run.recipe.device,
+        "checkpoint": run.folder.steps / "base.safetensors",
+        "progress": lambda p: run.on_training("train the base", p),
+        **run.recipe.base.model_dump(exclude_none=True),
+    }
+    return run.task.base(**_accepted(run.task.base, options))
+
+
+def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a user's function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(options)
+    return {k: v for k, v in options.items() if k in parameters}
+
+
+def _stage_examine(run: Run, program: Program, warnings: tuple[str, ...]) -> None:
+    def make() -> Record:
+        run.say("examine")
+        cost, coupling = examine(program), couple(program)
+        details = {
+            **_layers(cost),
+            "peak_activation_bytes": cost.peak_activation_bytes,
+            "uncounted": [u.op if hasattr(u, "op") else str(u) for u in cost.uncounted],
+            "pinned": [{"reason": p.reason, "units": p.units, "where": p.where} for p in coupling.pinned],
+            "unknown_ops": coupling.unknown_ops,
+            "spaces": len(coupling.spaces),
+            "free_units": coupling.free_units,
+            "batch": program.batch,
+            "notes": [*program.notes, *warnings, *_random_note(run)],
+        }
+        return run.record("examine", "The dense model", details=details)
+
+    run.folder.stage(0, "examine", key_of(run.recipe.digest, program.source_digest, run.environment), make)
+
+
+def _random_note(run: Run) -> list[str]:
+    return [] if run.weights_given else ["No weights were given: the model is random, its quality means nothing."]
+
+
+def _level(run: Run, number: int, level: Level, program: Program, before: Pruned | None, teacher: nn.Module) -> Pruned:
+    """Score, allocate, prune with proof, recover; then export and measure."""
+    run.say(f"level {number}: couple, score, allocate")
+    recipe, task = run.recipe, run.task
+    here = program if before is None else capture(before.module, program.inputs)
+    coupling, cost = couple(here), examine(here)
+    plan = _plan(run, here, coupling, cost, level)
+    if not plan.keep and before is not None:
+        return before
+    run.say(f"level {number}: prune and prove")
+    step = prune(here, plan, realiser=recipe.prune.realiser, seed=recipe.seed)
+    pruned = step if before is None else compose(before, step, seed=recipe.seed)
+    tuned = _recovered(run, number, pruned, teacher)
+    removed = [
+        {
+            "space": s.name,
+            "kind": s.kind,
+            "before": len(s),
+            "after": len(s) - _num_removed(s, plan),
+            "parameters": sorted({f.parameter for f in s.footprints})[:8],
+        }
+        for s in coupling.spaces
+    ]
+    details = {
+        "removed": removed,
+        "realiser": tuned.realiser,
+        "proof": dataclasses.asdict(tuned.proof),
+        "reached": {k: v for k, v in step.plan.made_by.items() if k in ("budget", "reached", "blocked_by", "criterion", "allocation")},
+    }
+    _stage_float(run, 10 + number, f"level-{number}", f"Pruned, level {number}, FP32", tuned, tuned.plan, details)
+    return tuned
+
+
+def _num_removed(space: Any, plan: Plan) -> int:
+    first = space.footprints[0]
+    kept = plan.keep.get(first.parameter, {}).get(first.axis)
+    if kept is None:
+        return 0
+    alive = set(kept)
+    return sum(int(row[0]) not in alive for row in first.indices)
+
+
+def _plan(run: Run, program: Program, coupling: Coupling, cost: Cost, level: Level) -> Plan:
+    recipe, task = run.recipe, run.task
+    options = recipe.prune
+    scores = score(
+        program,
+        coupling,
+        options.criterion,
+        batches=_fresh(task.train_batches, recipe.seed) if options.criterion == "taylor" else None,
+        loss=task.step,
+        num_batches=options.score_batches,
+        seed=recipe.seed,
+        weights_given=run.weights_given,
+    )
+    return allocate(
+        coupling,
+        scores,
+        cost,
+        Budget(**level.model_dump(exclude_none=True)),
+        target=recipe.target,
+        allocation=options.allocation,
+        include=options.include,
+        exclude=options.exclude,
+        floor=options.floor,
+        align=options.align,
+    )
+
+
+def _fresh(batches: Callable[[], Any] | None, seed: int) -> Any:
+    """The user's training batches with the random numbers of a seed."""
+    if batches is None:
+        return None
+    seed_all(seed)
+    return batches()
+
+
+def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> Pruned:
+    """Batch norm re-estimated, then trained; kept on disk, since it is the long part."""
+    options, recipe = run.recipe.recover, run.recipe
+    file = run.folder.steps / f"level-{number}.safetensors"
+    key = key_of(recipe.digest, pruned.plan.digest, pruned.program.source_digest, number, run.environment["versions"])
+    if file.exists():
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as kept:
+            known = (kept.metadata() or {}).get("key") == key
+        if known:
+            pruned.module.load_state_dict(load_file(file), strict=True)
+            return pruned
+    run.say(f"level {number}: recover")
+    task = run.task
+    own = task.train is not None
+    tuned = recover(
+        pruned,
+        None if own else task.train_batches,
+        step=None if own else task.step,
+        train=task.train,
+        teacher=None if own else teacher,
+        optimizer=task.optimizer or options.optimizer,
+        seed=recipe.seed + number,
+        device=recipe.device,
+        checkpoint=None if own else run.folder.steps / f"level-{number}-training.safetensors",
+        progress=lambda p: run.on_training(f"recover level {number}", p),
+        **options.model_dump(include={"epochs", "lr", "momentum", "weight_decay", "schedule", "distil", "temperature", "distil_weight", "batch_norm_batches"}),
+    )
+    with whole_file(file) as temporary:
+        save_file({n: t.detach().contiguous().clone() for n, t in tuned.module.state_dict().items()}, temporary, metadata={"key": key})
+    return tuned
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+def _stage_float(run: Run, order: int, name: str, title: str, thing: Program | Pruned, plan: Plan | None, details: Mapping[str, Any]) -> None:
+    """Export in float32, check, measure."""
+    run.say(f"{name}: export and check")
+    artifact = export(thing, run.folder.path / f"{name}.onnx", target=run.recipe.target)
+    reference = thing if isinstance(thing, Program) else capture(thing.module, thing.program.inputs, train=False)
+
+    def make() -> Record:
+        checked = check(artifact, reference, run.task.calibration_batches)
+        return _measured(run, name, title, artifact, reference, checked, plan, details)
+
+    run.folder.stage(order, name, _key(run, artifact), make)
+    _remember_dense(run, name, artifact)
+
+
+def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantized, tuned: Pruned | None) -> None:
+    """Export in int8, check against the simulation, measure."""
+    run.say(f"{name}: export and check")
+    artifact = export(quantized, run.folder.path / f"{name}.onnx", target=run.recipe.target)
+
+    def make() -> Record:
+        checked = check(artifact, quantized, run.task.calibration_batches)
+        simulated = _metric(run, predictor(quantized))
+        details: dict[str, Any] = {"notes": list(quantized.notes)}
+        if tuned is not None:
+            details |= {"realiser": tuned.realiser, "proof": dataclasses.asdict(tuned.proof)}
+        plan = tuned.plan if tuned is not None else None
+        record = _measured(run, name, title, artifact, quantized.program, checked, plan, details)
+        measured = {**record.measured, "simulated_metric": summarize(simulated, run.task.metric.unit)}
+        return dataclasses.replace(record, measured=measured)
+
+    record = run.folder.stage(order, name, _key(run, artifact), make)
+    _refuse_far(run, record)
+
+
+def _refuse_far(run: Run, record: Record) -> None:
+    """The INT8 file must score as its simulation does."""
+    file, simulated = record.measured["metric"].value, record.measured["simulated_metric"].value
+    assert file is not None and simulated is not None
+    unit = run.task.metric.unit
+    allowed = PARITY if unit == "%" else PARITY / 100 * abs(simulated)
+    if abs(file - simulated) > allowed + 1e-9:
+        msg = f"the INT8 file's {run.task.metric.name} must be within {allowed:.3g} {unit} of its simulation. Got {file:.4g} and {simulated:.4g}."
+        raise VerificationError(msg, record)
+
+
+def _measured(
+    run: Run, name: str, title: str, artifact: Artifact, program: Program, checked: Check, plan: Plan | None, details: Mapping[str, Any]
+) -> Record:
+    run.say(f"{name}: measure")
+    cost = examine(program)
+    baseline = run.dense.get("artifact")
+    options = run.recipe.measure
+    found = measure(
+        artifact,
+        run.task.calibration_batches,
+        baseline=baseline,
+        threads=options.threads,
+        runs=options.runs,
+        seconds=options.seconds,
+    )
+    values = _metric(run, predictor(artifact))
+    unit = run.task.metric.unit
+    found |= {
+        "metric": summarize(values, unit, found["bytes"].machine),
+        "parameters": Measured(value=cost.parameters, unit="", protocol="counted in the exported graph"),
+        "macs": Measured(value=cost.macs, unit="MAC", protocol="counted in the exported graph, one sample"),
+    }
+    if "values" in run.dense and values.ndim:
+        found["metric_change"] = paired(run.dense["values"], values, unit, found["bytes"].machine)
+    return run.record(
+        name,
+        title,
+        plan_digest=plan.digest if plan is not None else None,
+        measured=found,
+        details={
+            "file": artifact.path.name,
+            "files": [f.name for f in artifact.files],
+            "digest": file_digest(artifact.path),
+            "float_nodes": list(checked.float_nodes),
+            "int8_nodes": list(checked.int8_nodes),
+            "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},
+            **_layers(cost),
+            **details,
+        },
+    )
+
+
+def _metric(run: Run, predict: Any) -> Any:
+    """The task's metric on its test data: one value, or one per sample."""
+    found = evaluated(run.task.evaluate, predict)
+    name = run.task.metric.name
+    if name not in found:
+        msg = f"evaluate must return the metric {name!r} that METRIC names. Got {sorted(found)}."
+        raise RejectedError(msg)
+    return found[name]
+
+
+def _layers(cost: Cost) -> dict[str, Any]:
+    rows = [
+        {
+            "name": n.name,
+            "kind": n.kind,
+            "parameters": n.parameters,
+            "macs": n.macs,
+            "parameter_bytes": n.parameter_bytes,
+            "activation_bytes": n.activation_bytes,
+        }
+        for n in cost.by_node
+        if n.parameters or n.macs
+    ]
+    return {"layers": rows, "parameters": cost.parameters, "macs": cost.macs}
+
+
+def _key(run: Run, artifact: Artifact) -> str:
+    return key_of(run.recipe.digest, [file_digest(f) for f in artifact.files], run.environment)
+
+
+def _remember_dense(run: Run, name: str, artifact: Artifact) -> None:
+    if name == "dense":
+        run.dense["artifact"] = artifact
+        values = _metric(run, predictor(artifact))
+        if values.ndim:
+            run.dense["values"] = values
+
+
+# -------------------------------------------------------------------------------------------------- quantize, the twin
+
+
+def _quantized(run: Run, thing: Program | Pruned) -> Quantized:
+    run.say("quantize")
+    options = run.recipe.quantize
+    seed_all(run.recipe.seed)
+    return quantize(
+        thing,
+        target=run.recipe.target,
+        calibrate=run.task.calibration_batches,
+        scheme=options.scheme,
+        observer=options.observer,
+        num_samples=options.samples,
+    )
+
+
+def _twin(run: Run, last: Program | Pruned) -> None:
+    """A dense network of equal size, trained as long in all: would it do as well?"""
+    if not run.recipe.dense_twin.enabled or run.task.twin is None or not run.recipe.prune.levels:
+        return
+    run.say("train the equal-size dense network")
+    module = last.module
+    options = {
+        "seed": run.recipe.seed,
+        "device": run.recipe.device,
+        "extra_epochs": run.recipe.recover.epochs * len(run.recipe.prune.levels),
+        "checkpoint": run.folder.steps / "twin.safetensors",
+        "progress": lambda p: run.on_training("train the dense twin", p),
+    }
+    twin = run.task.twin(sum(p.numel() for p in module.parameters()), **_accepted(run.task.twin, options))
+    quantized = _quantized(run, capture(twin, run.task.inputs(), train=False))
+    _stage_int8(run, 60, "twin-int8", "Equal-size dense network, INT8", quantized, None)
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tuple[Record, ...], dict[str, Any]]:
+    from paredown.records import read
+
+    run.folder.write_records()
+    records = read(run.folder.path / "records.jsonl")
+    by_stage = {str(r.cell["stage"]): r for r in records if r.cell["stage"] != "verdict"}
+    bounds = _bounds(run, by_stage["int8"], by_stage["dense"])
+    met = all(b["met"] for b in bounds)
+    slower = _slower(by_stage["int8"])
+    recommended = "int8" if met and not slower else _fallback(run, by_stage)
+    details = {
+        "recommended": recommended,
+        "target_met": met if bounds else None,
+        "metric": dataclasses.asdict(run.task.metric),
+        "bounds": bounds,
+        "not_tested": _not_tested(by_stage),
+        "normalisation": run.task.normalisation,
+        "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),
+        "warnings": [*warnings, *_random_note(run), *_speed_notes(by_stage)],
+    }
+    record = run.folder.stage(
+        90, "verdict", key_of(details, [r.to_json() for r in by_stage.values()]), lambda: run.record("verdict", "Verdict", details=details)
+    )
+    from paredown.report import write_report
+
+    write_report(run.folder.path)
+    return (*by_stage.values(), record), details
+
+
+def _bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
+    """Every bound of the recipe's budget, with what was measured."""
+    given = run.recipe.budget.model_dump(exclude_none=True)
+    sign = 1.0 if run.task.metric.goal == "max" else -1.0
+    values = {
+        "metric_loss": (sign * ((dense.measured["metric"].value or 0.0) - (int8.measured["metric"].value or 0.0)), run.task.metric.unit),
+        "size_bytes": (int8.measured["bytes"].value, "B"),
+        "latency_ms": (int8.measured["latency_ms"].value, "ms"),
+        "peak_ram_bytes": (int8.measured.get("peak_memory_bytes", int8.measured["bytes"]).value, "B"),
+    }
+    out = []
+    for what, bound in given.items():
+        if what not in values:
+            continue
+        value, unit = values[what]
+        limit = bound * (dense.measured["bytes"].value or 0) if what == "size_bytes" and bound < 1 else bound
+        met = value is not None and value <= limit + 1e-9
+        out.append({"what": what, "bound": limit, "value": value, "unit": unit, "margin": limit - (value or 0), "met": met, "badge": "measured"})
+    return out
+
+
+def _slower(int8: Record) -> bool:
+    """Whether the INT8 file is slower than the dense FP32 file, beyond the interval."""
+    speedup = int8.measured.get("speedup")
+    return speedup is not None and speedup.high is not None and speedup.high < 1
+
+
+def _fallback(run: Run, by_stage: Mapping[str, Record]) -> str:
+    """The smallest float file that keeps the metric bound, the dense one if none does."""
+    bound = run.recipe.budget.metric_loss
+    sign = 1.0 if run.task.metric.goal == "max" else -1.0
+    dense = by_stage["dense"].measured["metric"].value or 0.0
+    for name in sorted((n for n in by_stage if n.startswith("level-")), reverse=True):
+        loss = sign * (dense - (by_stage[name].measured["metric"].value or 0.0))
+        if bound is None or loss <= bound:
+            return name
+    return "dense"
+
+
+def _speed_notes(by_stage: Mapping[str, Record]) -> list[str]:
+    notes = []
+    int8 = by_stage["int8"]
+    if _slower(int8):
+        notes.append("The INT8 file is slower than the dense FP32 file on this machine: it is not recommended.")
+    levels = [r for n, r in by_stage.items() if n.startswith("level-")]
+    if levels:
+        fast, this = levels[-1].measured["latency_ms"].value, int8.measured["latency_ms"].value
+        if fast and this and this > fast * 1.02:
+            notes.append("On this machine the pruned FP32 file is faster than the INT8 file; INT8 buys size here, not time.")
+    return notes
+
+
+def _not_tested(by_stage: Mapping[str, Record]) -> list[str]:
+    out = ["latency on the phone: these timings are of this machine", "runtimes other than ONNX Runtime"]
+    if "twin-int8" not in by_stage:
+        out.append("an equal-size dense network trained from scratch")
+    if "metric_change" not in by_stage["int8"].measured:
+        out.append("the paired interval of the metric: evaluate returns no value per sample")
+    return out
+
+
+def _artifact(run: Run, stage: str) -> Artifact:
+    path = run.folder.path / f"{stage}.onnx"
+    return Artifact(files=(path,), target=run.recipe.target, scheme="int8" if stage == "int8" else "fp32")
+
+
+def _gates(records: tuple[Record, ...], verdict: Mapping[str, Any]) -> None:
+    missed = [b for b in verdict["bounds"] if not b["met"]]
+    for bound in missed:
+        msg = f"{bound['what']} must be at most {bound['bound']:.6g} {bound['unit']}. Got {bound['value']:.6g} on the INT8 file. The report names the best file that keeps it."
+        if bound["what"] == "metric_loss":
+            raise GateError(msg)
+        raise InfeasibleError(msg)
