@@ -84,7 +84,9 @@ def conv(i: int, o: int, k: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, padding=options.pop("padding", k // 2), **options)
 
 
-def hazard(inputs: Callable[[int], Inputs] = image, **known: Any) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+def hazard(
+    inputs: Callable[[int], Inputs] = image, **known: Any
+) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     def add(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         HAZARDS[build.__name__] = Hazard(build=build, inputs=inputs, **known)
         return build
@@ -155,7 +157,9 @@ def double_residual() -> nn.Module:
         y += x
         return m.head(y)
 
-    return Net(run, stem=conv(3, 8, 1), a=conv(8, 5, 1), b=conv(5, 8, 1), c=conv(8, 6, 1), d=conv(6, 8, 1), head=conv(8, 4))
+    return Net(
+        run, stem=conv(3, 8, 1), a=conv(8, 5, 1), b=conv(5, 8, 1), c=conv(8, 6, 1), d=conv(6, 8, 1), head=conv(8, 4)
+    )
 
 
 @hazard(free=14, spaces=2)
@@ -165,7 +169,14 @@ def preactivation() -> nn.Module:
         return m.head(x + m.b(F.relu(m.two(m.a(F.relu(m.one(x)))))))
 
     return Net(
-        run, zero=nn.BatchNorm2d(3), stem=conv(3, 8, 1), one=nn.BatchNorm2d(8), a=conv(8, 6), two=nn.BatchNorm2d(6), b=conv(6, 8, 1), head=conv(8, 4, 1)
+        run,
+        zero=nn.BatchNorm2d(3),
+        stem=conv(3, 8, 1),
+        one=nn.BatchNorm2d(8),
+        a=conv(8, 6),
+        two=nn.BatchNorm2d(6),
+        b=conv(6, 8, 1),
+        head=conv(8, 4, 1),
     )
 
 
@@ -194,13 +205,29 @@ def dense_block() -> nn.Module:
         seen.append(m.b(F.relu(m.two(torch.cat(seen, 1)))))
         return m.head(torch.cat(seen, 1))
 
-    return Net(run, stem=conv(3, 6), one=nn.BatchNorm2d(6), a=conv(6, 4), two=nn.BatchNorm2d(10), b=conv(10, 4), head=conv(14, 3, 1))
+    return Net(
+        run,
+        stem=conv(3, 6),
+        one=nn.BatchNorm2d(6),
+        a=conv(6, 4),
+        two=nn.BatchNorm2d(10),
+        b=conv(10, 4),
+        head=conv(14, 3, 1),
+    )
 
 
 @hazard(free=14, spaces=2)
 def depthwise() -> nn.Module:
     return nn.Sequential(
-        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU6(), conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.Hardswish(), conv(8, 6, 1), conv(6, 6, groups=6), conv(6, 4, 1)
+        conv(3, 8),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        conv(8, 8, groups=8),
+        nn.BatchNorm2d(8),
+        nn.Hardswish(),
+        conv(8, 6, 1),
+        conv(6, 6, groups=6),
+        conv(6, 4, 1),
     )
 
 
@@ -272,7 +299,15 @@ def shuffle_unit() -> nn.Module:
         one, two = x.chunk(2, dim=1)
         return m.head(shuffled(torch.cat([one, m.d(two)], 1), 2))
 
-    return Net(run, stem=conv(3, 12), a=conv(6, 6, 1), b=conv(6, 6, groups=6), c=conv(6, 6, 1), d=conv(6, 6), head=conv(12, 3, 1))
+    return Net(
+        run,
+        stem=conv(3, 12),
+        a=conv(6, 6, 1),
+        b=conv(6, 6, groups=6),
+        c=conv(6, 6, 1),
+        d=conv(6, 6),
+        head=conv(12, 3, 1),
+    )
 
 
 @hazard(free=3)
@@ -287,12 +322,20 @@ def pixel_unshuffle() -> nn.Module:
 
 @hazard(free=14, spaces=2)
 def transposed() -> nn.Module:
-    return nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 3))
+    return nn.Sequential(
+        conv(3, 6),
+        nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        conv(8, 3),
+    )
 
 
 @hazard(free=7, spaces=2)
 def transposed_grouped() -> nn.Module:
-    return nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 8, 2, stride=2, groups=2, bias=False), nn.ReLU(), conv(8, 3, 1))
+    return nn.Sequential(
+        conv(3, 6), nn.ConvTranspose2d(6, 8, 2, stride=2, groups=2, bias=False), nn.ReLU(), conv(8, 3, 1)
+    )
 
 
 @hazard()
@@ -302,12 +345,27 @@ def transposed_depthwise() -> nn.Module:
 
 @hazard(lambda b: ((random(b, 3, 12),), {}), free=14, spaces=2)
 def conv_1d() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(8, 6, 3, padding="same"), nn.Conv1d(6, 2, 1))
+    return nn.Sequential(
+        nn.Conv1d(3, 8, 3),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(8, 6, 3, padding="same"),
+        nn.Conv1d(6, 2, 1),
+    )
 
 
 @hazard(lambda b: ((random(b, 2, 4, 6, 6),), {}), free=7, spaces=2)
 def conv_3d() -> nn.Module:
-    return nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 3), nn.AvgPool3d(2), nn.Flatten(), nn.Linear(12, 2))
+    return nn.Sequential(
+        nn.Conv3d(2, 4, 3, padding=1),
+        nn.BatchNorm3d(4),
+        nn.ReLU(),
+        nn.Conv3d(4, 3, 3),
+        nn.AvgPool3d(2),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    )
 
 
 @hazard(free=8, spaces=1)
@@ -344,7 +402,7 @@ def same_size_uncoupled() -> nn.Module:
     return Net(run, a=conv(3, 8), b=conv(3, 8), c=conv(8, 4), d=conv(8, 4))
 
 
-@hazard(free=8)
+@hazard(free=8, permutable=False)
 def equal_footprints() -> nn.Module:
     """Two halves of one convolution go different ways to the same reader: alike in what they touch, not coupled."""
 
@@ -370,12 +428,16 @@ def dead_channels() -> nn.Module:
 
 @hazard(free=11, spaces=2)
 def flatten_linear() -> nn.Module:
-    return nn.Sequential(conv(3, 6), nn.ReLU(), nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(6 * 49, 5), nn.ReLU(), nn.Linear(5, 3))
+    return nn.Sequential(
+        conv(3, 6), nn.ReLU(), nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(6 * 49, 5), nn.ReLU(), nn.Linear(5, 3)
+    )
 
 
 @hazard(free=6, spaces=1)
 def flatten_norm() -> nn.Module:
-    return nn.Sequential(conv(3, 6), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3))
+    return nn.Sequential(
+        conv(3, 6), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)
+    )
 
 
 @hazard(free=8)
@@ -525,7 +587,11 @@ def space_to_depth() -> nn.Module:
 
 @hazard(free=6)
 def reflect_pad() -> nn.Module:
-    return nn.Sequential(conv(3, 6, padding_mode="reflect"), nn.ReflectionPad2d(1), nn.Conv2d(6, 3, 3, padding=1, padding_mode="circular"))
+    return nn.Sequential(
+        conv(3, 6, padding_mode="reflect"),
+        nn.ReflectionPad2d(1),
+        nn.Conv2d(6, 3, 3, padding=1, padding_mode="circular"),
+    )
 
 
 @hazard(free=14)
@@ -546,7 +612,13 @@ def layer_scale() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.head(m.a(x) * m.gamma + m.beta[:, None, None])
 
-    return Net(run, a=conv(3, 6), gamma=nn.Parameter(torch.ones(1, 6, 1, 1)), beta=nn.Parameter(torch.zeros(6)), head=conv(6, 3))
+    return Net(
+        run,
+        a=conv(3, 6),
+        gamma=nn.Parameter(torch.ones(1, 6, 1, 1)),
+        beta=nn.Parameter(torch.zeros(6)),
+        head=conv(6, 3),
+    )
 
 
 @hazard(free=6)
@@ -564,7 +636,9 @@ def buffers_added() -> nn.Module:
     """Constants along the channels: a saved buffer, an unsaved one and a tensor that is neither."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return m.head(F.relu(m.a(x) + m.kept) * m.unsaved) + m.other(m.b(x) - torch.linspace(0.5, 1.0, 5)[:, None, None])
+        return m.head(F.relu(m.a(x) + m.kept) * m.unsaved) + m.other(
+            m.b(x) - torch.linspace(0.5, 1.0, 5)[:, None, None]
+        )
 
     net = Net(run, a=conv(3, 6), b=conv(3, 5), head=conv(6, 3), other=conv(5, 3))
     net.register_buffer("kept", random(6, 1, 1))
@@ -584,7 +658,7 @@ def coordinates() -> nn.Module:
     return Net(run, a=conv(3, 6), b=conv(8, 3))
 
 
-@hazard()
+@hazard(free=7, permutable=False)
 def in_place_slice() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -678,7 +752,15 @@ def weighted_fusion() -> nn.Module:
         y = w[0] * m.a(x) + w[1] * m.b(x)
         return m.head(F.relu(m.c(y))) * m.temperature
 
-    return Net(run, a=conv(3, 6), b=conv(3, 6), c=conv(6, 5), head=conv(5, 3), w=nn.Parameter(torch.ones(2)), temperature=nn.Parameter(torch.ones(1)))
+    return Net(
+        run,
+        a=conv(3, 6),
+        b=conv(3, 6),
+        c=conv(6, 5),
+        head=conv(5, 3),
+        w=nn.Parameter(torch.ones(2)),
+        temperature=nn.Parameter(torch.ones(1)),
+    )
 
 
 @hazard()
@@ -710,7 +792,16 @@ def dropouts() -> nn.Module:
         y = m.drop(F.relu(m.norm(m.a(x))))
         return m.head(x + m.path(m.b(y)))
 
-    return Net(run, stem=conv(3, 6), a=conv(6, 5), norm=nn.BatchNorm2d(5), b=conv(5, 6), head=conv(6, 3), drop=nn.Dropout(0.5), path=DropPath())
+    return Net(
+        run,
+        stem=conv(3, 6),
+        a=conv(6, 5),
+        norm=nn.BatchNorm2d(5),
+        b=conv(5, 6),
+        head=conv(6, 3),
+        drop=nn.Dropout(0.5),
+        path=DropPath(),
+    )
 
 
 class DropPath(nn.Module):
@@ -728,7 +819,9 @@ class DropPath(nn.Module):
 
 @hazard(free=14)
 def weight_norms() -> nn.Module:
-    return nn.Sequential(parametrizations.weight_norm(conv(3, 8)), nn.ReLU(), torch.nn.utils.weight_norm(conv(8, 6)), conv(6, 3))
+    return nn.Sequential(
+        parametrizations.weight_norm(conv(3, 8)), nn.ReLU(), torch.nn.utils.weight_norm(conv(8, 6)), conv(6, 3)
+    )
 
 
 @hazard(free=14)

@@ -29,7 +29,12 @@ def group_norm_extremes() -> nn.Module:
 @hazard(free=14)
 def instance_norm() -> nn.Module:
     return nn.Sequential(
-        conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), conv(8, 6), nn.InstanceNorm2d(6, affine=True, track_running_stats=True), conv(6, 3)
+        conv(3, 8),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.ReLU(),
+        conv(8, 6),
+        nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+        conv(6, 3),
     )
 
 
@@ -98,7 +103,13 @@ def mha_cross() -> nn.Module:
         y, w = m.attn(q, k, k)
         return m.head(y.transpose(0, 1)), w
 
-    return Net(run, q=nn.Linear(5, 8), k=nn.Linear(5, 6), attn=nn.MultiheadAttention(8, 2, kdim=6, vdim=6), head=nn.Linear(8, 3))
+    return Net(
+        run,
+        q=nn.Linear(5, 8),
+        k=nn.Linear(5, 6),
+        attn=nn.MultiheadAttention(8, 2, kdim=6, vdim=6),
+        head=nn.Linear(8, 3),
+    )
 
 
 @hazard(tokens, stochastic=True)
@@ -106,7 +117,12 @@ def encoder_layer() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.head(m.layer(m.inner(x)).mean(1))
 
-    return Net(run, inner=nn.Linear(5, 8), layer=nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True, norm_first=True), head=nn.Linear(8, 3))
+    return Net(
+        run,
+        inner=nn.Linear(5, 8),
+        layer=nn.TransformerEncoderLayer(8, 2, 12, dropout=0.2, batch_first=True, norm_first=True),
+        head=nn.Linear(8, 3),
+    )
 
 
 @hazard(tokens, free=10)
@@ -129,7 +145,15 @@ def separate_qkv() -> nn.Module:
         w = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(2), dim=-1)
         return m.head(x + m.proj((w @ v).transpose(1, 2).contiguous().flatten(2)))
 
-    return Net(run, inner=nn.Linear(5, 8), q=nn.Linear(8, 8), k=nn.Linear(8, 8, bias=False), v=nn.Linear(8, 8), proj=nn.Linear(8, 8), head=nn.Linear(8, 3))
+    return Net(
+        run,
+        inner=nn.Linear(5, 8),
+        q=nn.Linear(8, 8),
+        k=nn.Linear(8, 8, bias=False),
+        v=nn.Linear(8, 8),
+        proj=nn.Linear(8, 8),
+        head=nn.Linear(8, 3),
+    )
 
 
 @hazard(tokens, free=14, zero_writes=True)
@@ -190,7 +214,15 @@ def head_norms() -> nn.Module:
         q, k = (t * cos + torch.cat([-t[..., 2:], t[..., :2]], -1) * sin for t in (m.nq(q), m.nk(k)))
         return m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
 
-    return Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 12), v=nn.Linear(5, 12), nq=nn.LayerNorm(4), nk=nn.RMSNorm(4), proj=nn.Linear(12, 3))
+    return Net(
+        run,
+        q=nn.Linear(5, 12),
+        k=nn.Linear(5, 12),
+        v=nn.Linear(5, 12),
+        nq=nn.LayerNorm(4),
+        nk=nn.RMSNorm(4),
+        proj=nn.Linear(12, 3),
+    )
 
 
 @hazard()
@@ -200,13 +232,23 @@ def window_attention() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.stem(x).permute(0, 2, 3, 1)
         b, c = x.shape[0], x.shape[-1]
-        w = torch.roll(m.norm(x), (-1, -1), dims=(1, 2)).view(b, 2, 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        w = (
+            torch.roll(m.norm(x), (-1, -1), dims=(1, 2))
+            .view(b, 2, 2, 2, 2, c)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(-1, 4, c)
+        )
         q, k, v = m.qkv(w).reshape(-1, 4, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
         bias = m.table[m.index.view(-1)].view(4, 4, -1).permute(2, 0, 1)
         scores = (q * (c // 2) ** -0.5) @ k.transpose(-2, -1) + bias.unsqueeze(0)
         scores = scores.view(b, 4, 2, 4, 4) + m.mask[None, :, None]
         y = scores.view(-1, 2, 4, 4).softmax(-1) @ v
-        y = m.proj(y.transpose(1, 2).reshape(-1, 4, c)).view(b, 2, 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(b, 4, 4, c)
+        y = (
+            m.proj(y.transpose(1, 2).reshape(-1, 4, c))
+            .view(b, 2, 2, 2, 2, c)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(b, 4, 4, c)
+        )
         x = x + torch.roll(y, (1, 1), dims=(1, 2))
         return m.head(x.mean((1, 2)))
 
@@ -253,7 +295,7 @@ def computed_bias() -> nn.Module:
 
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.inner(x)
-        b, n, c = x.shape
+        b, n, _ = x.shape
         bias = torch.cat([m.q_bias, torch.zeros_like(m.v_bias, requires_grad=False), m.v_bias])
         q, k, v = F.linear(x, m.qkv.weight, bias).reshape(b, n, 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return m.head(m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)))
@@ -347,7 +389,14 @@ def positions_looked_up() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.head(m.norm(m.table(x) + m.place(m.ids[:, : x.shape[1]]) + m.kind(torch.zeros_like(x))))
 
-    net = Net(run, table=nn.Embedding(11, 8, padding_idx=0), place=nn.Embedding(9, 8), kind=nn.Embedding(2, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 3))
+    net = Net(
+        run,
+        table=nn.Embedding(11, 8, padding_idx=0),
+        place=nn.Embedding(9, 8),
+        kind=nn.Embedding(2, 8),
+        norm=nn.LayerNorm(8),
+        head=nn.Linear(8, 3),
+    )
     net.register_buffer("ids", torch.arange(9)[None], persistent=False)
     return net
 
@@ -359,7 +408,12 @@ def lstm() -> nn.Module:
         return m.head(m.after(y[:, -1])) + m.other(h[-1])
 
     return Net(
-        run, inner=nn.Linear(5, 6), cell=nn.LSTM(6, 4, num_layers=2, batch_first=True), after=nn.Linear(4, 5), head=nn.Linear(5, 3), other=nn.Linear(4, 3)
+        run,
+        inner=nn.Linear(5, 6),
+        cell=nn.LSTM(6, 4, num_layers=2, batch_first=True),
+        after=nn.Linear(4, 5),
+        head=nn.Linear(5, 3),
+        other=nn.Linear(4, 3),
     )
 
 
@@ -368,7 +422,9 @@ def gru() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.head(m.cell(m.inner(x))[0])
 
-    return Net(run, inner=nn.Linear(5, 6), cell=nn.GRU(6, 4, bidirectional=True, batch_first=True), head=nn.Linear(8, 3))
+    return Net(
+        run, inner=nn.Linear(5, 6), cell=nn.GRU(6, 4, bidirectional=True, batch_first=True), head=nn.Linear(8, 3)
+    )
 
 
 @hazard(tokens, zero_writes=True)
@@ -393,7 +449,9 @@ def top_tokens() -> nn.Module:
         y = torch.gather(x, 1, best.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return m.head(y) + m.other(m.b(x).topk(3, dim=1).values)
 
-    return Net(run, a=nn.Linear(5, 7), score=nn.Linear(7, 1), b=nn.Linear(7, 6), head=nn.Linear(7, 3), other=nn.Linear(6, 3))
+    return Net(
+        run, a=nn.Linear(5, 7), score=nn.Linear(7, 1), b=nn.Linear(7, 6), head=nn.Linear(7, 3), other=nn.Linear(6, 3)
+    )
 
 
 @hazard(tokens)
@@ -404,7 +462,9 @@ def position_mlp() -> nn.Module:
         b, n, _ = x.shape
         q, k, v = m.qkv(x).reshape(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
         bias = 16 * torch.sigmoid(m.c(F.relu(m.b(m.table)))).permute(2, 0, 1)
-        w = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * m.scale.clamp(max=4.0).exp() + bias).softmax(-1)
+        w = (
+            F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * m.scale.clamp(max=4.0).exp() + bias
+        ).softmax(-1)
         return m.head((w @ v).transpose(1, 2).reshape(b, n, -1))
 
     net = Net(
@@ -428,7 +488,9 @@ def sliced_positions() -> nn.Module:
         first = (m.token + m.position[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat((first, x), dim=1)
         q = m.queries.unsqueeze(0).repeat(x.shape[0], 1, 1)
-        return m.head(F.scaled_dot_product_attention(m.q(q)[:, None], m.k(x)[:, None], m.v(x)[:, None], scale=0.3)[:, 0])
+        return m.head(
+            F.scaled_dot_product_attention(m.q(q)[:, None], m.k(x)[:, None], m.v(x)[:, None], scale=0.3)[:, 0]
+        )
 
     return Net(
         run,
@@ -450,7 +512,14 @@ def rows_merged() -> nn.Module:
         y = m.b(F.relu(m.a(x)).reshape(-1, 7))
         return m.c(torch.addmm(m.bias, y, m.w)).view(b, n, 3)
 
-    return Net(run, a=nn.Linear(5, 7), b=nn.Linear(7, 4), bias=nn.Parameter(torch.zeros(2)), w=nn.Parameter(torch.zeros(4, 2)), c=nn.Linear(2, 3))
+    return Net(
+        run,
+        a=nn.Linear(5, 7),
+        b=nn.Linear(7, 4),
+        bias=nn.Parameter(torch.zeros(2)),
+        w=nn.Parameter(torch.zeros(4, 2)),
+        c=nn.Linear(2, 3),
+    )
 
 
 @hazard(tokens)
@@ -516,7 +585,13 @@ def none_in_output() -> nn.Module:
 
 @hazard(tokens, free=7, unused=("spare", "idle.weight", "idle.bias"))
 def unused_parameters() -> nn.Module:
-    return Net(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(5, 7), b=nn.Linear(7, 3), spare=nn.Parameter(torch.zeros(7)), idle=nn.Linear(7, 7))
+    return Net(
+        lambda m, x: m.b(F.relu(m.a(x))),
+        a=nn.Linear(5, 7),
+        b=nn.Linear(7, 3),
+        spare=nn.Parameter(torch.zeros(7)),
+        idle=nn.Linear(7, 7),
+    )
 
 
 @hazard(tokens, free=7, unused=("a.weight",))
@@ -557,7 +632,6 @@ def hidden_output() -> nn.Module:
 # -------------------------------------------------------------------------------------------------------- Hugging Face
 
 
-
 def mend_torchvision() -> None:
     """Let a torchvision that was built for another torch be imported: its own operators are missing, its models are not."""
     if not hasattr(torch.ops.torchvision, "nms"):
@@ -570,7 +644,12 @@ def mend_torchvision() -> None:
 _KEPT: list[Any] = []
 
 if importlib.util.find_spec("transformers") is not None:
-    _SMALL: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    _SMALL: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+    }
 
     def _sentence(batch: int) -> Inputs:
         (ids,), _ = words(batch)
@@ -591,7 +670,9 @@ if importlib.util.find_spec("transformers") is not None:
         from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
         return DistilBertForSequenceClassification(
-            DistilBertConfig(vocab_size=11, max_position_embeddings=8, dim=8, n_layers=1, n_heads=2, hidden_dim=12, num_labels=3)
+            DistilBertConfig(
+                vocab_size=11, max_position_embeddings=8, dim=8, n_layers=1, n_heads=2, hidden_dim=12, num_labels=3
+            )
         )
 
     @hazard(lambda b: ((), {"pixel_values": random(b, 3, 8, 8)}), double=False)

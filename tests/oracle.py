@@ -56,7 +56,10 @@ def plan_of(program: Program, coupling: Coupling, removed: Removed) -> Plan:
 def zeroed(model: nn.Module, coupling: Coupling, removed: Removed, hazard: Hazard) -> nn.Module:
     """A copy of the user's model in which nothing reads a removed unit; norms see the survivors only."""
     model = plain(model)
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     gone: dict[tuple[str, int], list[int]] = defaultdict(list)
     with torch.no_grad():
         for number, units in removed.items():
@@ -77,7 +80,12 @@ def zeroed(model: nn.Module, coupling: Coupling, removed: Removed, hazard: Hazar
 def plain(model: nn.Module) -> nn.Module:
     """A copy with parametrizations and masks folded, by torch's own functions."""
     source = model
-    memo = {id(v): v.detach().clone() for m in source.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None}
+    memo = {
+        id(v): v.detach().clone()
+        for m in source.modules()
+        for v in vars(m).values()
+        if isinstance(v, Tensor) and v.grad_fn is not None
+    }
     model = copy.deepcopy(source, memo)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
@@ -164,8 +172,12 @@ def digest(model: nn.Module) -> str:
     out = hashlib.sha256()
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         out.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad} {id(tensor)}".encode())
-        out.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        out.update(
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     for name, module in model.named_modules():
         hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
-        out.update(f"{name} {type(module).__name__} {module.training} {hooks} {sorted(k for k in vars(module))}".encode())
+        out.update(
+            f"{name} {type(module).__name__} {module.training} {hooks} {sorted(k for k in vars(module))}".encode()
+        )
     return out.hexdigest()

@@ -535,13 +535,7 @@ def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _is_dynamic(graph: ExportedProgram) -> bool:
-    user = set(graph.graph_signature.user_inputs)
-    shapes = [
-        n.meta["val"].shape
-        for n in graph.graph.nodes
-        if n.op == "placeholder" and n.name in user and isinstance(n.meta.get("val"), Tensor)
-    ]
-    return any(len(s) > 0 and _known(s[0]) is None for s in shapes)
+    return any(isinstance(want, tuple) and want[:1] == (None,) for want in _wanted(graph))
 
 
 def _inline_regions(graph: ExportedProgram) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hazards import HAZARDS, built
-from oracle import captured, digest, distance, doubled, floats, plan_of, plain, removed_units, run, scale, zeroed
 from torch import nn
 
+from hazards import HAZARDS, built
+from oracle import captured, digest, distance, doubled, floats, plain, plan_of, removed_units, run, scale, zeroed
 from paredown.couple import couple
 from paredown.errors import NothingToDo
 from paredown.plan import Plan
