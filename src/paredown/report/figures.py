@@ -1,0 +1,69 @@
+"""Small SVG charts without text: the numbers stand beside them, so they are hidden from screen readers and scale freely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Svg:
+    """Markup made here from numbers only, so that the template need not escape it."""
+
+    markup: str
+
+    def __html__(self) -> str:
+        return self.markup
+
+
+def pair(before: float, after: float | None, top: float) -> Svg:
+    """Two bars, before above after, on a scale that ends at `top`."""
+    bars = _rect("was", 0, 1, _share(before, top), 5)
+    if after is not None:
+        bars += _rect("is", 0, 8, _share(after, top), 5)
+    return _svg(14, bars)
+
+
+def bar(value: float, top: float) -> Svg:
+    """One bar on a scale that ends at `top`."""
+    return _svg(6, _rect("rail", 0, 0, 100, 6) + _rect("is", 0, 0, _share(value, top), 6))
+
+
+def whisker(value: float, low: float | None, high: float | None, scale: tuple[float, float], reference: float | None) -> Svg:
+    """A point with its interval; the thin upright line is the reference."""
+    parts = _rect("rail", 0, 6.5, 100, 1)
+    if reference is not None:
+        parts += _rect("mark", _place(reference, scale) - 0.4, 0, 0.8, 14)
+    if low is not None and high is not None:
+        left, right = _place(low, scale), _place(high, scale)
+        parts += _rect("span", left, 5, max(right - left, 0.8), 4)
+    parts += _rect("is", _place(value, scale) - 1, 2, 2, 10)
+    return _svg(14, parts)
+
+
+def line(values: list[float]) -> Svg:
+    """A line through values, first to last, from the lowest to the highest."""
+    low, high = min(values), max(values)
+    step = 100 / max(len(values) - 1, 1)
+    points = " ".join(f"{i * step:.2f},{2 + 36 * (1 - _share(v - low, high - low) / 100):.2f}" for i, v in enumerate(values))
+    return _svg(40, f'<polyline class="line" points="{points}" vector-effect="non-scaling-stroke"/>')
+
+
+def _svg(height: int, body: str) -> Svg:
+    head = f'<svg viewBox="0 0 100 {height}" height="{height}" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
+    return Svg(markup=f"{head}{body}</svg>")
+
+
+def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:
+    return f'<rect class="{kind}" x="{x:.2f}" y="{y:g}" width="{max(width, 0):.2f}" height="{height:g}"/>'
+
+
+def _share(value: float, top: float) -> float:
+    """Per cent of `top`, 0 to 100; what is there at all stays visible."""
+    if top <= 0 or value <= 0:
+        return 0.0
+    return min(100.0, max(0.5, 100 * value / top))
+
+
+def _place(value: float, scale: tuple[float, float]) -> float:
+    low, high = scale
+    return min(100.0, max(0.0, 100 * (value - low) / (high - low))) if high > low else 50.0

@@ -1,0 +1,131 @@
+"""The page: what the records say, put into page.html."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from paredown import records as journal
+from paredown.errors import MissingError, RejectedError
+from paredown.records import Record
+from paredown.report import evidence, layers
+from paredown.report.document import not_tested
+from paredown.report.reading import View, block, entry, items, mapping, number, text, view
+from paredown.report.stages import HEADS, stage_rows, twin_rows
+from paredown.report.verdict import verdict_strip
+from paredown.report.wording import mebibytes, megabytes, whole
+
+
+def render(records: list[Record]) -> str:
+    """The report of a run as one HTML page: no script, no fetching, at most 1 MB.
+
+    Whatever a record lacks is shown as "not tested". Raises MissingError where Jinja2 is not installed, RejectedError
+    where there are no records.
+
+    >>> from paredown.records import Record
+    >>> page = render([Record(cell={"stage": "dense", "title": "<script>"})])
+    >>> "<script>" in page, "&lt;script&gt;" in page
+    (False, True)
+    """
+    if not records:
+        msg = "a report must have at least one record. Got 0. Run `paredown compress` into this folder first."
+        raise RejectedError(msg)
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        msg = "the report must have Jinja2. It is not installed. pip install 'paredown[report]'."
+        raise MissingError(msg) from error
+    loader = FileSystemLoader(Path(__file__).parent)
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return env.get_template("page.html").render(_content(view(records)))
+
+
+def write_report(folder: str | Path) -> Path:
+    """Read records.jsonl of a run folder and write report.html beside it, whole or not at all; returns its path.
+
+    Raises RejectedError (no journal, a line that is no record), MissingError (Jinja2), ResourceError (cannot write).
+    """
+    folder = Path(folder)
+    path = folder / "report.html"
+    journal.write_text(path, render(_read(folder / "records.jsonl")))
+    return path
+
+
+def _read(path: Path) -> list[Record]:
+    if not path.is_file():
+        msg = f"a report must have a records.jsonl. Got none at {path}. Run `paredown compress` into this folder first."
+        raise RejectedError(msg)
+    try:
+        return journal.read(path)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        msg = f"every line of records.jsonl must be one record. Got {type(error).__name__} ({text(error)}) at {path}. Restore the file, or run again."
+        raise RejectedError(msg) from error
+
+
+def _content(run: View) -> dict[str, Any]:
+    """Everything that the template names."""
+    cell = mapping(run.records[0].cell)
+    return {
+        "task": text(cell.get("task")) or "model",
+        "target": text(cell.get("target")) or "unknown target",
+        "facts": _dense_facts(run),
+        "verdict": verdict_strip(run),
+        "warnings": [text(w, 500) for w in items(entry(run.verdict, "warnings"))[:40]],
+        "heads": [run.metric["name"] if h == "{metric}" else h for h in HEADS],
+        "metric": run.metric,
+        "stages": stage_rows(run),
+        "stages_csv": _stages_csv(run),
+        "twin": twin_rows(run),
+        "layers": layers.layer_table(run),
+        "removed": layers.removed_table(run),
+        "reached": layers.reached_lines(run),
+        "pinned": layers.pinned_table(run),
+        "floats": evidence.float_lines(run),
+        "proofs": evidence.proof_lines(run),
+        "checks": evidence.check_lines(run),
+        "training": evidence.training_lines(run),
+        "snippet": block(entry(run.verdict, "snippet")),
+        "normalisation": block(entry(run.verdict, "normalisation"), 2000),
+        "input": _input(run),
+        "provenance": evidence.provenance(run),
+        "remarks": evidence.remarks(run),
+        "not_tested": [*not_tested(run), *([] if run.stage("twin-int8") or run.verdict else ["an equal-size dense INT8 network"])],
+        "estimates": evidence.estimates(run),
+    }
+
+
+def _dense_facts(run: View) -> list[tuple[str, str]]:
+    """Size of the dense model in a line."""
+    facts = []
+    for key, label in (("parameters", "parameters"), ("macs", "MACs")):
+        value = number(entry(run.examine, key))
+        if value is not None:
+            facts.append((label, whole(value)))
+            if key == "macs":
+                facts.append(("FLOPs (2 × MACs)", whole(2 * value)))
+    peak = number(entry(run.examine, "peak_activation_bytes"))
+    if peak is not None:
+        facts.append(("peak activations, estimated", f"{megabytes(peak)} ({mebibytes(peak)})"))
+    return facts
+
+
+def _input(run: View) -> str:
+    given = entry(run.verdict, "input")
+    if not mapping(given):
+        return text(given) if not isinstance(given, list) else text(json.dumps(given, default=str))
+    shape = "×".join(text(s, 12) for s in items(mapping(given).get("shape")))
+    return f"{text(mapping(given).get('name'))} {shape}".strip()
+
+
+def _stages_csv(run: View) -> str:
+    """The before/after table for a spreadsheet: every figure of every stage with interval and badge."""
+    from paredown.report.reading import figure, stage_name
+
+    names = dict.fromkeys(str(k) for r in run.stages for k in mapping(r.measured))
+    lines = []
+    for record in run.stages:
+        for name in names:
+            found = figure(record, name)
+            lines.append([stage_name(record), text(name), found.value, found.low, found.high, found.n, text(found.unit), found.badge])
+    return layers.csv_link(("stage", "figure", "value", "low", "high", "n", "unit", "badge"), lines)

@@ -1,0 +1,211 @@
+"""The before/after table: one row per exported file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from paredown.records import Badge, Measured, Record
+from paredown.report.figures import Svg, bar, whisker
+from paredown.report.reading import View, entry, figure, items, runtime, stage_name, stage_title, text, threads
+from paredown.report.wording import difference, digits, interval, mebibytes, megabytes, quantity, times, whole
+
+Speed = Literal["faster", "slower", "same", "unknown"]
+HEADS = ("Size on disk", "Smaller", "Parameters", "MACs", "{metric}", "Latency", "Peak memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One figure as it is shown. Badge "" is for what is no figure ("reference")."""
+
+    value: str
+    badge: Badge | Literal[""] = ""
+    notes: tuple[str, ...] = ()
+    warning: str = ""
+    chart: Svg | None = None
+    how: str = ""
+    """Protocol and machine, shown on hover and in the provenance."""
+
+
+NONE = Cell(value="not tested", badge="not tested")
+
+
+def cell(found: Measured, say: Callable[[float], str], *notes: str, chart: Svg | None = None, warning: str = "") -> Cell:
+    """A figure in words, marked with its badge."""
+    if found.value is None:
+        return NONE
+    how = ". ".join(p for p in (text(found.protocol, 300), text(found.machine)) if p)
+    said = tuple(n for n in notes if n)
+    return Cell(value=say(found.value), badge=found.badge, notes=said, chart=chart, how=how, warning=warning)
+
+
+def stage_rows(run: View) -> list[dict[str, Any]]:
+    """One row per exported file, in the order of the journal."""
+    return [
+        {
+            "name": stage_name(r),
+            "title": stage_title(r),
+            "file": text(entry(r, "file")),
+            "recommended": stage_name(r) == run.recommended,
+            "cells": [_size(run, r), smaller(run, r), _count(run, r, "parameters"), _count(run, r, "macs"), metric(run, r), latency(run, r), _memory(r)],
+        }
+        for r in run.stages
+    ]
+
+
+def _size(run: View, record: Record) -> Cell:
+    size, packed = figure(record, "bytes"), figure(record, "gzip_bytes")
+    sizes = [v for v in (figure(r, "bytes").value for r in run.stages) if v is not None]
+    chart = bar(size.value, max(sizes)) if size.value is not None else None
+    side = len(items(entry(record, "files"))) - 1
+    notes = (
+        f"{mebibytes(size.value)} · {whole(size.value)} B" if size.value is not None else "",
+        f"{megabytes(packed.value)} gzipped{_mark(packed)}" if packed.value is not None else "gzipped: not tested",
+        f"with {side} side file{'s' if side > 1 else ''}" if side > 0 else "",
+    )
+    return cell(size, megabytes, *notes, chart=chart)
+
+
+def smaller(run: View, record: Record) -> Cell:
+    """How many times smaller than the dense file; without metadata where both were measured so."""
+    dense = run.stage("dense")
+    if dense is record:
+        return Cell(value="reference")
+    for key, note in (("stripped_bytes", "metadata stripped from both"), ("bytes", "")):
+        before, after = figure(dense, key), figure(record, key)
+        if before.value and after.value:
+            return Cell(value=times(before.value / after.value), badge=_weaker(before, after), notes=(note,) if note else ())
+    return NONE
+
+
+def _count(run: View, record: Record, key: str) -> Cell:
+    found, before = figure(record, key), figure(run.stage("dense"), key)
+    share = ""
+    if found.value is not None and before.value and run.stage("dense") is not record:
+        share = f"{100 * found.value / before.value:.1f} % of dense"
+    return cell(found, whole, share)
+
+
+def metric(run: View, record: Record) -> Cell:
+    """The metric with its interval, on one scale for all stages, and the paired change."""
+    found, about = figure(record, "metric"), run.metric
+    unit = found.unit or about["unit"]
+    chart = None
+    if found.value is not None:
+        chart = whisker(found.value, found.low, found.high, _scale(run), figure(run.stage("dense"), "metric").value)
+    spread = interval(found.low, found.high, unit)
+    return cell(
+        found,
+        lambda v: quantity(v, unit),
+        f"interval {spread}" if spread else "no interval",
+        f"{found.n:,} samples" if isinstance(found.n, int) and found.n > 1 else "",
+        change(run, record),
+        chart=chart,
+    )
+
+
+def change(run: View, record: Record) -> str:
+    """The paired difference against the dense file in words; says so where it is inside the noise."""
+    if record is run.stage("dense"):
+        return ""
+    found = figure(record, "metric_change")
+    if found.value is None:
+        return "paired change: not tested"
+    unit = found.unit or run.metric["unit"]
+    said = f"{difference(found.value, unit)} against dense{_mark(found)}"
+    if found.low is None or found.high is None:
+        return f"{said}, no interval"
+    noise = ": inside the noise" if found.low <= 0 <= found.high else ""
+    return f"{said} ({interval(found.low, found.high, unit, signed=True)}){noise}"
+
+
+def _scale(run: View) -> tuple[float, float]:
+    """From the lowest to the highest end of all intervals, with a little air."""
+    found = [figure(r, "metric") for r in run.stages]
+    ends = [v for f in found for v in (f.value, f.low, f.high) if v is not None and f.value is not None]
+    low, high = min(ends), max(ends)
+    air = 0.05 * (high - low)
+    return low - air, high + air
+
+
+def latency(run: View, record: Record) -> Cell:
+    """Median with p10–p90, threads and runtime; slower INT8 is called so."""
+    found = figure(record, "latency_ms")
+    ends = f"p10–p90 {digits(found.low)} – {digits(found.high)} ms" if found.low is not None and found.high is not None else "no spread"
+    count = threads(record)
+    where = f"{count} thread{'s' if count != 1 else ''}, " if count is not None else "threads unknown, "
+    pace, said = speed(run, record)
+    unsteady = "unsteady: other load or throttling" if "unsteady" in text(found.protocol, 400) else ""
+    warning = "slower than the dense FP32 file: not recommended on latency grounds" if pace == "slower" else ""
+    return cell(found, lambda v: f"{digits(v)} ms", ends, f"{where}{runtime(record)}", said, unsteady, warning=warning)
+
+
+def speed(run: View, record: Record) -> tuple[Speed, str]:
+    """Whether a file is faster than the dense one, and in words; a difference inside the spread is no difference."""
+    dense = run.stage("dense")
+    if dense is record:
+        return "unknown", ""
+    ratio = figure(record, "speedup")
+    if ratio.value is not None:
+        said = f"{times(ratio.value)} the speed of dense{_mark(ratio)}"
+        if ratio.low is None or ratio.high is None:
+            return ("slower" if ratio.value < 1 else "faster"), f"{said}, no interval"
+        said += f" ({digits(ratio.low)} to {digits(ratio.high)})"
+        if ratio.low <= 1 <= ratio.high:
+            return "same", f"{said}: no difference shown"
+        return ("slower" if ratio.high < 1 else "faster"), said
+    this, before = figure(record, "latency_ms"), figure(dense, "latency_ms")
+    if this.value is None or before.value is None or not this.value:
+        return "unknown", "speed against dense: not tested"
+    said = f"{times(before.value / this.value)} the speed of dense, by medians"
+    if (this.low or this.value) <= (before.high or before.value) and (before.low or before.value) <= (this.high or this.value):
+        return "same", f"{said}: no difference shown"
+    return ("slower" if this.value > before.value else "faster"), said
+
+
+def _memory(record: Record) -> Cell:
+    peak, own = figure(record, "peak_memory_bytes"), figure(record, "memory_bytes")
+    above = f"{megabytes(own.value)} above the bare runtime{_mark(own)}" if own.value is not None else ""
+    return cell(peak, megabytes, mebibytes(peak.value) if peak.value is not None else "", above)
+
+
+def _mark(found: Measured) -> str:
+    """An estimate is called one wherever it stands."""
+    return " (estimated)" if found.badge == "estimated" else ""
+
+
+def _weaker(*found: Measured) -> Badge:
+    return "estimated" if any(f.badge == "estimated" for f in found) else "measured"
+
+
+def twin_rows(run: View) -> dict[str, Any] | None:
+    """The recommended file beside the equal-size dense INT8 network; None where there is no twin."""
+    twin = run.stage("twin-int8")
+    ours = run.stage("int8") or run.stage(run.recommended)
+    if twin is None or ours is None or ours is twin:
+        return None
+    both = (ours, twin)
+    lines = [
+        ("Size on disk", [_size(run, r) for r in both]),
+        ("Parameters", [_count(run, r, "parameters") for r in both]),
+        ("MACs", [_count(run, r, "macs") for r in both]),
+        (run.metric["name"], [metric(run, r) for r in both]),
+        ("Latency", [latency(run, r) for r in both]),
+    ]
+    return {"titles": [stage_title(r) for r in both], "lines": lines, "sentence": _twin_sentence(run, ours, twin)}
+
+
+def _twin_sentence(run: View, ours: Record, twin: Record) -> str:
+    this, other = figure(ours, "metric"), figure(twin, "metric")
+    if this.value is None or other.value is None:
+        return "Their quality was not compared."
+    gap = difference(this.value - other.value, this.unit or run.metric["unit"])
+    lead = f"{run.metric['name']} of the pruned network minus that of the twin: {gap}."
+    if None in (this.low, this.high, other.low, other.high):
+        return f"{lead} No interval was measured: this may be noise."
+    apart = this.low > other.high or other.low > this.high  # type: ignore[operator]
+    if not apart:
+        return f"{lead} Their intervals overlap: these data show no difference."
+    better = (this.value > other.value) == (run.metric["goal"] == "max")
+    return f"{lead} Their intervals are apart: {'pruning kept more' if better else 'the smaller dense network does better'}."

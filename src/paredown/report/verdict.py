@@ -1,0 +1,109 @@
+"""The verdict strip: was the target met, which file to ship, and the three figures that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from paredown.records import Record
+from paredown.report.reading import View, entry, figure, mapping, number, rows, text
+from paredown.report.stages import NONE, Cell, change, latency, metric, smaller, speed
+from paredown.report.wording import megabytes, mebibytes, quantity
+
+_NAMES = {"size_bytes": "Size", "metric_loss": "Loss of the metric", "latency_ms": "Latency", "peak_ram_bytes": "Peak memory"}
+
+
+def verdict_strip(run: View) -> dict[str, Any]:
+    """Headline, recommended file, figures of that file, and every bound that was asked for."""
+    state, headline = _headline(run)
+    best = run.stage(run.recommended)
+    bounds = [_bound(b) for b in rows(entry(run.verdict, "bounds"))]
+    judged = run.stage("int8") or best
+    return {
+        "state": state,
+        "headline": headline,
+        "recommended": run.recommended,
+        "file": text(entry(best, "file")),
+        "cards": _cards(run, best, bounds if judged is best else []),
+        "bounds": bounds,
+        "bounds_of": "the INT8 file" if run.stage("int8") else "the recommended file",
+        "sentence": _sentence(run, best),
+    }
+
+
+def _headline(run: View) -> tuple[str, str]:
+    if run.verdict is None:
+        return "open", "Not finished: there is no verdict yet"
+    met = entry(run.verdict, "target_met")
+    bounds = rows(entry(run.verdict, "bounds"))
+    if met is None and not bounds:
+        return "open", "No target was set"
+    if met is not True or any(b.get("met") is False for b in bounds):
+        return ("missed", "Target missed") if met is False or any(b.get("met") is False for b in bounds) else ("open", "Target not tested")
+    badges = {text(b.get("badge")) for b in bounds}
+    if "not tested" in badges or any(b.get("met") is None for b in bounds):
+        return "open", "Target met in part: not every bound was tested"
+    if "estimated" in badges:
+        return "open", "Target met by estimate, not by measurement"
+    return "met", "Target met"
+
+
+def _sentence(run: View, best: Record | None) -> str:
+    if best is None:
+        return ""
+    if run.recommended == "dense":
+        return "No smaller file may take its place: the dense FP32 file stays the recommended one."
+    pace, _ = speed(run, best)
+    if pace == "slower":
+        return "It is recommended for its size. It is slower than the dense FP32 file on this machine."
+    return ""
+
+
+def _cards(run: View, best: Record | None, bounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Size, metric and latency of the recommended file. `bounds` are those that were judged on this file."""
+    by_what = {b["what"]: b for b in bounds}
+    wanted = [("Size", "size_bytes", _size_card), (run.metric["name"], "metric_loss", _metric_card), ("Latency", "latency_ms", latency)]
+    return [{"title": t, "cell": NONE if best is None else make(run, best), "bound": by_what.get(what)} for t, what, make in wanted]
+
+
+def _size_card(run: View, best: Record) -> Cell:
+    size, factor = figure(best, "bytes"), smaller(run, best)
+    if size.value is None:
+        return NONE
+    notes = [mebibytes(size.value)]
+    if factor.badge and factor.badge != "not tested":
+        notes.append(f"{factor.value} smaller than dense" + (" (estimated)" if factor.badge == "estimated" else ""))
+        notes.extend(factor.notes)
+    return Cell(value=megabytes(size.value), badge=size.badge, notes=tuple(notes), how=text(size.protocol, 300))
+
+
+def _metric_card(run: View, best: Record) -> Cell:
+    shown = metric(run, best)
+    dense = figure(run.stage("dense"), "metric")
+    if best is run.stage("dense") or dense.value is None or shown.badge == "not tested":
+        return shown
+    before = f"dense {quantity(dense.value, dense.unit or run.metric['unit'])}"
+    notes = tuple(n for n in (*shown.notes[:1], before, change(run, best)) if n)
+    return Cell(value=shown.value, badge=shown.badge, notes=notes, how=shown.how, chart=shown.chart)
+
+
+def _bound(given: Mapping[str, Any]) -> dict[str, Any]:
+    """One bound in words."""
+    what, unit = text(given.get("what")), text(given.get("unit"))
+    value, bound, margin = (number(mapping(given).get(k)) for k in ("value", "bound", "margin"))
+    badge = text(given.get("badge"))
+    badge = badge if badge in ("measured", "estimated") and value is not None else "not tested"
+    met = given.get("met")
+    say = _points if what == "metric_loss" else quantity
+    return {
+        "what": what,
+        "title": _NAMES.get(what, what.replace("_", " ")),
+        "bound": f"≤ {say(bound, unit)}" if bound is not None else "not given",
+        "value": Cell(value=say(value, unit), badge=badge) if badge != "not tested" and value is not None else NONE,  # type: ignore[arg-type]
+        "margin": say(margin, unit) if margin is not None and badge != "not tested" else "–",
+        "met": "not tested" if badge == "not tested" or not isinstance(met, bool) else "met" if met else "missed",
+    }
+
+
+def _points(value: float, unit: str) -> str:
+    return f"{value:.2f} points".replace("-", "−") if unit == "%" else quantity(value, unit)
