@@ -95,7 +95,17 @@ def _notebook_recipe(budget: Budget | None, target: str, options: Mapping[str, A
     bounds = {k: v for k, v in given.items() if k not in level}
     asked: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (options or {}).items()}
     prune = {"levels": [level] if level else [], **asked.pop("prune", {})}
-    return parse_recipe({"schema": 1, "name": "notebook", "task": "notebook", "target": target, "prune": prune, "budget": bounds, **asked})
+    return parse_recipe(
+        {
+            "schema": 1,
+            "name": "notebook",
+            "task": "notebook",
+            "target": target,
+            "prune": prune,
+            "budget": bounds,
+            **asked,
+        }
+    )
 
 
 def _notebook_task(
@@ -108,7 +118,11 @@ def _notebook_task(
     evaluate: Callable[..., Any] | None,
     metric: Metric | Mapping[str, str] | None,
 ) -> Task:
-    missing = [n for n, v in (("inputs", inputs), ("calibrate", calibrate), ("evaluate", evaluate), ("metric", metric)) if v is None]
+    missing = [
+        n
+        for n, v in (("inputs", inputs), ("calibrate", calibrate), ("evaluate", evaluate), ("metric", metric))
+        if v is None
+    ]
     if missing or calibrate is None or evaluate is None or metric is None:
         msg = f'compress(model, …) must be given inputs, calibrate, evaluate and metric={{"name", "unit", "goal"}}. Got no {", ".join(missing)}.'
         raise UsageError(msg)
@@ -133,7 +147,10 @@ def _run(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
-        with opened(out, recipe.to_yaml(), lambda there: _difference(there, recipe), overwrite=overwrite) as folder, display(quiet=quiet) as shown:
+        with (
+            opened(out, recipe.to_yaml(), lambda there: _difference(there, recipe), overwrite=overwrite) as folder,
+            display(quiet=quiet) as shown,
+        ):
             return run_stages(_context(recipe, task, model, given, folder, shown))
     finally:
         torch.set_num_threads(threads)

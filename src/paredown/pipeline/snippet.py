@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from paredown.program import Program
+
+
+def input_of(program: Program) -> dict[str, Any]:
+    """Name and shape of the first input, for the report; "N" stands for a free batch."""
+    tensor = next(t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor))
+    first = ["N"] if program.batch == "dynamic" else [int(tensor.shape[0])] if tensor.dim() else []
+    name = next(iter(program.eval_graph.graph_signature.user_inputs), "input")
+    return {"name": str(name), "shape": [*first, *[int(s) for s in tensor.shape[1:]]]}
 
 
 def snippet(file: str, normalisation: str, program: Program) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,7 +22,7 @@ from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.pipeline.folder import RunFolder, file_digest, key_of
-from paredown.pipeline.snippet import snippet
+from paredown.pipeline.snippet import input_of, snippet
 from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, compose, prune, save
@@ -73,6 +75,7 @@ class Run:
     """Facts of the dense file that later stages are compared with (artifact, per-sample metric)."""
 
     def record(self, stage: str, title: str, **fields: Any) -> Record:
+        """A record of this run."""
         cell = {
             "stage": stage,
             "title": title,
@@ -169,7 +172,7 @@ def _random_note(run: Run) -> list[str]:
 def _level(run: Run, number: int, level: Level, program: Program, before: Pruned | None, teacher: nn.Module) -> Pruned:
     """Score, allocate, prune with proof, recover; then export and measure."""
     run.say(f"level {number}: couple, score, allocate")
-    recipe, task = run.recipe, run.task
+    recipe = run.recipe
     here = program if before is None else capture(before.module, program.inputs)
     coupling, cost = couple(here), examine(here)
     plan = _plan(run, here, coupling, cost, level)
@@ -178,7 +181,7 @@ def _level(run: Run, number: int, level: Level, program: Program, before: Pruned
     run.say(f"level {number}: prune and prove")
     step = prune(here, plan, realiser=recipe.prune.realiser, seed=recipe.seed)
     pruned = step if before is None else compose(before, step, seed=recipe.seed)
-    tuned = _recovered(run, number, pruned, teacher)
+    tuned, history = _recovered(run, number, pruned, teacher)
     removed = [
         {
             "space": s.name,
@@ -191,9 +194,14 @@ def _level(run: Run, number: int, level: Level, program: Program, before: Pruned
     ]
     details = {
         "removed": removed,
+        "history": history,
         "realiser": tuned.realiser,
         "proof": dataclasses.asdict(tuned.proof),
-        "reached": {k: v for k, v in step.plan.made_by.items() if k in ("budget", "reached", "blocked_by", "criterion", "allocation")},
+        "reached": {
+            k: v
+            for k, v in step.plan.made_by.items()
+            if k in ("budget", "reached", "blocked_by", "criterion", "allocation")
+        },
     }
     _stage_float(run, 10 + number, f"level-{number}", f"Pruned, level {number}, FP32", tuned, tuned.plan, details)
     return tuned
@@ -243,44 +251,48 @@ def _fresh(batches: Callable[[], Any] | None, seed: int) -> Any:
     return batches()
 
 
-def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> Pruned:
-    """Batch norm re-estimated, then trained; kept on disk, since it is the long part."""
-    options, recipe = run.recipe.recover, run.recipe
+def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> tuple[Pruned, list[dict[str, Any]]]:
+    """Batch norm re-estimated, then trained, with the history; kept on disk, since it is the long part."""
+    recipe, task, own = run.recipe, run.task, run.task.train is not None
     file = run.folder.steps / f"level-{number}.safetensors"
     key = key_of(recipe.digest, pruned.plan.digest, pruned.program.source_digest, number, run.environment["versions"])
     if file.exists():
-        from safetensors import safe_open
-
         with safe_open(file, framework="pt") as kept:
-            known = (kept.metadata() or {}).get("key") == key
-        if known:
+            known = kept.metadata() or {}
+        if known.get("key") == key:
             pruned.module.load_state_dict(load_file(file), strict=True)
-            return pruned
+            return pruned, json.loads(known["history"])
     run.say(f"level {number}: recover")
-    task = run.task
-    own = task.train is not None
+    history: list[dict[str, Any]] = []
+
+    def progress(state: Any) -> None:
+        history[:] = [{"epoch": e.epoch, "loss": e.loss, "lr": e.lr} for e in state.history]
+        run.on_training(f"recover level {number}", state)
+
     tuned = recover(
         pruned,
         None if own else task.train_batches,
         step=None if own else task.step,
         train=task.train,
         teacher=None if own else teacher,
-        optimizer=task.optimizer or options.optimizer,
         seed=recipe.seed + number,
         device=recipe.device,
         checkpoint=None if own else run.folder.steps / f"level-{number}-training.safetensors",
-        progress=lambda p: run.on_training(f"recover level {number}", p),
-        **options.model_dump(include={"epochs", "lr", "momentum", "weight_decay", "schedule", "distil", "temperature", "distil_weight", "batch_norm_batches"}),
+        progress=progress,
+        **{**recipe.recover.model_dump(), **({"optimizer": task.optimizer} if task.optimizer is not None else {})},
     )
+    state = {n: t.detach().contiguous().clone() for n, t in tuned.module.state_dict().items()}
     with whole_file(file) as temporary:
-        save_file({n: t.detach().contiguous().clone() for n, t in tuned.module.state_dict().items()}, temporary, metadata={"key": key})
-    return tuned
+        save_file(state, temporary, metadata={"key": key, "history": json.dumps(history)})
+    return tuned, history
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
-def _stage_float(run: Run, order: int, name: str, title: str, thing: Program | Pruned, plan: Plan | None, details: Mapping[str, Any]) -> None:
+def _stage_float(
+    run: Run, order: int, name: str, title: str, thing: Program | Pruned, plan: Plan | None, details: Mapping[str, Any]
+) -> None:
     """Export in float32, check, measure."""
     run.say(f"{name}: export and check")
     artifact = export(thing, run.folder.path / f"{name}.onnx", target=run.recipe.target)
@@ -291,7 +303,10 @@ def _stage_float(run: Run, order: int, name: str, title: str, thing: Program | P
         return _measured(run, name, title, artifact, reference, checked, plan, details)
 
     run.folder.stage(order, name, _key(run, artifact), make)
-    _remember_dense(run, name, artifact)
+    if name == "dense":
+        run.dense["artifact"] = artifact
+        if "values" not in run.dense:  # the stage was there already
+            run.dense["values"] = _metric(run, predictor(artifact))
 
 
 def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantized, tuned: Pruned | None) -> None:
@@ -326,7 +341,14 @@ def _refuse_far(run: Run, record: Record) -> None:
 
 
 def _measured(
-    run: Run, name: str, title: str, artifact: Artifact, program: Program, checked: Check, plan: Plan | None, details: Mapping[str, Any]
+    run: Run,
+    name: str,
+    title: str,
+    artifact: Artifact,
+    program: Program,
+    checked: Check,
+    plan: Plan | None,
+    details: Mapping[str, Any],
 ) -> Record:
     run.say(f"{name}: measure")
     cost = examine(program)
@@ -341,13 +363,15 @@ def _measured(
         seconds=options.seconds,
     )
     values = _metric(run, predictor(artifact))
+    if name == "dense":
+        run.dense["values"] = values
     unit = run.task.metric.unit
     found |= {
         "metric": summarize(values, unit, found["bytes"].machine),
         "parameters": Measured(value=cost.parameters, unit="", protocol="counted in the exported graph"),
         "macs": Measured(value=cost.macs, unit="MAC", protocol="counted in the exported graph, one sample"),
     }
-    if "values" in run.dense and values.ndim:
+    if name != "dense" and values.ndim and run.dense["values"].ndim:
         found["metric_change"] = paired(run.dense["values"], values, unit, found["bytes"].machine)
     return run.record(
         name,
@@ -395,14 +419,6 @@ def _layers(cost: Cost) -> dict[str, Any]:
 
 def _key(run: Run, artifact: Artifact) -> str:
     return key_of(run.recipe.digest, [file_digest(f) for f in artifact.files], run.environment)
-
-
-def _remember_dense(run: Run, name: str, artifact: Artifact) -> None:
-    if name == "dense":
-        run.dense["artifact"] = artifact
-        values = _metric(run, predictor(artifact))
-        if values.ndim:
-            run.dense["values"] = values
 
 
 # -------------------------------------------------------------------------------------------------- quantize, the twin
@@ -460,11 +476,15 @@ def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tup
         "bounds": bounds,
         "not_tested": _not_tested(by_stage),
         "normalisation": run.task.normalisation,
+        "input": input_of(program),
         "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),
         "warnings": [*warnings, *_random_note(run), *_speed_notes(by_stage)],
     }
     record = run.folder.stage(
-        90, "verdict", key_of(details, [r.to_json() for r in by_stage.values()]), lambda: run.record("verdict", "Verdict", details=details)
+        90,
+        "verdict",
+        key_of(details, [r.to_json() for r in by_stage.values()]),
+        lambda: run.record("verdict", "Verdict", details=details),
     )
     from paredown.report import write_report
 
@@ -477,7 +497,10 @@ def _bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
     given = run.recipe.budget.model_dump(exclude_none=True)
     sign = 1.0 if run.task.metric.goal == "max" else -1.0
     values = {
-        "metric_loss": (sign * ((dense.measured["metric"].value or 0.0) - (int8.measured["metric"].value or 0.0)), run.task.metric.unit),
+        "metric_loss": (
+            sign * ((dense.measured["metric"].value or 0.0) - (int8.measured["metric"].value or 0.0)),
+            run.task.metric.unit,
+        ),
         "size_bytes": (int8.measured["bytes"].value, "B"),
         "latency_ms": (int8.measured["latency_ms"].value, "ms"),
         "peak_ram_bytes": (int8.measured.get("peak_memory_bytes", int8.measured["bytes"]).value, "B"),
@@ -489,7 +512,17 @@ def _bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
         value, unit = values[what]
         limit = bound * (dense.measured["bytes"].value or 0) if what == "size_bytes" and bound < 1 else bound
         met = value is not None and value <= limit + 1e-9
-        out.append({"what": what, "bound": limit, "value": value, "unit": unit, "margin": limit - (value or 0), "met": met, "badge": "measured"})
+        out.append(
+            {
+                "what": what,
+                "bound": limit,
+                "value": value,
+                "unit": unit,
+                "margin": limit - (value or 0),
+                "met": met,
+                "badge": "measured",
+            }
+        )
     return out
 
 
@@ -520,7 +553,9 @@ def _speed_notes(by_stage: Mapping[str, Record]) -> list[str]:
     if levels:
         fast, this = levels[-1].measured["latency_ms"].value, int8.measured["latency_ms"].value
         if fast and this and this > fast * 1.02:
-            notes.append("On this machine the pruned FP32 file is faster than the INT8 file; INT8 buys size here, not time.")
+            notes.append(
+                "On this machine the pruned FP32 file is faster than the INT8 file; INT8 buys size here, not time."
+            )
     return notes
 
 
