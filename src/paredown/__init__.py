@@ -1,1 +1,167 @@
-"""paredown: from a trained PyTorch model to a small, proven, measured file on an edge runtime."""
+"""paredown: from a trained PyTorch model to a small, proven, measured file on an edge runtime.
+
+A few verbs over a few immutable nouns: capture, examine, couple, score, allocate, prune, recover, quantize, export, check,
+measure; compress is all of them, with a report. `import paredown` loads no torch; a name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paredown.allocate import allocate as allocate
+    from paredown.budget import Budget as Budget
+    from paredown.couple import Coupling as Coupling
+    from paredown.couple import Pinned as Pinned
+    from paredown.couple import Space as Space
+    from paredown.couple import Unit as Unit
+    from paredown.couple import couple as couple
+    from paredown.errors import CaptureError as CaptureError
+    from paredown.errors import GateError as GateError
+    from paredown.errors import InfeasibleError as InfeasibleError
+    from paredown.errors import Interrupted as Interrupted
+    from paredown.errors import MissingError as MissingError
+    from paredown.errors import NothingToDo as NothingToDo
+    from paredown.errors import ParedownError as ParedownError
+    from paredown.errors import RejectedError as RejectedError
+    from paredown.errors import ResourceError as ResourceError
+    from paredown.errors import UsageError as UsageError
+    from paredown.errors import VerificationError as VerificationError
+    from paredown.examine import Cost as Cost
+    from paredown.examine import examine as examine
+    from paredown.export import Artifact as Artifact
+    from paredown.export import Check as Check
+    from paredown.export import check as check
+    from paredown.export import export as export
+    from paredown.measure import measure as measure
+    from paredown.pipeline import Compressed as Compressed
+    from paredown.pipeline.compress import compress as compress
+    from paredown.plan import Plan as Plan
+    from paredown.program import Program as Program
+    from paredown.program import capture as capture
+    from paredown.prune import Proof as Proof
+    from paredown.prune import Pruned as Pruned
+    from paredown.prune import compose as compose
+    from paredown.prune import load as load
+    from paredown.prune import prune as prune
+    from paredown.prune import save as save
+    from paredown.quantize import Packed as Packed
+    from paredown.quantize import Quantized as Quantized
+    from paredown.quantize import quantize as quantize
+    from paredown.records import Measured as Measured
+    from paredown.records import Record as Record
+    from paredown.score import Scores as Scores
+    from paredown.score import score as score
+    from paredown.target import Target as Target
+    from paredown.train import recover as recover
+
+    __version__: str
+
+_ERRORS = (
+    *("CaptureError", "GateError", "InfeasibleError", "Interrupted", "MissingError", "NothingToDo", "ParedownError"),
+    *("RejectedError", "ResourceError", "UsageError", "VerificationError"),
+)
+_ROOMS = {
+    "allocate": ("allocate",),
+    "budget": ("Budget",),
+    "couple": ("Coupling", "Pinned", "Space", "Unit", "couple"),
+    "errors": _ERRORS,
+    "examine": ("Cost", "examine"),
+    "export": ("Artifact", "Check", "check", "export"),
+    "measure": ("measure",),
+    "pipeline": ("Compressed", "compress"),
+    "plan": ("Plan",),
+    "program": ("Program", "capture"),
+    "prune": ("Proof", "Pruned", "compose", "load", "prune", "save"),
+    "quantize": ("Packed", "Quantized", "quantize"),
+    "records": ("Measured", "Record"),
+    "score": ("Scores", "score"),
+    "target": ("Target",),
+    "train": ("recover",),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "Artifact",
+    "Budget",
+    "CaptureError",
+    "Check",
+    "Compressed",
+    "Cost",
+    "Coupling",
+    "GateError",
+    "InfeasibleError",
+    "Interrupted",
+    "Measured",
+    "MissingError",
+    "NothingToDo",
+    "Packed",
+    "ParedownError",
+    "Pinned",
+    "Plan",
+    "Program",
+    "Proof",
+    "Pruned",
+    "Quantized",
+    "Record",
+    "RejectedError",
+    "ResourceError",
+    "Scores",
+    "Space",
+    "Target",
+    "Unit",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "allocate",
+    "capture",
+    "check",
+    "compose",
+    "compress",
+    "couple",
+    "examine",
+    "export",
+    "load",
+    "measure",
+    "prune",
+    "quantize",
+    "recover",
+    "save",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version  # this one is slow to import
+
+        value: Any = version("paredown")
+    elif name in _ROOM_OF:
+        value = getattr(import_module(f"paredown.{_ROOM_OF[name]}"), name)
+    else:
+        msg = f"module 'paredown' has no attribute {name!r}"
+        raise AttributeError(msg)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Front(ModuleType):
+    """The package itself. A room may be called as its verb (`paredown.couple`): the name stays the verb's.
+
+    The import system would bind the room to the name as soon as any part of it is imported.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _ROOM_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Front
