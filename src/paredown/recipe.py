@@ -257,7 +257,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         where = f"the recipe {path.stem}" if path.parent == EMBEDDED else str(path)
         data, folder = read_yaml(path), path.resolve().parent
         if not isinstance(data, dict):
-            msg = f"a recipe must be a mapping of keys to values. Got {type(data).__name__} at {where}."
+            kind = "nothing" if data is None else f"a {type(data).__name__}"
+            msg = f"a recipe must be a mapping of keys to values. Got {kind} at {where}."
             raise UsageError(msg)
     _absolute(data, folder)
     changed: dict[str, Any] = {}
@@ -445,10 +446,11 @@ def _read_text(text: str) -> Any:
     return read_yaml(text)
 
 
-def _copied(source: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: _copied(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in source.items()
-    }
+def _copied(source: Any) -> Any:
+    """A deep copy as dicts and lists: overrides must not reach the caller's data."""
+    if isinstance(source, Mapping):
+        return {k: _copied(v) for k, v in source.items()}
+    return [_copied(v) for v in source] if isinstance(source, list | tuple) else source
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -107,6 +107,8 @@ def _explained(error: yaml.YAMLError, where: str) -> str:
     place = f" at {where}" + (f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "")
     if problem.startswith("must "):
         return f"YAML {problem}. Got it{place}."
+    if "another document" in problem:
+        return f"YAML must be a single document. Got another one{place}."
     if "'\\t'" in problem:
         return f"YAML must be indented with spaces. Got a tab{place}. Replace tabs by spaces."
     if "could not determine a constructor" in problem:
