@@ -63,7 +63,11 @@ def check_lines(run: View) -> list[dict[str, Any]]:
                 "error": _number(error),
                 "relative": digits(error / scale) if error is not None and scale else "–",
                 "cosine": f"{cosine:.6f}" if cosine is not None else "–",
-                "simulated": quantity(simulated.value, unit) if simulated.value is not None else "–" if not _is_int8(record) else "not tested",
+                "simulated": quantity(simulated.value, unit)
+                if simulated.value is not None
+                else "–"
+                if not _is_int8(record)
+                else "not tested",
                 "gap": difference(gap, unit) if gap is not None else "–",
             }
         )
@@ -93,7 +97,12 @@ def float_lines(run: View) -> list[dict[str, Any]]:
                 "int8": whole(count) if count is not None else "not tested",
                 "floats": len(items(floats)),
                 "ops": [
-                    {"op": op, "count": len(names), "names": [n for n in names if n][:NODES], "more": max(0, len(names) - NODES)}
+                    {
+                        "op": op,
+                        "count": len(names),
+                        "names": [n for n in names if n][:NODES],
+                        "more": max(0, len(names) - NODES),
+                    }
                     for op, names in sorted(by_op.items(), key=lambda o: -len(o[1]))[:NODES]
                 ],
             }
@@ -151,10 +160,13 @@ def provenance(run: View) -> dict[str, Any]:
 
 def _environment(record: Record) -> list[tuple[str, str]]:
     env = mapping(record.environment)
-    facts = []
+    facts: list[tuple[str, str]] = []
     for key, value in list(env.items())[:24]:
         if isinstance(value, Mapping):
-            facts.extend((f"{text(k)}" if key == "versions" else f"{text(key)}: {text(k)}", _plain(v)) for k, v in list(value.items())[:24])
+            facts.extend(
+                (f"{text(k)}" if key == "versions" else f"{text(key)}: {text(k)}", _plain(v))
+                for k, v in list(value.items())[:24]
+            )
         else:
             facts.append((text(key), _plain(value)))
     return facts
@@ -193,8 +205,12 @@ def _protocols(run: View) -> list[tuple[str, str]]:
 
 def remarks(run: View) -> list[tuple[str, str]]:
     """Alarms, uncounted operators and notes of all stages, each with where it comes from."""
-    out = []
-    for key, label in (("alarms", "alarm"), ("uncounted", "operator not counted in MACs"), ("unknown_ops", "operator without a rule, channels pinned")):
+    out: list[tuple[str, str]] = []
+    for key, label in (
+        ("alarms", "alarm"),
+        ("uncounted", "operator not counted in MACs"),
+        ("unknown_ops", "operator without a rule, channels pinned"),
+    ):
         out.extend((label, _remark(v)) for v in items(entry(run.examine, key))[:60])
     for record in run.records:
         out.extend((stage_title(record), text(n, 400)) for n in items(entry(record, "notes"))[:30])
@@ -210,7 +226,9 @@ def estimates(run: View) -> list[str]:
     """Figures that were estimated, so that none passes for a measurement."""
     out = []
     for record in run.stages:
-        names = [text(k).replace("_", " ") for k in mapping(record.measured) if figure(record, str(k)).badge == "estimated"]
+        names = [
+            text(k).replace("_", " ") for k in mapping(record.measured) if figure(record, str(k)).badge == "estimated"
+        ]
         if names:
             out.append(f"{', '.join(sorted(names))} of {stage_name(record)}")
     if number(entry(run.examine, "peak_activation_bytes")) is not None:

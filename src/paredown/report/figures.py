@@ -28,7 +28,9 @@ def bar(value: float, top: float) -> Svg:
     return _svg(6, _rect("rail", 0, 0, 100, 6) + _rect("is", 0, 0, _share(value, top), 6))
 
 
-def whisker(value: float, low: float | None, high: float | None, scale: tuple[float, float], reference: float | None) -> Svg:
+def whisker(
+    value: float, low: float | None, high: float | None, scale: tuple[float, float], reference: float | None
+) -> Svg:
     """A point with its interval; the thin upright line is the reference."""
     parts = _rect("rail", 0, 6.5, 100, 1)
     if reference is not None:
@@ -44,7 +46,9 @@ def line(values: list[float]) -> Svg:
     """A line through values, first to last, from the lowest to the highest."""
     low, high = min(values), max(values)
     step = 100 / max(len(values) - 1, 1)
-    points = " ".join(f"{i * step:.2f},{2 + 36 * (1 - _share(v - low, high - low) / 100):.2f}" for i, v in enumerate(values))
+    points = " ".join(
+        f"{i * step:.2f},{2 + 36 * (1 - _share(v - low, high - low) / 100):.2f}" for i, v in enumerate(values)
+    )
     return _svg(40, f'<polyline class="line" points="{points}" vector-effect="non-scaling-stroke"/>')
 
 

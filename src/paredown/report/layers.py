@@ -28,13 +28,23 @@ def layer_table(run: View) -> dict[str, Any] | None:
     after = _layers(stage) if stage is not None else {}
     names = list(before)
     shown = set(sorted(names, key=lambda n: -sum(_counts(before[n])))[:LAYERS])
-    lines = [_line(n, text(before[n].get("kind"), 40), _counts(before[n]), _counts(after.get(n)) if after else None) for n in names if n in shown]
+    lines = [
+        _line(n, text(before[n].get("kind"), 40), _counts(before[n]), _counts(after.get(n)) if after else None)
+        for n in names
+        if n in shown
+    ]
     rest = [n for n in names if n not in shown]
     if rest:
-        lines.append(_line(f"{len(rest)} smaller layers together", "", _total(before, rest), _total(after, rest) if after else None))
+        lines.append(
+            _line(
+                f"{len(rest)} smaller layers together", "", _total(before, rest), _total(after, rest) if after else None
+            )
+        )
     tops = [max([line[key][0] for line in lines], default=0) for key in ("parameters", "macs")]
     for line in lines:
-        line["charts"] = [pair(*line[key], top) for key, top in zip(("parameters", "macs"), tops, strict=True)]
+        line["charts"] = [
+            pair(line[key][0], line[key][1], top) for key, top in zip(("parameters", "macs"), tops, strict=True)
+        ]
     total = _line("Sum of the layers", "", _total(before, names), _total(after, list(after)) if after else None)
     return {
         "lines": lines,
@@ -44,7 +54,14 @@ def layer_table(run: View) -> dict[str, Any] | None:
         "added": len(set(after) - set(before)),
         "csv": csv_link(
             ("layer", "kind", "parameters_before", "parameters_after", "macs_before", "macs_after"),
-            ([n, text(before[n].get("kind"), 40), *_flat(_counts(before[n]), _counts(after.get(n)) if after else None)] for n in names),
+            (
+                [
+                    n,
+                    text(before[n].get("kind"), 40),
+                    *_flat(_counts(before[n]), _counts(after.get(n)) if after else None),
+                ]
+                for n in names
+            ),
         ),
     }
 
@@ -87,7 +104,9 @@ def _line(name: str, kind: str, before: tuple[float, float], after: tuple[float,
 
 
 def _said(before: float, after: float | None) -> tuple[str, str]:
-    return whole(before) if before < 1e7 else large(before), "" if after is None else whole(after) if after < 1e7 else large(after)
+    return whole(before) if before < 1e7 else large(before), "" if after is None else whole(
+        after
+    ) if after < 1e7 else large(after)
 
 
 def _flat(before: tuple[float, float], after: tuple[float, float] | None) -> list[Any]:
@@ -103,7 +122,15 @@ def removed_table(run: View) -> dict[str, Any] | None:
     for at, record in enumerate(levels):
         for row in rows(entry(record, "removed")):
             name = text(row.get("space")) or "unnamed"
-            known = spaces.setdefault(name, {"name": name, "kind": text(row.get("kind"), 40), "parameters": [], "counts": [None] * (len(levels) + 1)})
+            known = spaces.setdefault(
+                name,
+                {
+                    "name": name,
+                    "kind": text(row.get("kind"), 40),
+                    "parameters": [],
+                    "counts": [None] * (len(levels) + 1),
+                },
+            )
             known["parameters"] = known["parameters"] or [text(p) for p in items(row.get("parameters"))[:8]]
             before, after = number(row.get("before")), number(row.get("after"))
             if known["counts"][at] is None:
@@ -167,7 +194,9 @@ def pinned_table(run: View) -> dict[str, Any] | None:
     counted = [(number(p.get("units")) or 0, text(p.get("reason"), 300), text(p.get("where"))) for p in pins]
     counted.sort(key=lambda p: -p[0])
     top = max(counted[0][0], 1)
-    lines = [{"units": whole(u), "reason": why, "where": where, "chart": bar(u, top)} for u, why, where in counted[:PINS]]
+    lines = [
+        {"units": whole(u), "reason": why, "where": where, "chart": bar(u, top)} for u, why, where in counted[:PINS]
+    ]
     return {"lines": lines, "more": len(counted) - len(lines), "units": whole(sum(p[0] for p in counted))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from paredown.records import Record
 from paredown.report import evidence, layers
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
-from paredown.report.stages import HEADS, stage_rows, twin_rows
+from paredown.report.stages import HEADS, common_place, stage_rows, twin_rows
 from paredown.report.verdict import verdict_strip
 from paredown.report.wording import mebibytes, megabytes, whole
 
@@ -31,6 +32,11 @@ def render(records: list[Record]) -> str:
     if not records:
         msg = "a report must have at least one record. Got 0. Run `paredown compress` into this folder first."
         raise RejectedError(msg)
+    return str(_template().render(_content(view(records))))
+
+
+@functools.cache
+def _template() -> Any:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -38,7 +44,7 @@ def render(records: list[Record]) -> str:
         raise MissingError(msg) from error
     loader = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return env.get_template("page.html").render(_content(view(records)))
+    return env.get_template("page.html")
 
 
 def write_report(folder: str | Path) -> Path:
@@ -72,9 +78,10 @@ def _content(run: View) -> dict[str, Any]:
         "facts": _dense_facts(run),
         "verdict": verdict_strip(run),
         "warnings": [text(w, 500) for w in items(entry(run.verdict, "warnings"))[:40]],
-        "heads": [run.metric["name"] if h == "{metric}" else h for h in HEADS],
+        "heads": [run.metric["label"] if h == "{metric}" else h for h in HEADS],
         "metric": run.metric,
         "stages": stage_rows(run),
+        "place": common_place(run),
         "stages_csv": _stages_csv(run),
         "twin": twin_rows(run),
         "layers": layers.layer_table(run),
@@ -90,7 +97,10 @@ def _content(run: View) -> dict[str, Any]:
         "input": _input(run),
         "provenance": evidence.provenance(run),
         "remarks": evidence.remarks(run),
-        "not_tested": [*not_tested(run), *([] if run.stage("twin-int8") or run.verdict else ["an equal-size dense INT8 network"])],
+        "not_tested": [
+            *not_tested(run),
+            *([] if run.stage("twin-int8") or run.verdict else ["an equal-size dense INT8 network"]),
+        ],
         "estimates": evidence.estimates(run),
     }
 
@@ -127,5 +137,16 @@ def _stages_csv(run: View) -> str:
     for record in run.stages:
         for name in names:
             found = figure(record, name)
-            lines.append([stage_name(record), text(name), found.value, found.low, found.high, found.n, text(found.unit), found.badge])
+            lines.append(
+                [
+                    stage_name(record),
+                    text(name),
+                    found.value,
+                    found.low,
+                    found.high,
+                    found.n,
+                    text(found.unit),
+                    found.badge,
+                ]
+            )
     return layers.csv_link(("stage", "figure", "value", "low", "high", "n", "unit", "badge"), lines)

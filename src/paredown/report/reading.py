@@ -39,12 +39,13 @@ class View:
 
     @property
     def metric(self) -> dict[str, str]:
-        """Name, unit and goal of the task's metric."""
+        """Name, the same as a heading, unit and goal of the task's metric."""
         given = mapping(entry(self.verdict, "metric"))
         units = [figure(r, "metric").unit for r in self.stages]
         unit = text(given.get("unit")) or next((u for u in units if u), "")
         goal = "min" if given.get("goal") == "min" else "max"
-        return {"name": text(given.get("name")) or "metric", "unit": unit, "goal": goal}
+        name = text(given.get("name")) or "metric"
+        return {"name": name, "label": _capital(name), "unit": unit, "goal": goal}
 
 
 def view(records: list[Record]) -> View:
@@ -106,6 +107,11 @@ def text(value: Any, longest: int = 160) -> str:
         return line
     half = (longest - 1) // 2
     return f"{line[:half]}…{line[-half:]}"
+
+
+def _capital(line: str) -> str:
+    """A plain word with a capital; "mAP" stays as it is."""
+    return line[:1].upper() + line[1:] if line.islower() else line
 
 
 def block(value: Any, longest: int = 20_000) -> str:

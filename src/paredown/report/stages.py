@@ -12,7 +12,7 @@ from paredown.report.reading import View, entry, figure, items, runtime, stage_n
 from paredown.report.wording import difference, digits, interval, mebibytes, megabytes, quantity, times, whole
 
 Speed = Literal["faster", "slower", "same", "unknown"]
-HEADS = ("Size on disk", "Smaller", "Parameters", "MACs", "{metric}", "Latency", "Peak memory")
+HEADS = ("Size on disk", "Parameters", "MACs", "{metric}", "Latency", "Peak memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,9 @@ class Cell:
 NONE = Cell(value="not tested", badge="not tested")
 
 
-def cell(found: Measured, say: Callable[[float], str], *notes: str, chart: Svg | None = None, warning: str = "") -> Cell:
+def cell(
+    found: Measured, say: Callable[[float], str], *notes: str, chart: Svg | None = None, warning: str = ""
+) -> Cell:
     """A figure in words, marked with its badge."""
     if found.value is None:
         return NONE
@@ -42,13 +44,21 @@ def cell(found: Measured, say: Callable[[float], str], *notes: str, chart: Svg |
 
 def stage_rows(run: View) -> list[dict[str, Any]]:
     """One row per exported file, in the order of the journal."""
+    once = bool(common_place(run))
     return [
         {
             "name": stage_name(r),
             "title": stage_title(r),
             "file": text(entry(r, "file")),
             "recommended": stage_name(r) == run.recommended,
-            "cells": [_size(run, r), smaller(run, r), _count(run, r, "parameters"), _count(run, r, "macs"), metric(run, r), latency(run, r), _memory(r)],
+            "cells": [
+                _size(run, r),
+                _count(run, r, "parameters"),
+                _count(run, r, "macs"),
+                metric(run, r),
+                latency(run, r, say_place=not once),
+                _memory(r),
+            ],
         }
         for r in run.stages
     ]
@@ -60,23 +70,25 @@ def _size(run: View, record: Record) -> Cell:
     chart = bar(size.value, max(sizes)) if size.value is not None else None
     side = len(items(entry(record, "files"))) - 1
     notes = (
-        f"{mebibytes(size.value)} · {whole(size.value)} B" if size.value is not None else "",
+        smaller(run, record),
+        mebibytes(size.value) if size.value is not None else "",
+        f"{whole(size.value)} B" if size.value is not None else "",
         f"{megabytes(packed.value)} gzipped{_mark(packed)}" if packed.value is not None else "gzipped: not tested",
         f"with {side} side file{'s' if side > 1 else ''}" if side > 0 else "",
     )
     return cell(size, megabytes, *notes, chart=chart)
 
 
-def smaller(run: View, record: Record) -> Cell:
+def smaller(run: View, record: Record) -> str:
     """How many times smaller than the dense file; without metadata where both were measured so."""
     dense = run.stage("dense")
     if dense is record:
-        return Cell(value="reference")
-    for key, note in (("stripped_bytes", "metadata stripped from both"), ("bytes", "")):
+        return ""
+    for key, note in (("stripped_bytes", "without metadata"), ("bytes", "with metadata")):
         before, after = figure(dense, key), figure(record, key)
         if before.value and after.value:
-            return Cell(value=times(before.value / after.value), badge=_weaker(before, after), notes=(note,) if note else ())
-    return NONE
+            return f"{times(before.value / after.value)} smaller, {note}{_mark(before, after)}"
+    return "× smaller: not tested"
 
 
 def _count(run: View, record: Record, key: str) -> Cell:
@@ -98,8 +110,7 @@ def metric(run: View, record: Record) -> Cell:
     return cell(
         found,
         lambda v: quantity(v, unit),
-        f"interval {spread}" if spread else "no interval",
-        f"{found.n:,} samples" if isinstance(found.n, int) and found.n > 1 else "",
+        (spread or "no interval") + (f", {found.n:,} samples" if isinstance(found.n, int) and found.n > 1 else ""),
         change(run, record),
         chart=chart,
     )
@@ -116,8 +127,8 @@ def change(run: View, record: Record) -> str:
     said = f"{difference(found.value, unit)} against dense{_mark(found)}"
     if found.low is None or found.high is None:
         return f"{said}, no interval"
-    noise = ": inside the noise" if found.low <= 0 <= found.high else ""
-    return f"{said} ({interval(found.low, found.high, unit, signed=True)}){noise}"
+    noise = "; inside the noise" if found.low <= 0 <= found.high else ""
+    return f"{said}, interval {interval(found.low, found.high, unit, signed=True)}{noise}"
 
 
 def _scale(run: View) -> tuple[float, float]:
@@ -129,16 +140,31 @@ def _scale(run: View) -> tuple[float, float]:
     return low - air, high + air
 
 
-def latency(run: View, record: Record) -> Cell:
-    """Median with p10–p90, threads and runtime; slower INT8 is called so."""
-    found = figure(record, "latency_ms")
-    ends = f"p10–p90 {digits(found.low)} – {digits(found.high)} ms" if found.low is not None and found.high is not None else "no spread"
+def common_place(run: View) -> str:
+    """Threads and runtime of all latencies where they are the same, else ""."""
+    places = {_place(r) for r in run.stages if figure(r, "latency_ms").value is not None}
+    return places.pop() if len(places) == 1 else ""
+
+
+def _place(record: Record) -> str:
     count = threads(record)
-    where = f"{count} thread{'s' if count != 1 else ''}, " if count is not None else "threads unknown, "
+    return f"{'unknown' if count is None else count} thread{'' if count == 1 else 's'}, {runtime(record)}"
+
+
+def latency(run: View, record: Record, *, say_place: bool = True) -> Cell:
+    """Median with p10–p90, threads and runtime; slower than dense is called so."""
+    found = figure(record, "latency_ms")
+    ends = (
+        f"p10–p90 {digits(found.low)} – {digits(found.high)} ms"
+        if found.low is not None and found.high is not None
+        else "no spread"
+    )
     pace, said = speed(run, record)
     unsteady = "unsteady: other load or throttling" if "unsteady" in text(found.protocol, 400) else ""
     warning = "slower than the dense FP32 file: not recommended on latency grounds" if pace == "slower" else ""
-    return cell(found, lambda v: f"{digits(v)} ms", ends, f"{where}{runtime(record)}", said, unsteady, warning=warning)
+    return cell(
+        found, lambda v: f"{digits(v)} ms", ends, _place(record) if say_place else "", said, unsteady, warning=warning
+    )
 
 
 def speed(run: View, record: Record) -> tuple[Speed, str]:
@@ -159,7 +185,9 @@ def speed(run: View, record: Record) -> tuple[Speed, str]:
     if this.value is None or before.value is None or not this.value:
         return "unknown", "speed against dense: not tested"
     said = f"{times(before.value / this.value)} the speed of dense, by medians"
-    if (this.low or this.value) <= (before.high or before.value) and (before.low or before.value) <= (this.high or this.value):
+    if (this.low or this.value) <= (before.high or before.value) and (before.low or before.value) <= (
+        this.high or this.value
+    ):
         return "same", f"{said}: no difference shown"
     return ("slower" if this.value > before.value else "faster"), said
 
@@ -170,13 +198,9 @@ def _memory(record: Record) -> Cell:
     return cell(peak, megabytes, mebibytes(peak.value) if peak.value is not None else "", above)
 
 
-def _mark(found: Measured) -> str:
+def _mark(*found: Measured) -> str:
     """An estimate is called one wherever it stands."""
-    return " (estimated)" if found.badge == "estimated" else ""
-
-
-def _weaker(*found: Measured) -> Badge:
-    return "estimated" if any(f.badge == "estimated" for f in found) else "measured"
+    return " (estimated)" if any(f.badge == "estimated" for f in found) else ""
 
 
 def twin_rows(run: View) -> dict[str, Any] | None:
@@ -190,7 +214,7 @@ def twin_rows(run: View) -> dict[str, Any] | None:
         ("Size on disk", [_size(run, r) for r in both]),
         ("Parameters", [_count(run, r, "parameters") for r in both]),
         ("MACs", [_count(run, r, "macs") for r in both]),
-        (run.metric["name"], [metric(run, r) for r in both]),
+        (run.metric["label"], [metric(run, r) for r in both]),
         ("Latency", [latency(run, r) for r in both]),
     ]
     return {"titles": [stage_title(r) for r in both], "lines": lines, "sentence": _twin_sentence(run, ours, twin)}
@@ -201,11 +225,13 @@ def _twin_sentence(run: View, ours: Record, twin: Record) -> str:
     if this.value is None or other.value is None:
         return "Their quality was not compared."
     gap = difference(this.value - other.value, this.unit or run.metric["unit"])
-    lead = f"{run.metric['name']} of the pruned network minus that of the twin: {gap}."
-    if None in (this.low, this.high, other.low, other.high):
+    lead = f"{run.metric['label']} of the pruned network minus that of the twin: {gap}."
+    changes = figure(ours, "metric_change"), figure(twin, "metric_change")
+    if all(c.low is not None and c.high is not None for c in changes):
+        this, other = changes  # the same samples for both, so these intervals are the narrower ones
+    if this.low is None or this.high is None or other.low is None or other.high is None:
         return f"{lead} No interval was measured: this may be noise."
-    apart = this.low > other.high or other.low > this.high  # type: ignore[operator]
-    if not apart:
+    if this.low <= other.high and other.low <= this.high:
         return f"{lead} Their intervals overlap: these data show no difference."
-    better = (this.value > other.value) == (run.metric["goal"] == "max")
+    better = (this.low > other.high) == (run.metric["goal"] == "max")
     return f"{lead} Their intervals are apart: {'pruning kept more' if better else 'the smaller dense network does better'}."

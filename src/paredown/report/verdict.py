@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from paredown.records import Record
 from paredown.report.reading import View, entry, figure, mapping, number, rows, text
-from paredown.report.stages import NONE, Cell, change, latency, metric, smaller, speed
-from paredown.report.wording import megabytes, mebibytes, quantity
+from paredown.report.stages import NONE, Cell, cell, change, latency, metric, smaller, speed
+from paredown.report.wording import mebibytes, megabytes, quantity
 
-_NAMES = {"size_bytes": "Size", "metric_loss": "Loss of the metric", "latency_ms": "Latency", "peak_ram_bytes": "Peak memory"}
+_NAMES = {
+    "size_bytes": "Size",
+    "metric_loss": "Loss of the metric",
+    "latency_ms": "Latency",
+    "peak_ram_bytes": "Peak memory",
+}
 
 
 def verdict_strip(run: View) -> dict[str, Any]:
@@ -39,7 +44,11 @@ def _headline(run: View) -> tuple[str, str]:
     if met is None and not bounds:
         return "open", "No target was set"
     if met is not True or any(b.get("met") is False for b in bounds):
-        return ("missed", "Target missed") if met is False or any(b.get("met") is False for b in bounds) else ("open", "Target not tested")
+        return (
+            ("missed", "Target missed")
+            if met is False or any(b.get("met") is False for b in bounds)
+            else ("open", "Target not tested")
+        )
     badges = {text(b.get("badge")) for b in bounds}
     if "not tested" in badges or any(b.get("met") is None for b in bounds):
         return "open", "Target met in part: not every bound was tested"
@@ -62,19 +71,20 @@ def _sentence(run: View, best: Record | None) -> str:
 def _cards(run: View, best: Record | None, bounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Size, metric and latency of the recommended file. `bounds` are those that were judged on this file."""
     by_what = {b["what"]: b for b in bounds}
-    wanted = [("Size", "size_bytes", _size_card), (run.metric["name"], "metric_loss", _metric_card), ("Latency", "latency_ms", latency)]
-    return [{"title": t, "cell": NONE if best is None else make(run, best), "bound": by_what.get(what)} for t, what, make in wanted]
+    wanted: list[tuple[str, str, Callable[[View, Record], Cell]]] = [
+        ("Size", "size_bytes", _size_card),
+        (run.metric["label"], "metric_loss", _metric_card),
+        ("Latency", "latency_ms", latency),
+    ]
+    return [
+        {"title": t, "cell": NONE if best is None else make(run, best), "bound": by_what.get(what)}
+        for t, what, make in wanted
+    ]
 
 
 def _size_card(run: View, best: Record) -> Cell:
-    size, factor = figure(best, "bytes"), smaller(run, best)
-    if size.value is None:
-        return NONE
-    notes = [mebibytes(size.value)]
-    if factor.badge and factor.badge != "not tested":
-        notes.append(f"{factor.value} smaller than dense" + (" (estimated)" if factor.badge == "estimated" else ""))
-        notes.extend(factor.notes)
-    return Cell(value=megabytes(size.value), badge=size.badge, notes=tuple(notes), how=text(size.protocol, 300))
+    size = figure(best, "bytes")
+    return cell(size, megabytes, mebibytes(size.value) if size.value is not None else "", smaller(run, best))
 
 
 def _metric_card(run: View, best: Record) -> Cell:

@@ -1,0 +1,403 @@
+"""The page: whole, harmless whatever the names are, and honest about what nobody measured."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import io
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_run import MACHINE, exported, layers, measured, record, sample, verdict
+
+from paredown.errors import MissingError, RejectedError
+from paredown.records import Measured, Record, append
+from paredown.report import page, render, write_report
+
+VOID = {"meta", "br", "img", "input", "hr", "link"}
+ALLOWED = set(
+    "html head meta title style body a header h1 h2 h3 p nav ul li main section div span b strong small table caption thead tbody tfoot tr th td svg rect polyline pre code dl dt dd footer".split()
+)
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</style><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "' autofocus onfocus='alert(1)",
+    "%s %d {0} {{ 7 * 7 }} {% raw %}",
+    "../../etc/x",
+    "🦆\u202egnp.exe",
+    "a\x00b\x1bc",
+    "javascript:alert(1)",
+    "]]><!--",
+    "line one\nline two\r\u2028three",
+    "\ud800 half",
+    "x" * 50_000,
+    "=HYPERLINK(1)",
+]
+
+
+class Page(HTMLParser):
+    """Parses strictly: balanced tags; collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({a for a, _ in attrs}) == len(attrs), (tag, attrs)
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:], self.getpos())
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def harmless(text: str) -> Page:
+    """A page that runs nothing and fetches nothing."""
+    shown = Page(text)
+    assert {t for t, _ in shown.tags} <= ALLOWED
+    for tag, attributes in shown.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            assert name != "src"
+            if name in ("href", "xlink:href", "action"):
+                assert value is not None and value.startswith(("#", "data:text/csv;")), value
+    policy = next(a["content"] for t, a in shown.tags if t == "meta" and a.get("http-equiv"))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert text.count("<style>") == text.count("</style>") == 1
+    style = text.split("<style>")[1].split("</style>", maxsplit=1)[0]
+    assert "url(" not in style and "@import" not in style
+    assert len(text.encode()) < 1_000_000
+    return shown
+
+
+def with_names(name: str) -> list[Record]:
+    """The sample run in which everything that can be named has this name."""
+
+    def renamed(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            keep = key in ("environment", "versions", "machine", "check", "proof")
+            out = {k: renamed(v, k) for k, v in value.items()}
+            return {**out, name: name} if keep else out
+        if isinstance(value, list):
+            return [renamed(v, key) for v in value]
+        return (
+            name if isinstance(value, str) and key not in ("stage", "recommended", "mode", "badge", "goal") else value
+        )
+
+    out = []
+    for one in sample():
+        figures = {k: dataclasses.replace(m, unit=name, protocol=name, machine=name) for k, m in one.measured.items()}
+        cell, environment, details = (
+            renamed(dict(one.cell)),
+            renamed(dict(one.environment), "environment"),
+            renamed(dict(one.details)),
+        )
+        out.append(Record(cell=cell, plan_digest=name, measured=figures, environment=environment, details=details))
+    return out
+
+
+def test_page_is_whole_and_harmless() -> None:
+    shown = harmless(render(sample()))
+    assert ("html", {"lang": "en"}) in shown.tags
+    tables = [t for t, _ in shown.tags if t == "table"]
+    assert len(tables) >= 8
+    assert len([t for t, _ in shown.tags if t == "caption"]) == len(tables)
+    assert all(a.get("scope") in ("col", "row") for t, a in shown.tags if t == "th")
+    assert all(a.get("aria-hidden") == "true" for t, a in shown.tags if t == "svg")
+    boxes = [a for t, a in shown.tags if "box" in (a.get("class") or "").split()]
+    assert boxes and all(a["tabindex"] == "0" and a["role"] == "region" for a in boxes), "tables scroll by keyboard"
+    ids = [a["id"] for _, a in shown.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, a in shown.tags:
+        if (a.get("href") or "").startswith("#"):
+            assert a["href"][1:] in ids  # type: ignore[index]
+
+
+def test_page_says_what_the_records_say() -> None:
+    text = harmless(render(sample())).text
+    size = sample()[4].measured["bytes"].value
+    assert isinstance(size, int)
+    for said in (
+        "Target met",
+        f"{size:,} B",
+        f"{size / 1e6:.4f} MB",
+        f"{size / 2**20:.4f} MiB",
+        "98.52 %",
+        "−0.37 points against dense",
+        "inside the noise",
+        "1 thread, onnxruntime 1.23.2",
+        "stage1.0.conv1.weight[0]",
+        "output of the model",
+        "Softmax",
+        "the file holds one weight twice",
+        "pixel / 16, then minus 0.5",
+        "ort.InferenceSession('int8.onnx')",
+        "runtimes other than ONNX Runtime",
+        MACHINE["cpu"],
+        "rounding to 8 channels",
+        "Equal-size dense network, INT8",
+    ):
+        assert str(said) in text, said
+    before, after = (sample()[i].measured["stripped_bytes"].value for i in (1, 4))
+    assert before and after
+    assert f"× {before / after:.1f} smaller" in text
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_stay_text(name: str) -> None:
+    plain, shown = Page(render(sample())), harmless(render(with_names(name)))
+    assert [t for t, _ in shown.tags].count("th") >= [t for t, _ in plain.tags].count("th") - 40
+    assert not any(c in shown.text for c in "\x00\x1b\u202e\u2028")
+    if "7 * 7" in name:
+        assert "{{ 7 * 7 }}" in shown.text
+    if name.startswith("<script>"):
+        assert "<script>alert(1)</script>" in shown.text
+
+
+def test_hostile_names_reach_the_disk(tmp_path: Path) -> None:
+    for one in with_names("</style><script>%s ../x 🦆"):
+        append(tmp_path / "records.jsonl", one)
+    path = write_report(tmp_path)
+    assert path == tmp_path / "report.html"
+    harmless(path.read_text(encoding="utf-8"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["records.jsonl", "report.html"]
+
+
+def test_csv_holds_no_formula() -> None:
+    shown = Page(render(with_names("=HYPERLINK(1)")))
+    links = [a["href"] for _, a in shown.tags if (a.get("href") or "").startswith("data:")]
+    assert len(links) == 3
+    cells = [
+        c
+        for h in links
+        if h
+        for line in csv.reader(io.StringIO(base64.b64decode(h.split(",")[1]).decode()))
+        for c in line
+    ]
+    assert "'=HYPERLINK(1)" in cells and not any(c.startswith("=") for c in cells)
+
+
+def test_two_records_are_enough() -> None:
+    some = [
+        record("dense", "Dense FP32", measured=measured((8, 8, 8), 90.0, None, 1.0), details={}),
+        record("int8", "INT8"),
+    ]
+    shown = harmless(render(some))
+    assert "Not finished" in shown.text and "No file is recommended yet" in shown.text
+    assert shown.text.count("not tested") > 8
+    harmless(render([Record(cell={})]))
+
+
+def test_no_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match="at least one record"):
+        render([])
+    with pytest.raises(RejectedError, match=r"records\.jsonl"):
+        write_report(tmp_path)
+    (tmp_path / "records.jsonl").write_text('{"cell": 1\n')
+    with pytest.raises(RejectedError, match="one record"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_any_missing_entry_is_not_tested() -> None:
+    """Every figure, every detail and every record, left out one at a time."""
+    run, dropped = sample(), 0
+    for at, one in enumerate(run):
+        harmless(render(run[:at] + run[at + 1 :]))
+        for key in [*one.measured, *one.details]:
+            figures = {k: v for k, v in one.measured.items() if k != key}
+            less = dataclasses.replace(
+                one, measured=figures, details={k: v for k, v in one.details.items() if k != key}
+            )
+            Page(render([*run[:at], less, *run[at + 1 :]]))
+            dropped += 1
+    assert dropped > 80
+
+
+@pytest.mark.parametrize("wrong", [None, 7, "text", [1, None], {"a": [1]}, float("nan"), 10**400, True], ids=range(8))
+def test_malformed_details_do_no_harm(wrong: Any) -> None:
+    run = sample()
+    for at, one in enumerate(run):
+        bad = dataclasses.replace(one, details=dict.fromkeys(one.details, wrong))
+        harmless(render([*run[:at], bad, *run[at + 1 :]]))
+        rows = {
+            k: [dict.fromkeys(r, wrong) for r in v] if isinstance(v, list) and v and isinstance(v[0], dict) else v
+            for k, v in one.details.items()
+        }
+        harmless(render([*run[:at], dataclasses.replace(one, details=rows), *run[at + 1 :]]))
+        figures = {k: dataclasses.replace(m, value=wrong, low=wrong) for k, m in one.measured.items()}
+        harmless(
+            render(
+                [
+                    *run[:at],
+                    dataclasses.replace(one, measured=figures, environment={"versions": wrong, "x": wrong}),
+                    *run[at + 1 :],
+                ]
+            )
+        )
+
+
+def test_an_estimate_never_looks_measured() -> None:
+    run = sample()
+    guess = Measured(value=0.0123, unit="ms", badge="estimated", protocol="a table of the phone")
+    run[4] = dataclasses.replace(run[4], measured={**run[4].measured, "latency_ms": guess})
+    html = render(run)
+    found = re.findall(r'<span class="fig (\S+)"[^>]*><b>([^<]*)</b>\s*<span class="([^"]*)">', html)
+    guesses = [f for f in found if "0.0123 ms" in f[1]]
+    assert len(guesses) == 3, "card, row and beside the twin"
+    assert all(f == ("estimated", "≈ 0.0123 ms", "badge estimated") for f in guesses)
+    assert "latency ms of int8" in Page(html).text.split("Estimated, not measured")[1]
+
+
+def test_slower_int8_is_said_and_not_recommended_for_speed() -> None:
+    run = sample()
+    slow = measured((8, 24, 40), 98.52, -0.37, 0.2, int8=True)
+    run[4] = dataclasses.replace(run[4], measured=slow)
+    text = Page(render(run)).text
+    assert "slower than the dense FP32 file: not recommended on latency grounds" in text
+    assert "It is recommended for its size. It is slower than the dense FP32 file on this machine." in text
+    no_ratio = {k: v for k, v in slow.items() if k != "speedup"}
+    run[4] = dataclasses.replace(run[4], measured=no_ratio)
+    assert "slower than the dense FP32 file: not recommended on latency grounds" in Page(render(run)).text
+    assert "not recommended on latency grounds" not in Page(render(sample())).text
+
+
+def test_a_gain_inside_the_noise_is_called_so() -> None:
+    run = sample()
+    even = {**run[4].measured, "speedup": Measured(value=1.02, unit="×", low=0.97, high=1.06, timing=True)}
+    run[4] = dataclasses.replace(run[4], measured=even)
+    text = Page(render(run)).text
+    assert "× 1.02 the speed of dense (0.970 to 1.06): no difference shown" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "headline"),
+    [
+        ({"target_met": False}, "Target missed"),
+        ({"target_met": None, "bounds": []}, "No target was set"),
+        (
+            {
+                "target_met": True,
+                "bounds": [
+                    {
+                        "what": "size_bytes",
+                        "bound": 1,
+                        "value": 2,
+                        "unit": "B",
+                        "margin": -1,
+                        "met": False,
+                        "badge": "measured",
+                    }
+                ],
+            },
+            "Target missed",
+        ),
+        (
+            {
+                "target_met": True,
+                "bounds": [
+                    {
+                        "what": "latency_ms",
+                        "bound": 2,
+                        "value": 1,
+                        "unit": "ms",
+                        "margin": 1,
+                        "met": True,
+                        "badge": "estimated",
+                    }
+                ],
+            },
+            "by estimate",
+        ),
+        (
+            {
+                "target_met": True,
+                "bounds": [
+                    {"what": "latency_ms", "bound": 2, "value": None, "unit": "ms", "met": None, "badge": "not tested"}
+                ],
+            },
+            "not every bound",
+        ),
+    ],
+)
+def test_headline(more: dict[str, Any], headline: str) -> None:
+    assert headline in Page(render([*sample()[:-1], verdict(**more)])).text
+
+
+def test_dense_recommended() -> None:
+    text = Page(render([*sample()[:-1], verdict(recommended="dense", target_met=False)])).text
+    assert "the dense FP32 file stays the recommended one" in text and "judged on the INT8 file" in text
+
+
+def test_failed_proof_is_seen() -> None:
+    run = sample()
+    broken = {"max_error": 0.9, "scale": 1.0, "moved": 1.0, "mode": "float32"}
+    run[2] = dataclasses.replace(run[2], details={**run[2].details, "proof": broken})
+    text = Page(render(run)).text
+    assert "does not hold" in text and "does not hold" not in Page(render(sample())).text
+
+
+def test_large_networks_fit() -> None:
+    many = [
+        {**layers((8, 8, 8))[0], "name": f"block.{i}.a_rather_long_name_of_a_layer.conv.weight", "parameters": 1000 + i}
+        for i in range(3000)
+    ]
+    spaces = [
+        {"space": f"{m['name']}[0]", "kind": "channel", "before": 64, "after": 32, "parameters": [m["name"]] * 8}
+        for m in many
+    ]
+    nodes = [f"Conv: {m['name']}" for m in many]
+    pins = [{"reason": f"because {i}", "units": i, "where": m["name"]} for i, m in enumerate(many)]
+    run = [
+        record("examine", "Dense", details={"layers": many, "pinned": pins, "uncounted": nodes, "alarms": nodes}),
+        record("dense", "Dense", details={"layers": many}),
+        record("level-1", "Level 1", details={"layers": many, "removed": spaces, "history": list(range(1, 3000))}),
+        record("int8", "INT8", details=exported("int8", (8, 8, 8), True) | {"float_nodes": nodes, "notes": nodes}),
+        verdict(warnings=nodes),
+    ]
+    text = harmless(render(run)).text
+    assert "2760 smaller layers together" in text
+    assert f"{sum(m['parameters'] for m in many):,}" in text, "the sum counts all layers"
+
+
+def test_same_records_same_page() -> None:
+    assert render(sample()) == render(sample())
+
+
+def test_jinja_missing_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    page._template.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingError, match=r"paredown\[report\]"):
+        render(sample())
+
+
+def test_template_turns_no_escaping_off() -> None:
+    import paredown.report as room
+
+    template = (Path(room.__file__).parent / "page.html").read_text(encoding="utf-8")
+    assert "safe" not in re.findall(r"\|\s*(\w+)", template)
+    assert "autoescape" not in template and "<script" not in template
