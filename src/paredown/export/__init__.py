@@ -96,7 +96,9 @@ def _floating(thing: Any) -> Program | Quantized:
         return capture(thing.module, {"args": args, "kwargs": kwargs}, train=False)
     if isinstance(thing, tuple) and len(thing) == 2 and isinstance(thing[0], nn.Module):
         return capture(thing[0], thing[1], train=False)
-    msg = f"the thing to export must be a Program, a Pruned, a Quantized or (module, inputs). Got {type(thing).__name__}."
+    msg = (
+        f"the thing to export must be a Program, a Pruned, a Quantized or (module, inputs). Got {type(thing).__name__}."
+    )
     raise UsageError(msg)
 
 

@@ -50,7 +50,8 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """The array of an initializer, None for anything that is computed."""
     if value is None or value.const_value is None or not value.is_initializer():
         return None
-    return value.const_value.numpy()
+    array: NDArray[Any] = value.const_value.numpy()
+    return array
 
 
 def pools(model: ir.Model) -> int:
@@ -76,7 +77,12 @@ def drop_requantize(model: ir.Model) -> int:
     done = 0
     for node in list(model.graph):
         source = _producer(node.inputs[0]) if node.op_type == "QuantizeLinear" else None
-        if source is None or source.op_type != "DequantizeLinear" or _scale(source) is None or _scale(source) != _scale(node):
+        if (
+            source is None
+            or source.op_type != "DequantizeLinear"
+            or _scale(source) is None
+            or _scale(source) != _scale(node)
+        ):
             continue
         if node.outputs[0].is_graph_output() or source.inputs[0] is None:
             continue
@@ -97,7 +103,9 @@ def move_on_codes(model: ir.Model) -> int:
         readers = [user for out in node.outputs for user, _ in out.uses()]
         if not readers or any(out.is_graph_output() for out in node.outputs):
             continue
-        if any(s is None or s.op_type != "DequantizeLinear" for s in sources) or any(r.op_type != "QuantizeLinear" for r in readers):
+        if any(s is None or s.op_type != "DequantizeLinear" for s in sources) or any(
+            r.op_type != "QuantizeLinear" for r in readers
+        ):
             continue
         scales = {_scale(n) for n in (*sources, *readers) if n is not None}
         if len(scales) != 1 or None in scales or not _pads_with_zero(model, node, sources[0]):
@@ -114,20 +122,47 @@ def move_on_codes(model: ir.Model) -> int:
 
 
 def drop_clamps(model: ir.Model) -> int:
-    """Relu or Clip whose every reader quantizes to a range that saturates there anyway; returns how many."""
+    """Relu or Clip before QuantizeLinear: gone where the codes saturate there anyway, else on the codes; returns how many.
+
+    The second case is an activation that shares its scale with negative values (a dense block's concatenation):
+    q(max(x, 0)) = max(q(x), z), so that the layer before still runs in int8.
+    """
     done = 0
     for node in list(model.graph):
-        if node.op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output():
+        if node.op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output() or node.inputs[0] is None:
             continue
         bounds = _bounds(node)
-        readers = [user for user, _ in node.outputs[0].uses()]
+        readers = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
         if bounds is None or not readers or any(r.op_type != "QuantizeLinear" for r in readers):
             continue
-        if all(_saturates(reader, *bounds) for reader in readers) and node.inputs[0] is not None:
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
-            model.graph.remove(node, safe=True)
-            done += 1
+        scales = {_scale(r) for r in readers}
+        if None in scales or (len(scales) > 1 and not all(_saturates(r, *bounds) for r in readers)):
+            continue
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        model.graph.remove(node, safe=True)
+        for reader in readers:
+            if not _saturates(reader, *bounds):
+                _clip_codes(model, reader, *bounds)
+        done += 1
     return done
+
+
+def _clip_codes(model: ir.Model, quantize: ir.Node, low: float, high: float) -> None:
+    scale, zero, dtype = _scale(quantize)  # type: ignore[misc]
+    limits, old = np.iinfo(dtype), quantize.outputs[0]
+    codes = [
+        limits.min if low == float("-inf") else _code(low, scale, zero),
+        limits.max if high == float("inf") else _code(high, scale, zero),
+    ]
+    ends = [
+        _initializer(model, f"{old.name}_{n}", np.array(c, dtype))
+        for n, c in zip(("low", "high"), np.clip(codes, limits.min, limits.max), strict=True)
+    ]
+    clip = ir.node("Clip", [old, *ends])
+    model.graph.insert_after(quantize, clip)
+    for user, index in list(old.uses()):
+        if user is not clip:
+            user.replace_input_with(index, clip.outputs[0])
 
 
 def integer_biases(model: ir.Model) -> int:
@@ -139,20 +174,30 @@ def integer_biases(model: ir.Model) -> int:
     done = 0
     for node in list(model.graph):
         sources = [_producer(x) for x in node.inputs[:2]]
-        if node.op_type != "Gemm" or len(node.inputs) < 3 or any(s is None or s.op_type != "DequantizeLinear" for s in sources):
+        if (
+            node.op_type != "Gemm"
+            or len(node.inputs) < 3
+            or any(s is None or s.op_type != "DequantizeLinear" for s in sources)
+        ):
             continue
         bias = constant(node.inputs[2])
         scales = [constant(s.inputs[1]) for s in sources if s is not None]
         if bias is None or bias.dtype != np.float32 or any(s is None for s in scales):
             continue
-        if all(user.op_type == "QuantizeLinear" for user, _ in node.outputs[0].uses()) and not node.outputs[0].is_graph_output():
+        if (
+            all(user.op_type == "QuantizeLinear" for user, _ in node.outputs[0].uses())
+            and not node.outputs[0].is_graph_output()
+        ):
             continue
         scale = np.broadcast_to(np.asarray(scales[0] * scales[1], np.float32), bias.shape)  # type: ignore[operator]
         codes = np.rint(bias.astype(np.float64) / scale)
         if np.abs(codes).max(initial=0) >= 2**31:
             continue
-        name = str(node.inputs[2].name)  # type: ignore[union-attr]
-        parts = [_initializer(model, f"{name}_{n}", a) for n, a in (("codes", codes.astype(np.int32)), ("scale", np.ascontiguousarray(scale)))]
+        name = str(node.inputs[2].name)
+        parts = [
+            _initializer(model, f"{name}_{n}", a)
+            for n, a in (("codes", codes.astype(np.int32)), ("scale", np.ascontiguousarray(scale)))
+        ]
         dequantize = ir.node("DequantizeLinear", parts, {"axis": 0})
         model.graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
@@ -165,16 +210,23 @@ def drop_defaults(model: ir.Model) -> None:
     for node in model.graph:
         for name, attribute in list(node.attributes.items()):
             value = attribute.value
-            default = _schema_default(node.op_type, name, model.graph.opset_imports.get("", 18)) if not node.domain else None
+            default = (
+                _schema_default(node.op_type, name, model.graph.opset_imports.get("", 18)) if not node.domain else None
+            )
             listed = name in _ALL and isinstance(value, list | tuple) and all(v == _ALL[name] for v in value)
-            scalar = name == "axis" and node.op_type in ("QuantizeLinear", "DequantizeLinear") and _size(node.inputs[1]) == 1
+            scalar = (
+                name == "axis" and node.op_type in ("QuantizeLinear", "DequantizeLinear") and _size(node.inputs[1]) == 1
+            )
             if listed or scalar or (default is not None and value == default):
                 del node.attributes[name]
 
 
 def drop_shapes(model: ir.Model) -> None:
     """Forget the shapes of values in between, which every runtime infers, and what the exporter noted on values."""
-    between = [*model.graph.initializers.values(), *(out for node in model.graph for out in node.outputs if not out.is_graph_output())]
+    between = [
+        *model.graph.initializers.values(),
+        *(out for node in model.graph for out in node.outputs if not out.is_graph_output()),
+    ]
     for value in between:
         value.shape = value.type = None
     for value in (*between, *model.graph.inputs, *model.graph.outputs):
@@ -276,7 +328,14 @@ def _bounds(node: ir.Node) -> tuple[float, float] | None:
     if any(g and e is None for g, e in zip(given, ends, strict=True)):
         return None
     low, high = ends
-    return float("-inf") if low is None else float(low.reshape(())), float("inf") if high is None else float(high.reshape(()))
+    return float("-inf") if low is None else float(low.reshape(())), float("inf") if high is None else float(
+        high.reshape(())
+    )
+
+
+def _code(value: float, scale: float, zero: int) -> int:
+    """The code of a value before it is clamped, as the runtime rounds it."""
+    return int(np.rint(np.float32(value) / np.float32(scale))) + zero
 
 
 def _saturates(quantize: ir.Node, low: float, high: float) -> bool:
@@ -286,8 +345,8 @@ def _saturates(quantize: ir.Node, low: float, high: float) -> bool:
         return False
     scale, zero, dtype = read
     limits = np.iinfo(dtype)
-    below = low == float("-inf") or np.rint(np.float32(low) / np.float32(scale)) + zero <= limits.min
-    above = high == float("inf") or np.rint(np.float32(high) / np.float32(scale)) + zero >= limits.max
+    below = low == float("-inf") or _code(low, scale, zero) <= limits.min
+    above = high == float("inf") or _code(high, scale, zero) >= limits.max
     return bool(below and above)
 
 

@@ -85,7 +85,9 @@ def _refuse_unsupported(program: ExportedProgram, opset: int) -> None:
             count, where = missing.get(str(node.target), (0, source_line(node)))
             missing[str(node.target)] = (count + 1, where)
     if missing:
-        listed = "; ".join(f"{op} ({n}×{', first at ' + where if where else ''})" for op, (n, where) in sorted(missing.items()))
+        listed = "; ".join(
+            f"{op} ({n}×{', first at ' + where if where else ''})" for op, (n, where) in sorted(missing.items())
+        )
         msg = f"every op must have a translation to ONNX opset {opset}. Got {listed}. Replace these ops, or keep them out of forward."
         raise RejectedError(msg)
 
@@ -115,11 +117,11 @@ def _parameter_names(thing: Program | Quantized, model: Any) -> dict[str, str]:
     if isinstance(thing, Program):
         return {name: name for name in model.graph.initializers if name in thing.state}
     held = {p.codes.data_ptr(): name for name, p in thing.weights.items()}
-    found = {}
+    found: dict[str, str] = {}
     for name in model.graph.initializers:
-        tensor = thing.module
+        tensor: Any = thing.module
         for part in name.split("."):
-            tensor = getattr(tensor, part, None)  # type: ignore[assignment]
+            tensor = getattr(tensor, part, None)
         if isinstance(tensor, Tensor) and tensor.data_ptr() in held:
             found[name] = held[tensor.data_ptr()]
     return found
@@ -180,27 +182,28 @@ def _write_files(model: Any, path: Path) -> tuple[Path, ...]:
 def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: bool) -> Check:
     """Run the file on the samples, at their batch and at batch 1, against PyTorch."""
     runtime, torch_side = predictor(artifact), predictor(reference)
-    pairs: list[tuple[list[Tensor], list[Tensor]]] = []
-    for args, kwargs in each(samples):
-        for part in [(args, kwargs)] if length((args, kwargs)) == 1 else [(args, kwargs), rows((args, kwargs), slice(0, 1))]:
-            pairs.append((tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference)))
-    if not pairs:
+    far = _Distance()
+    for batch in each(samples):
+        for part in [batch] if length(batch) == 1 else [batch, rows(batch, slice(0, 1))]:
+            far.add(tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference))
+    if not far.outputs:
         msg = "check must have at least one sample. Got 0 batches."
         raise RejectedError(msg)
     int8_nodes, float_nodes = inspect_optimized(artifact)
-    error, scale, cosine, finite = _distance(pairs)
-    within = error <= FLOAT_TOLERANCE * scale if artifact.scheme == "fp32" else cosine >= COSINE
+    floating = artifact.scheme == "fp32"
+    within = far.error <= FLOAT_TOLERANCE * far.scale if floating else far.cosine >= COSINE
     check = Check(
-        max_error=error,
-        scale=scale,
-        cosine=cosine,
+        max_error=far.error,
+        scale=far.scale,
+        cosine=far.cosine,
         int8_nodes=int8_nodes,
         float_nodes=float_nodes,
-        holds=bool(within and finite),
+        holds=within and far.finite,
     )
     if strict and not check.holds:
-        rule = f"within {FLOAT_TOLERANCE:g} of the output scale" if artifact.scheme == "fp32" else f"cosine ≥ {COSINE}"
-        msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got an error of {error:.3g} at scale {scale:.3g}, cosine {cosine:.6f}."
+        rule = f"within {FLOAT_TOLERANCE:g} of the output scale" if floating else f"cosine ≥ {COSINE}"
+        got = f"an error of {far.error:.3g} at scale {far.scale:.3g}, cosine {far.cosine:.6f}"
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got {got}{'' if far.finite else ', NaN or infinity'}."
         raise VerificationError(msg, evidence=check)
     return check
 
@@ -209,27 +212,35 @@ def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
     """PyTorch's outputs; a program with a fixed batch is asked with its own batch only."""
     program = reference.program if isinstance(reference, Quantized) else reference
     if isinstance(program, Program) and program.batch != "dynamic" and length(part) == 1 and length(program.inputs) > 1:
-        whole = pytree.tree_map(lambda v: v.repeat(length(program.inputs), *[1] * (v.dim() - 1)) if isinstance(v, Tensor) and v.dim() else v, part)
-        return [t[:1] for t in tensors_of(predict(*whole[0], **whole[1]))]
+        times = length(program.inputs)
+        part = pytree.tree_map(
+            lambda v: v.repeat(times, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) and v.dim() else v, part
+        )
+        return [t[:1] for t in tensors_of(predict(*part[0], **part[1]))]
     return tensors_of(predict(*part[0], **part[1]))
 
 
-def _distance(pairs: list[tuple[list[Tensor], list[Tensor]]]) -> tuple[float, float, float, bool]:
-    """Largest error, largest reference value, smallest cosine over all outputs, whether all is finite."""
-    error, scale, cosine, finite = 0.0, 0.0, 1.0, True
-    for got, expected in pairs:
-        if [tuple(t.shape) for t in got] != [tuple(t.shape) for t in expected]:
-            msg = f"outputs must have the shapes of PyTorch's: {[tuple(t.shape) for t in expected]}. Got {[tuple(t.shape) for t in got]}."
+class _Distance:
+    """How far outputs are from the reference, over all of them: nothing but four numbers is kept."""
+
+    def __init__(self) -> None:
+        self.error, self.scale, self.cosine, self.finite, self.outputs = 0.0, 0.0, 1.0, True, 0
+
+    def add(self, got: list[Tensor], expected: list[Tensor]) -> None:
+        """One run. Raises VerificationError where shapes differ."""
+        shapes = [tuple(t.shape) for t in got], [tuple(t.shape) for t in expected]
+        if shapes[0] != shapes[1]:
+            msg = f"outputs must have the shapes of PyTorch's: {shapes[1]}. Got {shapes[0]}."
             raise VerificationError(msg)
         for a, b in zip(got, expected, strict=True):
             x, y = a.double().reshape(-1), b.double().reshape(-1)
+            self.outputs += 1
             if not x.numel():
                 continue
-            finite &= bool(torch.isfinite(x).all())
-            error, scale = max(error, float((x - y).abs().max())), max(scale, float(y.abs().max()))
+            self.finite &= bool(torch.isfinite(x).all())
+            self.error, self.scale = max(self.error, float((x - y).abs().max())), max(self.scale, float(y.abs().max()))
             norms = float(x.norm() * y.norm())
-            cosine = min(cosine, float(x @ y) / norms if norms else float(bool((x == y).all())))
-    return error, scale, cosine, finite
+            self.cosine = min(self.cosine, float(x @ y) / norms if norms else float(bool((x == y).all())))
 
 
 def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -240,14 +251,21 @@ def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, .
         optimized = Path(folder) / "optimized.onnx"
         open_session(artifact.path, optimized=optimized)
         model = onnx.load(str(optimized), load_external_data=False)
-    kinds = {i.name: "code" if i.data_type in _CODES else "float" if i.data_type in _FLOATS else "other" for i in model.graph.initializer}
+    kinds = {
+        i.name: "code" if i.data_type in _CODES else "float" if i.data_type in _FLOATS else "other"
+        for i in model.graph.initializer
+    }
     kinds |= {i.name: "float" if i.type.tensor_type.elem_type in _FLOATS else "other" for i in model.graph.input}
     int8_nodes, float_nodes = [], []
     for node in model.graph.node:
         kind = _kind_of_output(node, kinds)
         kinds |= dict.fromkeys(node.output, kind)
         label = f"{node.op_type}: {node.name or (node.output[0] if node.output else '')}"
-        if node.op_type in _INT8_OPS or node.op_type.startswith("QLinear") or (kind == "code" and node.op_type not in _EDGES):
+        if (
+            node.op_type in _INT8_OPS
+            or node.op_type.startswith("QLinear")
+            or (kind == "code" and node.op_type not in _EDGES)
+        ):
             int8_nodes.append(label)
         elif kind == "float" and node.op_type not in (*_EDGES, *_VIEWS):
             float_nodes.append(label)
@@ -259,7 +277,21 @@ _EDGES = ("QuantizeLinear", "DequantizeLinear", "Constant")
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 _INT8_OPS = ("QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "ConvInteger", "QAttention")
 _FLOAT_RESULT = ("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
-_OTHER_RESULT = ("Shape", "Size", "ArgMax", "ArgMin", "MatMulInteger", "ConvInteger", "NonZero", "Equal", "Greater", "Less", "Not", "And", "Or")
+_OTHER_RESULT = (
+    "Shape",
+    "Size",
+    "ArgMax",
+    "ArgMin",
+    "MatMulInteger",
+    "ConvInteger",
+    "NonZero",
+    "Equal",
+    "Greater",
+    "Less",
+    "Not",
+    "And",
+    "Or",
+)
 
 
 def _kind_of_output(node: Any, kinds: Mapping[str, str]) -> str:

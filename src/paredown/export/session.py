@@ -35,7 +35,9 @@ class Fields(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-pytree.register_pytree_node(Fields, lambda d: (list(d.values()), list(d)), lambda values, keys: Fields(zip(keys, values, strict=True)))
+pytree.register_pytree_node(
+    Fields, lambda d: (list(d.values()), list(d)), lambda values, keys: Fields(zip(keys, values, strict=True))
+)
 
 
 def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None) -> Any:
@@ -164,7 +166,9 @@ def skeleton(out_spec: Any, tensors: list[bool]) -> Any:
         children = [walk(c) for c in spec.children()]
         keys = spec.context
         if isinstance(keys, list | tuple) and len(keys) == 2 and isinstance(keys[0], list | tuple):
-            keys = keys[0] if len(keys[0]) == len(children) else keys[1]  # OrderedDict-like outputs carry (names, types)
+            keys = (
+                keys[0] if len(keys[0]) == len(children) else keys[1]
+            )  # OrderedDict-like outputs carry (names, types)
         if isinstance(spec.type, type) and issubclass(spec.type, dict) and isinstance(keys, list | tuple):
             return {str(k): c for k, c in zip(keys, children, strict=True)}
         return children
@@ -181,7 +185,9 @@ def leaf_names(structure: Any, prefix: str = "") -> dict[int, str]:
     parts = structure.items() if isinstance(structure, dict) else enumerate(structure)
     found: dict[int, str] = {}
     for key, part in parts:
-        found |= leaf_names(part, f"{prefix}.{key}" if prefix else str(key) if isinstance(key, str) else f"output_{key}")
+        found |= leaf_names(
+            part, f"{prefix}.{key}" if prefix else str(key) if isinstance(key, str) else f"output_{key}"
+        )
     return found
 
 

@@ -75,7 +75,9 @@ def sizes(files: tuple[Path, ...], where: str = "") -> dict[str, Measured]:
     packed = sum(len(gzip.compress(f.read_bytes(), 9, mtime=0)) for f in files)
     return {
         "bytes": Measured(value=total, unit="B", n=len(files), protocol=f"stat of {len(files)} file(s)", machine=where),
-        "gzip_bytes": Measured(value=packed, unit="B", n=len(files), protocol="gzip level 9, no time stamp", machine=where),
+        "gzip_bytes": Measured(
+            value=packed, unit="B", n=len(files), protocol="gzip level 9, no time stamp", machine=where
+        ),
     }
 
 

@@ -43,7 +43,9 @@ def latency(
     measured = {}
     for name in names:
         what = f"median, low–high is the 10th–90th percentile; {threads} thread, {_WARM} warm-up runs, {groups[name]} run(s) per reading"
-        measured[name] = _spread(times[name], what + (", in turns with the other file" if len(names) > 1 else ""), machine)
+        measured[name] = _spread(
+            times[name], what + (", in turns with the other file" if len(names) > 1 else ""), machine
+        )
     if len(names) > 1:
         measured["ratio"] = _ratio(np.asarray(times[names[1]]), np.asarray(times[names[0]]), machine)
     return measured
@@ -66,7 +68,9 @@ def _spread(times_ms: list[float], protocol: str, machine: str) -> Measured:
     low, middle, high = (float(q) for q in np.percentile(times_ms, (10, 50, 90)))
     if high > 1.5 * low:
         protocol += f"; unsteady, p90 is {high / low:.1f} × p10: other load or throttling"
-    return Measured(value=middle, unit="ms", low=low, high=high, n=len(times_ms), protocol=protocol, machine=machine, timing=True)
+    return Measured(
+        value=middle, unit="ms", low=low, high=high, n=len(times_ms), protocol=protocol, machine=machine, timing=True
+    )
 
 
 def _ratio(before: Any, after: Any, machine: str) -> Measured:
@@ -74,6 +78,10 @@ def _ratio(before: Any, after: Any, machine: str) -> Measured:
     picks = np.random.default_rng(0).integers(0, len(before), (2000, len(before)))
     ratios = np.median(before[picks], axis=1) / np.median(after[picks], axis=1)
     low, high = (float(q) for q in np.percentile(ratios, (2.5, 97.5)))
-    protocol = "median of the baseline / median of this file; 95 % bootstrap interval over rounds, 2000 resamples, seed 0"
+    protocol = (
+        "median of the baseline / median of this file; 95 % bootstrap interval over rounds, 2000 resamples, seed 0"
+    )
     value = float(np.median(before) / np.median(after))
-    return Measured(value=value, unit="×", low=low, high=high, n=len(before), protocol=protocol, machine=machine, timing=True)
+    return Measured(
+        value=value, unit="×", low=low, high=high, n=len(before), protocol=protocol, machine=machine, timing=True
+    )

@@ -37,7 +37,9 @@ def machine() -> dict[str, Any]:
 def machine_text() -> str:
     """The same in one line, for `Measured.machine`."""
     facts = machine()
-    return f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['isa']) or 'no int8 flags known'}, {facts['system']}"
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['isa']) or 'no int8 flags known'}, {facts['system']}"
+    )
 
 
 def _cpuinfo() -> dict[str, str]:

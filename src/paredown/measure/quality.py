@@ -58,7 +58,9 @@ def summarize(values: Values | list[float] | float, unit: str = "", machine: str
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim == 0:
-        return Measured(value=float(array), unit=unit, protocol="one number from evaluate, no interval", machine=machine)
+        return Measured(
+            value=float(array), unit=unit, protocol="one number from evaluate, no interval", machine=machine
+        )
     n, mean = int(array.size), float(array.mean())
     low, high, how = mean, mean, "one sample, no interval"
     top = float(np.abs(array).max())
@@ -101,7 +103,9 @@ def paired(before: Values | list[float], after: Values | list[float], unit: str 
         half = _Z * float(difference.std(ddof=1)) / math.sqrt(n)
         low, high, how = mean - half, mean + half, "d̄ ± 1.96 s_d/√n"
     else:
-        return Measured(value=mean, unit=unit, n=n, protocol="paired difference, one sample, no interval", machine=machine)
+        return Measured(
+            value=mean, unit=unit, n=n, protocol="paired difference, one sample, no interval", machine=machine
+        )
     protocol = f"after - before on the same {n} samples; 95 % {how}"
     return Measured(value=mean, unit=unit, low=low, high=high, n=n, protocol=protocol, machine=machine)
 

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
 
 from paredown.quantize.decompose import op_name
 from paredown.quantize.numerics import WEIGHT_MAX, WEIGHT_MIN
@@ -71,7 +76,12 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             return  # PT2E cannot annotate tensors that are passed by keyword; x + 2·y is two ops in the runtime
         elif kind == "weighted" and is_float(args[0]) and is_constant(args[1]):
             _put(node, {args[0]: self.activation, args[1]: self.weight}, self._output(node, name))
-        elif kind in ("binary", "matmul") and len(args) == 2 and all(is_float(a) for a in args) and not _scales_by_weight(name, args):
+        elif (
+            kind in ("binary", "matmul")
+            and len(args) == 2
+            and all(is_float(a) for a in args)
+            and not _scales_by_weight(name, args)
+        ):
             _put(node, dict.fromkeys(args, self.activation), self._output(node, ""))
         elif kind == "lookup" and is_float(args[0]):
             _put(node, {args[0]: self.activation}, self._output(node, ""))
@@ -96,7 +106,11 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
     def _share(self, node: fx.Node) -> None:
         inputs = _inputs(node)
         first = SharedQuantizationSpec((inputs[0], node))
-        parts = [u for u in node.users if u.target is operator.getitem] if not isinstance(node.meta.get("val"), Tensor) else []
+        parts = (
+            [u for u in node.users if u.target is operator.getitem]
+            if not isinstance(node.meta.get("val"), Tensor)
+            else []
+        )
         specs: dict[Any, Any] = {x: first for x in inputs if x is not inputs[0]}  # a concatenation has one scale
         _put(node, {inputs[0]: self.activation, **specs}, None if parts else first)
         for part in parts:
@@ -121,7 +135,13 @@ def _put(node: fx.Node, inputs: dict[Any, Any], output: Any) -> None:
 def _inputs(node: fx.Node) -> list[fx.Node]:
     """The values that an op moves: a list of tensors, or its first argument. Sizes and indices are not among them."""
     first = node.args[0] if node.args else None
-    return [x for x in first if isinstance(x, fx.Node)] if isinstance(first, list | tuple) else [first] if isinstance(first, fx.Node) else []
+    return (
+        [x for x in first if isinstance(x, fx.Node)]
+        if isinstance(first, list | tuple)
+        else [first]
+        if isinstance(first, fx.Node)
+        else []
+    )
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

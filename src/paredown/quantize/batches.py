@@ -30,7 +30,9 @@ def as_call(batch: Any) -> Inputs:
     else:
         args, kwargs = (batch,), {}
     if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping) or not tensors_of((args, kwargs)):
-        msg = f'a batch must be a tensor, a tuple of arguments or {{"args": …, "kwargs": …}}. Got {type(batch).__name__}.'
+        msg = (
+            f'a batch must be a tensor, a tuple of arguments or {{"args": …, "kwargs": …}}. Got {type(batch).__name__}.'
+        )
         raise RejectedError(msg)
     return pytree.tree_map(lambda v: v.detach().cpu() if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))  # type: ignore[no-any-return]
 
@@ -39,7 +41,7 @@ def each(batches: Batches) -> Iterator[Inputs]:
     """(args, kwargs) of every batch, one at a time; a tensor counts as one batch, not as a sequence of samples."""
     if isinstance(batches, Tensor | Mapping):
         batches = [batches]
-    source = batches() if callable(batches) else batches
+    source: Any = batches() if callable(batches) else batches
     if not isinstance(source, Iterable):
         msg = f"batches must be an iterable, or a function that returns one. Got {type(source).__name__}."
         raise RejectedError(msg)
@@ -60,7 +62,9 @@ def length(inputs: Any) -> int:
 def rows(inputs: Any, index: Any) -> Any:
     """The same inputs with only the samples of that index (a slice or a boolean mask)."""
     size = length(inputs)
-    return pytree.tree_map(lambda v: v[index] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v, inputs)
+    return pytree.tree_map(
+        lambda v: v[index] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v, inputs
+    )
 
 
 def finite_rows(inputs: Any) -> Tensor:

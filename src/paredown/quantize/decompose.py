@@ -14,9 +14,11 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 Rewrite = Callable[[fx.Node], "fx.Node | None"]
-CONVS = tuple(
-    getattr(aten, name).default for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d") if hasattr(getattr(aten, name), "default")
-) + (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+CONVS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+)
 
 
 def op_name(node: fx.Node) -> str:
@@ -24,7 +26,7 @@ def op_name(node: fx.Node) -> str:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return ""
-    return target.overloadpacket.__name__
+    return str(target.overloadpacket.__name__)
 
 
 def decompose(graph: fx.GraphModule, names: tuple[str, ...]) -> None:
@@ -77,9 +79,14 @@ def _mean(node: fx.Node) -> fx.Node | None:
     """The mean over height and width as a pool: runtimes have int8 pools, but no int8 mean."""
     x, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
     value = x.meta.get("val") if isinstance(x, fx.Node) else None
-    if not isinstance(value, Tensor) or value.dim() != 4 or not isinstance(axes, list | tuple) or node.kwargs.get("dtype") is not None:
+    if (
+        not isinstance(value, Tensor)
+        or value.dim() != 4
+        or not isinstance(axes, list | tuple)
+        or node.kwargs.get("dtype") is not None
+    ):
         return None
-    if sorted(int(a) % 4 for a in axes) != [2, 3] or not value.is_floating_point():  # type: ignore[arg-type]
+    if sorted(int(a) % 4 for a in axes) != [2, 3] or not value.is_floating_point():
         return None
     pooled = call(node, aten.adaptive_avg_pool2d.default, x, [1, 1])
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
@@ -102,7 +109,10 @@ def _linear(node: fx.Node) -> fx.Node | None:
 
 
 REWRITES: dict[str, Rewrite] = {
-    **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy"), _identity),
+    **dict.fromkeys(
+        ("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy"),
+        _identity,
+    ),
     **dict.fromkeys(("hardswish", "hardswish_"), _gated(aten.hardsigmoid.default)),
     **dict.fromkeys(("silu", "silu_"), _gated(aten.sigmoid.default)),
     **dict.fromkeys(("view", "_unsafe_view"), _reshape),

@@ -45,7 +45,9 @@ def bias_floor(bias: Tensor, activation_scale: float) -> Tensor:
     return bias.detach().abs().float() / (2.0**30 * activation_scale)
 
 
-def quantize_codes(values: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int) -> Tensor:
+def quantize_codes(
+    values: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int
+) -> Tensor:
     """Codes of `values`, int32, rounding half to even. `scale` and `zero_point` broadcast against `values`."""
     return (torch.round(values / scale) + zero_point).clamp(quant_min, quant_max).to(torch.int32)
 

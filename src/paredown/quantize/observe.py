@@ -17,7 +17,15 @@ _RATIOS = torch.linspace(1.0, 0.2, 81, dtype=torch.float64)
 class MinMax(ObserverBase):  # type: ignore[misc]
     """Smallest and largest finite value seen; the range of the quantizer is exactly that, with 0 included."""
 
-    def __init__(self, dtype: torch.dtype, quant_min: int, quant_max: int, qscheme: torch.qscheme, is_dynamic: bool = False, **_: Any) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        quant_min: int,
+        quant_max: int,
+        qscheme: torch.qscheme,
+        is_dynamic: bool = False,
+        **_: Any,
+    ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max, self.qscheme = quant_min, quant_max, qscheme
         self.reset()
@@ -47,7 +55,15 @@ class MeanSquaredError(ObserverBase):  # type: ignore[misc]
     of bins merge exactly. Memory is 2048 counts, whatever the number of samples.
     """
 
-    def __init__(self, dtype: torch.dtype, quant_min: int, quant_max: int, qscheme: torch.qscheme, is_dynamic: bool = False, **_: Any) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        quant_min: int,
+        quant_max: int,
+        qscheme: torch.qscheme,
+        is_dynamic: bool = False,
+        **_: Any,
+    ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max, self.qscheme = quant_min, quant_max, qscheme
         self.reset()
@@ -106,7 +122,9 @@ class MeanSquaredError(ObserverBase):  # type: ignore[misc]
 class PerChannel(ObserverBase):  # type: ignore[misc]
     """Symmetric scales of a weight along `ch_axis`. `floor` keeps an int32 bias from overflowing."""
 
-    def __init__(self, dtype: torch.dtype, qscheme: torch.qscheme, ch_axis: int, is_dynamic: bool = False, **_: Any) -> None:
+    def __init__(
+        self, dtype: torch.dtype, qscheme: torch.qscheme, ch_axis: int, is_dynamic: bool = False, **_: Any
+    ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max, self.qscheme, self.ch_axis = WEIGHT_MIN, WEIGHT_MAX, qscheme, ch_axis
         self.weight: Tensor | None = None

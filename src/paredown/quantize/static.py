@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def quantize(
     >>> sorted(small.weights), small.weights["0.weight"].codes.dtype
     (['0.weight', '3.weight'], torch.int8)
     """
-    table = _checked(target, scheme, observer)
+    table = _checked(target, scheme, observer, num_samples)
     program = _recaptured(tuned)
     graph = program.eval_graph.module(check_guards=False)
     prepared, owners = _prepared(graph, table, observer, program)
@@ -70,6 +71,7 @@ def quantize(
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         converted = convert_pt2e(prepared)
+        _slim(converted)
     return Quantized(
         module=converted,
         program=program,
@@ -81,7 +83,7 @@ def quantize(
     )
 
 
-def _checked(target: str, scheme: str, observer: str) -> Target:
+def _checked(target: str, scheme: str, observer: str, num_samples: int | None) -> Target:
     table = named(target)
     if scheme != "int8":
         later = " It is a scheme of paredown, but this version cannot produce it yet." if scheme in SCHEMES else ""
@@ -90,9 +92,12 @@ def _checked(target: str, scheme: str, observer: str) -> Target:
     if observer not in ("minmax", "mse"):
         msg = f"observer must be 'minmax' or 'mse'. Got {observer!r}."
         raise UsageError(msg)
+    if num_samples is not None and num_samples < 1:
+        msg = f"num_samples must be ≥ 1, or None for all. Got {num_samples}."
+        raise UsageError(msg)
     try:
         with _quiet():
-            import torchao.quantization.pt2e.quantize_pt2e
+            importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     except ImportError as error:
         msg = "quantize must have torchao. It is not installed. Run: pip install 'paredown[quant]'."
         raise MissingError(msg) from error
@@ -129,7 +134,10 @@ def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Prog
         decompose(graph, table.decompositions)
         free_batch_norms(graph)
         owners = {
-            (node.name, i): str(x.target) for node in graph.graph.nodes for i, x in enumerate(node.all_input_nodes) if x.op == "get_attr"
+            (node.name, i): str(x.target)
+            for node in graph.graph.nodes
+            for i, x in enumerate(node.all_input_nodes)
+            if x.op == "get_attr"
         }
         prepared = prepare_pt2e(graph, TableQuantizer(table, observer))
     with torch.no_grad():
@@ -142,17 +150,21 @@ def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Prog
         error = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
         if not error <= 1e-3 * max(scale, 1e-6):
             msg = f"the graph prepared for quantization must compute the same function. Got a difference of {error:.3g} at scale {scale:.3g}."
-            raise VerificationError(msg + " An op that changes its input in place may be the cause: write it without the underscore.")
+            raise VerificationError(
+                msg + " An op that changes its input in place may be the cause: write it without the underscore."
+            )
     return prepared, owners
 
 
-def _calibrated(prepared: fx.GraphModule, calibrate: Batches, num_samples: int | None, program: Program) -> tuple[str, ...]:
+def _calibrated(
+    prepared: fx.GraphModule, calibrate: Batches, num_samples: int | None, program: Program
+) -> tuple[str, ...]:
     """Run the samples through the observers; returns what was odd about them."""
     seen: dict[str, int] = collections.Counter()
     digests: set[bytes] = set()
     for args, kwargs in each(calibrate):
-        batch: Inputs = (args, kwargs)
-        if num_samples is not None:
+        batch: Any = (args, kwargs)
+        if num_samples is not None and program.batch == "dynamic":
             batch = rows(batch, slice(0, num_samples - seen["used"]))
         batch = _only_finite(batch, seen, program)
         size = length(batch)
@@ -189,7 +201,11 @@ def _remember(batch: Inputs, seen: dict[str, int], digests: set[bytes]) -> None:
         sample = [t[i] for t in floats]
         digest = hashlib.blake2b(digest_size=8)
         for tensor in sample:
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(float(tensor)).encode())
+            digest.update(
+                tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                if tensor.dim()
+                else repr(float(tensor)).encode()
+            )
         digests.add(digest.digest())
         seen["constant"] += all(bool((t == t.reshape(-1)[0]).all()) for t in sample if t.numel())
 
@@ -214,25 +230,51 @@ def _keep_biases(prepared: fx.GraphModule, table: Target) -> None:
     for node in prepared.graph.nodes:
         if table.ops.get(op_name(node)) != "weighted" or len(node.args) < 3 or not _holder(node, 2):
             continue
-        x, weight = (observers.get(str(a.target)) for a in node.args[:2])
+        x: Any = observers.get(str(node.args[0].target))
+        weight: Any = observers.get(str(node.args[1].target))
         if hasattr(x, "calculate_qparams") and hasattr(weight, "floor"):
-            scale = float(x.calculate_qparams()[0])  # type: ignore[union-attr,operator]
-            floor = bias_floor(fetch(prepared, str(node.args[2].target)), scale)
-            weight.floor = floor if weight.floor is None else torch.maximum(weight.floor, floor)  # type: ignore[union-attr,arg-type,assignment]
+            floor = bias_floor(fetch(prepared, str(node.args[2].target)), float(x.calculate_qparams()[0]))
+            weight.floor = floor if weight.floor is None else torch.maximum(weight.floor, floor)
 
 
 def _stayed_float(prepared: fx.GraphModule, table: Target) -> Iterator[str]:
     """One line per kind of op that computes in float, with where it is."""
-    free = (*table.fusions, *(op for op, kind in table.ops.items() if kind == "shared"), "sym_size", "_assert_tensor_metadata")
+    free = (
+        *table.fusions,
+        *(op for op, kind in table.ops.items() if kind == "shared"),
+        "sym_size",
+        "_assert_tensor_metadata",
+    )
     kinds: dict[str, list[fx.Node]] = collections.defaultdict(list)
     for node in prepared.graph.nodes:
         value = node.meta.get("val")
-        if op_name(node) and op_name(node) not in free and "quantization_annotation" not in node.meta:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                kinds[op_name(node)].append(node)
+        computes = (
+            isinstance(value, Tensor) and value.is_floating_point() and "quantization_annotation" not in node.meta
+        )
+        if computes and op_name(node) and op_name(node) not in free:
+            kinds[op_name(node)].append(node)
     for name, nodes in sorted(kinds.items()):
         where = source_line(nodes[0]) or nodes[0].name
         yield f"{name} stays float ({len(nodes)}×, first at {where})"
+
+
+def _slim(converted: fx.GraphModule) -> None:
+    """One dequantize per value, and none that is quantized again with the same parameters: same codes, half the graph."""
+    ops = torch.ops.quantized_decomposed
+    first: dict[Any, fx.Node] = {}
+    for node in list(converted.graph.nodes):
+        if node.target is ops.quantize_per_tensor.default:
+            source = node.args[0]
+            if source.target is ops.dequantize_per_tensor.default and source.args[1:] == node.args[1:]:
+                node.replace_all_uses_with(source.args[0])
+                converted.graph.erase_node(node)
+        elif node.target in (ops.dequantize_per_tensor.default, ops.dequantize_per_channel.default):
+            known = first.setdefault((node.target, *node.args, *sorted(node.kwargs.items())), node)
+            if known is not node:
+                node.replace_all_uses_with(known)
+                converted.graph.erase_node(node)
+    converted.graph.eliminate_dead_code()
+    converted.recompile()
 
 
 def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Packed]]:
@@ -240,7 +282,9 @@ def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Pa
     ops = torch.ops.quantized_decomposed
     done: set[str] = set()
     for node in converted.graph.nodes:
-        if node.target not in (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.default) or not _holder(node, 0):
+        if node.target not in (ops.dequantize_per_channel.default, ops.dequantize_per_tensor.default) or not _holder(
+            node, 0
+        ):
             continue
         codes = fetch(converted, str(node.args[0].target))
         readers = ((u.name, u.all_input_nodes.index(node)) for u in node.users)
@@ -248,8 +292,18 @@ def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Pa
         name = name if name not in done else f"{name} ({node.name})"
         done.add(name)
         per_channel = node.target is ops.dequantize_per_channel.default
-        scales, zeros = (fetch(converted, str(a.target)) if isinstance(a, fx.Node) else torch.tensor(a) for a in node.args[1:3])
-        yield name, Packed(codes=codes, scales=scales.float(), zero_points=zeros.long(), axis=int(node.args[3]) if per_channel else None)
+        scales, zeros = (
+            fetch(converted, str(a.target)) if isinstance(a, fx.Node) else torch.tensor(a) for a in node.args[1:3]
+        )
+        yield (
+            name,
+            Packed(
+                codes=codes,
+                scales=scales.float(),
+                zero_points=zeros.long(),
+                axis=int(node.args[3]) if per_channel else None,
+            ),
+        )
 
 
 def _holder(node: fx.Node, position: int) -> bool:
