@@ -1,0 +1,183 @@
+"""The application: commands by name, and what every kind of failure becomes on stderr and as an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+from paredown.cli.compress import compress
+from paredown.cli.doctor import doctor
+from paredown.cli.examine import examine
+from paredown.cli.show import plain
+from paredown.errors import Interrupted, ParedownError
+
+BROKEN_PIPE = 141
+"""What a shell reports for a program whose reader went away: 128 + SIGPIPE."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE)
+_NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _version() -> str:
+    import paredown
+
+    return paredown.__version__
+
+
+app = App(
+    name="paredown",
+    help="From a trained PyTorch model to a small, proven, measured file on an edge runtime.",
+    version=_version,
+    help_format="plaintext",
+    print_error=False,
+    exit_on_error=False,
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
+)
+for command in (compress, examine, doctor):
+    app.command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or that of the error (see paredown.errors); 2 for wrong options.
+
+    >>> main(["--version"])
+    0.1.0
+    0
+    """
+    _readable_anywhere()
+    try:
+        with _interruptible(), _warnings_as_notes():
+            code = app(None if arguments is None else list(arguments))
+            sys.stdout.flush()
+            return int(code or 0)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  (lives until the process ends; nothing must be flushed to the pipe)
+        return BROKEN_PIPE
+    except KeyboardInterrupt as error:
+        _complain(_interruption(error), error)
+        return Interrupted.exit_code
+    except Exception as error:
+        message, code = explained(error)
+        _complain(f"error: {message}", error)
+        return code
+
+
+def explained(error: Exception) -> tuple[str, int]:
+    """One message and one exit code for any failure."""
+    if isinstance(error, CycloptsError):
+        return f"{_usage(error)}\nSee `paredown --help`, or --help after a command.", 2
+    if isinstance(error, ParedownError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return f"out of memory: {_first_line(error)}. Use smaller batches or inputs, or a machine with more memory.", 7
+    if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_ACCESS):
+        what = "out of space" if error.errno in _NO_SPACE else "no permission to write"
+        return f"{what}: {error.strerror}{f' at {error.filename!r}' if error.filename else ''}.", 7
+    if isinstance(error, ImportError):
+        return (
+            f"an import failed: {_first_line(error)}. `paredown doctor` says what is installed and what is broken.",
+            8,
+        )
+    where = _own_code(error)
+    if where:
+        return f"your own code raised {type(error).__name__}: {_first_line(error)}, at {where}.", 3
+    return (
+        f"{type(error).__name__}: {_first_line(error)}. This is a fault of paredown: please report it, with the command "
+        "and the output of PAREDOWN_DEBUG=1.",
+        1,
+    )
+
+
+def _usage(error: CycloptsError) -> str:
+    return str(error).strip()
+
+
+def _interruption(error: KeyboardInterrupt) -> str:
+    told = f": {error}" if str(error) else "."
+    return f"interrupted{told} The same command resumes what is resumable; nothing half-written stays."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:1000] if lines else "no message"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch says it as a RuntimeError of a class of its own, or of none."""
+    text = str(error)
+    known = "OutOfMemoryError" in type(error).__name__
+    return known or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text))
+
+
+def _own_code(error: Exception) -> str:
+    """ "task.py:12" where the innermost frame outside of libraries is the user's own."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120  (compared with frames' file names, which are texts)
+    libraries = (sys.base_prefix, sys.prefix, "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(here):
+            return ""
+        if "site-packages" not in frame.filename and not frame.filename.startswith(libraries):
+            return f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"  # noqa: PTH119
+    return ""
+
+
+def _complain(message: str, error: BaseException) -> None:
+    if os.environ.get("PAREDOWN_DEBUG") == "1":
+        traceback.print_exception(error, file=sys.stderr)
+    print(plain(message), file=sys.stderr)
+
+
+def _readable_anywhere() -> None:
+    """A terminal or pipe that knows fewer characters shows a question mark instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C once raises KeyboardInterrupt, which ends at a safe point; twice ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = 0
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            os._exit(Interrupted.exit_code)
+        print("stopping at a safe point; Ctrl-C again stops now", file=sys.stderr)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Warnings are lines for people; those of libraries about their own future are left out."""
+
+    def shown(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        print(f"note: {plain(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = shown
+        yield

@@ -1,0 +1,126 @@
+"""MODEL on the command line: loaded, with weights where given, and captured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paredown.errors import RejectedError, UsageError
+
+if TYPE_CHECKING:
+    from paredown.program import Program
+
+RANDOM = "No weights were given: the model is random. Sizes and counts hold, its values mean nothing."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A captured model and where it came from."""
+
+    name: str
+    program: Program
+    weights: str
+    """ "given" or "random"."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person must know: random weights first, then what the capture changed."""
+        return (*((RANDOM,) if self.weights == "random" else ()), *self.program.notes)
+
+
+def loaded(
+    model: str,
+    input: str,
+    *,
+    weights: Path | None = None,
+    strip_prefix: str | None = None,
+    pruned: Path | None = None,
+    train: bool = True,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Loaded:
+    """The model of a command, captured on the CPU with a dynamic batch."""
+    refuse_device(device)
+    use_threads(threads)
+    from paredown.models import load_model, parse_input
+    from paredown.program import capture
+
+    inputs = parse_input(input)
+    if pruned is not None and weights is not None:
+        msg = f"--pruned must stand without --weights: the folder holds the weights. Got {str(weights)!r} too."
+        raise UsageError(msg)
+    network, given = load_model(model, weights=weights, strip_prefix=strip_prefix or False)
+    if pruned is not None:
+        from paredown.prune import load
+
+        network, given = load(existing_folder(pruned, "--pruned"), network, inputs), True
+    return Loaded(name=model, program=capture(network, inputs, train=train), weights="given" if given else "random")
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the threads of PyTorch."""
+    if threads is None:
+        return
+    if threads < 1:
+        msg = f"--threads must be an integer ≥ 1. Got {threads}."
+        raise UsageError(msg)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def refuse_device(device: str | None) -> None:
+    """Only compress trains; the others work on the graph, on the CPU."""
+    if device not in (None, "cpu"):
+        msg = f"--device must be cpu for this command, which trains nothing. Got {device!r}. `paredown compress` trains on other devices."
+        raise UsageError(msg)
+
+
+def existing_folder(path: Path, option: str) -> Path:
+    """A folder that is there."""
+    if not path.is_dir():
+        msg = (
+            f"{option} must be a folder. Got {str(path)!r}, which {'is a file' if path.exists() else 'does not exist'}."
+        )
+        raise UsageError(msg)
+    return path
+
+
+def number(text: str | None) -> Any:
+    """A number as it was meant: "0.5" a fraction, "1000000" an integer; other texts are left to the rule that refuses them.
+
+    >>> number("0.5"), number("64"), number("1e-1"), number("25%")
+    (0.5, 64, 0.1, '25%')
+    """
+    if text is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def arrays(path: Path, option: str) -> dict[str, Any]:
+    """Arrays of a .npz or .npy file by name, samples along the first axis. Nothing is unpickled."""
+    import numpy as np
+
+    if not path.is_file():
+        msg = f"{option} must be a .npz or .npy file. Got {str(path)!r}, which {'is a folder' if path.is_dir() else 'does not exist'}."
+        raise RejectedError(msg)
+    try:
+        found = np.load(path, allow_pickle=False)
+        read = {"0": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    except (ValueError, OSError, EOFError, KeyError, MemoryError) as error:
+        msg = f"{option} must be readable without pickle. Got {type(error).__name__} at {str(path)!r}: {error}."
+        raise RejectedError(msg) from error
+    if not read or any(a.ndim == 0 or len(a) == 0 for a in read.values()):
+        msg = f"{option} must hold at least one array with at least one sample. Got { ({n: a.shape for n, a in read.items()}) } at {str(path)!r}."
+        raise RejectedError(msg)
+    lengths = {n: len(a) for n, a in read.items()}
+    if len(set(lengths.values())) > 1:
+        msg = f"{option} must hold as many samples of every input. Got {lengths} at {str(path)!r}."
+        raise RejectedError(msg)
+    return read
