@@ -42,9 +42,9 @@ class View:
         """Name, the same as a heading, unit and goal of the task's metric."""
         given = mapping(entry(self.verdict, "metric"))
         units = [figure(r, "metric").unit for r in self.stages]
-        unit = text(given.get("unit")) or next((u for u in units if u), "")
+        unit = text(given.get("unit"), 16) or next((u for u in units if u), "")
         goal = "min" if given.get("goal") == "min" else "max"
-        name = text(given.get("name")) or "metric"
+        name = text(given.get("name"), 60) or "metric"
         return {"name": name, "label": _capital(name), "unit": unit, "goal": goal}
 
 
@@ -83,7 +83,7 @@ def figure(record: Record | None, key: str) -> Measured:
     if not isinstance(found, Measured):
         return _MISSING
     value = number(found.value)
-    unit = text(found.unit)
+    unit = text(found.unit, 16)
     if value is None or found.badge not in _BADGES or found.badge == "not tested":
         return dataclasses.replace(_MISSING, unit=unit)
     return dataclasses.replace(found, value=value, unit=unit, low=number(found.low), high=number(found.high))

@@ -99,7 +99,7 @@ def _metric_card(run: View, best: Record) -> Cell:
 
 def _bound(given: Mapping[str, Any]) -> dict[str, Any]:
     """One bound in words."""
-    what, unit = text(given.get("what")), text(given.get("unit"))
+    what, unit = text(given.get("what")), text(given.get("unit"), 16)
     value, bound, margin = (number(mapping(given).get(k)) for k in ("value", "bound", "margin"))
     badge = text(given.get("badge"))
     badge = badge if badge in ("measured", "estimated") and value is not None else "not tested"
