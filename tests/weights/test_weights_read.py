@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from paredown.errors import RejectedError, ResourceError
-from paredown.weights import check_header, read_weights
+from paredown.weights import MOST_TENSORS, read_weights
 
 
 class Whole(nn.Module):
@@ -71,8 +71,9 @@ def test_dtypes_are_kept(tmp_path):
 
 def test_a_checkpoint_gives_its_state_dict_and_says_so(tmp_path, state):
     torch.save({"epoch": 3, "model": state, "optimizer": {"lr": 0.1}}, tmp_path / "c.pt")
-    with pytest.warns(UserWarning, match="read the entry 'model'; the file also holds 'epoch', 'optimizer'"):
-        assert same(read_weights(tmp_path / "c.pt"), dict(state))
+    found = read_weights(tmp_path / "c.pt")
+    assert same(found, dict(state))
+    assert any("model" in note for note in found.notes)
     torch.save({"generator": state, "critic": state}, tmp_path / "two.pt")
     with pytest.raises(RejectedError, match="which of them"):
         read_weights(tmp_path / "two.pt")
@@ -80,7 +81,7 @@ def test_a_checkpoint_gives_its_state_dict_and_says_so(tmp_path, state):
 
 def test_faults_1_to_5_say_what_is_wrong(tmp_path, state):
     torch.save(state, tmp_path / "resnet.pt")
-    with pytest.raises(RejectedError, match=r"resnet\.pth'.*Near it: resnet\.pt"):
+    with pytest.raises(RejectedError, match=r"resnet\.pth'.*Nearest there: resnet\.pt"):
         read_weights(tmp_path / "resnet.pth")
     with pytest.raises(RejectedError, match=r"folder.*resnet\.pt"):
         read_weights(tmp_path)
@@ -88,7 +89,7 @@ def test_faults_1_to_5_say_what_is_wrong(tmp_path, state):
     with pytest.raises(RejectedError, match="0 bytes"):
         read_weights(tmp_path / "empty.pt")
     (tmp_path / "random.pt").write_bytes(bytes(range(11, 256)) * 20)
-    with pytest.raises(RejectedError, match="unknown format"):
+    with pytest.raises(RejectedError, match="no known format"):
         read_weights(tmp_path / "random.pt")
 
 
@@ -107,7 +108,7 @@ def test_fault_4_truncated_files(tmp_path, state, share):
 def test_fault_6_whole_modules_are_refused_with_the_way_out(tmp_path):
     for name, zipped in (("zip.pt", True), ("legacy.pt", False)):
         torch.save(Whole(), tmp_path / name, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(RejectedError, match=r"Whole.*state_dict\(\).*--weights"):
+        with pytest.raises(RejectedError, match=r"whole pickled module.*Whole.*state_dict\(\).*MODEL"):
             read_weights(tmp_path / name)
 
 
@@ -150,8 +151,8 @@ def test_fault_9_a_header_of_2_to_63_bytes(tmp_path):
 
 
 def test_fault_10_too_many_tensors_and_too_long_headers(tmp_path):
-    many = {f"t{i}": entry(0, 0, [0]) for i in range(100_000)}
-    with pytest.raises(RejectedError, match="at most 50,000 tensors"):
+    many = {f"t{i}": entry(0, 0, [0]) for i in range(MOST_TENSORS + 1)}
+    with pytest.raises(RejectedError, match=f"{MOST_TENSORS:,}"):
         read_weights(header_file(tmp_path / "many", many))
     with (tmp_path / "long").open("wb") as file:
         file.write(struct.pack("<Q", 99_000_000) + b"{")
@@ -165,20 +166,20 @@ def test_fault_10_too_many_tensors_and_too_long_headers(tmp_path):
 @pytest.mark.parametrize(
     ("header", "num_bytes", "why"),
     [
-        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "overlaps"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "overlap"),
         ({"a": entry(0, 8), "b": entry(12, 16)}, 16, "hole"),
         ({"a": entry(0, 8, [3])}, 8, "shape × dtype"),
         ({"a": entry(0, 8)}, 4, "truncated"),
-        ({"a": entry(0, 8)}, 12, "longer"),
-        ({"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 8, "whole numbers"),
-        ({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}}, 0, "shape × dtype"),
+        ({"a": entry(0, 8)}, 12, "last tensor"),
+        ({"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 8, "lists of counts"),
+        ({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}}, 0, "lists of counts"),
         ({"a": {"dtype": "object", "shape": [1], "data_offsets": [0, 8]}}, 8, "dtype"),
         (
             b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
             4,
             "twice",
         ),
-        ({"a": [1]}, 0, "described"),
+        ({"a": [1]}, 0, "must have dtype, shape and data_offsets"),
     ],
 )
 def test_fault_11_offsets_that_do_not_fit(tmp_path, header, num_bytes, why):
@@ -186,11 +187,8 @@ def test_fault_11_offsets_that_do_not_fit(tmp_path, header, num_bytes, why):
         read_weights(header_file(tmp_path / "a.safetensors", header, bytes(num_bytes)))
 
 
-def test_the_header_check_accepts_what_safetensors_writes(tmp_path, state):
+def test_what_safetensors_writes_is_accepted(tmp_path, state):
     save_file({**state, "empty": torch.zeros(0, 3)}, tmp_path / "a", metadata={"plan": "x"})
-    data = (tmp_path / "a").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    check_header(data[8 : 8 + length], len(data) - 8 - length, tmp_path / "a")
     assert read_weights(tmp_path / "a")["empty"].shape == (0, 3)
 
 
@@ -201,13 +199,15 @@ def test_fault_16_zip_bombs_and_names_that_leave(tmp_path):
         read_weights(tmp_path / "bomb.pt")
     with zipfile.ZipFile(tmp_path / "slip.pt", "w") as archive:
         archive.writestr("../../etc/data.pkl", b"x")
-    with pytest.raises(RejectedError, match="inside"):
+    before = set(tmp_path.iterdir())
+    with pytest.raises(RejectedError):
         read_weights(tmp_path / "slip.pt")
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_tensor_that_pretends_to_be_huge(tmp_path):
     torch.save({"x": torch.zeros(1).expand(10**9, 1000)}, tmp_path / "a.pt")
-    with pytest.raises((RejectedError, ResourceError), match="4,000,000,000,000"):
+    with pytest.raises(RejectedError, match="4,000,000,000,000"):
         read_weights(tmp_path / "a.pt")
 
 
