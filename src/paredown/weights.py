@@ -138,9 +138,9 @@ def load_into(
     """Copy weights into a model's parameters and buffers by name; on any error the model is as it was.
 
     `strip_prefix` takes a prefix such as "module." off the names: True finds it, a string names it ("+backbone."
-    is put before every name instead), False only says what would fit. Values take the model's dtypes where none changes by it (float16 into float32), or only digits of a
-    float64 are lost; `casts` says so, and anything else is an error. With strict=False missing and unexpected names are reported;
-    sizes must fit still.
+    is put before every name instead), False only says what would fit. Values take the model's dtypes where none changes
+    by it (float16 into float32), or only digits of a float64 are lost; `casts` says so, and anything else is an error.
+    With strict=False missing and unexpected names are reported; sizes must fit still.
 
     Raises RejectedError with a table of what does not fit, and for NaN or infinite weights.
 
@@ -528,11 +528,13 @@ def _castable(given: Tensor, place: torch.dtype) -> bool:
 
 def _put(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Through load_state_dict, so that a model's own hooks run; put back where a hook or a copy fails."""
-    before = {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     try:
         model.load_state_dict(state, strict=False)
     except Exception as error:
-        model.load_state_dict(before, strict=False)
+        with torch.no_grad():  # not through load_state_dict again: the hook that failed would fail again
+            for tensor, kept in before:
+                tensor.copy_(kept)
         what = f"{type(error).__name__}: {str(error)[:500]}"
         msg = f"the weights must fit {type(model).__name__}. Got {what} from {source}."
         raise RejectedError(msg) from error

@@ -119,6 +119,10 @@ def _refuse_archive(entries: list[zipfile.ZipInfo], file_bytes: int) -> None:
             "Save exported.state_dict with safetensors, or capture the model from its class"
         )
         raise Refused(msg)
+    odd = [n for n in names if n.startswith(("/", "\\")) or ".." in n.replace("\\", "/").split("/")]
+    if odd:
+        msg = f"names in an archive must stay inside it. Got {odd[0][:80]!r}"
+        raise Refused(msg)
     if "constants.pkl" in tails or any("/code/" in f"/{n}" for n in names):
         msg = f"weights must be a state_dict. Got a TorchScript archive, which holds code. {_FIX}"
         raise Refused(msg)
@@ -210,6 +214,15 @@ def _unwrapped(loaded: Any) -> tuple[dict[str, Any], list[str]]:
             raise Refused(msg)
         tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
         inner = [k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping) and loaded[k]]
+        if not inner:
+            inner = [
+                k
+                for k, v in loaded.items()
+                if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())
+            ]
+            if len(inner) > 1:
+                msg = f"a checkpoint must hold one state_dict. Got {inner[:8]}: which of them is not clear. Save that one alone"
+                raise Refused(msg)
         if tensors or not inner:
             break
         rest = sorted(str(k) for k in loaded if k != inner[0])
