@@ -112,10 +112,13 @@ def test_all_lists_are_sorted() -> None:
 
 
 def test_verbs_say_what_they_do_and_show_it() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in VERBS:
         text = inspect.getdoc(getattr(paredown, name)) or ""
         assert len(text.splitlines()) > 3, name
-        assert "Raises" in text, name
+        assert ">>>" in text or f"pare.{name}(" in readme, (
+            f"{name} has no example, neither in its docstring nor in the README"
+        )
 
 
 def test_constraints_pin_a_cpu_stack() -> None:
