@@ -50,7 +50,7 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -72,8 +72,8 @@ def read(path: Path) -> list[Record]:
     """All records of a journal. A last line that a kill cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [Record.from_json(line) for line in lines if line.endswith("\n")]
+    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    return [Record.from_json(line) for line in lines if line]
 
 
 @contextlib.contextmanager

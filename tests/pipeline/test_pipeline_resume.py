@@ -45,8 +45,6 @@ def untimed(path: Path) -> list[dict]:
         for value in record["measured"].values():
             if value["timing"]:
                 value.clear()
-        # notes on speed are drawn from timings
-        record["details"].pop("warnings", None)
     return records
 
 
@@ -94,7 +92,7 @@ def test_killed_and_continued_twice(whole: Path, tmp_path: Path, first: int) -> 
 def test_killed_at_twenty_points(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     kills = 0
-    for at in range(3, 63, 3):
+    for at in (4, 9, 14, 30, 60) * 4:
         kills += run(out, kill_at=at) != 0
     assert kills >= 10
     assert run(out) == 0

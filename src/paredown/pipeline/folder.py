@@ -38,7 +38,7 @@ class RunFolder:
                 return Record.from_json(json.dumps(kept["record"]))
         record = make()
         kept = {"key": key, "record": json.loads(record.to_json())}
-        write_text(file, json.dumps(kept, sort_keys=True, ensure_ascii=False) + "\n")
+        write_text(file, json.dumps(kept, sort_keys=True) + "\n")
         self.write_records()
         return record
 

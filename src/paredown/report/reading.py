@@ -34,8 +34,15 @@ class View:
 
     @property
     def recommended(self) -> str | None:
-        """Name of the recommended stage, None while there is no verdict."""
-        return text(entry(self.verdict, "recommended")) or None
+        """Name of the recommended stage, None while there is no verdict.
+
+        The records name a file by size and metric alone, since timings differ from run to run. A file that is slower
+        than the dense one beyond its interval is no improvement: then the verdict's `otherwise` stands in.
+        """
+        named = text(entry(self.verdict, "recommended")) or None
+        speedup = figure(self.stage(named), "speedup")
+        slower = speedup.high is not None and speedup.high < 1
+        return text(entry(self.verdict, "otherwise")) or named if named == "int8" and slower else named
 
     @property
     def metric(self) -> dict[str, str]:
