@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from paredown.cli import options
 from paredown.cli.show import emit, only_document, plan_table, share, show, table
-from paredown.errors import GateError, InfeasibleError, UsageError
+from paredown.errors import GateError, InfeasibleError, RejectedError, UsageError
 
 if TYPE_CHECKING:
     from paredown.recipe import Recipe
@@ -52,7 +52,7 @@ def compress(
             missed = error
             if not _has_verdict(folder):
                 raise
-    _told(folder, json=json, quiet=quiet)
+    told(folder, json=json, quiet=quiet)
     if missed is not None:
         raise missed
     return 0
@@ -168,11 +168,17 @@ def _has_verdict(folder: Path) -> bool:
     return any(r.cell.get("stage") == "verdict" for r in read(folder / "records.jsonl"))
 
 
-def _told(folder: Path, *, json: bool, quiet: bool) -> None:
+def told(folder: Path, *, json: bool, quiet: bool) -> None:
+    """The verdict of a run from its records: a table, or the document of `report --json`."""
     from paredown.records import read
     from paredown.report import report_json
 
-    document = report_json(read(folder / "records.jsonl"))
+    try:
+        records = read(folder / "records.jsonl")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"records.jsonl must hold one record per line. Got {type(error).__name__}: {error} in {str(folder)!r}. Was it edited?"
+        raise RejectedError(msg) from error
+    document = report_json(records)
     if json:
         emit(document)
     else:

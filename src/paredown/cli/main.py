@@ -17,10 +17,16 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from paredown.cli.compress import compress
+from paredown.cli.couple import couple
 from paredown.cli.doctor import doctor
 from paredown.cli.examine import examine
+from paredown.cli.init import init
+from paredown.cli.measure import measure
+from paredown.cli.prune import prune
+from paredown.cli.quantize import export, quantize
+from paredown.cli.report import report
 from paredown.cli.show import plain
-from paredown.errors import Interrupted, ParedownError
+from paredown.errors import InfeasibleError, Interrupted, ParedownError
 
 BROKEN_PIPE = 141
 """What a shell reports for a program whose reader went away: 128 + SIGPIPE."""
@@ -44,7 +50,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-for command in (compress, examine, doctor):
+for command in (compress, couple, doctor, examine, export, init, measure, prune, quantize, report):
     app.command(command)
 
 
@@ -78,7 +84,7 @@ def explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, CycloptsError):
         return f"{_usage(error)}\nSee `paredown --help`, or --help after a command.", 2
     if isinstance(error, ParedownError):
-        return str(error), error.exit_code
+        return f"{error}{_nearest(error)}", error.exit_code
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return f"out of memory: {_first_line(error)}. Use smaller batches or inputs, or a machine with more memory.", 7
     if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_ACCESS):
@@ -97,6 +103,17 @@ def explained(error: Exception) -> tuple[str, int]:
         "and the output of PAREDOWN_DEBUG=1.",
         1,
     )
+
+
+def _nearest(error: ParedownError) -> str:
+    """What can be reached, where the target cannot."""
+    plan = error.nearest if isinstance(error, InfeasibleError) else None
+    made = getattr(plan, "made_by", None) or {}
+    reached, dense = made.get("reached"), made.get("dense")
+    if not reached or not dense:
+        return ""
+    figures = [f"{n} {reached[n]:,} of {dense[n]:,} ({100 * reached[n] / dense[n]:.1f} %)" for n in dense if dense[n]]
+    return f"\nNearest plan: {', '.join(figures)}."
 
 
 def _usage(error: CycloptsError) -> str:

@@ -39,14 +39,17 @@ def loaded(
     train: bool = True,
     threads: int | None = None,
     device: str | None = None,
+    seed: int = 0,
 ) -> Loaded:
-    """The model of a command, captured on the CPU with a dynamic batch."""
+    """The model of a command, captured on the CPU with a dynamic batch. Random weights come from the seed."""
     refuse_device(device)
     use_threads(threads)
     from paredown.models import load_model, parse_input
     from paredown.program import capture
+    from paredown.train.task import seed_all
 
     inputs = parse_input(input)
+    seed_all(seed)
     if pruned is not None and weights is not None:
         msg = f"--pruned must stand without --weights: the folder holds the weights. Got {str(weights)!r} too."
         raise UsageError(msg)

@@ -1,0 +1,229 @@
+"""paredown quantize and paredown export: a model as the file that a runtime executes, checked in that runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from paredown.cli import options
+from paredown.cli.show import emit, only_document, say, show, table
+from paredown.cli.sources import arrays, loaded
+from paredown.errors import RejectedError, UsageError
+
+if TYPE_CHECKING:
+    from paredown.export import Artifact, Check
+    from paredown.program import Program
+
+_OUT = Parameter(name="--out", help="The file to write, as model.onnx.")
+RANDOM_SAMPLES = "CALIBRATED ON RANDOM NUMBERS: the ranges are not those of your data. For a try of size and speed only, never to ship."
+
+
+def quantize(
+    model: options.Model,
+    /,
+    *,
+    input: options.Input,
+    out: Annotated[Path, _OUT],
+    calibrate: Annotated[
+        str | None, Parameter(help=".npz or .npy of inputs, samples along the first axis; or the word random.")
+    ] = None,
+    observer: Annotated[Literal["mse", "minmax"], Parameter(help="How the range of an activation is chosen.")] = "mse",
+    samples: Annotated[int | None, Parameter(help="Calibration samples at most.")] = None,
+    target: options.Target = "onnxruntime-x86",
+    weights: options.Weights = None,
+    strip_prefix: options.StripPrefix = None,
+    pruned: options.From = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Static INT8: calibrate on your samples, export, and check the file in its runtime."""
+    if calibrate is None:
+        msg = (
+            "quantize must be given --calibrate FILE.npz with inputs of the kind that the model will see. Got none; paredown "
+            "does not invent them. To try size and speed alone: --calibrate random."
+        )
+        raise UsageError(msg)
+    check_out_file(out, {"weights": weights, "model": model.rpartition(":")[0]}, overwrite=overwrite)
+    read = None if calibrate == "random" else arrays(Path(calibrate), "--calibrate")
+    with only_document(json):
+        import paredown
+
+        found = loaded(
+            model,
+            input,
+            weights=weights,
+            strip_prefix=strip_prefix,
+            pruned=pruned,
+            train=False,
+            threads=threads,
+            device=device,
+        )
+        batches = _random(found.program) if read is None else as_batches(read, found.program, "--calibrate")
+        say("quantize", quiet=quiet or json)
+        quant = paredown.quantize(
+            found.program, target=target, calibrate=batches, observer=observer, num_samples=samples
+        )
+        say("export and check", quiet=quiet or json)
+        artifact = paredown.export(quant, out)
+        checked = paredown.check(artifact, quant, batches)
+    notes = [*((RANDOM_SAMPLES,) if read is None else ()), *found.notes, *quant.notes]
+    facts = {
+        "calibrated_on": "random" if read is None else "given",
+        "weights": found.weights,
+        "notes": list(dict.fromkeys(notes)),
+    }
+    _told(artifact, checked, facts, json=json, quiet=quiet)
+    return 0
+
+
+def export(
+    model: options.Model,
+    /,
+    *,
+    input: options.Input,
+    out: Annotated[Path, _OUT],
+    target: options.Target = "onnxruntime-x86",
+    opset: Annotated[int, Parameter(help="ONNX opset; older runtimes need a lower one.")] = 18,
+    weights: options.Weights = None,
+    strip_prefix: options.StripPrefix = None,
+    pruned: options.From = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Write a float32 file, and check it in its runtime on the example input."""
+    check_out_file(out, {"weights": weights, "model": model.rpartition(":")[0]}, overwrite=overwrite)
+    with only_document(json):
+        import paredown
+
+        found = loaded(
+            model,
+            input,
+            weights=weights,
+            strip_prefix=strip_prefix,
+            pruned=pruned,
+            train=False,
+            threads=threads,
+            device=device,
+        )
+        say("export and check", quiet=quiet or json)
+        artifact = paredown.export(found.program, out, target=target, opset=opset)
+        args, kwargs = found.program.inputs
+        checked = paredown.check(artifact, found.program, [{"args": args, "kwargs": kwargs}])
+    _told(artifact, checked, {"weights": found.weights, "notes": list(found.notes)}, json=json, quiet=quiet)
+    return 0
+
+
+def check_out_file(out: Path, inputs: dict[str, Any], *, overwrite: bool) -> None:
+    """A new file; never one that is read."""
+    if out.is_dir():
+        msg = f"--out must be a file to write. Got the folder {str(out)!r}. Add a name, as {str(out / 'model.onnx')!r}."
+        raise UsageError(msg)
+    for what, path in inputs.items():
+        if path and Path(path).is_file() and Path(path).resolve() == out.resolve():
+            msg = f"--out must not be the file of the {what}. Got {str(out)!r} for both."
+            raise UsageError(msg)
+    if out.exists() and not overwrite:
+        msg = f"--out must be a new file. Got {str(out)!r}, which exists. Choose another, or --overwrite."
+        raise UsageError(msg)
+
+
+def as_batches(read: dict[str, Any], program: Program, option: str) -> list[Any]:
+    """Arrays as batches of 32 samples in the structure of the example inputs: by name where all names fit, else in order."""
+    import torch
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    leaves, structure = pytree.tree_flatten(program.inputs)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    names = [str(n) for n in program.inputs.kwargs]
+    order = list(read)
+    if names and len(read) == len(names) == len(places) and set(read) == set(names):
+        order = names
+    if len(order) != len(places):
+        msg = f"{option} must hold one array for each of the model's {len(places)} inputs. Got {len(order)}: {', '.join(order)}."
+        raise RejectedError(msg)
+    tensors = [_fitting(read[name], leaves[at], name, option) for name, at in zip(order, places, strict=True)]
+    batches = []
+    for parts in zip(*(torch.split(t, 32) for t in tensors), strict=True):
+        filled = list(leaves)
+        for at, part in zip(places, parts, strict=True):
+            filled[at] = part
+        args, kwargs = pytree.tree_unflatten(filled, structure)
+        batches.append({"args": args, "kwargs": kwargs})
+    return batches
+
+
+def _fitting(array: Any, example: Any, name: str, option: str) -> Any:
+    """The array as a tensor of the example's dtype. Whole numbers are not taken for normalised inputs."""
+    import torch
+
+    if example.is_floating_point() and array.dtype.kind != "f":
+        msg = f"{option} must hold the model's own inputs, normalised, as floats. Got {array.dtype} in {name!r}."
+        raise RejectedError(msg)
+    if array.dtype.kind not in "fiub" or (not example.is_floating_point() and array.dtype.kind == "f"):
+        msg = f"{option} must hold numbers of the kind {example.dtype}. Got {array.dtype} in {name!r}."
+        raise RejectedError(msg)
+    if tuple(array.shape[1:]) != tuple(example.shape[1:]):
+        msg = f"{option} must hold samples of the shape {tuple(example.shape[1:])}. Got {tuple(array.shape[1:])} in {name!r}."
+        raise RejectedError(msg)
+    native = array.astype(array.dtype.newbyteorder("="))  # torch reads no foreign byte order
+    return torch.from_numpy(native).to(example.dtype)
+
+
+def _random(program: Program) -> list[Any]:
+    """32 samples of seeded noise in the form of the example inputs; integers repeat the example."""
+    import torch
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+
+    made = [pytree.tree_map(noise, program.inputs) for _ in range(16)]
+    return [{"args": args, "kwargs": kwargs} for args, kwargs in made]
+
+
+def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bool, quiet: bool) -> None:
+    if json:
+        emit(
+            {
+                "schema": 1,
+                "files": [{"name": str(f), "bytes": f.stat().st_size} for f in artifact.files],
+                "file_bytes": artifact.size_bytes,
+                "target": artifact.target,
+                "scheme": artifact.scheme,
+                "check": {
+                    "max_error": checked.max_error,
+                    "scale": checked.scale,
+                    "cosine": checked.cosine,
+                    "holds": checked.holds,
+                },
+                "int8_nodes": list(checked.int8_nodes),
+                "float_nodes": list(checked.float_nodes),
+                **facts,
+            }
+        )
+        return
+    rows = [
+        ("file bytes", f"{artifact.size_bytes:,} (measured)"),
+        ("scheme", f"{artifact.scheme} for {artifact.target}"),
+        (
+            "runtime against PyTorch",
+            f"max error {checked.max_error:.2g} at scale {checked.scale:.2g}, cosine {checked.cosine:.6f}",
+        ),
+        ("runs in int8", f"{len(checked.int8_nodes)} nodes of the runtime's own graph"),
+        ("computes in float", ", ".join(checked.float_nodes[:10]) or "none"),
+    ]
+    show(table(("", str(artifact.path)), rows, left=2), *(f"note: {n}" for n in facts["notes"]), quiet=quiet)
