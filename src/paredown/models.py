@@ -235,7 +235,7 @@ def _refuse_arguments(found: Callable[..., Any], spec: str) -> None:
 def _made(make: Callable[[], Any], spec: str) -> nn.Module:
     """What the callable returns, which must be an nn.Module; its own failure is told with the user's line."""
     try:
-        model = make()
+        model = _beside_torchvision(make)
     except ParedownError:
         raise
     except Exception as error:
@@ -274,7 +274,8 @@ def _module(name: str, folder: Path) -> ModuleType:
             msg = f"a module must be importable. Got {name!r}, and there is no {getattr(error, 'name', None) or name!r}.{hint}"
             raise UsageError(msg) from error
         try:
-            return importlib.import_module(name)
+            module: ModuleType = _beside_torchvision(lambda: importlib.import_module(name))
+            return module
         except ParedownError:
             raise
         except Exception as error:
@@ -292,24 +293,38 @@ def _module_of_file(path: Path) -> ModuleType:
         raise UsageError(msg)
     digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
     plain = re.sub(r"\W", "_", path.stem)
-    name = f"_paredown_{digest}.{plain}"
+    parent = f"_paredown_{digest}"
+    name = f"{parent}.{plain}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         msg = f"a module must be a Python file. Got {str(path)!r}."
         raise UsageError(msg)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # classes of it can be pickled and inspected only while it is found here
+    loader, module = spec.loader, importlib.util.module_from_spec(spec)
+    # classes can be pickled and inspected only while their module and its parent are found here
+    sys.modules[parent] = ModuleType(parent)
+    sys.modules[name] = module
     try:
         with _importable(path.parent):
-            spec.loader.exec_module(module)
+            _beside_torchvision(lambda: loader.exec_module(module))
     except BaseException as error:
-        del sys.modules[name]
+        del sys.modules[name], sys.modules[parent]
         if isinstance(error, ParedownError) or not isinstance(error, Exception):
             raise
         raise _failed(error, str(path)) from error
     return module
+
+
+def _beside_torchvision(call: Callable[[], Any]) -> Any:
+    """The user's code; where it imports a torchvision that does not fit, once more with that mended."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if not re.search(r"operator torchvision::\w+ does not exist", str(error)):
+            raise
+    import_torchvision()
+    return call()
 
 
 @contextmanager
