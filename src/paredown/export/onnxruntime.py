@@ -167,7 +167,7 @@ def _write_files(model: Any, path: Path) -> tuple[Path, ...]:
         return (path,)
     side = path.with_name(path.name + ".data")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
-        ir.external_data.unload_from_model(model, folder, side.name)
+        ir.external_data.unload_from_model(model, folder, side.name, size_threshold_bytes=1024)
         data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
         with whole_file(side) as temporary:
             (Path(folder) / side.name).replace(temporary)

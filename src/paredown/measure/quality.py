@@ -115,4 +115,4 @@ def _wilson(p: float, n: int) -> tuple[float, float]:
     z2 = _Z * _Z / n
     centre = (p + z2 / 2) / (1 + z2)
     half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return centre - half, centre + half
+    return (0.0 if p == 0 else centre - half), (1.0 if p == 1 else centre + half)

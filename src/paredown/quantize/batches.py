@@ -73,5 +73,5 @@ def finite_rows(inputs: Any) -> Tensor:
     mask = torch.ones(size, dtype=torch.bool)
     for tensor in tensors_of(inputs):
         if tensor.dim() and tensor.shape[0] == size and tensor.is_floating_point():
-            mask &= torch.isfinite(tensor.reshape(size, -1)).all(1)
+            mask &= torch.isfinite(tensor).reshape(size, tensor.numel() // max(size, 1)).all(1)
     return mask

@@ -153,7 +153,7 @@ def _own_weights(graph: fx.GraphModule, layer: fx.Node) -> None:
             continue
         tensor = fetch(graph, str(arg.target))
         aliases = [n for n in holders if fetch(graph, str(n.target)) is tensor]
-        if len(arg.users) == 1 and len(aliases) == 1:
+        if len(arg.users) == 1 and len(aliases) == 1 and isinstance(tensor, nn.Parameter):
             continue
         path, _, leaf = str(arg.target).rpartition(".")
         with graph.graph.inserting_before(layer):
@@ -200,7 +200,7 @@ def fetch(graph: fx.GraphModule, name: str) -> Tensor:
 
 
 def attach(graph: fx.GraphModule, name: str, tensor: Tensor) -> str:
-    """Register a new buffer under a dotted name that is free; returns the name."""
+    """Register a new parameter (folding wants one) under a dotted name that is free; returns the name."""
     *path, leaf = name.split(".")
     owner: nn.Module = graph
     for part in path:
@@ -209,5 +209,5 @@ def attach(graph: fx.GraphModule, name: str, tensor: Tensor) -> str:
         owner = getattr(owner, part)
     while hasattr(owner, leaf):
         leaf += "_"
-    owner.register_buffer(leaf, tensor)
+    owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     return ".".join((*path, leaf))

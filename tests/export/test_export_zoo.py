@@ -1,0 +1,45 @@
+"""Every structural hazard: quantized, exported, executed, compared. Long: minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import hazards
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("torchao")
+import hazards_tokens  # noqa: F401  (registers more hazards)
+from paredown.errors import RejectedError
+from paredown.export import check, export
+from paredown.program import capture
+from paredown.quantize import quantize
+
+NO_TRANSLATION = ("custom_op", "flatten_linear")  # a custom op; adaptive max pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(hazards.HAZARDS))
+def test_hazard(name: str, tmp_path: Path) -> None:
+    try:
+        net = hazards.fresh(name)
+    except ImportError as error:
+        pytest.skip(f"needs a library that cannot be imported: {error}")
+
+    def batch(size: int) -> dict[str, object]:
+        return dict(zip(("args", "kwargs"), hazards.HAZARDS[name].inputs(size), strict=True))
+
+    program = capture(net, batch(2), train=False)
+    size = 3 if program.batch == "dynamic" else 2
+    torch.manual_seed(1)
+    if name in NO_TRANSLATION:
+        with pytest.raises(RejectedError, match="translation to ONNX"):
+            export(program, tmp_path / "a.onnx")
+        return
+    assert check(export(program, tmp_path / "a.onnx"), program, [batch(size)]).holds
+    quantized = quantize(program, calibrate=[batch(size) for _ in range(12)])
+    result = check(export(quantized, tmp_path / "b.onnx"), quantized, [batch(size)])
+    assert result.holds
+    assert not [n for n in result.float_nodes if n.startswith(("Conv:", "FusedConv:"))]

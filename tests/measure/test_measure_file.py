@@ -1,0 +1,151 @@
+"""Size, latency, memory and quality of real files in the real runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deploy_nets
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from paredown.errors import RejectedError, ResourceError, UsageError
+from paredown.export import Artifact, export
+from paredown.measure import latency as latencies
+from paredown.measure import machine, machine_text, measure, sizes
+from paredown.records import Measured
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    large = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 1500), nn.ReLU(), nn.Linear(1500, 1500), nn.ReLU(), nn.Linear(1500, 10)
+    )
+    return export((large, torch.randn(2, 1, 8, 8)), folder / "large.onnx"), export(
+        (deploy_nets.Residual().eval(), torch.randn(2, 1, 8, 8)), folder / "small.onnx"
+    )
+
+
+def test_everything_is_measured_with_unit_spread_and_machine(files: tuple[Artifact, Artifact]) -> None:
+    large, small = files
+    x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def evaluate(predict: object) -> dict[str, object]:
+        return {"accuracy": (predict(x).argmax(1) == 3) * 100.0, "largest": float(predict(x).max())}  # type: ignore[operator]
+
+    found = measure(small, [x], evaluate=evaluate, baseline=large, runs=30, seconds=2.0, units={"accuracy": "%"})
+    assert set(found) == {
+        *("bytes", "gzip_bytes", "latency_ms", "baseline_latency_ms", "speedup"),
+        *("peak_memory_bytes", "after_import_memory_bytes", "memory_bytes", "accuracy", "largest"),
+    }
+    assert all(
+        isinstance(m, Measured) and m.badge == "measured" and m.machine == machine_text() and m.protocol
+        for m in found.values()
+    )
+    timings = {name for name, m in found.items() if m.timing}
+    assert timings == {n for n in found if "latency" in n or "memory" in n or n == "speedup"}
+    assert found["bytes"].value == small.path.stat().st_size
+    assert (found["accuracy"].unit, found["accuracy"].n) == ("%", 20)
+    for name in ("latency_ms", "baseline_latency_ms"):
+        assert 0 < found[name].low <= found[name].value <= found[name].high
+    assert found["speedup"].value == pytest.approx(found["baseline_latency_ms"].value / found["latency_ms"].value)
+    assert found["speedup"].value > 1.5  # 2.3 M multiplications against 0.1 M
+    assert found["speedup"].low <= found["speedup"].value <= found["speedup"].high
+    assert found["memory_bytes"].value == found["peak_memory_bytes"].value - found["after_import_memory_bytes"].value
+    # The process holds the runtime, not this test's torch, which needs more than 200 MB.
+    assert 20e6 < found["after_import_memory_bytes"].value < 150e6
+
+
+def test_memory_grows_with_the_weights(files: tuple[Artifact, Artifact]) -> None:
+    x = [torch.randn(1, 1, 8, 8)]
+    large, small = (measure(f, x, runs=5, seconds=0.1)["memory_bytes"].value for f in files)
+    assert large - small > 0.8 * (files[0].size_bytes - files[1].size_bytes)
+
+
+def test_sizes_are_stat_and_gzip_of_all_files(tmp_path: Path) -> None:
+    parts = (tmp_path / "a", tmp_path / "b")
+    parts[0].write_bytes(b"x" * 10_000)
+    parts[1].write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)))
+    found = sizes(parts)
+    assert found["bytes"].value == 15_000
+    packer = [zlib.compressobj(9, zlib.DEFLATED, 31) for _ in parts]
+    expected = sum(len(p.compress(f.read_bytes()) + p.flush()) for p, f in zip(packer, parts, strict=True))
+    assert found["gzip_bytes"].value == expected
+    assert found == sizes(parts)
+
+
+def test_readings_take_turns_and_show_their_spread() -> None:
+    order: list[str] = []
+
+    class Session:
+        def __init__(self, name: str, pause: float) -> None:
+            self.name, self.pause = name, pause
+
+        def run(self, _: object, __: object) -> None:
+            import time
+
+            order.append(self.name)
+            time.sleep(self.pause)
+
+    sessions = {"this": Session("a", 0.002), "baseline": Session("b", 0.006)}
+    found = latencies.latency(sessions, dict.fromkeys(sessions), threads=1, runs=10, seconds=5.0, machine="m")
+    timed = order[20:]  # after ten warm-up runs of each
+    assert timed == ["a", "b", "b", "a"] * 5
+    assert 2.0 <= found["this"].value < 4.0
+    assert 2.0 < found["ratio"].value < 3.2
+    assert found["this"].n == 10
+
+
+def test_a_disturbed_run_says_so() -> None:
+    unsteady = latencies._spread([1.0] * 50 + [3.0] * 50, "median", "m")
+    assert "unsteady" in unsteady.protocol
+    assert "unsteady" not in latencies._spread([1.0, 1.01, 1.02] * 30, "median", "m").protocol
+
+
+def test_the_memory_module_runs_by_itself(files: tuple[Artifact, Artifact]) -> None:
+    command = [sys.executable, "-m", "paredown.measure.memory", str(files[1].path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["peak_bytes"] >= found["after_import_bytes"] > 10e6
+
+
+def test_wrong_requests(files: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+    x = [torch.randn(1, 1, 8, 8)]
+    with pytest.raises(RejectedError, match="at least one sample"):
+        measure(files[1], [])
+    with pytest.raises(UsageError, match="threads must be"):
+        measure(files[1], x, threads=0)
+    with pytest.raises(RejectedError, match="measured already"):
+        measure(files[1], x, evaluate=lambda _: {"bytes": 1.0}, runs=5, seconds=0.1, memory=False)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"\0")
+    with pytest.raises((RejectedError, ResourceError)):
+        measure(Artifact(files=(broken,), target="onnxruntime-x86", scheme="fp32"), x)
+
+
+def test_the_machine_is_described_without_names() -> None:
+    import getpass
+    import socket
+
+    facts = machine()
+    assert facts["cores"] >= 1
+    assert facts["memory_bytes"] is None or facts["memory_bytes"] > 1e8
+    assert socket.gethostname() not in machine_text()
+    assert getpass.getuser() == "root" or getpass.getuser() not in machine_text()
+
+
+def test_importing_the_room_loads_neither_torch_nor_a_runtime() -> None:
+    code = "import sys, paredown.measure; print([m for m in ('torch', 'onnx', 'onnxruntime') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
