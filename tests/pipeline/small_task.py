@@ -60,7 +60,9 @@ def base(seed=0, checkpoint=None, progress=None):
     from paredown.train import fit
 
     _call()
-    return fit(model(), train_batches, step, epochs=2, lr=0.05, seed=seed, checkpoint=checkpoint, progress=progress).module
+    return fit(
+        model(), train_batches, step, epochs=2, lr=0.05, seed=seed, checkpoint=checkpoint, progress=progress
+    ).module
 
 
 def inputs():

@@ -66,7 +66,9 @@ def compare(whole: Path, out: Path) -> None:
 def test_the_run_did_its_job(whole: Path) -> None:
     records = {r["cell"]["stage"]: r for r in untimed(whole / "records.jsonl")}
     assert list(records) == ["examine", "dense", "level-1", "level-2", "int8", "verdict"]
-    assert records["int8"]["measured"]["parameters"]["value"] < 0.6 * records["dense"]["measured"]["parameters"]["value"]
+    assert (
+        records["int8"]["measured"]["parameters"]["value"] < 0.6 * records["dense"]["measured"]["parameters"]["value"]
+    )
     assert records["int8"]["details"]["float_nodes"] == []
     assert records["level-2"]["details"]["proof"]["moved"] > 0
     assert (whole / "int8.onnx").stat().st_size == records["int8"]["measured"]["bytes"]["value"]
@@ -134,5 +136,8 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     from paredown.pipeline.folder import opened
 
     with opened(tmp_path, "seed: 0\n", lambda there: "", overwrite=False):
-        with pytest.raises(ResourceError, match="one owner"), opened(tmp_path, "seed: 0\n", lambda there: "", overwrite=False):
+        with (
+            pytest.raises(ResourceError, match="one owner"),
+            opened(tmp_path, "seed: 0\n", lambda there: "", overwrite=False),
+        ):
             pass

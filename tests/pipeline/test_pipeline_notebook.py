@@ -1,0 +1,136 @@
+"""compress(model, inputs, …) without YAML; gates and refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("torchao")
+
+from paredown.budget import Budget
+from paredown.errors import GateError, InfeasibleError, RejectedError, UsageError
+from paredown.pipeline import compress
+
+QUICK = {"measure": {"runs": 5, "seconds": 0.2}, "recover": {"batch_norm_batches": 0}}
+METRIC = {"name": "mae", "unit": "g", "goal": "min"}
+
+
+class Scale(nn.Module):
+    """Two inputs, one number: a regression in grams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.age = nn.Linear(2, 16)
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, image: torch.Tensor, *, age: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"grams": self.head(torch.relu(self.image(image) + self.age(age)))}
+
+
+def samples(num: int, seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "args": (torch.randn(num, 1, 8, 8, generator=generator),),
+        "kwargs": {"age": torch.randn(num, 2, generator=generator)},
+    }
+
+
+@pytest.fixture(scope="module")
+def job() -> dict:
+    model = Scale().eval()
+    test = samples(60, 1)
+    with torch.no_grad():
+        truth = model(*test["args"], **test["kwargs"])["grams"]
+
+    def evaluate(predict) -> dict:
+        return {"mae": (predict(*test["args"], **test["kwargs"])["grams"] - truth).abs().flatten().numpy()}
+
+    def train(model: nn.Module) -> None:
+        """One's own loop."""
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        data = samples(64, 2)
+        with torch.no_grad():
+            wanted = teacher(*data["args"], **data["kwargs"])["grams"]
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = (model(*data["args"], **data["kwargs"])["grams"] - wanted).square().mean()
+            loss.backward()
+            optimizer.step()
+
+    teacher = Scale().eval()
+    return {
+        "model": model,
+        "inputs": samples(2, 3),
+        "train": train,
+        "calibrate": lambda: [samples(32, 4)],
+        "evaluate": evaluate,
+    }
+
+
+def call(job: dict, out: Path, **changes):
+    given = {**job, "metric": METRIC, "budget": Budget(channels=0.5), "options": QUICK, **changes}
+    return compress(given.pop("model"), given.pop("inputs"), out=out, quiet=True, **given)
+
+
+def test_own_loop_two_inputs_dict_output(job: dict, tmp_path: Path) -> None:
+    before = {n: p.clone() for n, p in job["model"].state_dict().items()}
+    result = call(job, tmp_path / "run")
+    assert result.artifact.path.exists()
+    assert result.module.age.weight.shape == (8, 2), "the user's own class, half the channels"
+    assert all(torch.equal(p, before[n]) for n, p in job["model"].state_dict().items()), "the model given is untouched"
+    assert "<iframe" in result._repr_html_()
+    stages = {r.cell["stage"]: r for r in result.records}
+    assert stages["int8"].measured["metric"].unit == "g"
+
+
+def test_a_bound_that_does_not_hold_is_exit_5_with_a_report(job: dict, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="metric_loss") as caught:
+        call(job, tmp_path / "run", budget=Budget(channels=0.5, metric_loss=0.0), train=lambda model: None)
+    assert caught.value.exit_code == 5
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_size_that_cannot_be_met_is_exit_4(job: dict, tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleError, match="size_bytes"):
+        call(job, tmp_path / "run", budget=Budget(channels=0.5, size_bytes="100 B"))
+
+
+def test_without_a_budget_nothing_is_pruned(job: dict, tmp_path: Path) -> None:
+    result = call(job, tmp_path / "run", budget=None)
+    assert [r.cell["stage"] for r in result.records] == ["examine", "dense", "int8", "verdict"]
+
+
+def test_a_missing_direction_is_refused(job: dict, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="goal"):
+        call(job, tmp_path / "run", metric={"name": "mae", "unit": "g", "goal": "lower"})
+    with pytest.raises(UsageError, match="metric"):
+        call(job, tmp_path / "run", metric=None)
+
+
+def test_calibration_data_that_is_test_data_is_refused(job: dict, tmp_path: Path) -> None:
+    from paredown.pipeline.compress import _notebook_recipe, _run
+    from paredown.train import Metric, Task
+
+    shared = samples(16, 7)
+    task = Task(
+        name="t",
+        model=Scale,
+        inputs=lambda: samples(2, 3),
+        calibration_batches=lambda: [shared],
+        test_batches=lambda: [shared],
+        evaluate=job["evaluate"],
+        metric=Metric(**METRIC),
+        train=lambda m: None,
+    )
+    recipe = _notebook_recipe(None, "onnxruntime-x86", QUICK)
+    with pytest.raises(RejectedError, match="calibration"):
+        _run(recipe, task, Scale, True, tmp_path / "run", overwrite=False, quiet=True)
+
+
+def test_nan_in_the_metric_is_refused(job: dict, tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match="NaN"):
+        call(job, tmp_path / "run", evaluate=lambda predict: {"mae": float("nan")})
