@@ -719,6 +719,16 @@ def stacked() -> nn.Module:
     return Net(run, a=conv(3, 7), b=conv(3, 7), c=conv(7, 5), d=conv(7, 5), head=conv(5, 3))
 
 
+@hazard()
+def stacked_with_input() -> nn.Module:
+    """Fixed channels (the image) and learned ones side by side in one tensor."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.stack([x, m.a(x)], 1).amax(1)) + m.other(m.b(x))
+
+    return Net(run, a=conv(3, 3), b=conv(3, 5), head=conv(3, 4), other=conv(5, 4))
+
+
 @hazard(free=6)
 def size_as_number() -> nn.Module:
     """A factor that Python computed from the number of channels must not follow the pruned number."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import signal
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,25 @@ Removed = Mapping[int, Any]
 def captured(name: str) -> tuple[Program, Coupling]:
     args, kwargs = HAZARDS[name].inputs(2)
     program = capture(built(name), {"args": args, "kwargs": kwargs})
-    return program, couple(program)
+    with within(20):
+        return program, couple(program)
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Stop what does not come to an end."""
+
+    def stop(*_: Any) -> None:
+        msg = f"not done after {seconds} s"
+        raise TimeoutError(msg)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def removed_units(coupling: Coupling, seed: int, share: float = 0.4) -> dict[int, Any]:
