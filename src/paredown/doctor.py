@@ -70,8 +70,6 @@ PACKAGES = (
 
 _CHILDREN = (("torch", "torchao"), ("torchvision", "timm"))
 """Modules that load torch, by child process; all others share a third one."""
-TORCHVISION_OPS = ("nms", "qnms")
-"""The two ops that torchvision's Python code needs declared before it can be imported."""
 
 _DOT_UNITS = {
     "amx_int8": "AMX",
@@ -218,7 +216,7 @@ def _package(package: Package, reply: Reply) -> Finding:
     if _numbers(version) < _numbers(package.oldest):
         found = f"{version}, older than {package.oldest}"
         return finding(state="broken" if required else "warn", found=found, fix=newer)
-    if "declared" in reply:
+    if "error_without" in reply:
         found, fix = _torchvision(version, reply)
         return finding(state="warn", found=found, fix=fix)
     return finding(state="ok", found=f"{version}, runs on {reply['providers']}" if "providers" in reply else version)
@@ -228,10 +226,9 @@ def _torchvision(version: str, reply: Reply) -> tuple[str, str]:
     """What it means that torchvision imports only after its ops were declared, and what mends it."""
     torch = str(reply["torch"])
     flavour = torch.partition("+")[2] or "cpu"
-    ops = " and ".join(f"torchvision::{op}" for op in TORCHVISION_OPS)
     found = (
         f"{version} does not match torch {torch}: its compiled ops do not load ({reply['error_without']}). paredown declares "
-        f"{ops} itself before it loads a model, so classifiers work; detection models, which run these ops, do not. "
+        f"torchvision::nms and torchvision::qnms itself before it loads a model, so classifiers work; detection models, which run these ops, do not. "
         "`import torchvision` in your own code fails."
     )
     wheel = f"'torchvision=={version.partition('+')[0]}' --index-url https://download.pytorch.org/whl/{flavour}"
@@ -431,7 +428,7 @@ def _imported(name: str) -> dict[str, Any]:
     """Version and facts of a module; raises what its import raises."""
     facts: dict[str, Any] = {}
     if name == "torchvision":
-        facts = _declared_torchvision()
+        facts = _torchvision_facts()
     module = importlib.import_module(name)
     if name == "torch":
         facts = _torch_facts(module)
@@ -456,32 +453,24 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
     return {"cuda_build": torch.version.cuda, "devices": devices, "cuda_error": problem}
 
 
-def _declared_torchvision() -> dict[str, Any]:
-    """Import torchvision; where its compiled ops do not load, declare what its Python code needs and try again.
+def _torchvision_facts() -> dict[str, Any]:
+    """Import torchvision plainly; where that fails, as paredown's own loader does. Nothing to tell where it works.
 
     A wheel built for CUDA beside a CPU torch cannot load its library, and then stops at its own first mention of an op:
     "operator torchvision::nms does not exist".
     """
     try:
         importlib.import_module("torchvision")
-    except (RuntimeError, OSError) as error:
-        if "torchvision" not in str(error) and "lib" not in str(error):
+    except (RuntimeError, ImportError) as error:
+        if isinstance(error, ModuleNotFoundError):
             raise
         first = _one_line(error)
     else:
         return {}
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # half-imported
-    torch = importlib.import_module("torch")
-    library = torch.library.Library("torchvision", "DEF")
-    _LIBRARIES.append(library)
-    for op in TORCHVISION_OPS:
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return {"declared": list(TORCHVISION_OPS), "error_without": first, "torch": str(torch.__version__)}
-
-
-_LIBRARIES: list[Any] = []
-"""Declarations live as long as their library object."""
+    importlib.import_module("paredown.models").import_torchvision()
+    return {"error_without": first, "torch": str(sys.modules["torch"].__version__)}
 
 
 def _one_line(error: BaseException) -> str:

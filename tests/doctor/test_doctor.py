@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def here() -> tuple[Diagnosis, float]:
-    start = time.monotonic()
-    return diagnose(), time.monotonic() - start
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = diagnose()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def test_here_nothing_required_is_broken(here: tuple[Diagnosis, float]) -> None:
     assert found["numpy"].found == importlib.metadata.version("numpy")
     assert found["onnxruntime"].extra == "onnx"
     assert found["device"].found
-    assert seconds < 30  # 8 s where it has two cores to itself
+    assert seconds < 20  # of processor time, spread over three processes: it does not depend on the load
 
 
 def test_every_package_is_named_once_and_every_problem_says_what_to_do(here: tuple[Diagnosis, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,16 @@ def test_the_verbs_one_by_one(task: ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert before > 90 and measured["accuracy"].value > before - 5
     assert measured["accuracy"].n == 597 and measured["bytes"].value == Path("model.onnx").stat().st_size
     assert check.int8_nodes and not [n for n in check.float_nodes if "Conv" in str(n)]
+
+
+def test_commands_are_those_of_the_program() -> None:
+    named = set(re.findall(r"`paredown ([a-z]+)", README)) | set(
+        re.findall(r"^paredown ([a-z]+)", README, re.MULTILINE)
+    )
+    assert len(named) >= 9
+    done = subprocess.run([sys.executable, "-m", "paredown", "--help"], capture_output=True, text=True, check=True)
+    there = set(re.findall(r"^│ ([a-z]+) ", done.stdout, re.MULTILINE))
+    assert named == there
 
 
 @pytest.mark.slow
