@@ -133,7 +133,8 @@ class MaskedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self.norm
         grouped = isinstance(norm, nn.GroupNorm)
-        rows = x.movedim(1, -1) if grouped else x
+        images = grouped or type(norm).__name__ == "LayerNorm2d"  # channels first
+        rows = x.movedim(1, -1) if images else x
         channels = rows.shape[-1]
         kept = [i for i in range(channels) if i not in self.leaving]
         out = torch.zeros_like(rows)
@@ -155,7 +156,7 @@ class MaskedNorm(nn.Module):
             out = out * norm.weight
         if getattr(norm, "bias", None) is not None:
             out = out + norm.bias
-        return out.movedim(-1, 1) if grouped else out
+        return out.movedim(-1, 1) if images else out
 
 
 def run(model: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:

@@ -39,7 +39,7 @@ class Dag(nn.Module):
             self.parts[f"out{i}"] = conv(width, 4, 1)
         self.num_outputs = len(widths[-3:])
 
-    def _add(self, name: str, op: str, a: int, b: int, size: int, widths: list[int]) -> None:
+    def _add(self, name: str, op: str, a: int, b: int, size: int, widths: list[int]) -> None:  # noqa: PLR0912 (a table of ops)
         c = widths[a]
         divisors = [g for g in (2, 3, 4) if c % g == 0]
         made: nn.Module | None = None
@@ -113,7 +113,7 @@ class Dag(nn.Module):
             seen += out if isinstance(out, list) else [out]
         return tuple(self.parts[f"out{i}"](seen[i - self.num_outputs]).mean((2, 3)) for i in range(self.num_outputs))
 
-    def _run(self, op: str, operands: list[Tensor], detail: Any) -> Any:
+    def _run(self, op: str, operands: list[Tensor], detail: Any) -> Any:  # noqa: PLR0912
         x = operands[0]
         if op == "split":
             return list(torch.split(x, [detail, x.shape[1] - detail], dim=1))

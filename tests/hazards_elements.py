@@ -1,0 +1,354 @@
+"""Tiny nets, one per structural hazard: element-wise ops, computed weights, ops without a rule. See hazards.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from hazards import Net, conv, hazard, random
+
+# -------------------------------------------------------------------------------------------- element-wise and in place
+
+
+@hazard(free=6)
+def layer_scale() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.a(x) * m.gamma + m.beta[:, None, None])
+
+    return Net(
+        run,
+        a=conv(3, 6),
+        gamma=nn.Parameter(torch.ones(1, 6, 1, 1)),
+        beta=nn.Parameter(torch.zeros(6)),
+        head=conv(6, 3),
+    )
+
+
+@hazard(free=6)
+def prelu() -> nn.Module:
+    return nn.Sequential(conv(3, 6), nn.PReLU(6), conv(6, 3))
+
+
+@hazard(free=4)
+def shared_prelu() -> nn.Module:
+    return nn.Sequential(conv(3, 4), nn.PReLU(), conv(4, 3))
+
+
+@hazard()
+def buffers_added() -> nn.Module:
+    """Constants along the channels: a saved buffer, an unsaved one and a tensor that is neither."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.a(x) + m.kept) * m.unsaved) + m.other(
+            m.b(x) - torch.linspace(0.5, 1.0, 5)[:, None, None]
+        )
+
+    net = Net(run, a=conv(3, 6), b=conv(3, 5), head=conv(6, 3), other=conv(5, 3))
+    net.register_buffer("kept", random(6, 1, 1))
+    net.register_buffer("unsaved", random(1, 6, 1, 1).abs() + 0.5, persistent=False)
+    return net
+
+
+@hazard(double=False)
+def coordinates() -> nn.Module:
+    """CoordConv: constant channels beside learned ones."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        grid = torch.linspace(-1, 1, 8).expand(x.shape[0], 1, 8, 8)
+        return m.b(torch.cat([x, grid.to(x.dtype), grid.transpose(2, 3).to(x.dtype)], 1))
+
+    return Net(run, a=conv(3, 6), b=conv(8, 3))
+
+
+@hazard(free=7, permutable=False)
+def in_place_slice() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y[:, :4] += m.b(x)
+        y[:, 2:].mul_(1.5)
+        return m.head(y)
+
+    return Net(run, a=conv(3, 7), b=conv(3, 4), head=conv(7, 3))
+
+
+@hazard(double=False)
+def zeros_filled() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], 9, 8, 8, dtype=x.dtype)
+        out[:, :4] = m.a(x)
+        out[:, 4:].add_(m.b(x))
+        return m.head(F.relu(out))
+
+    return Net(run, a=conv(3, 4), b=conv(3, 5), head=conv(9, 3))
+
+
+@hazard()
+def masked() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        gate = (x.mean(1, keepdim=True) > 0).detach()
+        a, b = m.a(x), m.b(x)
+        y = torch.where(gate, a, b)
+        y = y.masked_fill(~gate, 0.25) + m.c(x).mean((2, 3), keepdim=True).expand_as(y)
+        return m.head(y)
+
+    return Net(run, a=conv(3, 6), b=conv(3, 6), c=conv(3, 6), head=conv(6, 3))
+
+
+@hazard(free=10)
+def gated() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        a, b = m.a(x).chunk(2, dim=1)
+        return m.head(F.glu(m.b(a * torch.sigmoid(b)), dim=1))
+
+    return Net(run, a=conv(3, 12), b=conv(6, 8), head=conv(4, 3))
+
+
+@hazard(free=5)
+def maxout() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.head(x.view(x.shape[0], 5, 2, *x.shape[2:]).max(2).values)
+
+    return Net(run, a=conv(3, 10), head=conv(5, 3))
+
+
+@hazard(free=12)
+def stacked() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = torch.stack([m.a(x), F.relu(m.b(x))], dim=0).sum(0) * 0.5
+        return m.head(torch.stack([m.c(x), m.d(x)], dim=-1).amax(-1))
+
+    return Net(run, a=conv(3, 7), b=conv(3, 7), c=conv(7, 5), d=conv(7, 5), head=conv(5, 3))
+
+
+@hazard()
+def stacked_with_input() -> nn.Module:
+    """Fixed channels (the image) and learned ones side by side in one tensor."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.stack([x, m.a(x)], 1).amax(1)) + m.other(m.b(x))
+
+    return Net(run, a=conv(3, 3), b=conv(3, 5), head=conv(3, 4), other=conv(5, 4))
+
+
+@hazard(free=6)
+def size_as_number() -> nn.Module:
+    """A factor that Python computed from the number of channels must not follow the pruned number."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.head(x * x.shape[1] ** -0.5)
+
+    return Net(run, a=conv(3, 6), head=conv(6, 3))
+
+
+@hazard()
+def extremes() -> nn.Module:
+    """torch.max of two tensors, maximum, lerp, clamp by tensors."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        a, b, c = m.a(x), m.b(x), m.c(x)
+        y = torch.max(a, b) + torch.lerp(m.d(x), c, 0.3)
+        return m.head(torch.clamp(y, min=a - 1, max=c + 1))
+
+    return Net(run, a=conv(3, 6, 1), b=conv(3, 6, 1), c=conv(3, 6, 1), d=conv(3, 6, 1), head=conv(6, 3))
+
+
+@hazard()
+def weighted_fusion() -> nn.Module:
+    """BiFPN: feature maps weighed by entries of one small parameter; a learned temperature."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        w = F.relu(m.w)
+        w = w / (w.sum() + 1e-4)
+        y = w[0] * m.a(x) + w[1] * m.b(x)
+        return m.head(F.relu(m.c(y))) * m.temperature
+
+    return Net(
+        run,
+        a=conv(3, 6),
+        b=conv(3, 6),
+        c=conv(6, 5),
+        head=conv(5, 3),
+        w=nn.Parameter(torch.ones(2)),
+        temperature=nn.Parameter(torch.ones(1)),
+    )
+
+
+@hazard()
+def expanded_gate() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        gate = m.gate(x).sigmoid().expand(-1, 6, -1, -1)
+        return m.head(m.a(x) * gate) + m.other(m.b(x) + x[:, :1].expand(-1, 5, 8, 8))
+
+    return Net(run, gate=conv(3, 1), a=conv(3, 6), b=conv(3, 5), head=conv(6, 3), other=conv(5, 3))
+
+
+@hazard()
+def patches_unfolded() -> nn.Module:
+    """im2col and col2im around a linear layer; channels as rows of a linear over positions."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        y = m.b(F.unfold(x, 2, stride=2).transpose(1, 2)).transpose(1, 2)
+        y = F.fold(y, (8, 8), 2, stride=2)
+        return m.head(F.relu(y)) + m.rows(m.c(x).flatten(2)).mean((1, 2))[:, None, None, None]
+
+    return Net(run, a=conv(3, 4), b=nn.Linear(16, 20), head=conv(5, 3), c=conv(4, 5), rows=nn.Linear(64, 3))
+
+
+@hazard(stochastic=True, free=11)
+def dropouts() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = F.dropout2d(m.stem(x), 0.2, m.training)
+        y = m.drop(F.relu(m.norm(m.a(x))))
+        return m.head(x + m.path(m.b(y)))
+
+    return Net(
+        run,
+        stem=conv(3, 6),
+        a=conv(6, 5),
+        norm=nn.BatchNorm2d(5),
+        b=conv(5, 6),
+        head=conv(6, 3),
+        drop=nn.Dropout(0.5),
+        path=DropPath(),
+    )
+
+
+class DropPath(nn.Module):
+    """Skip a residual branch at random, sample by sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(0.6)
+        return x * keep / 0.6
+
+
+# ----------------------------------------------------------------------------------------------- the weight is computed
+
+
+@hazard(free=14)
+def weight_norms() -> nn.Module:
+    return nn.Sequential(
+        parametrizations.weight_norm(conv(3, 8)), nn.ReLU(), torch.nn.utils.weight_norm(conv(8, 6)), conv(6, 3)
+    )
+
+
+@hazard(free=14)
+def spectral_norms() -> nn.Module:
+    return nn.Sequential(parametrizations.spectral_norm(conv(3, 8)), nn.ReLU(), conv(8, 6), conv(6, 3))
+
+
+@hazard(free=14)
+def pruning_mask() -> nn.Module:
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), conv(6, 3))
+    prune.random_unstructured(model[2], "weight", 0.4)
+    prune.random_unstructured(model[2], "bias", 2)
+    return model
+
+
+@hazard()
+def standardised_weight() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        w = m.a.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return m.head(F.relu(F.conv2d(m.stem(x), w, m.a.bias, padding=1)))
+
+    return Net(run, stem=conv(3, 5), a=conv(5, 6), head=conv(6, 3))
+
+
+# -------------------------------------------------------------------------------------------------------------- no rule
+
+
+@hazard(because=("cumsum", "hazards.py:"))
+def cumulative() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.cumsum(m.a(x), 1)) + m.other(F.relu(m.b(x)))
+
+    return Net(run, a=conv(3, 6), b=conv(3, 6), head=conv(6, 3), other=conv(6, 3))
+
+
+@hazard(because=("sort", "softmax"))
+def sorted_channels() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.sort(m.a(x), 1).values) + m.other(torch.softmax(m.b(x), 1))
+
+    return Net(run, a=conv(3, 6), b=conv(3, 6), head=conv(6, 3), other=conv(6, 3))
+
+
+@hazard()
+def cbam() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        gate = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return m.head(x * torch.sigmoid(m.gate(gate)))
+
+    return Net(run, stem=conv(3, 6), gate=conv(2, 1), head=conv(6, 3))
+
+
+@hazard()
+def local_channel_attention() -> nn.Module:
+    """ECA: a 1-D convolution along the channel axis."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        gate = m.gate(x.mean((2, 3))[:, None])
+        return m.head(x * torch.sigmoid(gate).transpose(1, 2)[..., None])
+
+    return Net(run, stem=conv(3, 6), gate=nn.Conv1d(1, 1, 3, padding=1), head=conv(6, 3))
+
+
+@hazard()
+def gram_matrix() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).flatten(2)
+        return m.head((y @ y.transpose(1, 2) / 64).flatten(1)) + m.other(m.b(x)).mean((2, 3))
+
+    return Net(run, a=conv(3, 6), b=conv(3, 6), head=nn.Linear(36, 3), other=conv(6, 3))
+
+
+@hazard()
+def normalised_channels() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y = (y - y.mean(1, keepdim=True)) / torch.sqrt(y.var(1, keepdim=True) + 1e-5)
+        return m.head(F.normalize(m.b(y), dim=1))
+
+    return Net(run, a=conv(3, 6), b=conv(6, 5), head=conv(5, 3))
+
+
+@torch.library.custom_op("paredown_tests::swap_pairs", mutates_args=())
+def swap_pairs(x: Tensor) -> Tensor:
+    """An op that nobody knows: neighbours along the channels trade places."""
+    return x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2).contiguous()
+
+
+@swap_pairs.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+swap_pairs.register_autograd(lambda _, grad: swap_pairs(grad))
+
+
+@hazard(free=7, unknown="swap_pairs", because=("swap_pairs", "hazards.py:"))
+def custom_op() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.b(F.relu(swap_pairs(m.a(x)))))
+
+    return Net(run, a=conv(3, 6), b=conv(6, 7), head=conv(7, 3))
+
+
+@hazard(because=("fft",))
+def fourier() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.fft.rfft(m.a(x), dim=1).real) + m.other(m.b(x))
+
+    return Net(run, a=conv(3, 6), b=conv(3, 6), head=conv(4, 3), other=conv(6, 3))
