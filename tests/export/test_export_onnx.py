@@ -18,11 +18,12 @@ from torch import nn
 
 import deploy_nets
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("torchao")
 
+import onnx
 from onnx import numpy_helper
 
 from paredown.errors import MissingError, RejectedError, ResourceError, UsageError, VerificationError
@@ -295,7 +296,7 @@ def test_wrong_requests_say_what_is_right_and_leave_nothing(tmp_path: Path) -> N
     program = capture(net, inputs(2))
     with pytest.raises(UsageError, match="opset must be an integer from 18"):
         export(program, tmp_path / "a.onnx", opset=11)
-    with pytest.raises(UsageError, match="litert.*cannot export to it yet"):
+    with pytest.raises(UsageError, match=r"litert.*cannot export to it yet"):
         export(program, tmp_path / "a.onnx", target="litert")
     with pytest.raises(UsageError, match="the folder"):
         export(program, tmp_path)
@@ -312,7 +313,7 @@ def test_ops_without_translation_are_listed(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.special.i0e(x) + torch.special.bessel_j0(x)
 
-    with pytest.raises(RejectedError, match="(?s)opset 18.*bessel_i0e.*bessel_j0") as caught:
+    with pytest.raises(RejectedError, match=r"(?s)opset 18.*bessel_i0e.*bessel_j0") as caught:
         export((Rare(), torch.rand(2, 3)), tmp_path / "a.onnx")
     assert "test_export_onnx.py:" in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -253,9 +253,9 @@ def test_no_samples_is_refused_before_anything_is_written(nothing: object) -> No
 def test_wrong_requests_say_what_is_right(residual: tuple[nn.Module, programs.Program, Quantized]) -> None:
     net, program, quantized = residual
     x = [torch.randn(4, 1, 8, 8)]
-    with pytest.raises(UsageError, match="openvino-x86.*cannot export to it yet"):
+    with pytest.raises(UsageError, match=r"openvino-x86.*cannot export to it yet"):
         quantize(program, calibrate=x, target="openvino-x86")
-    with pytest.raises(UsageError, match="w4a8.*cannot produce it yet"):
+    with pytest.raises(UsageError, match=r"w4a8.*cannot produce it yet"):
         quantize(program, calibrate=x, scheme="w4a8")
     with pytest.raises(UsageError, match="observer must be"):
         quantize(program, calibrate=x, observer="entropy")  # type: ignore[arg-type]
