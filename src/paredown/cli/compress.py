@@ -22,7 +22,7 @@ def compress(
     *,
     out: Annotated[Path | None, Parameter(help="Folder of the run; default: runs/NAME of the recipe.")] = None,
     set_: options.Set = (),
-    weights: options.Weights = None,
+    weights: options.OtherWeights = None,
     device: options.Device = None,
     threads: options.Threads = None,
     strict: options.Strict = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from paredown.cli import options
-from paredown.cli.show import emit, only_document, say, show, table
+from paredown.cli.show import columns, emit, only_document, say, show, table
 from paredown.cli.sources import loaded
 from paredown.errors import UsageError
 
@@ -80,7 +80,7 @@ def examine(
 
         emit({**loads(cost.to_json()), "weights": found.weights, "notes": list(found.notes)})
         return 0
-    show(cost, cost.bars(value=by), *(f"note: {n}" for n in found.notes), quiet=quiet)
+    show(cost, cost.bars(value=by, width=columns()), *(f"note: {n}" for n in found.notes), quiet=quiet)
     return 0
 
 

@@ -32,6 +32,8 @@ BROKEN_PIPE = 141
 """What a shell reports for a program whose reader went away: 128 + SIGPIPE."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE)
 _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
+_NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)
 
 
 def _version() -> str:
@@ -87,22 +89,35 @@ def explained(error: Exception) -> tuple[str, int]:
         return f"{error}{_nearest(error)}", error.exit_code
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return f"out of memory: {_first_line(error)}. Use smaller batches or inputs, or a machine with more memory.", 7
-    if isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_ACCESS):
-        what = "out of space" if error.errno in _NO_SPACE else "no permission to write"
-        return f"{what}: {error.strerror}{f' at {error.filename!r}' if error.filename else ''}.", 7
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return _of_path(error), 7
+    where = _own_code(error)
+    if where:
+        return f"your own code raised {type(error).__name__}: {_first_line(error)}, at {where}.", 3
+    if isinstance(error, OSError | ValueError) and _of_path(error):
+        return _of_path(error), 2 if isinstance(error, ValueError) or error.errno in _NO_NAME else 7
     if isinstance(error, ImportError):
         return (
             f"an import failed: {_first_line(error)}. `paredown doctor` says what is installed and what is broken.",
             8,
         )
-    where = _own_code(error)
-    if where:
-        return f"your own code raised {type(error).__name__}: {_first_line(error)}, at {where}.", 3
     return (
         f"{type(error).__name__}: {_first_line(error)}. This is a fault of paredown: please report it, with the command "
         "and the output of PAREDOWN_DEBUG=1.",
         1,
     )
+
+
+def _of_path(error: OSError | ValueError) -> str:
+    """What is wrong with a path that could not be used; "" where the error is of another kind."""
+    if isinstance(error, ValueError):
+        return "a path must hold no NUL character. Got one." if str(error) == "embedded null byte" else ""
+    where = f"{error.strerror} at {str(error.filename)[:200]!r}" if error.filename else f"{error.strerror}"
+    if error.errno in _NO_SPACE:
+        return f"out of space: {where}."
+    if error.errno in _NO_ACCESS:
+        return f"no permission: {where}."
+    return f"a path must be one that can be used. Got {where}." if error.errno in (*_NO_NAME, *_NO_PLACE) else ""
 
 
 def _nearest(error: ParedownError) -> str:
@@ -183,7 +198,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if not count:  # once interrupted, the process ends: a second Ctrl-C must not meet it half torn down
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

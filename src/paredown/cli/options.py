@@ -32,7 +32,12 @@ Threads = Annotated[int | None, Parameter(name="--threads", help="Threads of PyT
 Device = Annotated[str | None, Parameter(name="--device", help="Where training runs: cpu, cuda, cuda:1, mps.")]
 Set = Annotated[
     tuple[str, ...],
-    Parameter(name="--set", help="Change a key of the recipe, as prune.criterion=l2; may be given again.", negative=""),
+    Parameter(
+        name="--set",
+        help="Change a key of the recipe, as prune.criterion=l2; may be given again.",
+        negative="",
+        show_default=False,
+    ),
 ]
 
 Model = Annotated[
@@ -51,6 +56,9 @@ OptionalInput = Annotated[str | None, _INPUT]
 Weights = Annotated[
     Path | None,
     Parameter(name="--weights", help="safetensors, or a .pt/.pth state_dict. Without it the model is random."),
+]
+OtherWeights = Annotated[
+    Path | None, Parameter(name="--weights", help="Other weights than the recipe's: safetensors, or a state_dict.")
 ]
 StripPrefix = Annotated[
     str | None,

@@ -43,9 +43,11 @@ def prune(
     allocation: Annotated[
         Literal["uniform", "global"], Parameter(help="One ratio, or one ranking of all.")
     ] = "uniform",
-    include: Annotated[tuple[str, ...], Parameter(help="Only names like this pattern (* and ?).", negative="")] = (),
+    include: Annotated[
+        tuple[str, ...], Parameter(help="Only names like this pattern (* and ?).", negative="", show_default=False)
+    ] = (),
     exclude: Annotated[
-        tuple[str, ...], Parameter(help="Never names like this; wins over --include.", negative="")
+        tuple[str, ...], Parameter(help="Never names like this; wins over --include.", negative="", show_default=False)
     ] = (),
     align: Annotated[int | None, Parameter(help="Kept channels are a multiple of this; default: the target's.")] = None,
     floor: Annotated[float, Parameter(help="Fraction of every space that always remains.")] = 0.1,

@@ -58,12 +58,21 @@ def show(*things: Any, quiet: bool = False) -> None:
         return
     from rich.console import Console
 
-    console = Console(soft_wrap=False, highlight=False)
+    console = Console(highlight=False)
     for thing in things:
         if isinstance(thing, str):
             print(plain(thing))  # as one line: a path that is folded cannot be copied
-        else:
+            continue
+        with console.capture() as drawn:  # rich would end the process where the reader of a pipe goes away
             console.print(thing, markup=False)
+        sys.stdout.write(drawn.get())
+
+
+def columns() -> int:
+    """Width of the terminal, or COLUMNS, or 80."""
+    import shutil
+
+    return max(20, shutil.get_terminal_size().columns)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> Any:

@@ -15,9 +15,9 @@ NORMALISATION = "x = your raw data as float32, [N, 1, 16, 16]"  # one line, show
 def model() -> nn.Module:
     """The network. Yours: import it, and put the path of its trained weights into recipe.yaml."""
     layers: list[nn.Module] = []
-    for c, d in ((1, 16), (16, 32), (32, 32)):
+    for c, d in ((1, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(c, d, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(d), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 4))
 
 
 def base() -> nn.Module:

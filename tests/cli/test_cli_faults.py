@@ -1,0 +1,355 @@
+"""Bad input on the command line: one message, the right exit code, nothing written (FAULTS 1, 2, 64–75, 83)."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paredown.cli.main import explained
+from paredown.cli.show import plain
+from paredown.errors import InfeasibleError, Interrupted, ParedownError
+
+INPUT = ("--input", "1x3x12x12")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "__pycache__" not in str(p))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), ""),
+        (("frobnicate",), "frobnicate"),
+        (("examine",), "MODEL"),
+        (("examine", "x.py:f", "--inptu", "1"), "--inptu"),
+        (("examine", "torch.nn:Identity"), "--input"),
+        (("examine", "torch.nn:Identity", "--input", "1xx3"), "1xx3"),
+        (("examine", "torch.nn:Identity", *INPUT, "--threads", "zero"), "zero"),
+        (("examine", "torch.nn:Identity", *INPUT, "--threads", "0"), "--threads"),
+        (("examine", "torch.nn:Identity", *INPUT, "--device", "cuda"), "compress"),
+        (("examine", "torch.nn:Identity", *INPUT, "--target-size", "5 bananas"), "5 bananas"),
+        (("couple", "not-a-model", *INPUT), "not-a-model"),
+        (("measure", "x.onnx"), "--samples"),
+        (("measure", "x.pt", *INPUT), ".onnx"),
+        (("report", "nowhere"), "nowhere"),
+        (("compress", "nowhere.yaml"), "nowhere.yaml"),
+        (("compress", "digit"), "digits"),
+        (("compress", "digits", "--set", "prune.critrion=l2"), "prune.criterion"),
+        (("compress", "digits", "--set", "seed"), "key=value"),
+        (("compress", "digits", "--device", "tpu"), "device"),
+        (("compress", "digits", "--set", "device=cpu", "--device", "cuda"), "once"),
+    ],
+)
+def test_usage_is_exit_2(call, arguments, says, tmp_path):
+    done = call(*arguments)
+    if not arguments:
+        assert done.code == 0  # help
+        return
+    assert done.code == 2, done.err
+    assert says in done.err
+    assert done.out == ""
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("amount", ["0", "1", "1.0", "-0.1", "1.5", "25%", "half", "nan", "inf"])
+def test_fault_67_one_rule_for_amounts(call, nets, amount):
+    done = call("prune", f"{nets}:net", *INPUT, "--macs", amount, "--out", "small")
+    assert done.code == 2
+    assert "must be a float in (0, 1)" in done.err
+
+
+@pytest.mark.parametrize("amount", ["0.5", "5e-1", "2100000"])
+def test_fault_67_amounts_that_are_right(call, nets, amount):
+    done = call(
+        "prune", f"{nets}:net", *INPUT, "--parameters" if "." in amount else "--macs", amount, "--dry-run", "--json"
+    )
+    assert done.code == 0, done.err
+
+
+def test_criteria_that_need_data_name_compress(call, nets):
+    done = call("prune", f"{nets}:net", *INPUT, "--macs", "0.5", "--criterion", "taylor", "--out", "small")
+    assert (done.code, "paredown compress" in done.err) == (2, True)
+    done = call("prune", f"{nets}:net", *INPUT, "--macs", "0.5", "--criterion", "l3", "--out", "small")
+    assert (done.code, "l1, l2, bn_scale, random" in done.err) == (2, True)
+
+
+def test_faults_1_and_2_models_that_are_not_there(call, nets, tmp_path):
+    done = call("examine", f"{nets}:nett", *INPUT)
+    assert done.code in (2, 3)
+    assert "net" in done.err
+    done = call("examine", str(nets).replace("nets.py", "netz.py:net"), *INPUT)
+    assert done.code in (2, 3)
+    assert "nets.py" in done.err
+    done = call("examine", f"{nets}:net", *INPUT, "--weights", "w.pt")
+    assert (done.code, "w.pt" in done.err) == (3, True)
+    done = call("examine", f"{nets}:net", *INPUT, "--weights", tmp_path)
+    assert (done.code, "folder" in done.err) == (3, True)
+    done = call("examine", "missing.onnx")
+    assert (done.code, "missing.onnx" in done.err) == (3, True)
+
+
+def test_the_users_own_code_is_named(call, nets):
+    done = call("examine", f"{nets}:failing", *INPUT)
+    assert done.code == 3
+    assert "no such thing" in done.err
+    assert "nets.py" in done.err
+
+
+def test_fault_46_inputs_that_do_not_fit(call, nets):
+    done = call("examine", f"{nets}:net", "--input", "1x4x12x12")
+    assert done.code == 3
+    assert "4" in done.err
+
+
+def test_strict_makes_unknown_ops_an_error(call, nets):
+    for command in ("examine", "couple"):
+        assert call(command, f"{nets}:Fft", *INPUT).code == 0
+        done = call(command, f"{nets}:Fft", *INPUT, "--strict")
+        assert done.code == 3
+        assert "fft" in done.err
+
+
+def test_fault_65_patterns(call, nets, tmp_path):
+    done = call("prune", f"{nets}:net", *INPUT, "--macs", "0.5", "--exclude", "haed*", "--out", "small")
+    assert (done.code, "haed*" in done.err) == (2, True)
+    done = call("prune", f"{nets}:net", *INPUT, "--macs", "0.5", "--exclude", "*", "--out", "small")
+    assert done.code == 4
+    assert files(tmp_path) == []
+
+
+def test_fault_66_precedence_is_printed(call, nets):
+    done = call("prune", f"{nets}:net", *INPUT, "--channels", "0.5", "--include", "*", "--exclude", "0", "--dry-run")
+    assert "exclude wins over include" in done.out
+
+
+def test_fault_44_nothing_to_do(call, nets, tmp_path):
+    done = call("prune", f"{nets}:nothing_free", *INPUT, "--macs", "0.5", "--out", "small")
+    assert done.code == 4
+    assert "output" in done.err
+    assert files(tmp_path) == []
+
+
+def test_fault_71_impossible_targets_print_the_nearest_plan(call, nets, tmp_path):
+    done = call("prune", f"{nets}:net", *INPUT, "--parameters", "50", "--out", "small")
+    assert done.code == 4
+    assert "Nearest plan" in done.err
+    assert "3.weight[0]" in done.err
+    assert files(tmp_path) == []
+
+
+def test_fault_72_a_target_that_is_met_changes_nothing(call, nets, tmp_path):
+    done = call("prune", f"{nets}:net", *INPUT, "--macs", "999999999", "--out", "small")
+    assert done.code == 0
+    assert "already met" in done.out
+    assert files(tmp_path) == []
+    found = call("prune", f"{nets}:net", *INPUT, "--macs", "999999999", "--out", "small", "--json").json
+    assert found["already_met"] is True
+    assert found["parameters"][0] == found["parameters"][1]
+
+
+def test_fault_73_folders_of_others(call, nets, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    ask = ("prune", f"{nets}:net", *INPUT, "--channels", "0.5", "--out")
+    done = call(*ask, "full")
+    assert (done.code, "--overwrite" in done.err) == (2, True)
+    assert call(*ask, "full", "--overwrite").code == 0
+    assert (tmp_path / "full/notes.txt").read_text() == "mine"
+    assert call(*ask, nets.parent, "--overwrite").code == 2  # the model's own folder
+    (tmp_path / "file").write_text("")
+    assert call(*ask, "file").code == 2
+
+
+def test_fault_73_files_that_are_read_are_not_written(call, nets, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(runpy.run_path(str(nets))["net"]().state_dict(), tmp_path / "w.safetensors")
+    before = (tmp_path / "w.safetensors").read_bytes()
+    done = call("export", f"{nets}:net", *INPUT, "--weights", "w.safetensors", "--out", "w.safetensors", "--overwrite")
+    assert done.code == 2
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+    (tmp_path / "there.onnx").write_text("mine")
+    assert call("export", f"{nets}:net", *INPUT, "--out", "there.onnx").code == 2
+    assert (tmp_path / "there.onnx").read_text() == "mine"
+    assert call("prune", f"{nets}:net", *INPUT, "--weights", "w.safetensors", "--macs", "0.5", "--out", ".").code == 2
+
+
+@pytest.mark.parametrize("name", ["a folder", "größe 模型", "new\nline", "50% [red]x", "'quoted' \"$(id)\"", "n" * 200])
+def test_fault_74_odd_paths(call, nets, tmp_path, name):
+    done = call("prune", f"{nets}:net", *INPUT, "--channels", "0.5", "--out", name, "--json")
+    assert done.code == 0, done.err
+    assert done.json["out"] == name
+    assert files(tmp_path) == sorted([name, *(f"{name}/{f}" for f in ("form.json", "model.safetensors", "plan.json"))])
+
+
+def test_fault_74_names_that_begin_with_a_dash(call, tmp_path):
+    done = call("report", "--", "-rf")
+    assert (done.code, "-rf" in done.err) == (2, True)
+    assert call("examine", "--", "-rf").code == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_fault_74_names_that_no_file_can_have(call, nets, name):
+    for arguments in (
+        ("report", name),
+        ("compress", name),
+        ("examine", f"{name}.onnx"),
+        ("examine", f"{nets}:net", *INPUT, "--weights", name),
+        ("prune", f"{nets}:net", *INPUT, "--channels", "0.5", "--out", name),
+        ("export", f"{nets}:net", *INPUT, "--out", name),
+        ("quantize", f"{nets}:net", *INPUT, "--calibrate", name, "--out", "q.onnx"),
+        ("init", name),
+    ):
+        done = call(*arguments)
+        assert done.code in (2, 3, 7), (arguments[0], done.err)
+
+
+def test_fault_75_odd_layer_names_are_shown_as_they_are(call, nets):
+    done = call("examine", f"{nets}:odd_names", *INPUT)
+    assert done.code == 0
+    assert "<script>alert(1)</script>" in done.out
+    assert "[red]%s{0}[/red]" in done.out
+    assert "\x1b[31m" not in done.out
+    done = call("prune", f"{nets}:odd_names", *INPUT, "--channels", "0.5", "--out", "small")
+    assert done.code == 0, done.err
+    assert "[red]%s{0}[/red].weight[0]" in done.out
+    assert "\x1b[31m" not in done.out + done.err
+
+
+def test_fault_83_folders_that_cannot_be_written(call, nets, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = call("prune", f"{nets}:net", *INPUT, "--channels", "0.5", "--out", "file/below")
+    assert done.code == 7, done.err
+    assert "file/below" in done.err
+    assert call("init", "file/below").code == 7
+
+
+def test_calibration_data_of_the_wrong_kind(call, nets, tmp_path):
+    ask = ("quantize", f"{nets}:net", *INPUT, "--out", "q.onnx", "--calibrate")
+    np.savez("bytes.npz", x=np.zeros((4, 3, 12, 12), np.uint8))
+    np.savez("shape.npz", x=np.zeros((4, 3, 8, 12), np.float32))
+    np.savez("two.npz", x=np.zeros((4, 3, 12, 12), np.float32), y=np.zeros((4, 1), np.float32))
+    np.savez("empty.npz", x=np.zeros((0, 3, 12, 12), np.float32))
+    np.savez("objects.npz", x=np.array([{"a": 1}], dtype=object))
+    Path("random.npz").write_bytes(b"\x00\x01not an archive")
+    for name, says in (
+        ("bytes.npz", "floats"),
+        ("shape.npz", "(3, 12, 12)"),
+        ("two.npz", "one array"),
+        ("empty.npz", "at least one sample"),
+        ("objects.npz", "pickle"),
+        ("random.npz", "pickle"),
+        ("missing.npz", "missing.npz"),
+    ):
+        done = call(*ask, name)
+        assert (done.code, says in done.err) == (3, True), (name, done.err)
+    assert not Path("q.onnx").exists()
+
+
+def test_a_pickle_in_an_array_is_never_run(call, nets, tmp_path):
+    canary = tmp_path / "canary"
+    np.save("evil.npy", np.array([_Evil(str(canary))], dtype=object), allow_pickle=True)
+    assert call("quantize", f"{nets}:net", *INPUT, "--out", "q.onnx", "--calibrate", "evil.npy").code == 3
+    assert not canary.exists()
+
+
+class _Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_damaged_run_is_named(call, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert call("report", "run").code == 2
+    (tmp_path / "run/records.jsonl").write_text('{"cell": \n')
+    for extra in ((), ("--json",)):
+        done = call("report", "run", *extra)
+        assert done.code == 3, done.err
+        assert "records.jsonl" in done.err
+
+
+# ------------------------------------------------------------------------------------------------- what main makes of it
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (MemoryError(), 7, "out of memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+            7,
+            "out of memory",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 7, "out of memory"),
+        (OSError(28, "No space left on device", "/x"), 7, "out of space"),
+        (PermissionError(13, "Permission denied", "/x"), 7, "no permission"),
+        (ModuleNotFoundError("No module named 'torch'"), 8, "doctor"),
+        (ZeroDivisionError("division by zero"), 1, "please report"),
+    ],
+)
+def test_every_failure_has_a_code(error, code, says):
+    message, found = explained(error)
+    assert found == code
+    assert says in message
+
+
+def test_exit_codes_are_those_of_the_tree():
+    from paredown import errors
+
+    seen = {}
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, ParedownError) and kind is not ParedownError:
+            seen[kind.__name__] = explained(kind("a message"))[1]
+    assert seen == {
+        "UsageError": 2, "RejectedError": 3, "CaptureError": 3, "InfeasibleError": 4, "NothingToDo": 4, "GateError": 5,
+        "VerificationError": 6, "ResourceError": 7, "MissingError": 8,
+    }  # fmt: skip
+    assert Interrupted.exit_code == 130
+    assert explained(InfeasibleError("a message", nearest=None)) == ("a message", 4)
+
+
+def test_real_memory_exhaustion_is_exit_7(call, tmp_path):
+    """8 TB of weights: the allocator refuses, nothing is killed."""
+    (tmp_path / "big.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(10**6, 2 * 10**6)\n")
+    done = call("examine", "big.py:net", "--input", "1x3")
+    assert done.code in (3, 7), done.err
+    assert "allocate" in done.err
+
+
+def test_control_characters_are_shown():
+    assert plain("a\x1b[31mb\x00\u202ec\nd🙂") == "a\\x1b[31mb\\x00\\u202ec\nd🙂"
+
+
+def test_a_reader_that_goes_away_is_no_fault(nets):
+    command = f"{sys.executable} -m paredown examine {nets}:net --input 1x3x12x12 | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_terminals_that_know_few_characters(nets):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "40", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "paredown", "examine", f"{nets}:net", "--input", "1x3x12x12"]
+    done = subprocess.run(command, capture_output=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert b"\x1b" not in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(b"note")) <= 40
+
+
+def test_debug_shows_the_traceback(nets):
+    env = {**os.environ, "PAREDOWN_DEBUG": "1"}
+    command = [sys.executable, "-m", "paredown", "examine", f"{nets}:failing", "--input", "1x3x12x12"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 3
+    assert "Traceback" in done.stderr
