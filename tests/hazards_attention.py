@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hazards import Net, conv, hazard, random, tokens, words
+from hazards import Net, conv, hazard, random, tokens
 
 # ---------------------------------------------------------------------------------------------------------------- norms
 
@@ -364,68 +364,6 @@ def bilinear_product() -> nn.Module:
     return Net(run, q=nn.Linear(5, 8), k=nn.Linear(5, 8))
 
 
-@hazard(tokens, free=7)
-def transpose_tied() -> nn.Module:
-    """An autoencoder whose decoder is the encoder's transpose."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        return F.linear(F.relu(m.a(x)), m.a.weight.t(), m.bias)
-
-    return Net(run, a=nn.Linear(5, 7), bias=nn.Parameter(torch.zeros(5)))
-
-
-@hazard(words, free=14)
-def tied_embedding() -> nn.Module:
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.table(x)
-        return F.linear(y + m.b(F.gelu(m.a(y))), m.table.weight)
-
-    return Net(run, table=nn.Embedding(11, 8), a=nn.Linear(8, 6), b=nn.Linear(6, 8))
-
-
-@hazard(words, free=8)
-def positions_looked_up() -> nn.Module:
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.head(m.norm(m.table(x) + m.place(m.ids[:, : x.shape[1]]) + m.kind(torch.zeros_like(x))))
-
-    net = Net(
-        run,
-        table=nn.Embedding(11, 8, padding_idx=0),
-        place=nn.Embedding(9, 8),
-        kind=nn.Embedding(2, 8),
-        norm=nn.LayerNorm(8),
-        head=nn.Linear(8, 3),
-    )
-    net.register_buffer("ids", torch.arange(9)[None], persistent=False)
-    return net
-
-
-@hazard(tokens, because=("lstm",), double=False)
-def lstm() -> nn.Module:
-    def run(m: Any, x: Tensor) -> Tensor:
-        y, (h, _) = m.cell(m.inner(x))
-        return m.head(m.after(y[:, -1])) + m.other(h[-1])
-
-    return Net(
-        run,
-        inner=nn.Linear(5, 6),
-        cell=nn.LSTM(6, 4, num_layers=2, batch_first=True),
-        after=nn.Linear(4, 5),
-        head=nn.Linear(5, 3),
-        other=nn.Linear(4, 3),
-    )
-
-
-@hazard(tokens, because=("gru",), double=False)
-def gru() -> nn.Module:
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.head(m.cell(m.inner(x))[0])
-
-    return Net(
-        run, inner=nn.Linear(5, 6), cell=nn.GRU(6, 4, bidirectional=True, batch_first=True), head=nn.Linear(8, 3)
-    )
-
-
 @hazard(tokens, zero_writes=True)
 def attention_pooling() -> nn.Module:
     """Tokens weighted by their product with a learned vector."""
@@ -529,3 +467,101 @@ def pooled_features() -> nn.Module:
         return m.b(F.max_pool1d(m.a(x), 2)) + m.d(F.pad(m.c(x), (1, 2), mode="reflect"))
 
     return Net(run, a=nn.Linear(5, 8), b=nn.Linear(4, 3), c=nn.Linear(5, 6), d=nn.Linear(9, 3))
+
+
+@hazard(tokens)
+def talking_heads() -> nn.Module:
+    """CaiT: linear layers over the heads, before and after the softmax."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = m.qkv(x).reshape(b, n, 3, 4, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        w = m.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+        w = m.after(w.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return m.head((w @ v).transpose(1, 2).reshape(b, n, -1))
+
+    return Net(run, qkv=nn.Linear(5, 24), before=nn.Linear(4, 4), after=nn.Linear(4, 4), head=nn.Linear(8, 3))
+
+
+@hazard(tokens, free=3)
+def einsum_heads() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, 3, 2) for p in (m.q, m.k, m.v))
+        w = torch.einsum("bnhd,bmhd->bhnm", q, k).softmax(-1)
+        return m.head(torch.einsum("bhnm,bmhd->bnhd", w, v).reshape(b, n, -1))
+
+    return Net(run, q=nn.Linear(5, 6), k=nn.Linear(5, 6), v=nn.Linear(5, 6), head=nn.Linear(6, 3))
+
+
+@hazard(tokens)
+def multi_query() -> nn.Module:
+    """One key and value head for all queries."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = m.q(x).view(b, n, 3, 2).transpose(1, 2), m.k(x)[:, None], m.v(x)[:, None]
+        return m.head(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1)) + m.other(m.a(x))
+
+    return Net(
+        run,
+        q=nn.Linear(5, 6),
+        k=nn.Linear(5, 2),
+        v=nn.Linear(5, 4),
+        head=nn.Linear(12, 3),
+        a=nn.Linear(5, 6),
+        other=nn.Linear(6, 3),
+    )
+
+
+@hazard(tokens)
+def linear_attention() -> nn.Module:
+    """Keys times values first: a matrix of channels by channels in each head."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, 3, 2).transpose(1, 2) for p in (m.q, m.k, m.v))
+        y = F.elu(q) @ (k.softmax(-2).transpose(-2, -1) @ v)
+        return m.head(y.transpose(1, 2).reshape(b, n, -1))
+
+    return Net(run, q=nn.Linear(5, 6), k=nn.Linear(5, 6), v=nn.Linear(5, 6), head=nn.Linear(6, 3))
+
+
+@hazard(tokens, free=4)
+def bucketed_bias() -> nn.Module:
+    """T5: a table of buckets by heads, looked up by a constant."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, 4, 2).transpose(1, 2) for p in (m.q, m.k, m.v))
+        near = (torch.arange(n)[:, None] - torch.arange(n)[None]).abs().clamp(max=4)
+        w = (q @ k.transpose(-2, -1) + m.table(near).permute(2, 0, 1)[None]).softmax(-1)
+        return m.head((w @ v).transpose(1, 2).reshape(b, n, -1))
+
+    return Net(
+        run, q=nn.Linear(5, 8), k=nn.Linear(5, 8), v=nn.Linear(5, 8), table=nn.Embedding(5, 4), head=nn.Linear(8, 3)
+    )
+
+
+@hazard(tokens, double=False)
+def complex_rotary() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, 2, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
+        turn = torch.polar(
+            torch.ones(n, 2, dtype=x.dtype),
+            torch.arange(n, dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=x.dtype),
+        )
+        q, k = (torch.view_as_real(torch.view_as_complex(t.reshape(b, 2, n, 2, 2)) * turn).flatten(-2) for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        return m.head(y) + m.other(m.a(x))
+
+    return Net(
+        run,
+        q=nn.Linear(5, 8),
+        k=nn.Linear(5, 8),
+        v=nn.Linear(5, 8),
+        head=nn.Linear(8, 3),
+        a=nn.Linear(5, 6),
+        other=nn.Linear(6, 3),
+    )

@@ -352,3 +352,89 @@ def fourier() -> nn.Module:
         return m.head(torch.fft.rfft(m.a(x), dim=1).real) + m.other(m.b(x))
 
     return Net(run, a=conv(3, 6), b=conv(3, 6), head=conv(4, 3), other=conv(6, 3))
+
+
+# ---------------------------------------------------------------------------------- easily taken for something else
+
+
+@hazard()
+def picked_and_broadcast() -> nn.Module:
+    """One channel of many is added to all of the image's."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.head(torch.cat([x + y[:, 2:3], m.b(x)], 1)) + m.other(y)
+
+    return Net(run, a=conv(3, 6), b=conv(3, 5), head=conv(8, 3), other=conv(6, 3))
+
+
+@hazard()
+def shared_on_fixed() -> nn.Module:
+    """A layer reads the image and, later, channels that could leave."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.b(F.relu(m.a(x)))) + m.b(x))
+
+    return Net(run, a=conv(3, 3), b=conv(3, 6), head=conv(6, 3))
+
+
+@hazard()
+def squeezed() -> nn.Module:
+    """squeeze(1) does nothing to two channels, but would to one."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.a(x).squeeze(1))
+
+    return Net(run, a=conv(3, 2), head=conv(2, 3))
+
+
+class _Statistics(nn.Module):
+    """A normalisation of one's own, with buffers that train mode updates in place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", random(channels, 1, 1) * 0.3)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.gain = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3))[:, None, None])
+            self.count += 1
+        return (x - self.mean) * self.gain
+
+
+@hazard(free=6)
+def own_statistics() -> nn.Module:
+    return nn.Sequential(conv(3, 6), _Statistics(6), nn.ReLU(), conv(6, 3))
+
+
+class _Period(nn.Module):
+    """An attribute that happens to equal a number of channels, used in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = conv(3, 6), conv(6, 3)
+        self.period = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        return self.head(y * (self.period / 2) if self.training else y)
+
+
+@hazard(free=6)
+def attribute_like_a_size() -> nn.Module:
+    return _Period()
+
+
+@hazard()
+def norm_over_feature_map() -> nn.Module:
+    return nn.Sequential(conv(3, 6), nn.LayerNorm([6, 8, 8]), nn.ReLU(), conv(6, 3))
+
+
+@hazard()
+def cosine_similarity() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return F.cosine_similarity(m.a(x), m.b(x), dim=1) + m.head(m.c(x)).mean(1)
+
+    return Net(run, a=conv(3, 6), b=conv(3, 6), c=conv(3, 5), head=conv(5, 3))

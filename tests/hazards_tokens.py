@@ -11,6 +11,71 @@ from torch.nn import functional as F
 
 from hazards import HAZARDS, Hazard, Inputs, Net, conv, hazard, image, random, tokens, words
 
+# --------------------------------------------------------------------------------------------- embeddings and recurrence
+
+
+@hazard(tokens, free=7)
+def transpose_tied() -> nn.Module:
+    """An autoencoder whose decoder is the encoder's transpose."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return F.linear(F.relu(m.a(x)), m.a.weight.t(), m.bias)
+
+    return Net(run, a=nn.Linear(5, 7), bias=nn.Parameter(torch.zeros(5)))
+
+
+@hazard(words, free=14)
+def tied_embedding() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.table(x)
+        return F.linear(y + m.b(F.gelu(m.a(y))), m.table.weight)
+
+    return Net(run, table=nn.Embedding(11, 8), a=nn.Linear(8, 6), b=nn.Linear(6, 8))
+
+
+@hazard(words, free=8)
+def positions_looked_up() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.norm(m.table(x) + m.place(m.ids[:, : x.shape[1]]) + m.kind(torch.zeros_like(x))))
+
+    net = Net(
+        run,
+        table=nn.Embedding(11, 8, padding_idx=0),
+        place=nn.Embedding(9, 8),
+        kind=nn.Embedding(2, 8),
+        norm=nn.LayerNorm(8),
+        head=nn.Linear(8, 3),
+    )
+    net.register_buffer("ids", torch.arange(9)[None], persistent=False)
+    return net
+
+
+@hazard(tokens, because=("lstm",), double=False)
+def lstm() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, (h, _) = m.cell(m.inner(x))
+        return m.head(m.after(y[:, -1])) + m.other(h[-1])
+
+    return Net(
+        run,
+        inner=nn.Linear(5, 6),
+        cell=nn.LSTM(6, 4, num_layers=2, batch_first=True),
+        after=nn.Linear(4, 5),
+        head=nn.Linear(5, 3),
+        other=nn.Linear(4, 3),
+    )
+
+
+@hazard(tokens, because=("gru",), double=False)
+def gru() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.cell(m.inner(x))[0])
+
+    return Net(
+        run, inner=nn.Linear(5, 6), cell=nn.GRU(6, 4, bidirectional=True, batch_first=True), head=nn.Linear(8, 3)
+    )
+
+
 # ----------------------------------------------------------------------------------------------- signatures and outputs
 
 

@@ -134,6 +134,8 @@ class MaskedNorm(nn.Module):
         norm: Any = self.norm
         grouped = isinstance(norm, nn.GroupNorm)
         images = grouped or type(norm).__name__ == "LayerNorm2d"  # channels first
+        if len(getattr(norm, "normalized_shape", ())) > 1:
+            return self._over_a_map(x)
         rows = x.movedim(1, -1) if images else x
         channels = rows.shape[-1]
         kept = [i for i in range(channels) if i not in self.leaving]
@@ -157,6 +159,16 @@ class MaskedNorm(nn.Module):
         if getattr(norm, "bias", None) is not None:
             out = out + norm.bias
         return out.movedim(-1, 1) if images else out
+
+    def _over_a_map(self, x: Tensor) -> Tensor:
+        """Over channels, rows and columns at once."""
+        norm: Any = self.norm
+        kept = [i for i in range(x.shape[1]) if i not in self.leaving]
+        y = x[:, kept].flatten(1)
+        y = (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True, correction=0) + norm.eps).sqrt()
+        out = torch.zeros_like(x)
+        out[:, kept] = y.reshape(x.shape[0], len(kept), *x.shape[2:])
+        return out * norm.weight + norm.bias
 
 
 def run(model: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:

