@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -26,7 +26,7 @@ def examine(
     ] = None,
     plot: Annotated[Path | None, Parameter(help="Write the bar chart as .png or .svg.")] = None,
     by: Annotated[
-        str, Parameter(help="What the bars show: macs, parameters, parameter_bytes, activation_bytes.")
+        Literal["macs", "parameters", "parameter_bytes", "activation_bytes"], Parameter(help="What the bars show.")
     ] = "macs",
     file: Annotated[
         Path | None, Parameter(help="A checkpoint whose size is compared with its tensors; default: --weights.")
@@ -44,7 +44,10 @@ def examine(
     """Parameters, MACs, bytes and activation memory, per layer and in total; MODEL may be an .onnx file too."""
     if model.lower().endswith(".onnx"):
         return _examine_file(
-            model, {"--input": input, "--target-size": target_size, "--plot": plot, "--file": file}, json, quiet
+            model,
+            {"--target-size": target_size, "--plot": plot, "--file": file, "--weights": weights, "--pruned": pruned},
+            json,
+            quiet,
         )
     if input is None:
         msg = f"examine must be given --input for a PyTorch model, as --input 1x3x224x224. Got none with {model!r}."
@@ -86,7 +89,7 @@ def examine(
 
 def _examine_file(path: str, given: dict[str, Any], json: bool, quiet: bool) -> int:
     """An ONNX file holds its shapes and weights: options of a PyTorch model say nothing about it."""
-    unused = [name for name, value in given.items() if value is not None and name != "--input"]
+    unused = [name for name, value in given.items() if value is not None]
     if unused:
         msg = f"{', '.join(unused)} must go with a PyTorch model. Got the ONNX file {path!r}. Leave it out."
         raise UsageError(msg)
