@@ -86,8 +86,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     >>> (folder / "a.txt").read_text()
     'done'
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)

@@ -138,7 +138,30 @@ def _base(run: Run) -> nn.Module:
     if refused:
         msg = f"base.{min(refused)} must be an option of the task's base function. Got {asked[min(refused)]!r}, which it does not take."
         raise UsageError(msg)
-    return run.task.base(**_accepted(run.task.base, options), **asked)
+    key = key_of(run.recipe.digest, run.environment["versions"], run.environment["threads"])
+    kept = _kept_base(run, key)
+    if kept is not None:
+        return kept
+    trained = run.task.base(**_accepted(run.task.base, options), **asked)
+    state = {n: t.detach().contiguous().clone() for n, t in trained.state_dict().items()}
+    with whole_file(run.folder.steps / "base-trained.safetensors") as temporary:
+        save_file(state, temporary, metadata={"key": key})
+    return trained
+
+
+def _kept_base(run: Run, key: str) -> nn.Module | None:
+    """The base as an earlier attempt trained it, where the task's model() has its shape; else it is trained again."""
+    file = run.folder.steps / "base-trained.safetensors"
+    if not file.exists():
+        return None
+    with safe_open(file, framework="pt") as kept:
+        if (kept.metadata() or {}).get("key") != key:
+            return None
+    model, state = run.task.model(), load_file(file)
+    if {n: t.shape for n, t in model.state_dict().items()} != {n: t.shape for n, t in state.items()}:
+        return None
+    model.load_state_dict(state, strict=True)
+    return model.eval()
 
 
 def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def prune(program: Program, plan: Plan, *, realiser: Realiser = "auto", seed: in
     Raises UsageError (the plan does not fit the model), NothingToDo (it changes nothing) and VerificationError (no
     realiser gives a proven result; exit code 6).
 
-    >>> from paredown.program import capture
+    >>> import torch; from torch import nn; from paredown.program import capture
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> plan = Plan(keep={"0.weight": {0: (0, 2)}, "0.bias": {0: (0, 2)}, "2.weight": {1: (0, 2)}})
     >>> small = prune(capture(net, torch.zeros(2, 3, 8, 8)), plan)
