@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 State = Literal["ok", "warn", "missing", "broken"]
 Reply = Mapping[str, Any]
 
-TIMEOUT_S = 60.0
-"""A package that needs longer than this to import is reported as broken."""
+TIMEOUT_S = 120.0
+"""A child process that needs longer than this is ended, and the package that it was importing reported as broken."""
 _LOW_MEMORY_BYTES = 2 * 10**9
 _LOW_DISK_BYTES = 2 * 10**9
 _LOW_SHM_BYTES = 128 * 2**20
