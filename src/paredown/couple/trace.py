@@ -271,20 +271,16 @@ class Trace:
     def _settle(self) -> None:
         """Tie until the survivors of every tensor form a rectangle, whichever classes are removed.
 
-        A table that varies along several axes is tied along the first of them: heads in lockstep where nothing tied
-        whole heads before, tokens where a class token was put in front.
+        A table that varies along several axes is tied along all but the last: heads in lockstep where nothing tied
+        whole heads before, tokens where a class token was put in front. Beside a fixed position a tie pins instead, so
+        what is left of the variation never leaves; each axis is tied once.
         """
-        tables = self._tables
-        while tables:
-            left = []
-            for table in tables:
-                ids = self.forest.canon(table)
-                axes = varying(ids)
-                if len(axes) < 2:
-                    continue
-                self.tie(ids, ids.narrow(axes[0], 0, 1), "beside a fixed position")
-                left.append(table)
-            tables = left
+        for table in self._tables:
+            ids, tied = self.forest.canon(table), set[int]()
+            while open_axes := [a for a in varying(ids)[:-1] if a not in tied]:
+                tied.add(open_axes[0])
+                self.tie(ids, ids.narrow(open_axes[0], 0, 1), "beside a fixed position")
+                ids = self.forest.canon(ids)
 
     def _equal_chunks(self) -> None:
         """Keep the pieces of a chunk equal, so that the user's own class can cut the pruned tensor again.

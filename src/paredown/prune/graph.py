@@ -194,11 +194,12 @@ def _attention(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
 
 
 def _squeeze(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
-    """squeeze() drops every axis of length 1: name the dense ones, or a channel axis of 1 would go too."""
-    if len(schema(node).arguments) == 1:
-        shape = [concrete(s) for s in node.args[0].meta["val"].shape]  # type: ignore[union-attr]
-        copied.target = torch.ops.aten.squeeze.dims
-        copied.args = (copied.args[0], [i for i, s in enumerate(shape) if s == 1])
+    """squeeze drops axes of length 1: name those that the dense model dropped, or a channel axis cut to 1 would go too."""
+    shape = [concrete(s) for s in node.args[0].meta["val"].shape]  # type: ignore[union-attr]
+    asked: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
+    axes = [int(a) % max(len(shape), 1) for a in ([asked] if isinstance(asked, int) else asked)]
+    copied.target = torch.ops.aten.squeeze.dims
+    copied.args, copied.kwargs = (copied.args[0], [a for a in axes if shape[a] == 1]), {}
 
 
 def _repeat_interleave(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
