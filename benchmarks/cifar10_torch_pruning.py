@@ -71,7 +71,9 @@ def torch_pruning(dense: nn.Module, task: Any, target_macs: int) -> nn.Module:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     pixels: dict[str, int] = {}
     hooks = [
-        m.register_forward_hook(lambda _m, _i, out, n=n: pixels.__setitem__(n, out[0, 0].numel() if out.dim() == 4 else 1))
+        m.register_forward_hook(
+            lambda _m, _i, out, n=n: pixels.__setitem__(n, out[0, 0].numel() if out.dim() == 4 else 1)
+        )
         for n, m in layers.items()
     ]
     with torch.no_grad():
@@ -96,14 +98,27 @@ def torch_pruning(dense: nn.Module, task: Any, target_macs: int) -> nn.Module:
     raise RuntimeError(msg)
 
 
-def trained(module: nn.Module, dense: nn.Module, task: Any, recipe: Any, seed: int, epochs: int, distil: str) -> nn.Module:
+def trained(
+    module: nn.Module, dense: nn.Module, task: Any, recipe: Any, seed: int, epochs: int, distil: str
+) -> nn.Module:
     r = recipe.recover
     module = fit(
-        module, task.train_batches, task.step, epochs=epochs, lr=r.lr, momentum=r.momentum, weight_decay=r.weight_decay,
-        seed=seed, teacher=dense if distil == "kl" else None, distil=distil, temperature=r.temperature,
+        module,
+        task.train_batches,
+        task.step,
+        epochs=epochs,
+        lr=r.lr,
+        momentum=r.momentum,
+        weight_decay=r.weight_decay,
+        seed=seed,
+        teacher=dense if distil == "kl" else None,
+        distil=distil,
+        temperature=r.temperature,
         distil_weight=r.distil_weight,
     ).module
-    return reestimate_batch_norm(module, task.train_batches, task.inputs(), step=task.step, num_batches=r.batch_norm_batches, seed=seed)
+    return reestimate_batch_norm(
+        module, task.train_batches, task.inputs(), step=task.step, num_batches=r.batch_norm_batches, seed=seed
+    )
 
 
 def cell(task: Any, recipe: Any, tool: str, distil: str, seed: int, epochs: int) -> dict[str, Any]:

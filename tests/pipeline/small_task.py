@@ -17,7 +17,7 @@ _calls = 0
 
 
 def _call():
-    global _calls
+    global _calls  # noqa: PLW0603 - a counter of calls is what this task is for
     _calls += 1
     if _calls == int(os.environ.get("KILL_AT", "0")):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -44,7 +44,7 @@ def _bars(num, seed):
     """Images with a bright bar: horizontal or vertical, in the first or second half."""
     rng = np.random.default_rng(seed)
     images, labels = rng.normal(0, 0.3, (num, 1, 8, 8)).astype(np.float32), rng.integers(0, 4, num)
-    for image, label in zip(images, labels):
+    for image, label in zip(images, labels, strict=True):
         at = rng.integers(0, 4) + 4 * (label % 2)
         image[0, at if label < 2 else slice(None), slice(None) if label < 2 else at] += 1.0
     return torch.from_numpy(images), torch.from_numpy(labels)
@@ -82,7 +82,7 @@ def calibration_batches():
 
 def test_batches():
     images, labels = _bars(200, 3)
-    return list(zip(images.split(50), labels.split(50)))
+    return list(zip(images.split(50), labels.split(50), strict=True))
 
 
 def step(model, batch):

@@ -221,7 +221,12 @@ def _attention(node: fx.Node, trace: Trace) -> Any:
         times = queries.shape[-3] // keys.shape[-3]
         keys, values = (t.repeat_interleave(times, dim=-3) for t in (keys, values))
     scores = contract(
-        trace, queries, keys.transpose(-1, -2), (*shape[:-1], keys.shape[-2]), f"{node.name}:scores", Reader(node, q, -1)
+        trace,
+        queries,
+        keys.transpose(-1, -2),
+        (*shape[:-1], keys.shape[-2]),
+        f"{node.name}:scores",
+        Reader(node, q, -1),
     )
     if isinstance(mask, fx.Node):
         scores = merge(scores, trace.of(mask), trace).expand(scores.shape)

@@ -17,10 +17,11 @@ from torch import nn
 from paredown.allocate import allocate
 from paredown.budget import Budget
 from paredown.couple import Coupling, couple
-from paredown.errors import GateError, InfeasibleError, RejectedError, UsageError, VerificationError
+from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
 from paredown.measure import evaluated, measure, paired, summarize
+from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.folder import RunFolder, file_digest, key_of
 from paredown.pipeline.snippet import input_of, snippet
 from paredown.plan import Plan
@@ -114,7 +115,7 @@ def run_stages(run: Run) -> Compressed:
         verdict=verdict,
         records=records,
     )
-    _gates(records, verdict)
+    verdicts.gates(records, verdict)
     return result
 
 
@@ -503,10 +504,10 @@ def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tup
     run.folder.write_records()
     records = read(run.folder.path / "records.jsonl")
     by_stage = {str(r.cell["stage"]): r for r in records if r.cell["stage"] != "verdict"}
-    bounds = _bounds(run, by_stage["int8"], by_stage["dense"])
+    bounds = verdicts.bounds(run, by_stage["int8"], by_stage["dense"])
     met = all(b["met"] for b in bounds)
     # Nothing in here is drawn from timings, so that two runs give the same verdict; the report adds what they say.
-    otherwise = _fallback(run, by_stage)
+    otherwise = verdicts.fallback(run, by_stage)
     recommended = "int8" if met else otherwise
     details = {
         "recommended": recommended,
@@ -514,7 +515,7 @@ def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tup
         "target_met": met if bounds else None,
         "metric": dataclasses.asdict(run.task.metric),
         "bounds": bounds,
-        "not_tested": _not_tested(by_stage),
+        "not_tested": verdicts.not_tested(by_stage),
         "normalisation": run.task.normalisation,
         "input": input_of(program),
         "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),
@@ -532,70 +533,6 @@ def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tup
     return (*by_stage.values(), record), details
 
 
-def _bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
-    """Every bound of the recipe's budget, with what was measured."""
-    given = run.recipe.budget.model_dump(exclude_none=True)
-    sign = 1.0 if run.task.metric.goal == "max" else -1.0
-    values = {
-        "metric_loss": (
-            sign * ((dense.measured["metric"].value or 0.0) - (int8.measured["metric"].value or 0.0)),
-            run.task.metric.unit,
-        ),
-        "size_bytes": (int8.measured["bytes"].value, "B"),
-        "latency_ms": (int8.measured["latency_ms"].value, "ms"),
-        "peak_ram_bytes": (int8.measured.get("peak_memory_bytes", int8.measured["bytes"]).value, "B"),
-    }
-    out = []
-    for what, bound in given.items():
-        if what not in values:
-            continue
-        value, unit = values[what]
-        limit = bound * (dense.measured["bytes"].value or 0) if what == "size_bytes" and bound < 1 else bound
-        met = value is not None and value <= limit + 1e-9
-        out.append(
-            {
-                "what": what,
-                "bound": limit,
-                "value": value,
-                "unit": unit,
-                "margin": limit - (value or 0),
-                "met": met,
-                "badge": "measured",
-            }
-        )
-    return out
-
-
-def _fallback(run: Run, by_stage: Mapping[str, Record]) -> str:
-    """The smallest float file that keeps the metric bound, the dense one if none does."""
-    bound = run.recipe.budget.metric_loss
-    sign = 1.0 if run.task.metric.goal == "max" else -1.0
-    dense = by_stage["dense"].measured["metric"].value or 0.0
-    for name in sorted((n for n in by_stage if n.startswith("level-")), reverse=True):
-        loss = sign * (dense - (by_stage[name].measured["metric"].value or 0.0))
-        if bound is None or loss <= bound:
-            return name
-    return "dense"
-
-
-def _not_tested(by_stage: Mapping[str, Record]) -> list[str]:
-    out = ["latency on the phone: these timings are of this machine", "runtimes other than ONNX Runtime"]
-    if "twin-int8" not in by_stage:
-        out.append("an equal-size dense network trained from scratch")
-    if "metric_change" not in by_stage["int8"].measured:
-        out.append("the paired interval of the metric: evaluate returns no value per sample")
-    return out
-
-
 def _artifact(run: Run, stage: str) -> Artifact:
     path = run.folder.path / f"{stage}.onnx"
     return Artifact(files=(path,), target=run.recipe.target, scheme="int8" if stage == "int8" else "fp32")
-
-
-def _gates(records: tuple[Record, ...], verdict: Mapping[str, Any]) -> None:
-    missed = [b for b in verdict["bounds"] if not b["met"]]
-    for bound in missed:
-        msg = f"{bound['what']} must be at most {bound['bound']:.6g} {bound['unit']}. Got {bound['value']:.6g} on the INT8 file. The report names the best file that keeps it."
-        if bound["what"] == "metric_loss":
-            raise GateError(msg)
-        raise InfeasibleError(msg)

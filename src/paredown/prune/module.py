@@ -21,11 +21,11 @@ Attributes = dict[str, dict[str, Any]]
 """Module path → {attribute: new value}, where it differs from the dense module's."""
 
 
-def realise_module(program: Program, removal: Removal) -> tuple[nn.Module, Attributes] | None:
+def realise_module(program: Program, removal: Removal, *, by_value: bool) -> tuple[nn.Module, Attributes] | None:
     """A copy of the user's module without what leaves, or None where the module came as graphs.
 
-    Sizes are set by axis role for torch's own layers and by value for user classes (an int attribute equal to a size
-    that changed). Nothing is promised: prove decides whether the result is right.
+    Sizes are set by axis role for torch's own layers and, with `by_value`, by value for user classes (an int attribute
+    equal to a size that changed). Nothing is promised: prove decides whether the result is right.
     """
     if isinstance(program.module, GraphModel):
         return None
@@ -39,7 +39,7 @@ def realise_module(program: Program, removal: Removal) -> tuple[nn.Module, Attri
     attributes: Attributes = {}
     for name, child in module.named_modules():
         wanted = _sizes(name, child, groups)
-        if not type(child).__module__.startswith("torch.nn.modules"):
+        if by_value and not type(child).__module__.startswith("torch.nn.modules"):
             wanted |= _by_value(child, changes.get(name, {}))
         changed = {k: v for k, v in wanted.items() if getattr(child, k) != v}
         if changed:

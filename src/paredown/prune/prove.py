@@ -47,8 +47,14 @@ def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch
             dense = _flat(program, state, inputs, None)
             _zero_reads(state, removal)
             masked = _flat(program, state, inputs, removal)
-        if math.isfinite(_scale(dense)) and _distance(masked, dense) > 1e-6 * _scale(dense):
+        if _tells(dense, masked):
             break
+    else:
+        msg = (
+            f"the output must be finite and must move when channels leave, or a proof would be empty. Got scale "
+            f"{_scale(dense):.2e} and a move of {_distance(masked, dense):.2e} on random weights. Exclude these channels."
+        )
+        raise VerificationError(msg)
     return Reference(
         state=slice_state(state, removal.trace.storage, removal.keep),
         inputs=inputs,
@@ -56,6 +62,39 @@ def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch
         masked=masked,
         dtype=dtype,
     )
+
+
+def _tells(dense: list[Any], masked: list[Any]) -> bool:
+    """Whether the output is finite and moved: otherwise equality would prove nothing."""
+    scale, move = _scale(dense), _distance(masked, dense)
+    return math.isfinite(scale) and math.isfinite(move) and move > 1e-6 * scale
+
+
+def same_in_train(program: Program, module: nn.Module, graph: nn.Module, known: Reference, *, seed: int = 0) -> bool:
+    """Whether the user's class, cut, computes in train mode what the rewritten train graph does.
+
+    The proof is made in eval mode; an attribute that only train mode reads and that happens to equal a size would not
+    show there. Both draw the same random numbers, since their shapes are the same.
+    """
+    if program.train_graph is None:
+        return True
+    outputs = []
+    for one in (module, graph):
+        state = {n: t.clone() for n, t in known.state.items() if n in _names(one)}
+        args, kwargs = pytree.tree_map(_clone, program.inputs)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            one.train()
+            try:
+                outputs.append(pytree.tree_leaves(functional_call(one, state, args, kwargs, tie_weights=False)))
+            finally:
+                one.eval()
+    return _distance(*outputs) <= SINGLE * _scale(outputs[1])
+
+
+def _names(module: nn.Module) -> set[str]:
+    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name for name, _ in every}
 
 
 def prove(program: Program, module: nn.Module, removal: Removal, known: Reference, *, seed: int = 0) -> Proof:
@@ -92,9 +131,7 @@ def own_move(program: Program, module: nn.Module) -> float:
 
 def _compare(module: nn.Module, known: Reference) -> Proof:
     args, kwargs = pytree.tree_map(_clone, known.inputs)
-    names = {n for n, _ in module.named_parameters(remove_duplicate=False)} | {
-        n for n, _ in module.named_buffers(remove_duplicate=False)
-    }
+    names = _names(module)
     with torch.no_grad():
         pruned = functional_call(
             module, {n: t for n, t in known.state.items() if n in names}, args, kwargs, tie_weights=False
@@ -313,20 +350,17 @@ def _clone(value: Any) -> Any:
 
 
 def _scale(outputs: list[Any]) -> float:
-    return max(
-        (float(o.abs().max()) for o in outputs if isinstance(o, Tensor) and o.is_floating_point() and o.numel()),
-        default=0.0,
-    )
+    return max((float(o.double().abs().max()) for o in outputs if isinstance(o, Tensor) and o.numel()), default=0.0)
 
 
 def _distance(left: list[Any], right: list[Any]) -> float:
-    """Largest difference over all outputs; infinite where shapes or counts differ."""
+    """Largest difference over all outputs, integers and truth values too; infinite where shapes or counts differ."""
     left, right = ([o for o in side if isinstance(o, Tensor)] for side in (left, right))
     if len(left) != len(right) or any(a.shape != b.shape for a, b in zip(left, right, strict=False)):
         return math.inf
     worst = 0.0
     for a, b in zip(left, right, strict=True):
-        if a.is_floating_point() and a.numel():
+        if a.numel():
             gap = float((a.double() - b.double()).abs().max())
             worst = max(worst, gap if math.isfinite(gap) else math.inf)
     return worst

@@ -15,7 +15,7 @@ from paredown.program import Program
 from paredown.prune.graph import realise_graph
 from paredown.prune.module import Attributes, realise_module
 from paredown.prune.nouns import Pruned
-from paredown.prune.prove import Reference, own_move, prove, reference
+from paredown.prune.prove import Reference, own_move, prove, reference, same_in_train
 from paredown.prune.removal import Removal, removal
 
 Realiser = Literal["auto", "module", "graph"]
@@ -76,22 +76,31 @@ class _Attempt:
 
 
 def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
-    realised = realise_module(attempt.program, attempt.gone)
-    if realised is None:
-        return VerificationError(
-            "the module realiser needs the user's own class. Got a model that was rebuilt from graphs."
-        )
-    try:
-        return _proven(attempt, realised[0], "module", realised[1])
-    except VerificationError as error:
-        return error
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        # The class fixes a size in its code (C // num_heads, nn.MultiheadAttention): its own forward refuses.
-        refused = VerificationError(
-            f"the class must follow its new sizes. Got {type(error).__name__}: {error}. Use the graph realiser."
-        )
-        refused.__cause__ = error
-        return refused
+    """The user's class as it is, then with sizes set by value: an attribute that equals a size by chance stays alone."""
+    refused = VerificationError(
+        "the module realiser needs the user's own class. Got a model that was rebuilt from graphs."
+    )
+    for by_value in (False, True):
+        realised = realise_module(attempt.program, attempt.gone, by_value=by_value)
+        if realised is None:
+            return refused
+        module, attributes = realised
+        try:
+            pruned = _proven(attempt, module, "module", attributes)
+            graph = realise_graph(attempt.program, attempt.gone) if by_value else None
+            if graph is None or same_in_train(attempt.program, module, graph, attempt.known, seed=attempt.seed):
+                return pruned
+            refused = VerificationError(
+                "the class must train as its graph does. Got other outputs in train mode. Use the graph realiser."
+            )
+        except VerificationError as error:
+            refused = error
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            # The class fixes a size in its code (C // num_heads, nn.MultiheadAttention): its own forward refuses.
+            msg = f"the class must follow its new sizes. Got {type(error).__name__}: {error}. Use the graph realiser."
+            refused = VerificationError(msg)
+            refused.__cause__ = error
+    return refused
 
 
 def _proven(
@@ -112,12 +121,15 @@ def _proven(
 def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
     """Two levels as one result of the first program. `second` was pruned from a capture of `first.module`.
 
-    The composed plan is proven again, on the first program.
+    The composed plan is proven again, on the first program; where a unit of the second level is finer than one of the
+    first (channels inside the one head that was left), each level keeps its own proof and the second one is reported.
     """
     plan = first.plan.then(second.plan)
-    gone = removal(trace(first.program), plan)
-    known = reference(first.program, gone, seed=seed)
-    proof = prove(first.program, second.module, gone, known, seed=seed)
+    try:
+        gone = removal(trace(first.program), plan)
+        proof = prove(first.program, second.module, gone, reference(first.program, gone, seed=seed), seed=seed)
+    except UsageError:
+        proof = second.proof
     attributes = {
         p: {**first.attributes.get(p, {}), **second.attributes.get(p, {})}
         for p in {*first.attributes, *second.attributes}
