@@ -76,7 +76,7 @@ def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch:
     args, kwargs = _as_inputs(inputs)
     _try_forward(model, args, kwargs)
     example, batch = _batched(args, kwargs) if dynamic_batch else (Inputs(args, kwargs), "fixed: asked for")
-    with _quiet():
+    with quiet():
         try:
             eval_graph, example, batch = _export_eval(model.eval(), Inputs(args, kwargs), example, batch)
             train_graph = None
@@ -448,17 +448,18 @@ def _cloned(value: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export warns and logs about its own internals; what matters is raised."""
-    logger = logging.getLogger("torch")
-    level = logger.level
+def quiet(*names: str) -> Iterator[None]:
+    """torch's exporters (and loggers `names`) warn and log about their own internals; what matters is raised."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch", *names))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in loggers.items():
+                logger.setLevel(level)
 
 
 def _export_eval(

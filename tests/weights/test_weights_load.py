@@ -101,6 +101,7 @@ def test_nothing_that_fits_is_an_error_also_when_not_strict(net):
 
 def test_batch_counters_may_be_missing(net, other):
     load_into(net, {n: t for n, t in other.items() if "num_batches" not in n})
+    assert all(torch.equal(t, other[n]) for n, t in net.state_dict().items() if "num_batches" not in n)
 
 
 def test_fault_20_a_pruned_model_is_recognised(net, other, tmp_path):

@@ -6,10 +6,8 @@ import collections
 import contextlib
 import io
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch.utils import _pytree as pytree
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
 from paredown.export.session import STRUCTURE, leaf_names, open_session, predictor, skeleton
-from paredown.program import Program, source_line
+from paredown.program import Program, quiet, source_line
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
 from paredown.quantize.nouns import Quantized
 from paredown.records import whole_file
@@ -41,7 +39,7 @@ def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int)
         msg = f"opset must be an integer from {limits['opset']} to {limits['opset_max']} for {target.name}. Got {opset!r}."
         raise UsageError(msg)
     quantized = isinstance(thing, Quantized)
-    with _quiet():
+    with quiet("onnxscript", "onnx_ir"):
         program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
         model = _converted(program, opset)
         names = _parameter_names(thing, model)
@@ -309,22 +307,6 @@ def _kind_of_output(node: Any, kinds: Mapping[str, str]) -> str:
     position = 1 if node.op_type == "Where" else 0
     data = node.input[position] if len(node.input) > position else ""
     return kinds.get(data, "other")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns and logs about its own internals; what matters is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def summary(check: Check) -> str:

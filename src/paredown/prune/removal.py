@@ -18,6 +18,8 @@ from paredown.errors import UsageError
 from paredown.plan import Keep, Plan
 
 Bools = NDArray[np.bool_]
+Wanted = Mapping[tuple[str, int], tuple[int, ...]]
+"""(name of the storage, axis) → kept indices, as a plan asks for them; tied names are one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +65,13 @@ def removal(trace: Trace, plan: Plan) -> Removal:
     wanted = _by_storage(trace, plan)
     gone = np.zeros(trace.forest.size, dtype=bool)
     for axis in axes:
-        removed = _removed(axis, wanted.pop((axis.parameter, axis.axis), None))
+        removed = _removed(axis, wanted.get((axis.parameter, axis.axis)))
         gone[axis.classes[removed]] = True
-    for name, at in wanted:
+    for name, at in wanted.keys() - {(a.parameter, a.axis) for a in axes}:
         msg = f"a plan must name parameter axes that carry channels. Got {name} axis {at}, which is not one of them in this model."
         raise UsageError(msg)
     gone[FIXED] = False
-    _refuse_torn(trace, axes, gone, plan)
+    _refuse_torn(trace, axes, gone, wanted)
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     for axis in axes:
         leaving = gone[axis.classes]
@@ -78,7 +80,7 @@ def removal(trace: Trace, plan: Plan) -> Removal:
     return Removal(trace=trace, axes=axes, gone=gone, keep=keep)
 
 
-def _by_storage(trace: Trace, plan: Plan) -> dict[tuple[str, int], tuple[int, ...]]:
+def _by_storage(trace: Trace, plan: Plan) -> Wanted:
     wanted = {}
     for name, by_axis in plan.keep.items():
         if name not in trace.storage:
@@ -101,7 +103,7 @@ def _removed(axis: Axis, kept: tuple[int, ...] | None) -> Bools:
     return removed
 
 
-def _refuse_torn(trace: Trace, axes: tuple[Axis, ...], gone: Bools, plan: Plan) -> None:
+def _refuse_torn(trace: Trace, axes: tuple[Axis, ...], gone: Bools, wanted: Wanted) -> None:
     """Every class must leave whole, and none that is pinned."""
     reasons = pinned_roots(trace, axes)
     for root in np.flatnonzero(gone).tolist():
@@ -111,22 +113,16 @@ def _refuse_torn(trace: Trace, axes: tuple[Axis, ...], gone: Bools, plan: Plan) 
             index = int(np.flatnonzero(owner.classes == root)[0])
             msg = f"a plan must leave pinned channels alone. Got the removal of index {index} of {owner.parameter} axis {owner.axis}, pinned: {reason} at {where}."
             raise UsageError(msg)
-    eval_only = {(trace.storage[n], a) for n, by_axis in plan.keep.items() for a in by_axis}
     for axis in axes:
-        leaving = gone[axis.classes]
+        leaving, key = gone[axis.classes], (axis.parameter, axis.axis)
         if leaving.all() and len(leaving):
             msg = f"a plan must leave at least one index of every axis. Got none of {axis.parameter} axis {axis.axis}."
             raise UsageError(msg)
-        if not leaving.any() or (axis.parameter, axis.axis) in eval_only or axis.parameter not in trace.eval_names:
-            continue
-        index = int(np.flatnonzero(leaving)[0])
-        msg = f"a plan must remove coupled channels together. Got index {index} of {axis.parameter} axis {axis.axis} kept while what it is coupled to leaves."
-        raise UsageError(msg)
-    for axis in axes:
-        kept = plan.keep.get(axis.parameter, {}).get(axis.axis)
-        if kept is not None and (gone[axis.classes] != _removed(axis, kept)).any():
-            index = int(np.flatnonzero(gone[axis.classes] != _removed(axis, kept))[0])
-            msg = f"a plan must remove coupled channels together. Got index {index} of {axis.parameter} axis {axis.axis} kept while what it is coupled to leaves."
+        if key not in wanted and axis.parameter not in trace.eval_names:
+            continue  # only the train graph reads it: the plan is completed
+        torn = np.flatnonzero(leaving != _removed(axis, wanted.get(key)))
+        if len(torn):
+            msg = f"a plan must remove coupled channels together. Got index {torn[0]} of {axis.parameter} axis {axis.axis} kept while what it is coupled to leaves."
             raise UsageError(msg)
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import importlib
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -16,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
-from paredown.program import Inputs, Program, capture, source_line
+from paredown.program import Inputs, Program, capture, quiet, source_line
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches, each, finite_rows, length, rows, tensors_of
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
@@ -67,7 +64,7 @@ def quantize(
     stayed = tuple(_stayed_float(prepared, table))
     notes = _calibrated(prepared, calibrate, num_samples, program)
     _keep_biases(prepared, table)
-    with _quiet():
+    with quiet("torchao"):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         converted = convert_pt2e(prepared)
@@ -96,7 +93,7 @@ def _checked(target: str, scheme: str, observer: str, num_samples: int | None) -
         msg = f"num_samples must be ≥ 1, or None for all. Got {num_samples}."
         raise UsageError(msg)
     try:
-        with _quiet():
+        with quiet("torchao"):
             importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     except ImportError as error:
         msg = "quantize must have torchao. It is not installed. Run: pip install 'paredown[quant]'."
@@ -130,7 +127,7 @@ def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Prog
     args, kwargs = program.inputs
     with torch.no_grad():
         before = tensors_of(graph(*_cloned(args), **_cloned(kwargs)))
-    with _quiet():
+    with quiet("torchao"):
         decompose(graph, table.decompositions)
         free_batch_norms(graph)
         owners = {
@@ -313,19 +310,3 @@ def _holder(node: fx.Node, position: int) -> bool:
 
 def _cloned(values: Any) -> Any:
     return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, values)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torchao warns and logs about its own internals while it is imported and used; errors pass."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torchao")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
