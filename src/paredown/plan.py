@@ -4,16 +4,91 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from paredown.errors import UsageError
 
 Keep = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """Which elements of one parameter stay, one bit each.
+
+    `shape` is the parameter's after the plan's `keep` was carried out; `granularity` says what its cells are.
+
+    >>> mask = Mask.of(np.array([[True, False], [True, True]]), "element")
+    >>> mask.density, mask.kept.tolist()
+    (0.75, [[True, False], [True, True]])
+    """
+
+    shape: tuple[int, ...]
+    granularity: str
+    bits: bytes
+    """numpy.packbits of the kept elements in C order; 1 = kept."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if any(n < 0 for n in self.shape) or len(self.bits) != -(-math.prod(self.shape) // 8):
+            msg = f"a mask must hold one bit for each of {math.prod(self.shape)} elements. Got {len(self.bits)} bytes for shape {self.shape}."
+            raise UsageError(msg)
+
+    @classmethod
+    def of(cls, kept: NDArray[np.bool_], granularity: str) -> Mask:
+        """A mask from booleans, True = kept."""
+        kept = np.asarray(kept)
+        if kept.dtype != np.bool_:
+            msg = f"a mask must be made of booleans, True = kept. Got {kept.dtype}."
+            raise UsageError(msg)
+        return cls(shape=kept.shape, granularity=granularity, bits=np.packbits(kept, axis=None).tobytes())
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """True where an element stays. Shape: `shape`."""
+        bits = np.unpackbits(np.frombuffer(self.bits, dtype=np.uint8), count=math.prod(self.shape))
+        return bits.astype(np.bool_).reshape(self.shape)
+
+    @property
+    def num_kept(self) -> int:
+        """How many elements stay."""
+        return int(np.unpackbits(np.frombuffer(self.bits, dtype=np.uint8), count=math.prod(self.shape)).sum())
+
+    @property
+    def density(self) -> float:
+        """Share of the elements that stay."""
+        return self.num_kept / max(math.prod(self.shape), 1)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over shape and bits."""
+        return hashlib.sha256(repr(self.shape).encode() + self.bits).hexdigest()
+
+    def described(self) -> dict[str, Any]:
+        """What stands in a plan's JSON; the bits lie in a file of their own."""
+        return {"shape": list(self.shape), "granularity": self.granularity, "sha256": self.digest}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """How one weight is factorized: the method, and its ranks (one for SVD, two for Tucker-2)."""
+
+    method: str
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(int(r) for r in self.ranks))
+        if not self.ranks or min(self.ranks) < 1:
+            msg = f"ranks must be integers ≥ 1. Got {self.ranks} for {self.method}."
+            raise UsageError(msg)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +106,11 @@ class Plan:
 
     keep: Keep
     drop_modules: tuple[str, ...] = ()
-    masks: Mapping[str, str] = field(default_factory=dict)
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Paths of modules that are left out: their input passes through."""
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    """Parameter → elements that stay; the others are zero. Shapes are those after `keep`."""
+    ranks: Mapping[str, Rank] = field(default_factory=dict)
+    """Weight → how it is factorized, after `keep`."""
     schemes: Mapping[str, str] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
     parent_digest: str | None = None
@@ -75,7 +153,7 @@ class Plan:
         return Plan(
             keep=keep,
             drop_modules=self.drop_modules + later.drop_modules,
-            masks={**self.masks, **later.masks},
+            masks={**_cut(self.masks, later.keep), **later.masks},
             ranks={**self.ranks, **later.ranks},
             schemes={**self.schemes, **later.schemes},
             made_by={"levels": [*_levels(self.made_by), *_levels(later.made_by)]},
@@ -87,8 +165,11 @@ class Plan:
         return json.dumps({"schema": SCHEMA, "digest": self.digest, **self._fields()}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read a plan; raises UsageError where the schema is newer or the digest does not fit its content."""
+    def from_json(cls, text: str, bits: Mapping[str, bytes] | None = None) -> Plan:
+        """Read a plan; `bits` holds the masks' bits by their SHA-256.
+
+        Raises UsageError where the schema is newer, bits are missing or a digest does not fit its content.
+        """
         try:
             data = json.loads(text)
             schema, digest = data.pop("schema"), data.pop("digest")
@@ -100,6 +181,10 @@ class Plan:
             raise UsageError(msg)
         try:
             data["keep"] = {n: {int(a): tuple(k) for a, k in axes.items()} for n, axes in data["keep"].items()}
+            data["masks"] = {n: _mask(n, m, bits or {}) for n, m in data.get("masks", {}).items()}
+            data["ranks"] = {
+                n: Rank(method=r["method"], ranks=tuple(r["ranks"])) for n, r in data.get("ranks", {}).items()
+            }
             plan = cls(**{**data, "drop_modules": tuple(data.get("drop_modules", ()))})
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             msg = f"a plan's fields must be those of paredown.Plan: {error}"
@@ -113,8 +198,8 @@ class Plan:
         return {
             "keep": {n: {str(a): list(k) for a, k in axes.items()} for n, axes in self.keep.items()},
             "drop_modules": list(self.drop_modules),
-            "masks": dict(self.masks),
-            "ranks": dict(self.ranks),
+            "masks": {n: m.described() for n, m in sorted(self.masks.items())},
+            "ranks": {n: {"method": r.method, "ranks": list(r.ranks)} for n, r in sorted(self.ranks.items())},
             "schemes": dict(self.schemes),
             "made_by": dict(self.made_by),
             "parent_digest": self.parent_digest,
@@ -122,6 +207,31 @@ class Plan:
 
     def _canonical(self) -> str:
         return json.dumps(self._fields(), sort_keys=True, separators=(",", ":"))
+
+
+def _cut(masks: Mapping[str, Mask], keep: Keep) -> dict[str, Mask]:
+    """Masks of an earlier level, in the indices that a later level leaves."""
+    out = {}
+    for name, mask in masks.items():
+        kept = mask.kept if keep.get(name) else None
+        if kept is None:
+            out[name] = mask
+            continue
+        for axis, indices in keep[name].items():
+            kept = kept.take(indices, axis=axis)
+        out[name] = Mask.of(kept, mask.granularity)
+    return out
+
+
+def _mask(name: str, described: Mapping[str, Any], bits: Mapping[str, bytes]) -> Mask:
+    if described["sha256"] not in bits:
+        msg = f"a plan with masks must be read with their bits, which lie beside plan.json. Got none for {name}."
+        raise UsageError(msg)
+    mask = Mask(shape=tuple(described["shape"]), granularity=described["granularity"], bits=bits[described["sha256"]])
+    if mask.digest != described["sha256"]:
+        msg = f"a mask's bits must fit its digest. Got others for {name}: the file was edited or damaged."
+        raise UsageError(msg)
+    return mask
 
 
 def _levels(made_by: Mapping[str, Any]) -> list[Any]:

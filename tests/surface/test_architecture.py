@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "paredown"
 
 TIERS = (
     "errors",
-    "budget plan target recipe records strict_yaml",
+    "budget plan granularity target recipe records strict_yaml",
     "program weights weights_process",
     "couple examine statistics",
     "score",
@@ -33,14 +33,14 @@ TIERS = (
     "search curve",
     "sweep",
     "report",
-    "pipeline",
+    "pipeline coverage",
     "doctor",
     "cli",
     "__main__",
 )
 """A room imports rooms above it, and rooms of its own line where that makes no circle."""
 RANK = {room: rank for rank, line in enumerate(TIERS) for room in line.split()}
-WITHOUT_TORCH = "errors budget plan target recipe records strict_yaml report doctor".split()
+WITHOUT_TORCH = "errors budget plan granularity target recipe records strict_yaml report doctor".split()
 REPORT_MAY_IMPORT = {"errors", "records", "curve", "report"}
 DEFERRED = set(
     "torchao onnx onnxruntime onnxscript onnx_ir openvino matplotlib jinja2 sklearn torchvision timm optuna ray transformers".split()

@@ -58,7 +58,10 @@ class Scores:
 
     criterion: str
     by_space: Mapping[str, UnitScores]
-    """Space name → float64 [units]."""
+    """Space name → float64 [units]; empty for a granularity of masks."""
+    granularity: str = "channel"
+    by_cell: Mapping[str, UnitScores] = field(default_factory=dict)
+    """Parameter → float64, the shape of its grid of cells (see paredown.granularity); empty for channels."""
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     notes: tuple[str, ...] = ()
