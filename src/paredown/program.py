@@ -26,6 +26,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from paredown.errors import CaptureError, RejectedError
+from paredown.plain import plain_copy, refuse_bad_weights
 
 
 class Inputs(NamedTuple):
@@ -64,15 +65,15 @@ def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch:
     the first one's length is the batch; a batch of 1 is repeated once, because torch.export specialises it.
     With train=False only the eval graph is captured (enough to examine).
 
-    Raises RejectedError (wrapped in script, NaN or infinite weights, complex weights, inputs that do not fit) and
+    Raises RejectedError (wrapped in script, NaN or infinite weights, complex weights, a quantized model, inputs that do not fit) and
     CaptureError (what torch.export cannot follow, with the user's own line).
 
     >>> program = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
     >>> program.batch
     'dynamic'
     """
-    model, notes = _private_copy(model)
-    _refuse_bad_weights(model)
+    model, notes = plain_copy(model)
+    refuse_bad_weights(model)
     args, kwargs = _as_inputs(inputs)
     _try_forward(model, args, kwargs)
     example, batch = _batched(args, kwargs) if dynamic_batch else (Inputs(args, kwargs), "fixed: asked for")
@@ -283,93 +284,6 @@ def trainable_copy(body: fx.GraphModule, *, dropout: bool = True, momentum: floa
             node.args = (*node.args[:2], True)
     body.recompile()
     return body
-
-
-# ----------------------------------------------------------------------------------------------- the model's own state
-
-
-def _private_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """A deep copy in float form: unwrapped, with parametrizations and pruning masks folded into plain weights."""
-    notes: list[str] = []
-    kind: object = model
-    if not isinstance(kind, nn.Module):
-        msg = f"the model must be an nn.Module. Got {type(kind).__name__}."
-        raise RejectedError(msg)
-    if isinstance(model, torch.jit.ScriptModule):
-        msg = (
-            "the model must be a plain nn.Module. Got a TorchScript module. Pass the Python class with its state_dict."
-        )
-        raise RejectedError(msg)
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            break
-        notes.append(f"unwrapped {type(model).__name__}")
-        model = inner
-    # Tensors that are results of a computation (old-style weight_norm keeps one) refuse to be deep-copied.
-    memo: dict[int, Any] = {
-        id(v): v.detach().clone()
-        for m in model.modules()
-        for v in vars(m).values()
-        if isinstance(v, Tensor) and v.grad_fn is not None
-    }
-    try:
-        model = copy.deepcopy(model, memo)
-    except Exception as error:
-        msg = f"the model must allow copy.deepcopy, because paredown never changes the original. Got {type(error).__name__}: {error}."
-        raise RejectedError(msg) from error
-    notes += _fold(model)
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
-        msg = "the model must be initialised. Got lazy modules without a shape. Run it once on an example first."
-        raise RejectedError(msg)
-    model.to("cpu")
-    return model, tuple(notes)
-
-
-def _fold(model: nn.Module) -> list[str]:
-    """Fold parametrizations, old-style weight/spectral norm and torch pruning masks into plain parameters, in place."""
-    from torch.nn.utils import parametrize, prune
-
-    notes = []
-    for name, module in list(model.named_modules()):
-        if parametrize.is_parametrized(module):
-            # torch takes the property off the class, and a deep copy shares its class with the user's module.
-            made = type(module)
-            module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
-            for parameter in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, str(parameter), leave_parametrized=True)
-                notes.append(f"folded a parametrization into {name}.{parameter}")
-        for hook in list(module._forward_pre_hooks.values()):
-            kind = type(hook).__name__
-            if isinstance(hook, prune.BasePruningMethod):
-                tensor = hook._tensor_name
-                prune.remove(module, tensor)
-                notes.append(f"folded a pruning mask into {name}.{tensor}")
-            elif kind == "WeightNorm":
-                torch.nn.utils.remove_weight_norm(module, hook.name)
-                notes.append(f"folded weight norm into {name}.{hook.name}")
-            elif kind == "SpectralNorm":
-                torch.nn.utils.remove_spectral_norm(module, hook.name)
-                notes.append(f"folded spectral norm into {name}.{hook.name}")
-    return notes
-
-
-def _refuse_bad_weights(model: nn.Module) -> None:
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "running_" in n)]
-    bad = [n for n, p in named if p.is_complex()]
-    if bad:
-        msg = f"weights must be real numbers. Got complex weights in {_some(bad)}."
-        raise RejectedError(msg)
-    bad = [n for n, p in named if p.is_floating_point() and not bool(torch.isfinite(p).all())]
-    if bad:
-        msg = f"weights must be finite. Got NaN or infinity in {_some(bad)}. Load a checkpoint from before the training diverged."
-        raise RejectedError(msg)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs

@@ -95,3 +95,23 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     )
     (tmp_path / "b.onnx").write_bytes(model.SerializeToString())
     assert examine_onnx(tmp_path / "b.onnx").uncounted == ("acme::Secret",)
+
+
+def test_fault_15_a_circle_and_foreign_ops_are_listed_not_run(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Add", ["b", "x"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Magic", ["b"], ["y"], domain="acme"),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3]) for n in ("x", "y")]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:]),
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)],
+    )
+    path = tmp_path / "circle.onnx"
+    onnx.save(model, path)
+    found = examine_onnx(path)
+    assert found.ops == {"Add": 1, "Relu": 1, "acme::Magic": 1}
+    assert found.uncounted == ("acme::Magic",)

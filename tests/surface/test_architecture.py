@@ -20,6 +20,7 @@ SOURCE = ROOT / "src" / "paredown"
 TIERS = (
     "errors",
     "budget plan granularity target recipe records strict_yaml",
+    "plain",
     "program weights weights_process",
     "couple examine statistics",
     "score",
