@@ -40,14 +40,14 @@ def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch
 
     Where the output does not move the weights are drawn anew with less gain (saturated activations hide a change).
     """
-    inputs = pytree.tree_map(lambda t: _cast(t, dtype), _healthy_inputs(program, seed))
+    inputs = pytree.tree_map(lambda t: in_dtype(t, dtype), healthy_inputs(program, seed))
     for attempt in range(3):
-        state = {n: _cast(t, dtype) for n, t in healthy(program, seed + attempt, gain=1.0 / (1 + attempt)).items()}
+        state = {n: in_dtype(t, dtype) for n, t in healthy(program, seed + attempt, gain=1.0 / (1 + attempt)).items()}
         with torch.no_grad():
-            dense = _flat(program, state, inputs, None)
+            dense = run_dense(program, state, inputs, None)
             _zero_reads(state, removal)
-            masked = _flat(program, state, inputs, removal)
-        if _tells(dense, masked):
+            masked = run_dense(program, state, inputs, removal)
+        if tells(dense, masked):
             break
     else:
         msg = (
@@ -64,7 +64,7 @@ def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch
     )
 
 
-def _tells(dense: list[Any], masked: list[Any]) -> bool:
+def tells(dense: list[Any], masked: list[Any]) -> bool:
     """Whether the output is finite and moved: otherwise equality would prove nothing."""
     scale, move = _scale(dense), _distance(masked, dense)
     return math.isfinite(scale) and math.isfinite(move) and move > 1e-6 * scale
@@ -107,9 +107,9 @@ def prove(program: Program, module: nn.Module, removal: Removal, known: Referenc
 
     Raises VerificationError with the Proof as evidence.
     """
-    proof = _compare(module, known)
+    proof = compare(module, known)
     if not proof.max_error <= SINGLE * proof.scale:
-        proof = _compare(module, reference(program, removal, seed=seed, dtype=torch.float64))
+        proof = compare(module, reference(program, removal, seed=seed, dtype=torch.float64))
     tolerance = SINGLE if proof.mode == "float32" else DOUBLE
     if not proof.max_error <= tolerance * proof.scale:
         msg = (
@@ -124,12 +124,13 @@ def own_move(program: Program, module: nn.Module) -> float:
     """max |pruned - dense| on the user's own weights and example inputs."""
     args, kwargs = _one(program)
     with torch.no_grad():
-        dense = _flat(program, program.state, (args, kwargs), None)
+        dense = run_dense(program, program.state, (args, kwargs), None)
         pruned = module(*args, **kwargs)
     return _distance(pytree.tree_leaves(pruned), dense)
 
 
-def _compare(module: nn.Module, known: Reference) -> Proof:
+def compare(module: nn.Module, known: Reference) -> Proof:
+    """A module run on the reference's random state against its masked outputs: the numbers, without a verdict."""
     args, kwargs = pytree.tree_map(_clone, known.inputs)
     names = _names(module)
     with torch.no_grad():
@@ -155,11 +156,12 @@ def _zero_reads(state: dict[str, Tensor], removal: Removal) -> None:
             tensor.mul_(torch.from_numpy(~gone).to(tensor.dtype).reshape(view))
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in a dtype, anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _flat(program: Program, state: Mapping[str, Tensor], inputs: Any, removal: Removal | None) -> list[Any]:
+def run_dense(program: Program, state: Mapping[str, Tensor], inputs: Any, removal: Removal | None) -> list[Any]:
     """Outputs of the dense eval graph; with a removal, norms see the survivors only."""
     graph = program.eval_graph
     names = placeholder_names(graph)
@@ -320,7 +322,7 @@ def _roles(program: Program) -> dict[str, str]:
     return roles
 
 
-def _healthy_inputs(program: Program, seed: int) -> Any:
+def healthy_inputs(program: Program, seed: int) -> Any:
     """One sample: the user's example where it is integer, boolean or a mask, else seeded noise of its scale."""
     generator = torch.Generator().manual_seed(seed + 1)
 

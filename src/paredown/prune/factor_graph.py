@@ -1,0 +1,190 @@
+"""The graph realiser of ranks: every use of a weight becomes its chain, in the eval and the train graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+
+from paredown.couple.operand import args_of
+from paredown.couple.trace import op_name
+from paredown.plan import Rank
+from paredown.program import GraphModel, Program
+from paredown.prune.factors import Conv, Layer, conv_of, factor_names, is_transpose, links, placeholders
+
+Factors = Mapping[str, tuple[Tensor, ...]]
+"""Parameter → its factors, in order of execution."""
+
+
+def realise_factor_graph(
+    program: Program, layers: Mapping[str, Layer], ranks: Mapping[str, Rank], factors: Factors
+) -> GraphModel:
+    """A module rebuilt from the exported graphs with chains of factors; biases keep their names."""
+    named = {p: factor_state(layer, program, factors[p]) for p, layer in layers.items()}
+    state = _state(program, layers, named)
+    made = {n: nn.Parameter(t, requires_grad=t.requires_grad) for group in named.values() for n, t in group.items()}
+    graphs = [
+        None if graph is None else _factored(graph, layers, ranks, made, program.state)
+        for graph in (program.eval_graph, program.train_graph)
+    ]
+    assert graphs[0] is not None  # a program always has an eval graph
+    return GraphModel(graphs[0], graphs[1], state).eval()
+
+
+def factor_state(layer: Layer, program: Program, factors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Names of the factors under every tied name of the weight → tensors in its dtype."""
+    dense = program.state[layer.parameter]
+    tensors = [f.detach().to(dense.dtype).contiguous().requires_grad_(dense.requires_grad) for f in factors]
+    return {
+        name: tensor
+        for alias in layer.names
+        for name, tensor in zip(factor_names(alias, len(tensors), program.state), tensors, strict=True)
+    }
+
+
+def _state(
+    program: Program, layers: Mapping[str, Layer], named: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The state with factors where the weights were; nothing is shared with the program, tied names stay tied."""
+    owner = {name: p for p, layer in layers.items() for name in layer.names}
+    copies: dict[int, Tensor] = {}
+    out: dict[str, Tensor] = {}
+    for name, tensor in program.state.items():
+        if name in owner:
+            out.update(named[owner[name]])
+            continue
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        out[name] = copies[id(tensor)]
+    return out
+
+
+def _factored(
+    exported: ExportedProgram,
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, Rank],
+    made: Mapping[str, nn.Parameter],
+    dense: Mapping[str, Tensor],
+) -> ExportedProgram:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, {}))
+    ends = {n.op: n for n in graph.nodes}
+    for node in exported.graph.nodes:
+        if node.op == "output":
+            ends["output"].meta = dict(node.meta)
+    specs = {s.arg.name: [s] for s in exported.graph_signature.input_specs}
+    for parameter, layer in layers.items():
+        olds = [n for n in graph.nodes if n.op == "placeholder" and n.name in _old_names(exported, layer)]
+        used = next((n for n in olds if n.users), None)
+        if used is not None:
+            chain = links(layer.shape, layer.conv, ranks[parameter])
+            names = factor_names(layer.parameter, len(chain), dense)
+            news = [_placeholder(graph, used, name, made[name]) for name in names]
+            _replace_uses(used, news, ranks[parameter], False)
+            specs[used.name] = [
+                InputSpec(kind=InputKind.PARAMETER, arg=TensorArgument(name=n.name), target=name)
+                for n, name in zip(news, names, strict=True)
+            ]
+            _erase(used)
+        for old in olds:
+            if old is not used:
+                specs[old.name] = []
+                _erase(old)
+    gone = {name for layer in layers.values() for name in layer.names}
+    signature = ExportGraphSignature(
+        input_specs=[s for group in specs.values() for s in group],
+        output_specs=list(exported.graph_signature.output_specs),
+    )
+    return ExportedProgram(
+        root=exported.graph_module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict={n: t for n, t in exported.state_dict.items() if n not in gone} | dict(made),
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        constants=exported.constants,
+    )
+
+
+def _old_names(exported: ExportedProgram, layer: Layer) -> set[str]:
+    return {n.name for n in placeholders(exported, layer.names)}
+
+
+def _placeholder(graph: fx.Graph, old: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+    """A placeholder for a factor, before that of the weight: order among arguments is order in the graph."""
+    with graph.inserting_before(old):
+        node = graph.placeholder(f"p_{name.replace('.', '_')}")
+    with old.meta["val"].fake_mode:
+        node.meta = {"val": torch.empty(tuple(tensor.shape), dtype=tensor.dtype)}
+    return node
+
+
+def _replace_uses(node: fx.Node, factors: list[fx.Node], rank: Rank, flipped: bool) -> None:
+    """Rewrite everything that multiplies by a weight; its transposes are erased."""
+    for user in list(node.users):
+        if is_transpose(user):
+            _replace_uses(user, factors, rank, not flipped)
+            user.graph.erase_node(user)
+        elif op_name(user).startswith("conv"):
+            _replace_conv(user, factors, rank)
+        else:
+            _replace_product(user, factors)
+
+
+def _erase(node: fx.Node) -> None:
+    node.graph.erase_node(node)
+
+
+def _replace_product(node: fx.Node, factors: list[fx.Node]) -> None:
+    """linear, matmul, mm and addmm as linear layers one after the other."""
+    linear = torch.ops.aten.linear.default
+    if op_name(node) == "addmm":
+        bias, source = node.args[0], node.args[1]
+    else:
+        source = node.args[0]
+        bias = args_of(node, "bias")[0] if op_name(node) == "linear" else None
+    vector = bias is None or bias.meta["val"].dim() == 1  # type: ignore[union-attr]
+    value = _call(node, linear, (source, factors[0]))
+    value = _call(node, linear, (value, factors[1], bias) if bias is not None and vector else (value, factors[1]))
+    if not vector:
+        value = _call(node, torch.ops.aten.add.Tensor, (value, bias))
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+def _replace_conv(node: fx.Node, factors: list[fx.Node], rank: Rank) -> None:
+    walk = conv_of(node)
+    value, bias = args_of(node, "input", "bias")
+    weight: Any = args_of(node, "weight")[0]
+    chain = links(tuple(int(s) for s in weight.meta["val"].shape), walk, rank)
+    for link, factor in zip(chain, factors, strict=True):
+        assert link.conv is not None  # a convolution's links walk
+        last = factor is factors[-1]
+        value = _call(node, _overload(node, link.conv), (value, factor, bias if last else None, *_walk(link.conv)))
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+def _walk(conv: Conv) -> tuple[Any, ...]:
+    padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)
+    return list(conv.stride), padding, list(conv.dilation), conv.groups
+
+
+def _overload(node: fx.Node, conv: Conv) -> Any:
+    packet = getattr(torch.ops.aten, op_name(node))
+    return packet.padding if isinstance(conv.padding, str) else packet.default
+
+
+def _call(before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A new node with the value it makes and the place it came from: its user's line and module."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    node.meta = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
+    fake = before.meta["val"].fake_mode
+    with fake, torch.no_grad():
+        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+    return node
