@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 
 from paredown.couple.operand import args_of
 from paredown.couple.trace import op_name
 from paredown.plan import Rank
 from paredown.program import GraphModel, Program
-from paredown.prune.factors import Conv, Layer, conv_of, factor_names, is_transpose, links, placeholders
+from paredown.prune.factors import Conv, Layer, conv_of, factor_names, found, is_transpose, links, placeholders, walked
 
 Factors = Mapping[str, tuple[Tensor, ...]]
 """Parameter → its factors, in order of execution."""
@@ -33,6 +34,17 @@ def realise_factor_graph(
     ]
     assert graphs[0] is not None  # a program always has an eval graph
     return GraphModel(graphs[0], graphs[1], state).eval()
+
+
+def empty_factor_graph(program: Program, ranks: Mapping[str, Rank]) -> GraphModel:
+    """The same structure with factors of zeros, for weights that are loaded afterwards."""
+    every = found(program)
+    layers = {name: every.layer(name) for name in ranks}
+    factors = {
+        name: tuple(torch.zeros(link.shape) for link in links(layer.shape, layer.conv, ranks[name]))
+        for name, layer in layers.items()
+    }
+    return realise_factor_graph(program, layers, ranks, factors)
 
 
 def factor_state(layer: Layer, program: Program, factors: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -71,11 +83,10 @@ def _factored(
     dense: Mapping[str, Tensor],
 ) -> ExportedProgram:
     graph = fx.Graph()
-    graph.output(graph.graph_copy(exported.graph, {}))
-    ends = {n.op: n for n in graph.nodes}
-    for node in exported.graph.nodes:
-        if node.op == "output":
-            ends["output"].meta = dict(node.meta)
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(exported.graph, copies))
+    for node, copied in copies.items():
+        copied.name = node.name  # a copy renames what is called like a built-in ("input")
     specs = {s.arg.name: [s] for s in exported.graph_signature.input_specs}
     for parameter, layer in layers.items():
         olds = [n for n in graph.nodes if n.op == "placeholder" and n.name in _old_names(exported, layer)]
@@ -97,7 +108,7 @@ def _factored(
     gone = {name for layer in layers.values() for name in layer.names}
     signature = ExportGraphSignature(
         input_specs=[s for group in specs.values() for s in group],
-        output_specs=list(exported.graph_signature.output_specs),
+        output_specs=_output_specs(exported, graph),
     )
     return ExportedProgram(
         root=exported.graph_module,
@@ -107,7 +118,19 @@ def _factored(
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,
         constants=exported.constants,
+        verifiers=exported.verifiers,
     )
+
+
+def _output_specs(exported: ExportedProgram, graph: fx.Graph) -> list[OutputSpec]:
+    """The outputs' specs under the names of the nodes that make them now."""
+    results: Any = graph.output_node().args[0]
+    return [
+        dataclasses.replace(spec, arg=TensorArgument(name=value.name))
+        if isinstance(spec.arg, TensorArgument) and isinstance(value, fx.Node)
+        else spec
+        for spec, value in zip(exported.graph_signature.output_specs, results, strict=True)
+    ]
 
 
 def _old_names(exported: ExportedProgram, layer: Layer) -> set[str]:
@@ -148,10 +171,12 @@ def _replace_product(node: fx.Node, factors: list[fx.Node]) -> None:
         source = node.args[0]
         bias = args_of(node, "bias")[0] if op_name(node) == "linear" else None
     vector = bias is None or bias.meta["val"].dim() == 1  # type: ignore[union-attr]
-    value = _call(node, linear, (source, factors[0]))
-    value = _call(node, linear, (value, factors[1], bias) if bias is not None and vector else (value, factors[1]))
+    middle = [*source.meta["val"].shape[:-1], factors[0].meta["val"].shape[0]]  # type: ignore[union-attr]
+    value = _call(node, linear, (source, factors[0]), middle)
+    whole = (value, factors[1], bias) if bias is not None and vector else (value, factors[1])
+    value = _call(node, linear, whole, None)
     if not vector:
-        value = _call(node, torch.ops.aten.add.Tensor, (value, bias))
+        value = _call(node, torch.ops.aten.add.Tensor, (value, bias), None)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
 
@@ -164,7 +189,11 @@ def _replace_conv(node: fx.Node, factors: list[fx.Node], rank: Rank) -> None:
     for link, factor in zip(chain, factors, strict=True):
         assert link.conv is not None  # a convolution's links walk
         last = factor is factors[-1]
-        value = _call(node, _overload(node, link.conv), (value, factor, bias if last else None, *_walk(link.conv)))
+        before = value.meta["val"].shape
+        axes = len(link.shape) - 2
+        middle = [*before[: len(before) - axes - 1], link.shape[0], *walked(before[len(before) - axes :], link)]
+        arguments = (value, factor, bias if last else None, *_walk(link.conv))
+        value = _call(node, _overload(node, link.conv), arguments, None if last else middle)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
 
@@ -179,12 +208,17 @@ def _overload(node: fx.Node, conv: Conv) -> Any:
     return packet.padding if isinstance(conv.padding, str) else packet.default
 
 
-def _call(before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """A new node with the value it makes and the place it came from: its user's line and module."""
+def _call(before: fx.Node, target: Any, args: tuple[Any, ...], sizes: list[Any] | None) -> fx.Node:
+    """A new node from the place of an old one, with a value of these sizes, or with the old one's own.
+
+    The op is not run on symbolic sizes: that would guard on the batch, and fix it.
+    """
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args)
     node.meta = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
-    fake = before.meta["val"].fake_mode
-    with fake, torch.no_grad():
-        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+    value = before.meta["val"]
+    if sizes is not None:
+        with value.fake_mode, torch.no_grad():
+            value = torch.empty(sizes, dtype=value.dtype)
+    node.meta["val"] = value
     return node

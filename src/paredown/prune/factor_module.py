@@ -105,6 +105,6 @@ def _module(link: Link, layer: Any) -> nn.Module:
             padding_mode="zeros" if still else layer.padding_mode, **like,
         )  # fmt: skip
     with torch.no_grad():
-        made.weight.zero_()  # type: ignore[operator]
-    made.weight.requires_grad_(layer.weight.requires_grad)  # type: ignore[operator]
+        made.get_parameter("weight").zero_()
+    made.requires_grad_(layer.weight.requires_grad)
     return made

@@ -64,7 +64,7 @@ class Layer:
     """A weight that a chain of factors can replace, everywhere it is used."""
 
     parameter: str
-    names: Sizes | tuple[str, ...]
+    names: tuple[str, ...]
     """Every name of the same storage, the parameter's own first."""
     shape: Sizes
     """Of its matrix view: [out, in], or [out, in / groups, *kernel]."""
@@ -126,6 +126,18 @@ def links(shape: Sizes, conv: Conv | None, rank: Rank) -> tuple[Link, ...]:
         Link(shape=(groups * r, depth, *kernel), conv=conv),
         Link(shape=(out, r, *point), conv=conv.at_rest()),
     )
+
+
+def walked(sizes: Sequence[Any], link: Link) -> list[Any]:
+    """Lengths of the axes that a convolution walks over, after it: ⌊(n + 2p − d (k − 1) − 1) / s⌋ + 1."""
+    conv = link.conv
+    if conv is None or conv.padding == "same":
+        return list(sizes)
+    padding = (0,) * len(sizes) if isinstance(conv.padding, str) else conv.padding
+    return [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(sizes, padding, conv.dilation, link.shape[2:], conv.stride, strict=True)
+    ]
 
 
 def most_ranks(shape: Sizes, conv: Conv | None, method: str) -> Sizes:
@@ -268,12 +280,15 @@ def uses(node: fx.Node, flipped: bool = False) -> Iterator[Use | str]:
 
 def is_transpose(node: fx.Node) -> bool:
     """Whether a node does nothing but swap the two axes of a matrix."""
-    if node.op != "call_function" or op_name(node) not in ("t", "transpose", "permute", "numpy_T"):
+    name = op_name(node) if node.op == "call_function" else ""
+    if name not in ("t", "transpose", "permute", "numpy_T"):
         return False
-    source: Any = node.args[0]
-    return source.meta["val"].dim() == 2 and tuple(source.meta["val"].shape[::-1]) == tuple(node.meta["val"].shape) and (
-        op_name(node) != "permute" or [int(a) % 2 for a in node.args[1]] == [1, 0]  # type: ignore[union-attr,arg-type]
-    ) and (op_name(node) != "transpose" or {int(a) % 2 for a in node.args[1:3]} == {0, 1})  # type: ignore[arg-type]
+    source, *axes = node.args
+    value: Any = source.meta["val"] if isinstance(source, fx.Node) else None
+    if value is None or value.dim() != 2:
+        return False
+    named: Any = axes[0] if name == "permute" else axes or (0, 1)
+    return sorted(int(a) % 2 for a in named) == [0, 1] and (name != "permute" or int(named[0]) % 2 == 1)
 
 
 def conv_of(node: fx.Node) -> Conv:

@@ -16,9 +16,11 @@ from paredown.couple.trace import trace
 from paredown.errors import RejectedError, UsageError
 from paredown.plan import Plan
 from paredown.program import Inputs, capture
+from paredown.prune.factor_graph import empty_factor_graph
+from paredown.prune.factor_module import realise_factor_module
 from paredown.prune.graph import realise_graph
 from paredown.prune.module import put_state, set_attributes, tensors
-from paredown.prune.nouns import Pruned
+from paredown.prune.nouns import Pruned, Stage
 from paredown.prune.removal import removal
 from paredown.records import whole_file, write_text
 
@@ -36,6 +38,7 @@ def save(pruned: Pruned, folder: str | Path) -> None:
         "plan_digest": pruned.plan.digest,
         "attributes": {p: dict(v) for p, v in sorted(pruned.attributes.items())},
         "inputs": _described(pruned.program.inputs),
+        "stages": [_stage_json(stage) for stage in pruned.stages],
     }
     write_text(folder / FORM, json.dumps(form, indent=1, sort_keys=True) + "\n")
     with whole_file(folder / WEIGHTS) as temporary:
@@ -58,18 +61,52 @@ def load(folder: str | Path, model: nn.Module, inputs: Any = None) -> nn.Module:
         msg = f"plan.json and form.json in {folder} must belong together. Got digests {plan.digest[:12]} and {form['plan_digest'][:12]}."
         raise RejectedError(msg)
     weights = load_file(folder / WEIGHTS)
-    if form["realiser"] == "graph":
-        program = capture(model, inputs if inputs is not None else _example(form["inputs"]))
-        rebuilt: nn.Module = realise_graph(program, removal(trace(program), plan))
-    else:
-        rebuilt = _cut(copy.deepcopy(model), plan)
-        set_attributes(rebuilt, form["attributes"])
+    rebuilt = model
+    for stage in _stages(form, plan):
+        rebuilt = _rebuilt(rebuilt, stage, inputs if inputs is not None else _example(form["inputs"]))
     try:
         rebuilt.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         msg = f"the weights in {folder} must fit {type(model).__name__} after the plan. {error}"
         raise RejectedError(msg) from error
     return rebuilt.eval()
+
+
+def _stages(form: dict[str, Any], plan: Plan) -> tuple[Stage, ...]:
+    if not form.get("stages"):
+        return (Stage(plan=plan, realiser=form["realiser"], attributes=form["attributes"]),)
+    return tuple(
+        Stage(
+            plan=Plan.from_json(json.dumps(stage["plan"])),
+            realiser=stage["realiser"],
+            attributes=_tuples(stage["attributes"]),
+        )
+        for stage in form["stages"]
+    )
+
+
+def _stage_json(stage: Stage) -> dict[str, Any]:
+    attributes = {p: dict(v) for p, v in sorted(stage.attributes.items())}
+    return {"plan": json.loads(stage.plan.to_json()), "realiser": stage.realiser, "attributes": attributes}
+
+
+def _rebuilt(model: nn.Module, stage: Stage, inputs: Any) -> nn.Module:
+    """A copy of a model with the structure that a stage gives it; its weights are not set."""
+    plan = stage.plan
+    if stage.realiser == "module":
+        made = copy.deepcopy(model)
+        if plan.keep:
+            made = _cut(made, plan)
+        set_attributes(made, {p: dict(v) for p, v in stage.attributes.items()})
+        chained = realise_factor_module(made, plan.ranks) if plan.ranks else made
+        if chained is None:
+            msg = f"the layers with ranks must be torch's own nn.Linear and nn.Conv. Got others in {type(model).__name__}."
+            raise RejectedError(msg)
+        return chained
+    if plan.keep or not plan.ranks:
+        program = capture(model, inputs)
+        model = realise_graph(program, removal(trace(program), plan))
+    return empty_factor_graph(capture(model, inputs), plan.ranks) if plan.ranks else model
 
 
 def _read_form(folder: Path) -> dict[str, Any]:
@@ -81,9 +118,13 @@ def _read_form(folder: Path) -> dict[str, Any]:
     if form.get("schema") != 1:
         msg = f"form.json must have schema 1. Got {form.get('schema')!r}. A newer file needs a newer paredown."
         raise UsageError(msg)
-    for path, values in form["attributes"].items():
-        form["attributes"][path] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    form["attributes"] = _tuples(form["attributes"])
     return form
+
+
+def _tuples(attributes: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where torch's layers keep tuples."""
+    return {p: {k: tuple(v) if isinstance(v, list) else v for k, v in a.items()} for p, a in attributes.items()}
 
 
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:

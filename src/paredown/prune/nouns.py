@@ -28,6 +28,24 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How well a layer gives what it should, before and after it was fitted anew (see reconstruct)."""
+
+    before: float
+    """Σ ‖target - output‖² / Σ ‖target - mean target‖² on the batches; 1 is as good as a constant."""
+    after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One change of a model that several plans changed one after the other, each in the names of the one before."""
+
+    plan: Plan
+    realiser: Literal["module", "graph"]
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
     """A pruned (or factorized) model. Train `module` with any loop, or with recover."""
 
@@ -40,3 +58,11 @@ class Pruned:
     proof: Proof
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Sizes set on the user's class, by module path, so that `load` can set them again."""
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    """By weight, where `reconstruct` fitted it."""
+    stages: tuple[Stage, ...] = ()
+    """Where factors are among the changes: all of them in order, since later ones name factors that the model had not."""
+
+    def every_stage(self) -> tuple[Stage, ...]:
+        """The stages; one where a single plan says it all."""
+        return self.stages or (Stage(plan=self.plan, realiser=self.realiser, attributes=self.attributes),)

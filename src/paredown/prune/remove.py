@@ -123,7 +123,10 @@ def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
 
     The composed plan is proven again, on the first program; where a unit of the second level is finer than one of the
     first (channels inside the one head that was left), each level keeps its own proof and the second one is reported.
+    So it is with ranks: the result keeps its `stages`, because later plans name factors.
     """
+    if first.plan.ranks or second.plan.ranks:
+        return _in_stages(first, second)
     plan = first.plan.then(second.plan)
     try:
         gone = removal(trace(first.program), plan)
@@ -141,4 +144,16 @@ def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
         realiser=second.realiser,
         proof=dataclasses.replace(proof, own_move=own_move(first.program, second.module)),
         attributes=attributes,
+    )
+
+
+def _in_stages(first: Pruned, second: Pruned) -> Pruned:
+    return Pruned(
+        module=second.module,
+        program=first.program,
+        plan=first.plan.then(second.plan),
+        realiser=second.realiser,
+        proof=dataclasses.replace(second.proof, own_move=own_move(first.program, second.module)),
+        attributes=second.attributes,
+        stages=first.every_stage() + second.every_stage(),
     )
