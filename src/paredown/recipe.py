@@ -13,23 +13,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
-    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
-from paredown.budget import Budget
 from paredown.errors import RejectedError, UsageError
+from paredown.recipe_fields import Base, Bounds, DenseTwin, Measure, Prune, Quantize, Recover, Strict
 from paredown.strict_yaml import read_yaml
 from paredown.target import named
 
@@ -38,140 +34,7 @@ EMBEDDED = Path(__file__).with_name("recipes")
 _FILE_FIELDS = ("task", "model", "weights", "data")
 
 
-def _amount(value: Any, info: ValidationInfo) -> Any:
-    """One rule for all amounts: that of Budget."""
-    if value is None:
-        return None
-    name = str(info.field_name)
-    return getattr(Budget(**{name: value}), name)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class Level(_Strict):
-    """One level of pruning. Amounts are what remains of the model that the level starts from."""
-
-    channels: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Fraction of the channels of each space that remains. Stands alone."""
-    parameters: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Fraction (or number, an integer ≥ 2) of parameters that remains."""
-    macs: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Fraction (or number) of multiply-accumulates of one sample that remains (FLOPs = 2 × MACs)."""
-
-    @model_validator(mode="after")
-    def _given(self) -> Level:
-        given = self.model_dump(exclude_none=True)
-        if not given or ("channels" in given and len(given) > 1):
-            got = " and ".join(given) or "none"
-            msg = f"a level must give channels alone, or parameters, macs or both. Got {got}."
-            raise ValueError(msg)
-        return self
-
-
-class Base(_Strict):
-    """How the dense model is trained where the task brings no trained weights but a `base` function."""
-
-    epochs: int | None = Field(default=None, ge=1)
-    """Passes over the training data; null leaves it to the task."""
-    lr: float | None = Field(default=None, gt=0)
-    """Learning rate; null leaves it to the task."""
-
-
-class Prune(_Strict):
-    """Which channels leave, in how many levels."""
-
-    criterion: Literal["l1", "l2", "bn_scale", "taylor", "random"] = "l1"
-    """What makes a channel important. taylor (first order) reads training batches, the others only weights."""
-    allocation: Literal["uniform", "global"] = "uniform"
-    """uniform keeps one ratio of every space; global ranks all channels of the model against each other."""
-    levels: tuple[Level, ...] = ()
-    """One entry per level; each level is followed by recovery. Empty: nothing is pruned."""
-    include: tuple[str, ...] = ()
-    """Patterns (* and ?) on parameter, module and space names; empty means all. exclude wins over include."""
-    exclude: tuple[str, ...] = ()
-    """Patterns of what is never pruned. A pattern that matches nothing is an error."""
-    align: int | None = Field(default=None, ge=1)
-    """Kept channels are a multiple of this; null takes the target's, 1 turns it off."""
-    floor: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of each space that always remains; never less than one channel."""
-    realiser: Literal["auto", "module", "graph"] = "auto"
-    """module keeps your own class, graph rebuilds the model from its graph; auto takes the module where it is proven."""
-    score_batches: int = Field(default=16, ge=1)
-    """Training batches that a criterion which needs data reads."""
-
-
-class Recover(_Strict):
-    """Training after each level, on the task's `step` or its own `train`."""
-
-    epochs: int = Field(default=3, ge=0)
-    """Passes over the training data per level; 0 only re-estimates batch norm. Not used with the task's own `train`."""
-    lr: float = Field(default=0.01, gt=0)
-    """Learning rate at the start. An `optimizer` of the task keeps its own."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Used where the task has no `optimizer` of its own."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of sgd."""
-    weight_decay: float = Field(default=1e-4, ge=0)
-    """L2 penalty (sgd) or decoupled decay (adamw)."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate changes over a level."""
-    distil: Literal["none", "kl", "mse"] = "kl"
-    """The dense model as teacher: kl for logits, mse for regression, none for no teacher."""
-    temperature: float = Field(default=4.0, gt=0)
-    """Of the kl distillation."""
-    distil_weight: float = Field(default=0.9, ge=0, le=1)
-    """Loss = (1 - distil_weight) × step + distil_weight × distillation; no effect with distil: none."""
-    batch_norm_batches: int = Field(default=100, ge=0)
-    """Training batches that re-estimate batch norm at the end of a level; 0 skips it."""
-
-
-class Quantize(_Strict):
-    """Static INT8 after the last level."""
-
-    scheme: Literal["int8"] = "int8"
-    """Weights int8 per output channel, activations 8 bits per tensor, as the target wants them."""
-    observer: Literal["minmax", "mse"] = "mse"
-    """How the range of an activation is chosen: all values seen, or least squared error."""
-    samples: int | None = Field(default=None, ge=1)
-    """Calibration samples at most; null takes all that the task gives."""
-
-
-class DenseTwin(_Strict):
-    """A dense network of equal size, trained from scratch as long: the honest rival. Needs the task's `twin`."""
-
-    enabled: bool = True
-    """Train, quantize and measure it beside the pruned one."""
-
-
-class Measure(_Strict):
-    """How latency is measured, in turns with the dense file."""
-
-    threads: int = Field(default=1, ge=1, le=1024)
-    """Threads of the runtime."""
-    runs: int = Field(default=200, ge=5)
-    """Readings at most."""
-    seconds: float = Field(default=10.0, gt=0)
-    """Time at most, seconds; whichever of runs and seconds ends first, but not before 5 readings."""
-
-
-class Bounds(_Strict):
-    """What the recommended file must keep; a bound that does not hold ends with exit code 5 (metric) or 4."""
-
-    metric_loss: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Largest loss of the metric against the dense FP32 file, in the metric's own unit."""
-    size_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Fraction of the dense file's bytes, or bytes, or a text such as "30 MB" (10⁶) or "30 MiB" (2²⁰)."""
-    latency_ms: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Median latency of one sample on this machine, milliseconds."""
-    peak_ram_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Peak memory of the process that runs the file: bytes, or a text such as "200 MB"."""
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """One run, from the model to the report. Read with `load_recipe`."""
 
     schema_: int = Field(alias="schema")

@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "paredown"
 
 TIERS = (
     "errors",
-    "budget plan granularity target recipe records strict_yaml",
+    "budget plan granularity target recipe recipe_fields records strict_yaml",
     "plain",
     "program weights weights_process",
     "couple examine statistics",
@@ -41,7 +41,7 @@ TIERS = (
 )
 """A room imports rooms above it, and rooms of its own line where that makes no circle."""
 RANK = {room: rank for rank, line in enumerate(TIERS) for room in line.split()}
-WITHOUT_TORCH = "errors budget plan granularity target recipe records strict_yaml report doctor".split()
+WITHOUT_TORCH = "errors budget plan granularity target recipe recipe_fields records strict_yaml report doctor".split()
 REPORT_MAY_IMPORT = {"errors", "records", "curve", "report"}
 DEFERRED = set(
     "torchao onnx onnxruntime onnxscript onnx_ir openvino matplotlib jinja2 sklearn torchvision timm optuna ray transformers".split()
