@@ -96,8 +96,7 @@ def energies(
         matrices = matrices * _scales(layer, seen, how)[:, None, :]
     elif method == "spatial_svd":
         matrices = _spread(layer, matrices)
-    sigma: Tensor = torch.linalg.svdvals(matrices)
-    return sigma.square().sum(0)
+    return _energies(matrices)
 
 
 def core_energies(layer: Layer, stored: Tensor) -> Tensor:
@@ -121,15 +120,33 @@ def _truncated(layer: Layer, matrices: Tensor, rank: Rank, seen: Seen | None, ho
         axes = _output_axes(matrices, _gram(layer, seen))[..., :r]
         return _balanced(axes, axes.mT @ matrices)
     scales = _scales(layer, seen, how)[:, None, :] if rank.method == "asvd" else torch.ones((), dtype=torch.float64)
-    u, s, vt = torch.linalg.svd(matrices * scales, full_matrices=False)
-    return _balanced(u[..., :r], s[..., :r, None] * vt[..., :r, :] / scales)
+    last, first = _split(matrices * scales, r)
+    return _balanced(last, first / scales)
+
+
+def _split(matrices: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The truncated SVD as a projection: U_r (U_rᵀ M), or (M V_r) V_rᵀ where that side is shorter.
+
+    Eigenvectors of the smaller of M Mᵀ and Mᵀ M take a quarter of an SVD's time, and at full rank both are exact.
+    """
+    if matrices.shape[1] <= matrices.shape[2]:
+        axes = torch.linalg.eigh(matrices @ matrices.mT).eigenvectors.flip(-1)[..., :r]
+        return axes, axes.mT @ matrices
+    axes = torch.linalg.eigh(matrices.mT @ matrices).eigenvectors.flip(-1)[..., :r]
+    return matrices @ axes, axes.mT
+
+
+def _energies(matrices: Tensor) -> Tensor:
+    """σ² of every group summed, descending."""
+    short = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    values: Tensor = torch.linalg.eigvalsh(short @ short.mT)
+    return values.flip(-1).clamp_min(0).sum(0)
 
 
 def _output_axes(matrices: Tensor, gram: Tensor) -> Tensor:
     """Principal axes of the outputs W X, leading first. Shape [g, out, min(out, K)]."""
-    out, depth = matrices.shape[1:]
     axes: Tensor
-    if out <= depth:
+    if matrices.shape[1] <= matrices.shape[2]:
         axes = torch.linalg.eigh(matrices @ gram @ matrices.mT).eigenvectors.flip(-1)
     else:
         axes = torch.linalg.svd(matrices @ _root(gram), full_matrices=False).U
@@ -194,11 +211,9 @@ def _spread(layer: Layer, matrices: Tensor) -> Tensor:
 
 
 def _spatial(layer: Layer, matrices: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    u, s, vt = torch.linalg.svd(_spread(layer, matrices), full_matrices=False)
-    half = s[..., :r].sqrt()
-    first = (u[..., :r] * half[..., None, :]).mT  # [g, r, in · k_h]
-    last = (half[..., :, None] * vt[..., :r, :]).unflatten(2, (-1, layer.shape[3]))  # [g, r, out, k_w]
-    return first, last.transpose(1, 2)
+    tall, wide = _balanced(*_split(_spread(layer, matrices), r))  # [g, in · k_h, r] and [g, r, out · k_w]
+    last = wide.unflatten(2, (-1, layer.shape[3]))
+    return tall.mT, last.transpose(1, 2)
 
 
 def _leading(weight: Tensor, axis: int) -> Tensor:
