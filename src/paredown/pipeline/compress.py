@@ -15,7 +15,9 @@ from paredown.errors import UsageError
 from paredown.measure import machine
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
-from paredown.pipeline.stages import Compressed, Run, run_stages
+from paredown.pipeline.levels import check_criterion
+from paredown.pipeline.run import Run
+from paredown.pipeline.stages import Compressed, run_stages
 from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
 from paredown.target import named
 from paredown.train import Metric, Task, task_from_module
@@ -143,6 +145,7 @@ def _run(
     recipe: Recipe, task: Task, model: Callable[[], nn.Module], given: bool, out: Path, *, overwrite: bool, quiet: bool
 ) -> Compressed:
     named(recipe.target)
+    check_criterion(recipe.prune.criterion)
     threads = torch.get_num_threads()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

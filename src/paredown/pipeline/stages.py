@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +13,26 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from paredown.allocate import allocate
-from paredown.budget import Budget
-from paredown.couple import Coupling, couple
+from paredown.couple import couple
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.pipeline import verdict as verdicts
-from paredown.pipeline.folder import RunFolder, file_digest, key_of
+from paredown.pipeline.folder import file_digest, key_of
+from paredown.pipeline.levels import one_level
+from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.snippet import input_of, snippet
 from paredown.plan import Plan
 from paredown.program import Program, capture
-from paredown.prune import Pruned, compose, prune, save
+from paredown.prune import Pruned, save
 from paredown.quantize import Quantized, quantize
-from paredown.recipe import Level, Recipe
 from paredown.records import Measured, Record, whole_file
-from paredown.score import score
-from paredown.train import Task, check_roles, recover
+from paredown.train import check_roles
 from paredown.train.task import seed_all
 
 PARITY = 0.2
 """Largest distance of the INT8 file's metric from its simulation: points where the unit is %, else % of the metric."""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,33 +56,6 @@ class Compressed:
         return f'<iframe srcdoc="{html.escape(text)}" style="width:100%;height:80vh;border:0" sandbox></iframe>'
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One run: what is asked, on what, where."""
-
-    recipe: Recipe
-    task: Task
-    folder: RunFolder
-    say: Say
-    on_training: Callable[[str, Any], None]
-    weights_given: bool
-    model: Callable[[], nn.Module]
-    environment: Mapping[str, Any]
-    dense: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Facts of the dense file that later stages are compared with (artifact, per-sample metric)."""
-
-    def record(self, stage: str, title: str, **fields: Any) -> Record:
-        """A record of this run."""
-        cell = {
-            "stage": stage,
-            "title": title,
-            "recipe_digest": self.recipe.digest,
-            "task": self.task.name,
-            "target": self.recipe.target,
-        }
-        return Record(cell=cell, environment=self.environment, **fields)
-
-
 def run_stages(run: Run) -> Compressed:
     """All stages of one run, in order."""
     recipe, task = run.recipe, run.task
@@ -97,7 +66,11 @@ def run_stages(run: Run) -> Compressed:
     _stage_float(run, 1, "dense", "Dense FP32", program, None, {})
     tuned: Pruned | None = None
     for number, level in enumerate(recipe.prune.levels, start=1):
-        tuned = _level(run, number, level, program, tuned, dense)
+        done = one_level(run, number, level, program, tuned, dense)
+        if done is not None:
+            tuned, details = done
+            title = f"Pruned, level {number}, FP32"
+            _stage_float(run, 10 + number, f"level-{number}", title, tuned, tuned.plan, details)
     last: Program | Pruned = tuned or program
     quantized = _quantized(run, last)
     _stage_int8(run, 50, "int8", "INT8", quantized, tuned)
@@ -186,133 +159,11 @@ def _stage_examine(run: Run, program: Program, warnings: tuple[str, ...]) -> Non
             "spaces": len(coupling.spaces),
             "free_units": coupling.free_units,
             "batch": program.batch,
-            "notes": [*program.notes, *warnings, *_random_note(run)],
+            "notes": [*program.notes, *warnings, *random_note(run)],
         }
         return run.record("examine", "The dense model", details=details)
 
     run.folder.stage(0, "examine", key_of(run.recipe.digest, program.source_digest, run.environment), make)
-
-
-def _random_note(run: Run) -> list[str]:
-    return [] if run.weights_given else ["No weights were given: the model is random, its quality means nothing."]
-
-
-def _level(run: Run, number: int, level: Level, program: Program, before: Pruned | None, teacher: nn.Module) -> Pruned:
-    """Score, allocate, prune with proof, recover; then export and measure."""
-    run.say(f"level {number}: couple, score, allocate")
-    recipe = run.recipe
-    here = program if before is None else capture(before.module, program.inputs)
-    coupling, cost = couple(here), examine(here)
-    plan = _plan(run, here, coupling, cost, level)
-    if not plan.keep and before is not None:
-        return before
-    run.say(f"level {number}: prune and prove")
-    step = prune(here, plan, realiser=recipe.prune.realiser, seed=recipe.seed)
-    pruned = step if before is None else compose(before, step, seed=recipe.seed)
-    tuned, history = _recovered(run, number, pruned, teacher)
-    removed = [
-        {
-            "space": s.name,
-            "kind": s.kind,
-            "before": len(s),
-            "after": len(s) - _num_removed(s, plan),
-            "parameters": sorted({f.parameter for f in s.footprints})[:8],
-        }
-        for s in coupling.spaces
-    ]
-    details = {
-        "removed": removed,
-        "history": history,
-        "realiser": tuned.realiser,
-        "proof": dataclasses.asdict(tuned.proof),
-        "reached": {
-            k: v
-            for k, v in step.plan.made_by.items()
-            if k in ("budget", "reached", "blocked_by", "criterion", "allocation")
-        },
-    }
-    _stage_float(run, 10 + number, f"level-{number}", f"Pruned, level {number}, FP32", tuned, tuned.plan, details)
-    return tuned
-
-
-def _num_removed(space: Any, plan: Plan) -> int:
-    first = space.footprints[0]
-    kept = plan.keep.get(first.parameter, {}).get(first.axis)
-    if kept is None:
-        return 0
-    alive = set(kept)
-    return sum(int(row[0]) not in alive for row in first.indices)
-
-
-def _plan(run: Run, program: Program, coupling: Coupling, cost: Cost, level: Level) -> Plan:
-    recipe, task = run.recipe, run.task
-    options = recipe.prune
-    scores = score(
-        program,
-        coupling,
-        options.criterion,
-        batches=_fresh(task.train_batches, recipe.seed) if options.criterion == "taylor" else None,
-        loss=task.step,
-        num_batches=options.score_batches,
-        seed=recipe.seed,
-        weights_given=run.weights_given,
-    )
-    return allocate(
-        coupling,
-        scores,
-        cost,
-        Budget(**level.model_dump(exclude_none=True)),
-        target=recipe.target,
-        allocation=options.allocation,
-        include=options.include,
-        exclude=options.exclude,
-        floor=options.floor,
-        align=options.align,
-    )
-
-
-def _fresh(batches: Callable[[], Any] | None, seed: int) -> Any:
-    """The user's training batches with the random numbers of a seed."""
-    if batches is None:
-        return None
-    seed_all(seed)
-    return batches()
-
-
-def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> tuple[Pruned, list[dict[str, Any]]]:
-    """Batch norm re-estimated, then trained, with the history; kept on disk, since it is the long part."""
-    recipe, task, own = run.recipe, run.task, run.task.train is not None
-    file = run.folder.steps / f"level-{number}.safetensors"
-    key = key_of(recipe.digest, pruned.plan.digest, pruned.program.source_digest, number, run.environment["versions"])
-    if file.exists():
-        with safe_open(file, framework="pt") as kept:
-            known = kept.metadata() or {}
-        if known.get("key") == key:
-            pruned.module.load_state_dict(load_file(file), strict=True)
-            return pruned, json.loads(known["history"])
-    run.say(f"level {number}: recover")
-    history: list[dict[str, Any]] = []
-
-    def progress(state: Any) -> None:
-        history[:] = [{"epoch": e.epoch, "loss": e.loss, "lr": e.lr} for e in state.history]
-        run.on_training(f"recover level {number}", state)
-
-    tuned = recover(
-        pruned,
-        None if own else task.train_batches,
-        step=None if own else task.step,
-        train=task.train,
-        teacher=None if own else teacher,
-        seed=recipe.seed + number,
-        device=recipe.device,
-        checkpoint=None if own else run.folder.steps / f"level-{number}-training.safetensors",
-        progress=progress,
-        **{**recipe.recover.model_dump(), **({"optimizer": task.optimizer} if task.optimizer is not None else {})},
-    )
-    state = {n: t.detach().contiguous().clone() for n, t in tuned.module.state_dict().items()}
-    with whole_file(file) as temporary:
-        save_file(state, temporary, metadata={"key": key, "history": json.dumps(history)})
-    return tuned, history
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -519,7 +370,7 @@ def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tup
         "normalisation": run.task.normalisation,
         "input": input_of(program),
         "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),
-        "warnings": [*warnings, *_random_note(run)],
+        "warnings": [*warnings, *random_note(run)],
     }
     record = run.folder.stage(
         90,

@@ -9,7 +9,7 @@ from paredown.errors import GateError, InfeasibleError
 from paredown.records import Record
 
 if TYPE_CHECKING:  # stages runs the verdict
-    from paredown.pipeline.stages import Run
+    from paredown.pipeline.run import Run
 
 
 def bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
