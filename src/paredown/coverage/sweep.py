@@ -1,0 +1,134 @@
+"""sweep: many models, each in its own process with a time and memory limit, journalled and resumable."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paredown.errors import Interrupted, UsageError
+
+Row = Mapping[str, Any]
+_VERSIONS = ("paredown", "torch", "torchvision", "timm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one model may take."""
+
+    seconds: float = 120.0
+    memory_bytes: int | None = None
+    """Address space of the process; None sets no limit."""
+
+
+def sweep(
+    models: Iterable[str],
+    *,
+    channels: float = 0.5,
+    export: bool = False,
+    limits: Limits | None = None,
+    journal: Path | None = None,
+    threads: int = 1,
+    retry: Iterable[str] = (),
+    progress: Callable[[Row, int], None] | None = None,
+) -> list[Row]:
+    """One row per model: captured, coupled, `channels` of every space kept, pruned and proven; in the order given.
+
+    A row has a status: "proven", "nothing to do", "not captured", "unproven", "timeout", "killed" or "error". `journal`
+    is a file of JSON lines to which every finished row is appended; a model whose row there was made with the same
+    options and versions is not run again, but where its status is in `retry`.
+
+    Raises UsageError (options) and Interrupted (Ctrl-C: finished rows are in the journal).
+    """
+    if not 0 < channels < 1:
+        msg = f"channels must be a fraction in (0, 1): what remains of every space. Got {channels!r}."
+        raise UsageError(msg)
+    limits = limits if limits is not None else Limits()
+    options = {"channels": channels, "export": export, "versions": _versions()}
+    again = set(retry)
+    known = {r["model"]: r for r in _read(journal) if r.get("options") == options and r.get("status") not in again}
+    rows: list[Row] = []
+    try:
+        for number, model in enumerate(models):
+            row = known.get(model)
+            if row is None:
+                row = {**_run(model, options, limits, threads), "options": options}
+                if journal is not None:
+                    _append(journal, row)
+            rows.append(row)
+            if progress is not None:
+                progress(row, number)
+    except KeyboardInterrupt as error:
+        msg = f"stopped after {len(rows)} models. The same command with the same journal goes on."
+        raise Interrupted(msg) from error
+    return rows
+
+
+def _run(model: str, options: Mapping[str, Any], limits: Limits, threads: int) -> dict[str, Any]:
+    asked = {"model": model, "channels": options["channels"], "export": options["export"], "threads": threads}
+    command = [sys.executable, "-m", "paredown.coverage.one", json.dumps(asked)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    memory = limits.memory_bytes
+
+    def limit() -> None:  # runs in the child, before it becomes Python
+        import resource
+
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=limits.seconds, env=environment, preexec_fn=limit, check=False
+        )
+        out, ended = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        row = _last(error.stdout or b"") | {"model": model, "status": "timeout", "seconds": limits.seconds}
+        return row | {"message": f"not done in {limits.seconds:g} s"}
+    row = _last(out)
+    if row.pop("done", False):
+        return row
+    tail = done.stderr.decode(errors="replace").strip().splitlines()
+    return row | {"model": model, "status": "killed", "message": f"exit {ended}: {tail[-1][:300] if tail else ''}"}
+
+
+def _last(out: bytes) -> dict[str, Any]:
+    """The last row that the process wrote; partial where it was killed."""
+    rows = [line for line in out.decode(errors="replace").split("\n") if line.startswith("\x1e")]
+    found: dict[str, Any] = json.loads(rows[-1][1:]) if rows else {}
+    return found
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _read(journal: Path | None) -> Iterator[dict[str, Any]]:
+    if journal is None or not journal.is_file():
+        return
+    for line in journal.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the line that was being written when the machine stopped
+        if isinstance(row, dict) and "model" in row:
+            yield row
+
+
+def _append(journal: Path, row: Mapping[str, Any]) -> None:
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
