@@ -28,6 +28,11 @@ def realise_graph(program: Program, removal: Removal) -> GraphModel:
 
 def rewritten(gm: fx.GraphModule, removal: Removal) -> fx.GraphModule:
     """A copy of a graph in which every size constant is what survives of it."""
+    return rewritten_nodes(gm, removal)[0]
+
+
+def rewritten_nodes(gm: fx.GraphModule, removal: Removal) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """The same, with the node of the copy for each node of the original."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -37,7 +42,7 @@ def rewritten(gm: fx.GraphModule, removal: Removal) -> fx.GraphModule:
             rewrite(node, copied, removal)
     out = fx.GraphModule(gm, graph)
     out.graph.lint()
-    return out
+    return out, copies
 
 
 def _set(node: fx.Node, name: str, value: Any) -> None:
