@@ -70,7 +70,9 @@ def _fold(model: nn.Module) -> list[str]:
             if isinstance(hook, prune.BasePruningMethod):
                 tensor = hook._tensor_name
                 prune.remove(module, tensor)
-                notes.append(f"folded a pruning mask into {name}.{tensor}")
+                notes.append(
+                    f"folded a pruning mask into {name}.{tensor}: its zeros are kept in training with take_over(model)"
+                )
             elif kind == "WeightNorm":
                 torch.nn.utils.remove_weight_norm(module, hook.name)
                 notes.append(f"folded weight norm into {name}.{hook.name}")

@@ -153,7 +153,7 @@ class Plan:
         return Plan(
             keep=keep,
             drop_modules=self.drop_modules + later.drop_modules,
-            masks={**_cut(self.masks, later.keep), **later.masks},
+            masks=_both(_cut(self.masks, later), later.masks),
             ranks={**self.ranks, **later.ranks},
             schemes={**self.schemes, **later.schemes},
             made_by={"levels": [*_levels(self.made_by), *_levels(later.made_by)]},
@@ -209,17 +209,31 @@ class Plan:
         return json.dumps(self._fields(), sort_keys=True, separators=(",", ":"))
 
 
-def _cut(masks: Mapping[str, Mask], keep: Keep) -> dict[str, Mask]:
-    """Masks of an earlier level, in the indices that a later level leaves."""
+def _cut(masks: Mapping[str, Mask], later: Plan) -> dict[str, Mask]:
+    """Masks of an earlier level, in the indices that a later level leaves; none of what it leaves out or factorizes."""
     out = {}
     for name, mask in masks.items():
-        kept = mask.kept if keep.get(name) else None
+        if name in later.ranks or any(name.startswith(f"{path}.") for path in later.drop_modules):
+            continue
+        kept = mask.kept if later.keep.get(name) else None
         if kept is None:
             out[name] = mask
             continue
-        for axis, indices in keep[name].items():
+        for axis, indices in later.keep[name].items():
             kept = kept.take(indices, axis=axis)
-        out[name] = Mask.of(kept, mask.granularity)
+        if not kept.all():
+            out[name] = Mask.of(kept, mask.granularity)
+    return out
+
+
+def _both(first: Mapping[str, Mask], later: Mapping[str, Mask]) -> dict[str, Mask]:
+    """Masks of two levels: what either prunes is pruned."""
+    out = dict(first) | dict(later)
+    for name in first.keys() & later.keys():
+        if first[name].shape != later[name].shape:
+            msg = f"the later mask must have the shape that the first plan leaves, {first[name].shape}. Got {later[name].shape} for {name}."
+            raise UsageError(msg)
+        out[name] = Mask.of(first[name].kept & later[name].kept, later[name].granularity)
     return out
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,6 +19,7 @@ from paredown.couple.trace import trace
 from paredown.errors import RejectedError, UsageError
 from paredown.plan import Plan
 from paredown.program import Inputs, capture
+from paredown.prune.depth import identity_module, outermost, realise_without
 from paredown.prune.factor_graph import empty_factor_graph
 from paredown.prune.factor_module import realise_factor_module
 from paredown.prune.graph import realise_graph
@@ -23,6 +27,7 @@ from paredown.prune.module import put_state, set_attributes, tensors
 from paredown.prune.nouns import Pruned, Stage
 from paredown.prune.removal import removal
 from paredown.records import whole_file, write_text
+from paredown.train.masks import check_zeros
 
 WEIGHTS, PLAN, FORM = "model.safetensors", "plan.json", "form.json"
 
@@ -31,6 +36,7 @@ def save(pruned: Pruned, folder: str | Path) -> None:
     """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, input shapes); each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    write_masks(folder, (pruned.plan, *(stage.plan for stage in pruned.stages)))
     write_text(folder / PLAN, pruned.plan.to_json())
     form = {
         "schema": 1,
@@ -56,28 +62,56 @@ def load(folder: str | Path, model: nn.Module, inputs: Any = None) -> nn.Module:
     """
     folder = Path(folder)
     form = _read_form(folder)
-    plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    bits = read_masks(folder)
+    plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"), bits)
     if plan.digest != form["plan_digest"]:
         msg = f"plan.json and form.json in {folder} must belong together. Got digests {plan.digest[:12]} and {form['plan_digest'][:12]}."
         raise RejectedError(msg)
     weights = load_file(folder / WEIGHTS)
     rebuilt = model
-    for stage in _stages(form, plan):
+    for stage in _stages(form, plan, bits):
         rebuilt = _rebuilt(rebuilt, stage, inputs if inputs is not None else _example(form["inputs"]))
     try:
         rebuilt.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         msg = f"the weights in {folder} must fit {type(model).__name__} after the plan. {error}"
         raise RejectedError(msg) from error
+    if plan.masks:
+        check_zeros(rebuilt, plan.masks)
     return rebuilt.eval()
 
 
-def _stages(form: dict[str, Any], plan: Plan) -> tuple[Stage, ...]:
+def write_masks(folder: Path, plans: Iterable[Plan]) -> None:
+    """The bits of plans' masks in one file named by its content (uint8, eight weights each); older ones of the folder go."""
+    every = {m.digest: m.bits for plan in plans for m in plan.masks.values() if m.bits}
+    data = save_bytes({d: torch.frombuffer(bytearray(b), dtype=torch.uint8) for d, b in sorted(every.items())})
+    name = f"masks-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    if every:
+        with whole_file(folder / name) as temporary:
+            Path(temporary).write_bytes(data)
+    for old in folder.glob("masks-*.safetensors"):
+        if not every or old.name != name:
+            old.unlink()
+
+
+def read_masks(folder: Path) -> dict[str, bytes]:
+    """Bits by SHA-256, of all mask files in a folder; each is checked against its digest when a plan takes it."""
+    bits: dict[str, bytes] = {}
+    for file in sorted(folder.glob("masks-*.safetensors")):
+        try:
+            bits |= {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+        except Exception as error:
+            msg = f"{file.name} in {folder} must hold the masks of plan.json. Got {type(error).__name__}: the file is damaged."
+            raise RejectedError(msg) from error
+    return bits
+
+
+def _stages(form: dict[str, Any], plan: Plan, bits: Mapping[str, bytes]) -> tuple[Stage, ...]:
     if not form.get("stages"):
         return (Stage(plan=plan, realiser=form["realiser"], attributes=form["attributes"]),)
     return tuple(
         Stage(
-            plan=Plan.from_json(json.dumps(stage["plan"])),
+            plan=Plan.from_json(json.dumps(stage["plan"]), bits),
             realiser=stage["realiser"],
             attributes=_tuples(stage["attributes"]),
         )
@@ -94,7 +128,8 @@ def _rebuilt(model: nn.Module, stage: Stage, inputs: Any) -> nn.Module:
     """A copy of a model with the structure that a stage gives it; its weights are not set."""
     plan = stage.plan
     if stage.realiser == "module":
-        made = copy.deepcopy(model)
+        gone = outermost(plan.drop_modules)
+        made = identity_module(model, gone) if gone else copy.deepcopy(model)
         if plan.keep:
             made = _cut(made, plan)
         set_attributes(made, {p: dict(v) for p, v in stage.attributes.items()})
@@ -103,7 +138,9 @@ def _rebuilt(model: nn.Module, stage: Stage, inputs: Any) -> nn.Module:
             msg = f"the layers with ranks must be torch's own nn.Linear and nn.Conv. Got others in {type(model).__name__}."
             raise RejectedError(msg)
         return chained
-    if plan.keep or not plan.ranks:
+    if plan.drop_modules:
+        model = realise_without(capture(model, inputs), plan.drop_modules)
+    if plan.keep or not (plan.ranks or plan.drop_modules):
         program = capture(model, inputs)
         model = realise_graph(program, removal(trace(program), plan))
     return empty_factor_graph(capture(model, inputs), plan.ranks) if plan.ranks else model

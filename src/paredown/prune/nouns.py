@@ -11,10 +11,17 @@ from torch import nn
 from paredown.plan import Plan
 from paredown.program import Program
 
+Claim = Literal["structure", "depth", "masks"]
+"""structure: removed units' reads zeroed; depth: modules left out, their input in the place of their output (both on
+seeded random weights of healthy scale); masks: the zeros are there and no other bit changed (on the user's weights)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """Pruned against dense with the removed units' reads zeroed, on seeded random weights of healthy scale."""
+    """Pruned against dense with the removed units' reads zeroed, on seeded random weights of healthy scale.
+
+    `shown` says what was proven; for masks alone the numbers are those of the user's own weights.
+    """
 
     max_error: float
     """max |pruned - masked dense| over all outputs."""
@@ -25,6 +32,9 @@ class Proof:
     mode: Literal["float32", "float64"]
     own_move: float | None = None
     """max |pruned - dense| on the user's own weights; reported, not required."""
+    shown: tuple[Claim, ...] = ("structure",)
+    num_zeros: int = 0
+    """Elements that masks hold at zero, counted in the module; tied weights once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +72,9 @@ class Pruned:
     """By weight, where `reconstruct` fitted it."""
     stages: tuple[Stage, ...] = ()
     """Where factors are among the changes: all of them in order, since later ones name factors that the model had not."""
+
+    notes: tuple[str, ...] = ()
+    """What a reader should know: what masks removed physically, and what is simulated and why."""
 
     def every_stage(self) -> tuple[Stage, ...]:
         """The stages; one where a single plan says it all."""

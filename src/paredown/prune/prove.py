@@ -52,7 +52,7 @@ def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch
     else:
         msg = (
             f"the output must be finite and must move when channels leave, or a proof would be empty. Got scale "
-            f"{_scale(dense):.2e} and a move of {_distance(masked, dense):.2e} on random weights. Exclude these channels."
+            f"{scale_of(dense):.2e} and a move of {distance(masked, dense):.2e} on random weights. Exclude these channels."
         )
         raise VerificationError(msg)
     return Reference(
@@ -66,7 +66,7 @@ def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch
 
 def tells(dense: list[Any], masked: list[Any]) -> bool:
     """Whether the output is finite and moved: otherwise equality would prove nothing."""
-    scale, move = _scale(dense), _distance(masked, dense)
+    scale, move = scale_of(dense), distance(masked, dense)
     return math.isfinite(scale) and math.isfinite(move) and move > 1e-6 * scale
 
 
@@ -89,7 +89,7 @@ def same_in_train(program: Program, module: nn.Module, graph: nn.Module, known: 
                 outputs.append(pytree.tree_leaves(functional_call(one, state, args, kwargs, tie_weights=False)))
             finally:
                 one.eval()
-    return _distance(*outputs) <= SINGLE * _scale(outputs[1])
+    return distance(*outputs) <= SINGLE * scale_of(outputs[1])
 
 
 def _names(module: nn.Module) -> set[str]:
@@ -122,11 +122,11 @@ def prove(program: Program, module: nn.Module, removal: Removal, known: Referenc
 
 def own_move(program: Program, module: nn.Module) -> float:
     """max |pruned - dense| on the user's own weights and example inputs."""
-    args, kwargs = _one(program)
+    args, kwargs = own_example(program)
     with torch.no_grad():
         dense = run_dense(program, program.state, (args, kwargs), None)
         pruned = module(*args, **kwargs)
-    return _distance(pytree.tree_leaves(pruned), dense)
+    return distance(pytree.tree_leaves(pruned), dense)
 
 
 def compare(module: nn.Module, known: Reference) -> Proof:
@@ -138,9 +138,9 @@ def compare(module: nn.Module, known: Reference) -> Proof:
             module, {n: t for n, t in known.state.items() if n in names}, args, kwargs, tie_weights=False
         )
     return Proof(
-        max_error=_distance(pytree.tree_leaves(pruned), known.masked),
-        scale=_scale(known.dense),
-        moved=_distance(known.masked, known.dense),
+        max_error=distance(pytree.tree_leaves(pruned), known.masked),
+        scale=scale_of(known.dense),
+        moved=distance(known.masked, known.dense),
         mode="float32" if known.dtype == torch.float32 else "float64",
     )
 
@@ -163,18 +163,21 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 def run_dense(program: Program, state: Mapping[str, Tensor], inputs: Any, removal: Removal | None) -> list[Any]:
     """Outputs of the dense eval graph; with a removal, norms see the survivors only."""
-    graph = program.eval_graph
-    names = placeholder_names(graph)
-    values = iter(pytree.tree_leaves(pytree.tree_map(_clone, inputs)))
-    flat = [
-        state[names[n.name]] if n.name in names else next(values) for n in graph.graph.nodes if n.op == "placeholder"
-    ]
-    body = graph.graph_module
+    flat = arguments(program, state, inputs)
+    body = program.eval_graph.graph_module
     norms = _masked_norms(body, removal) if removal is not None else {}
     sums = _masked_sums(body, removal) if removal is not None else {}
     if not norms and not sums:
         return list(body(*flat))
     return list(_Masked(body, norms, sums).run(*flat, enable_io_processing=False))
+
+
+def arguments(program: Program, state: Mapping[str, Tensor], inputs: Any) -> list[Any]:
+    """What the eval graph takes, in its order: the state's tensors, and copies of the inputs."""
+    names = placeholder_names(program.eval_graph)
+    values = iter(pytree.tree_leaves(pytree.tree_map(_clone, inputs)))
+    placeholders = [n.name for n in program.eval_graph.graph.nodes if n.op == "placeholder"]
+    return [state[names[name]] if name in names else next(values) for name in placeholders]
 
 
 def _masked_norms(gm: fx.GraphModule, removal: Removal) -> dict[fx.Node, Tensor]:
@@ -334,10 +337,10 @@ def healthy_inputs(program: Program, seed: int) -> Any:
         spread = float(value.std()) if value.numel() > 1 else 0.0
         return value + torch.randn(value.shape, generator=generator) * (spread if spread > 1e-6 else 1.0)
 
-    return pytree.tree_map(noisy, _one(program))
+    return pytree.tree_map(noisy, own_example(program))
 
 
-def _one(program: Program) -> Any:
+def own_example(program: Program) -> Any:
     """The example inputs, cut to one sample where the batch is free."""
     if program.batch != "dynamic":
         return program.inputs
@@ -351,11 +354,12 @@ def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _scale(outputs: list[Any]) -> float:
+def scale_of(outputs: list[Any]) -> float:
+    """Largest magnitude over all outputs."""
     return max((float(o.double().abs().max()) for o in outputs if isinstance(o, Tensor) and o.numel()), default=0.0)
 
 
-def _distance(left: list[Any], right: list[Any]) -> float:
+def distance(left: list[Any], right: list[Any]) -> float:
     """Largest difference over all outputs, integers and truth values too; infinite where shapes or counts differ."""
     left, right = ([o for o in side if isinstance(o, Tensor)] for side in (left, right))
     if len(left) != len(right) or any(a.shape != b.shape for a, b in zip(left, right, strict=False)):

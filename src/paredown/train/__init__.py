@@ -2,6 +2,7 @@
 
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.loop import Epoch, Fitted, Hook, Progress, Training, fit
+from paredown.train.masks import keep_masks
 from paredown.train.recover import recover
 from paredown.train.task import (
     Metric,
@@ -26,6 +27,7 @@ __all__ = [
     "check_roles",
     "content_hashes",
     "fit",
+    "keep_masks",
     "metric_values",
     "predictor",
     "recover",

@@ -15,6 +15,7 @@ from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.distil import Distil
 from paredown.train.loop import Hook, OptimizerChoice, Progress, Schedule, fit, private_copy
+from paredown.train.masks import Masks, check_zeros, keep_masks, mask_hook
 from paredown.train.task import Batches, Step
 
 
@@ -63,6 +64,8 @@ def recover(
     With `train_batches` and `step` the options are those of fit; `distil` is "kl" where there is a teacher (for a
     regression say "mse"). With `train(model)` the loop is the user's: it gets a deep copy and trains it in place or
     returns a model of the same structure; `train_batches` and `step`, where given too, only serve batch norm.
+    Masks of `small.plan` are kept in either loop: zeros stay zero through momentum and weight decay, and are checked
+    (VerificationError where something else than a torch optimizer revived them).
     Statistics are re-estimated once, at the end: training in train mode never reads them, so a re-estimation before
     it changes nothing (measured on ResNet-20: the same bits of accuracy), and one after it is worth a little (+0.07).
     `epochs=0` re-estimates and leaves it at that; `batch_norm_batches=0` skips it. `small` itself is not touched.
@@ -74,14 +77,15 @@ def recover(
         raise UsageError(msg)
     if distil is None:
         distil = "none" if teacher is None else "kl"
+    masks = getattr(getattr(small, "plan", None), "masks", {})
     if train is not None:
-        module = _own(small.module, train)
+        module = _own(small.module, train, masks)
     else:
         module = fit(
             small.module, cast(Batches, train_batches), cast(Step, step), epochs=epochs, optimizer=optimizer, lr=lr,
             momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm, schedule=schedule, seed=seed,
             device=device, teacher=teacher, distil=distil, temperature=temperature, distil_weight=distil_weight,
-            hooks=hooks, checkpoint=checkpoint, progress=progress, max_steps=max_steps,
+            hooks=(*hooks, mask_hook(masks)) if masks else hooks, checkpoint=checkpoint, progress=progress, max_steps=max_steps,
         ).module  # fmt: skip
     if batch_norm_batches and train_batches is not None and step is not None:
         args, kwargs = small.program.inputs
@@ -92,11 +96,12 @@ def recover(
     return cast(S, dataclasses.replace(cast(Any, small), module=module))
 
 
-def _own(module: nn.Module, train: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """The user's own loop on a deep copy; what it gives back must have the same tensors."""
+def _own(module: nn.Module, train: Callable[[nn.Module], nn.Module | None], masks: Masks) -> nn.Module:
+    """The user's own loop on a deep copy; what it gives back must have the same tensors. Masks are kept in it."""
     copied = private_copy(module).train()
     try:
-        returned = train(copied)
+        with keep_masks(copied, masks):
+            returned = train(copied)
     except Interrupted:
         raise
     except KeyboardInterrupt as error:
@@ -128,4 +133,6 @@ def _own(module: nn.Module, train: Callable[[nn.Module], nn.Module | None]) -> n
             "learning rate."
         )
         raise RejectedError(msg)
+    if trained is not copied:  # another module than the one that was watched
+        check_zeros(trained, masks)
     return trained.to("cpu").eval()
