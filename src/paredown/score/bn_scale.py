@@ -1,6 +1,6 @@
 """bn_scale: |γ| of the batch norms that a unit passes (Liu et al. 2017, "Learning efficient CNNs", network slimming).
 
-Where we differ: no L1 penalty is added in training, and units with several batch norms (residual streams) sum them.
+The L1 penalty of its training is `paredown.prune.regularize.Slimming`. Where we differ: units with several batch norms (residual streams) sum them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paredown.program import placeholder_names
+from paredown.program import Program, placeholder_names
 from paredown.score.l1 import L1Options, l1
 from paredown.score.nouns import Source, UnitScores
 from paredown.score.reduce import unit_sums
@@ -24,7 +24,7 @@ class BnScaleOptions:
 def bn_scale(source: Source, options: BnScaleOptions) -> dict[str, UnitScores]:
     """Score Σ |γ| over a unit's batch norms; a space without one falls back to l1, with a warning that names it."""
     del options
-    scales = _scales(source)
+    scales = batch_norm_scales(source.program) & set(source.weights)
     scores: dict[str, UnitScores] = {}
     without = []
     for space in source.coupling.spaces:
@@ -42,14 +42,14 @@ def bn_scale(source: Source, options: BnScaleOptions) -> dict[str, UnitScores]:
     return scores
 
 
-def _scales(source: Source) -> set[str]:
-    """Names of the batch norms' weights in the graph."""
-    names = placeholder_names(source.program.eval_graph)
+def batch_norm_scales(program: Program) -> set[str]:
+    """Names of the weights γ of all batch norms in the eval graph."""
+    names = placeholder_names(program.eval_graph)
     found = set()
-    for node in source.program.eval_graph.graph.nodes:
+    for node in program.eval_graph.graph.nodes:
         if (
             getattr(getattr(node.target, "_schema", None), "name", "") == "aten::batch_norm"
             and node.args[1] is not None
         ):
             found.add(names.get(node.args[1].name, ""))
-    return found & set(source.weights)
+    return found - {""}
