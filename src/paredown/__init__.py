@@ -36,26 +36,39 @@ if TYPE_CHECKING:
     from paredown.export import Check as Check
     from paredown.export import check as check
     from paredown.export import export as export
+    from paredown.factorize import choose_ranks as choose_ranks
+    from paredown.factorize import factorize as factorize
     from paredown.measure import measure as measure
     from paredown.pipeline import Compressed as Compressed
     from paredown.pipeline.compress import compress as compress
+    from paredown.plan import Mask as Mask
     from paredown.plan import Plan as Plan
+    from paredown.plan import Rank as Rank
     from paredown.program import Program as Program
     from paredown.program import capture as capture
     from paredown.prune import Proof as Proof
     from paredown.prune import Pruned as Pruned
     from paredown.prune import compose as compose
+    from paredown.prune import condense as condense
+    from paredown.prune import depth_candidates as depth_candidates
     from paredown.prune import load as load
+    from paredown.prune import mask_sizes as mask_sizes
+    from paredown.prune import masks_of as masks_of
     from paredown.prune import prune as prune
+    from paredown.prune import reconstruct as reconstruct
     from paredown.prune import save as save
+    from paredown.prune import score_depth as score_depth
+    from paredown.prune import take_over as take_over
     from paredown.quantize import Packed as Packed
     from paredown.quantize import Quantized as Quantized
     from paredown.quantize import quantize as quantize
     from paredown.records import Measured as Measured
     from paredown.records import Record as Record
+    from paredown.report import mask_picture as mask_picture
     from paredown.score import Scores as Scores
     from paredown.score import score as score
     from paredown.target import Target as Target
+    from paredown.train import keep_masks as keep_masks
     from paredown.train import recover as recover
 
     __version__: str
@@ -71,16 +84,32 @@ _ROOMS = {
     "errors": _ERRORS,
     "examine": ("Cost", "examine"),
     "export": ("Artifact", "Check", "check", "export"),
+    "factorize": ("choose_ranks", "factorize"),
     "measure": ("measure",),
     "pipeline": ("Compressed", "compress"),
-    "plan": ("Plan",),
+    "plan": ("Mask", "Plan", "Rank"),
     "program": ("Program", "capture"),
-    "prune": ("Proof", "Pruned", "compose", "load", "prune", "save"),
+    "prune": (
+        "Proof",
+        "Pruned",
+        "compose",
+        "condense",
+        "depth_candidates",
+        "load",
+        "mask_sizes",
+        "masks_of",
+        "prune",
+        "reconstruct",
+        "save",
+        "score_depth",
+        "take_over",
+    ),
     "quantize": ("Packed", "Quantized", "quantize"),
     "records": ("Measured", "Record"),
+    "report": ("mask_picture",),
     "score": ("Scores", "score"),
     "target": ("Target",),
-    "train": ("recover",),
+    "train": ("keep_masks", "recover"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -95,6 +124,7 @@ __all__ = [
     "GateError",
     "InfeasibleError",
     "Interrupted",
+    "Mask",
     "Measured",
     "MissingError",
     "NothingToDo",
@@ -106,6 +136,7 @@ __all__ = [
     "Proof",
     "Pruned",
     "Quantized",
+    "Rank",
     "Record",
     "RejectedError",
     "ResourceError",
@@ -119,18 +150,29 @@ __all__ = [
     "allocate",
     "capture",
     "check",
+    "choose_ranks",
     "compose",
     "compress",
+    "condense",
     "couple",
+    "depth_candidates",
     "examine",
     "export",
+    "factorize",
+    "keep_masks",
     "load",
+    "mask_picture",
+    "mask_sizes",
+    "masks_of",
     "measure",
     "prune",
     "quantize",
+    "reconstruct",
     "recover",
     "save",
     "score",
+    "score_depth",
+    "take_over",
 ]
 
 

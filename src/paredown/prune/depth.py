@@ -46,6 +46,8 @@ class Call:
     source: fx.Node
     result: fx.Node
     inside: tuple[fx.Node, ...]
+    sizes: tuple[tuple[fx.Node, int], ...] = ()
+    """Sizes that are taken inside and used outside, and the axis of the source that has the same size."""
 
 
 def drop(program: Program, paths: Iterable[str], *, realiser: Realiser = "auto", seed: int = 0) -> Pruned:
@@ -127,11 +129,25 @@ def ends(graph: ExportedProgram, nodes: list[fx.Node]) -> tuple[list[fx.Node], f
     """What a call reads and gives: candidates for its input, its output, and why there are none."""
     inside, state = set(nodes), placeholder_names(graph)
     entering = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside and i.name not in state)
-    leaving = [n for n in nodes if any(u not in inside for u in n.users)]
+    leaving = [n for n in nodes if not is_size(n) and any(u not in inside for u in n.users)]
     if len(leaving) != 1:
         return [], None, f"it gives {len(leaving)} results, and one can take the place of its input"
     fits = [n for n in entering if same_shape(n, leaving[0])]
+    if any(_axis_of(n, leaving[0]) is None for n in _taken(nodes, _needed(nodes))):
+        return [], None, "a size that only a tensor inside has is used outside"
     return fits, leaving[0], "" if fits else "its output has not the shape and dtype of an input"
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a symbolic number: a size, or arithmetic on sizes."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _axis_of(size: fx.Node, tensor: fx.Node) -> int | None:
+    """The axis of a tensor that has, by its symbol, the size that a node holds."""
+    shape = [str(s) for s in tensor.meta["val"].shape]
+    wanted = str(size.meta["val"])
+    return shape.index(wanted) if wanted in shape else None
 
 
 def realise_without(program: Program, paths: Iterable[str]) -> GraphModel:
@@ -188,7 +204,30 @@ def _call(program: Program, graph: ExportedProgram, nodes: list[fx.Node], path: 
     if result is None or len(fits) != 1:
         msg = f"a module to leave out must give what it gets in shape and dtype. Got {path}: {reason}."
         raise UsageError(msg)
-    return Call(source=fits[0], result=result, inside=tuple(nodes))
+    needed = _needed(nodes)
+    taken = _taken(nodes, needed)
+    axes = [(n, axis) for n in taken if (axis := _axis_of(n, fits[0])) is not None]
+    inside = tuple(n for n in nodes if n not in needed or n in taken)
+    return Call(source=fits[0], result=result, inside=inside, sizes=tuple(axes))
+
+
+def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Sizes inside that are used outside, and the sizes they are made of: torch.export computes a size once for all."""
+    inside = set(nodes)
+    todo = [n for n in nodes if is_size(n) and any(u not in inside for u in n.users)]
+    out: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in out:
+            out.add(node)
+            todo += [i for i in node.all_input_nodes if i in inside and is_size(i)]
+    return out
+
+
+def _taken(nodes: list[fx.Node], needed: set[fx.Node]) -> list[fx.Node]:
+    """Those that are read off a tensor inside."""
+    inside = set(nodes)
+    return [n for n in nodes if n in needed and any(i in inside and not is_size(i) for i in n.all_input_nodes)]
 
 
 def _first_argument(program: Program, path: str, fits: list[fx.Node]) -> list[fx.Node]:
@@ -239,8 +278,12 @@ class _Without(fx.Interpreter):
         spans = tuple(spans)
         self.inside = {n for c in spans for n in c.inside}
         self.source = {c.result: c.source for c in spans}
+        self.sizes = {n: (c.source, axis) for c in spans for n, axis in c.sizes}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n in self.sizes:
+            source, axis = self.sizes[n]
+            return self.env[source].shape[axis]
         if n in self.inside:
             return self.env[self.source[n]] if n in self.source else None
         return super().run_node(n)
@@ -275,6 +318,11 @@ def _without(exported: ExportedProgram, spans: Iterable[Call], gone: set[str]) -
         while source in stands:
             source = stands[source]
         mine = {copies[n] for n in call.inside}
+        for size, axis in call.sizes:
+            with graph.inserting_before(copies[size]):
+                again = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+            again.meta = dict(copies[size].meta)
+            copies[size].replace_all_uses_with(again)
         result = copies[call.result]
         result.replace_all_uses_with(source, delete_user_cb=lambda user, mine=mine: user not in mine)  # type: ignore[misc]
         stands[result] = source

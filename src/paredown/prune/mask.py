@@ -36,7 +36,7 @@ def masked(program: Program, plan: Plan, *, realiser: str = "auto") -> Pruned:
     """
     module = _copy(program, realiser)
     kept = fitting(only_parameters(program), plan.masks)
-    fresh = sum(int((program.state[name].detach()[~torch.from_numpy(k)] != 0).sum()) for name, k in kept.items())
+    fresh = any(bool(((program.state[name] != 0) & ~torch.from_numpy(k)).any()) for name, k in kept.items())
     if not kept or all(k.all() for k in kept.values()):
         msg = "masks must prune at least one element. Got masks that keep all."
         raise NothingToDo(msg)
@@ -129,8 +129,8 @@ def refuse_other_changes(old: Mapping[str, Tensor], after: nn.Module, masks: Map
     for name, tensor in new.items():
         was, now = _bits(old[name]), _bits(tensor)
         if id(tensor) in by_tensor:
-            stays = by_tensor[id(tensor)]
-            was, now = was[stays], now[stays]
+            pruned = ~by_tensor[id(tensor)]
+            was, now = was.masked_fill(pruned, 0), now.masked_fill(pruned, 0)
         if not torch.equal(was, now):
             msg = f"a mask must change nothing but its zeros. Got other bits in {name}."
             raise VerificationError(msg)

@@ -12,7 +12,7 @@ from paredown.couple.trace import trace
 from paredown.errors import NothingToDo, UsageError, VerificationError
 from paredown.plan import Plan
 from paredown.program import Program, capture
-from paredown.prune.condense import by_first_name, condensed
+from paredown.prune.dead_units import by_first_name, condensed
 from paredown.prune.depth import drop, left_out
 from paredown.prune.graph import realise_graph
 from paredown.prune.mask import carry_out, fitting, masked, only_parameters
@@ -81,7 +81,7 @@ def prune(
 def condense(pruned: Pruned, *, seed: int = 0) -> Pruned:
     """A masked (and trained) model without the units that its masks leave no weight of; proven, composed with what was.
 
-    What is removed and what stays *simulated* is in `Pruned.notes`. See prune.condense for when a unit is dead.
+    What is removed and what stays *simulated* is in `Pruned.notes`. See prune.dead_units for when a unit is dead.
     Raises UsageError (no masks) and NothingToDo (no unit is dead; with what stays and why).
 
     >>> import numpy as np, torch; from torch import nn; from paredown.program import capture; from paredown.plan import Mask

@@ -29,5 +29,6 @@ wherever it stands.
 
 from paredown.report.document import report_json
 from paredown.report.page import render, write_report
+from paredown.report.pictures import mask_picture
 
-__all__ = ["render", "report_json", "write_report"]
+__all__ = ["mask_picture", "render", "report_json", "write_report"]

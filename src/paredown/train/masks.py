@@ -90,10 +90,9 @@ def check_zeros(module: nn.Module, masks: Masks) -> None:
 
 
 def _refuse_alive(name: str, parameter: Tensor, kept: Tensor) -> None:
-    pruned = parameter.detach()[~kept]
-    alive = int((pruned != 0).sum())  # NaN is not zero either
+    alive = int(((parameter.detach() != 0) & ~kept).sum())  # NaN is not zero either
     if alive:
-        msg = f"masked weights must stay zero. Got {alive:,} of {pruned.numel():,} in {name} alive. Train with recover, or inside keep_masks(module, plan)."
+        msg = f"masked weights must stay zero. Got {alive:,} of {int((~kept).sum()):,} in {name} alive. Train with recover, or inside keep_masks(module, plan)."
         raise VerificationError(msg)
 
 
