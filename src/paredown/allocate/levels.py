@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,13 +55,7 @@ def protected(coupling: Coupling, cost: Cost, include: Sequence[str], exclude: S
     parents, and with space names. A space is excluded where a pattern matches anything that writes its channels.
     Raises UsageError for a pattern that matches nothing in the model.
     """
-    known = _known(coupling, cost)
-    for pattern in (*include, *exclude):
-        if not isinstance(pattern, str) or not any(fnmatch.fnmatchcase(n, pattern) for n in known):
-            near = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4)
-            hint = f" Did you mean {', '.join(repr(n) for n in near)}?" if near else ""
-            msg = f"a pattern must match a parameter, module or space. Got {pattern!r}, which matches nothing.{hint}"
-            raise UsageError(msg)
+    check_patterns(coupling, cost, (*include, *exclude))
     names = []
     for space in coupling.spaces:
         mine = _names(space)
@@ -69,6 +63,71 @@ def protected(coupling: Coupling, cost: Cost, include: Sequence[str], exclude: S
         if not wanted or _matches(mine, exclude):
             names.append(space.name)
     return Protected(names=tuple(names), everything=bool(coupling.spaces) and len(names) == len(coupling.spaces))
+
+
+def protected_weights(
+    coupling: Coupling, cost: Cost, names: Iterable[str], include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
+    """Which of these parameters the same patterns protect; a space's name stands for all that writes its channels."""
+    check_patterns(coupling, cost, (*include, *exclude))
+    spaces = _spaces_of(coupling)
+    return [
+        name
+        for name in names
+        if (include and not _matches(_of_weight(name, spaces), include)) or _matches(_of_weight(name, spaces), exclude)
+    ]
+
+
+def floors(coupling: Coupling, cost: Cost, floor: float | Mapping[str, float]) -> dict[str, float]:
+    """The least share of every space: one for all, or by pattern, the highest that matches; else 0.
+
+    Raises UsageError for a pattern that matches nothing.
+    """
+    if not isinstance(floor, Mapping):
+        return {s.name: float(floor) for s in coupling.spaces}
+    check_patterns(coupling, cost, tuple(floor))
+    return {s.name: _highest(_names(s), floor) for s in coupling.spaces}
+
+
+def weight_floors(
+    coupling: Coupling, cost: Cost, names: Iterable[str], floor: float | Mapping[str, float]
+) -> dict[str, float]:
+    """The same for parameters."""
+    if not isinstance(floor, Mapping):
+        return {name: float(floor) for name in names}
+    check_patterns(coupling, cost, tuple(floor))
+    spaces = _spaces_of(coupling)
+    return {name: _highest(_of_weight(name, spaces), floor) for name in names}
+
+
+def check_patterns(coupling: Coupling, cost: Cost, patterns: Sequence[str]) -> None:
+    """Raises UsageError for a pattern that matches nothing in the model, with what was probably meant."""
+    known = _known(coupling, cost)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not any(fnmatch.fnmatchcase(n, pattern) for n in known):
+            near = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4)
+            hint = f" Did you mean {', '.join(repr(n) for n in near)}?" if near else ""
+            msg = f"a pattern must match a parameter, module or space. Got {pattern!r}, which matches nothing.{hint}"
+            raise UsageError(msg)
+
+
+def _highest(names: Iterable[str], floor: Mapping[str, float]) -> float:
+    mine = list(names)
+    return max((float(v) for p, v in floor.items() if _matches(mine, [p])), default=0.0)
+
+
+def _spaces_of(coupling: Coupling) -> dict[str, set[str]]:
+    """Parameter → names of the spaces whose channels it writes."""
+    found: dict[str, set[str]] = {}
+    for space in coupling.spaces:
+        for f in space.footprints:
+            if f.role == "write":
+                found.setdefault(f.parameter, set()).add(space.name)
+    return found
+
+
+def _of_weight(name: str, spaces: Mapping[str, set[str]]) -> set[str]:
+    return {name} | _parents(name) | spaces.get(name, set())
 
 
 def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:

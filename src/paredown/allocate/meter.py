@@ -52,7 +52,7 @@ class Meter:
     def __init__(self, coupling: Coupling, cost: Cost) -> None:
         self.units: Counts = np.array([len(s) for s in coupling.spaces], dtype=np.int64)
         self._axes, of_parameter = _parameter_axes(coupling, cost)
-        rate = _rates(coupling, cost)
+        rate = rates(coupling, cost)
         self._terms: list[_Term] = []
         loose = [0, 0]  # parameters and MACs that no space touches
         for name, shape in cost.parameter_shapes.items():
@@ -144,7 +144,7 @@ def _product_axis(places: Indices, units: Counts) -> _Axis:
     return _Axis(length=len(places), per=per, places=places)
 
 
-def _rates(coupling: Coupling, cost: Cost) -> dict[str, int]:
+def rates(coupling: Coupling, cost: Cost) -> dict[str, int]:
     """MACs per element of every parameter that MACs are proportional to: Σ rows over the nodes that use it."""
     rates: dict[str, int] = defaultdict(int)
     for node in cost.by_node:

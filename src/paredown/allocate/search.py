@@ -55,8 +55,7 @@ def uniform(allowed: Sequence[Levels], units: Counts, gap: Gap) -> Found:
 
 
 def ranked(allowed: Sequence[Levels], units: Counts, gap: Gap, scores: Sequence[Floats]) -> Found:
-    """Remove the lowest scores of all spaces until the budget is met; ties by space, then by index; then single "
-    "steps."""
+    """Remove the lowest scores of all spaces until the budget is met; ties by space, then by index; then single steps."""
     spaces = np.repeat(np.arange(len(units)), units)
     order = np.lexsort((np.concatenate([np.arange(n) for n in units]), spaces, np.concatenate(list(scores))))
     spaces = spaces[order]
@@ -96,6 +95,23 @@ def correct(allowed: Sequence[Levels], counts: Counts, gap: Gap) -> Found:
             continue
         counts, here = counts + moves[best], float(gaps[best])
     return Found(counts=counts, gap=here)
+
+
+def within(allowed: Sequence[Levels], found: Found, gap: Gap) -> Found:
+    """Not above the budget by more than its tolerance, where that can be: single steps down, the nearest that fits."""
+    counts, here = found.counts, found.gap
+    while here > TOLERANCE:
+        moves = _steps(allowed, counts)
+        moves = moves[(moves < 0).any(axis=1)]
+        if not len(moves):
+            break
+        gaps = gap(counts + moves)
+        fits = gaps <= TOLERANCE
+        best = int(np.argmax(np.where(fits, gaps, -np.inf))) if fits.any() else int(np.argmin(gaps))
+        if gaps[best] >= here:
+            break
+        counts, here = counts + moves[best], float(gaps[best])
+    return Found(counts=counts, gap=here, blocked_by=found.blocked_by)
 
 
 def _nearer(gap: Gap, a: Counts, b: Counts) -> Counts:
