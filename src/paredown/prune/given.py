@@ -16,7 +16,7 @@ from paredown.granularity import Granularity
 from paredown.plain import plain_copy
 from paredown.plan import Mask, Plan
 from paredown.program import Program
-from paredown.prune.mask import Bools, fitting, only_parameters
+from paredown.prune.mask import Bools, fitting, only_parameters, refuse_empty
 
 Given = Mapping[str, Any] | Callable[[str, Tensor], Any] | str | Path
 
@@ -53,6 +53,7 @@ def masks_of(program: Program, given: Given, *, granularity: str = "element") ->
             _refuse_torn(name, kept, cells)
         masks[name] = Mask.of(kept, str(cells))
     fitting(parameters, masks)
+    refuse_empty(masks)
     partial = {n: m for n, m in masks.items() if not m.kept.all()}
     if not partial:
         msg = "masks must prune something. Got none, or masks that keep every element."
@@ -79,6 +80,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
         raise UsageError(msg)
     copied, _ = plain_copy(model)
     fitting(dict(copied.named_parameters(remove_duplicate=False)), masks)
+    refuse_empty(masks)
     modes = {n: m.training for n, m in model.named_modules()}
     for name, module in copied.named_modules():
         module.training = modes.get(name, module.training)

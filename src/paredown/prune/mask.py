@@ -140,8 +140,8 @@ def refuse_other_changes(old: Mapping[str, Tensor], after: nn.Module, masks: Map
 def fitting(parameters: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> dict[str, Bools]:
     """Kept elements by parameter, one entry per tensor; raises UsageError where a mask does not fit its parameter.
 
-    Also where a name is unknown (with the nearest ones), the parameter is not of floating point, nothing is kept, or
-    two names of one tied tensor have different masks.
+    Also where a name is unknown (with the nearest ones), the parameter is not of floating point, or two names of one
+    tied tensor have different masks.
     """
     seen: dict[Any, str] = {}
     out: dict[str, Bools] = {}
@@ -159,9 +159,6 @@ def fitting(parameters: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> dict
             msg = f"a mask must be of floating-point weights. Got {name}, which is {tensor.dtype}."
             raise UsageError(msg)
         kept = mask.kept
-        if not kept.any() and kept.size:
-            msg = f"a mask must keep at least one element. Got none for {name}. Leave out the module instead: Plan(drop_modules=…)."
-            raise UsageError(msg)
         first = seen.setdefault(_storage(tensor), name)
         if first == name:
             out[name] = kept
@@ -169,6 +166,14 @@ def fitting(parameters: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> dict
             msg = f"tied weights must have one mask. Got different ones for {first} and {name}."
             raise UsageError(msg)
     return out
+
+
+def refuse_empty(masks: Mapping[str, Mask]) -> None:
+    """A mask that keeps nothing is a mistake, or a module to leave out: raises UsageError."""
+    for name, mask in masks.items():
+        if not mask.num_kept:
+            msg = f"a mask must keep at least one element. Got none for {name}. Leave out the module instead: Plan(drop_modules=…)."
+            raise UsageError(msg)
 
 
 def only_parameters(program: Program) -> dict[str, Tensor]:

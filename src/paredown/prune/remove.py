@@ -15,7 +15,7 @@ from paredown.program import Program, capture
 from paredown.prune.dead_units import by_first_name, condensed
 from paredown.prune.depth import drop, left_out
 from paredown.prune.graph import realise_graph
-from paredown.prune.mask import carry_out, fitting, masked, only_parameters
+from paredown.prune.mask import carry_out, fitting, masked, only_parameters, refuse_empty
 from paredown.prune.module import Attributes, realise_module
 from paredown.prune.nouns import Proof, Pruned
 from paredown.prune.prove import Reference, own_move, prove, reference, same_in_train
@@ -58,6 +58,7 @@ def prune(
         return _without_modules(program, plan, realiser, condense, seed)
     notes: tuple[str, ...] = ()
     if plan.masks:
+        refuse_empty(plan.masks)
         plan = by_first_name(program, plan)
         structured = any(m.granularity in ("row", "column") for m in plan.masks.values())
         if structured if condense is None else condense:
