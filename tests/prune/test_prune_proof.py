@@ -168,3 +168,27 @@ def test_the_train_graph_is_held_to_the_same_standard() -> None:
 
     model = net(run, a=conv(3, 6), b=conv(6, 3), noise=nn.Parameter(torch.ones(6, 1, 1)))
     assert couple(capture(model, random(2, 3, 8, 8))).free_units == 0
+
+
+def test_a_module_under_two_names_keeps_its_own_weights() -> None:
+    """functional_call left the proof's random weights in a module that is there under two names."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(4, 4)
+            block = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+            self.first, self.second = block, block
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return self.second(x + self.first(x))
+
+    torch.manual_seed(0)
+    net, x = Twice().eval(), torch.randn(3, 4)
+    program = capture(net, x)
+    keep = {"first.0.weight": {0: (0, 2, 5)}, "first.0.bias": {0: (0, 2, 5)}, "first.3.weight": {1: (0, 2, 5)}}
+    keep |= {f"first.1.{leaf}": {0: (0, 2, 5)} for leaf in ("weight", "bias", "running_mean", "running_var")}
+    module, graph = (prune(program, Plan(keep=keep), realiser=r) for r in ("module", "graph"))
+    assert torch.equal(module.module.first[0].weight, net.first[0].weight[[0, 2, 5]])  # type: ignore[union-attr, index]
+    assert torch.allclose(module.module(x), graph.module(x), atol=1e-6)

@@ -101,7 +101,9 @@ def calls_of(program: Program, path: str, *, train: bool = False) -> tuple[Call,
         return ()
     aliases = {n for n, m in known.items() if m is known[path]}
     groups = grouped(graph)
-    spans = [_call(program, graph, nodes, path, train) for p in sorted(aliases) for nodes in groups.get(p, ())]
+    calls = [nodes for p in sorted(aliases) for nodes in groups.get(p, ())]
+    every = {n for nodes in calls for n in nodes}
+    spans = [_call(program, graph, nodes, every, path, train) for nodes in calls]
     if not spans:
         msg = f"a module to leave out must be called by forward. Got {path}, which is not."
         raise UsageError(msg)
@@ -125,17 +127,32 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     return one.dtype == other.dtype and tuple(map(str, one.shape)) == tuple(map(str, other.shape))
 
 
-def ends(graph: ExportedProgram, nodes: list[fx.Node]) -> tuple[list[fx.Node], fx.Node | None, str]:
-    """What a call reads and gives: candidates for its input, its output, and why there are none."""
+def ends(
+    graph: ExportedProgram, nodes: list[fx.Node], every: set[fx.Node]
+) -> tuple[list[fx.Node], fx.Node | None, str]:
+    """What a call reads and gives: candidates for its input, its output, and why there are none.
+
+    `every` are the nodes of all calls of the module: they leave together, counters that they hand on as well.
+    """
     inside, state = set(nodes), placeholder_names(graph)
     entering = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside and i.name not in state)
     leaving = [n for n in nodes if not is_size(n) and any(u not in inside for u in n.users)]
+    leaving = [n for n in leaving if not (_counts(n, state) and all(u in every for u in n.users))]
     if len(leaving) != 1:
         return [], None, f"it gives {len(leaving)} results, and one can take the place of its input"
     fits = [n for n in entering if same_shape(n, leaving[0])]
     if any(_axis_of(n, leaving[0]) is None for n in _taken(nodes, _needed(nodes))):
         return [], None, "a size that only a tensor inside has is used outside"
     return fits, leaving[0], "" if fits else "its output has not the shape and dtype of an input"
+
+
+def _counts(node: fx.Node, state: Mapping[str, str]) -> bool:
+    """Whether a node changes a buffer in place: a counter that the next call of the module counts on."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        if not getattr(node.target, "_schema", None) or not node.target._schema.is_mutable:  # type: ignore[union-attr]
+            return False
+        node = node.args[0]
+    return node.name in state
 
 
 def is_size(node: fx.Node) -> bool:
@@ -182,6 +199,10 @@ def left_out(program: Program, paths: Iterable[str]) -> set[str]:
 def identity_module(model: nn.Module, paths: Iterable[str]) -> nn.Module:
     """A copy of the user's model with nn.Identity in the place of modules, under every path that they have."""
     known = dict(model.named_modules(remove_duplicate=False))
+    missing = [p for p in paths if p not in known]
+    if missing:
+        msg = f"the model must have the modules that the plan leaves out. Got none called {missing[0]!r} in {type(model).__name__}."
+        raise UsageError(msg)
     chosen = {id(known[p]): known[p] for p in paths}
     aliases = [n for n, m in known.items() if id(m) in chosen]
     out = copy.deepcopy(model)
@@ -193,8 +214,10 @@ def identity_module(model: nn.Module, paths: Iterable[str]) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------- realised
 
 
-def _call(program: Program, graph: ExportedProgram, nodes: list[fx.Node], path: str, train: bool) -> Call:
-    fits, result, reason = ends(graph, nodes)
+def _call(
+    program: Program, graph: ExportedProgram, nodes: list[fx.Node], every: set[fx.Node], path: str, train: bool
+) -> Call:
+    fits, result, reason = ends(graph, nodes, every)
     if len(fits) > 1 and not train:
         fits = _first_argument(program, path, fits)
         reason = "several inputs have its output's shape, and none of them is known as its first argument"

@@ -18,7 +18,7 @@ from paredown.errors import RejectedError, UsageError
 from paredown.examine import examine
 from paredown.plan import Plan
 from paredown.program import GraphModel, Program
-from paredown.prune.depth import calls_of, ends, grouped
+from paredown.prune.depth import calls_of, grouped
 from paredown.train.loop import private_copy
 from paredown.train.task import call_inputs
 
@@ -60,23 +60,21 @@ def depth_candidates(program: Program, *, every: bool = False) -> tuple[DepthCan
     for cost in examine(program).by_node:
         node = cost.node.split(":")[0]
         macs[node] = macs.get(node, 0) + cost.macs
-    groups = grouped(program.eval_graph)
+    called = grouped(program.eval_graph)
     found = []
     for path, module in program.module.named_modules():
-        calls = groups.get(path, []) if path else []
-        total = sum(macs.get(n.name, 0) for nodes in calls for n in nodes)
-        if not total or any(ends(program.eval_graph, nodes)[2] for nodes in calls):
+        if not path or not any(macs.get(n.name, 0) for nodes in called.get(path, ()) for n in nodes):
             continue
         try:
             spans = calls_of(program, path)
-        except UsageError:  # several inputs that cannot be told apart
+        except UsageError:  # another shape, several results, or inputs that cannot be told apart
             continue
         found.append(
             DepthCandidate(
                 path=path,
                 kind=type(module).__name__,
                 parameters=_leaving(program, path),
-                macs=total,
+                macs=sum(macs.get(n.name, 0) for c in spans for n in c.inside),
                 residual=all(_passes(c.source, c.result, set(c.inside), macs) for c in spans),
             )
         )
@@ -99,7 +97,7 @@ def score_depth(
     """How much each module matters: the lowest leaves first. In the order of the model.
 
     "block_influence": 1 − mean over positions of cos(input, output), over the channels (ShortGPT, Men et al. 2024, eq.
-    1): 0 where a block only scales what it gets, at most 2. "loss": mean loss(model, batch) without the module − mean
+    1): 0 where a block only scales what it gets, at most 2; a position that is zero before and after counts 0. "loss": mean loss(model, batch) without the module − mean
     loss with it, measured one by one on the same batches. Batches are what `loss` takes; without a loss they are
     inputs. `modules` are paths (default: depth_candidates); `module` is the model to run where it is not the captured
     one. Where we differ: positions are all places of the feature map, for convolutions too.
@@ -173,7 +171,9 @@ def _influence(
         def note(_module: nn.Module, _args: Any, output: Any) -> None:
             axis = axes[path]
             one, two = given[path].pop().movedim(axis, -1), output.movedim(axis, -1)
-            cosine = nn.functional.cosine_similarity(one.double(), two.double(), dim=-1)
+            one, two = one.double(), two.double()
+            cosine = nn.functional.cosine_similarity(one, two, dim=-1)
+            cosine = torch.where((one == 0).all(-1) & (two == 0).all(-1), 1.0, cosine)  # nothing stays nothing
             total[path] += float((1 - cosine).sum())
             count[path] += cosine.numel()
 

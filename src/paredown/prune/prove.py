@@ -80,7 +80,7 @@ def same_in_train(program: Program, module: nn.Module, graph: nn.Module, known: 
         return True
     outputs = []
     for one in (module, graph):
-        state = {n: t.clone() for n, t in known.state.items() if n in _names(one)}
+        state = {n: t.clone() for n, t in _for_call(one, known.state).items()}
         args, kwargs = pytree.tree_map(_clone, program.inputs)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
@@ -92,9 +92,19 @@ def same_in_train(program: Program, module: nn.Module, graph: nn.Module, known: 
     return distance(*outputs) <= SINGLE * scale_of(outputs[1])
 
 
-def _names(module: nn.Module) -> set[str]:
-    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {name for name, _ in every}
+def _for_call(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state that a module has, each slot once.
+
+    A module object that is there under two paths has one slot for each of its tensors: functional_call would save the
+    tensor that it put in itself as the original of the second name, and leave it behind.
+    """
+    slots: dict[tuple[int, str], str] = {}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            name = f"{path}.{leaf}" if path else leaf
+            if tensor is not None and name in state:
+                slots.setdefault((id(owner), leaf), name)
+    return {name: state[name] for name in slots.values()}
 
 
 def prove(program: Program, module: nn.Module, removal: Removal, known: Reference, *, seed: int = 0) -> Proof:
@@ -132,11 +142,8 @@ def own_move(program: Program, module: nn.Module) -> float:
 def compare(module: nn.Module, known: Reference) -> Proof:
     """A module run on the reference's random state against its masked outputs: the numbers, without a verdict."""
     args, kwargs = pytree.tree_map(_clone, known.inputs)
-    names = _names(module)
     with torch.no_grad():
-        pruned = functional_call(
-            module, {n: t for n, t in known.state.items() if n in names}, args, kwargs, tie_weights=False
-        )
+        pruned = functional_call(module, _for_call(module, known.state), args, kwargs, tie_weights=False)
     return Proof(
         max_error=distance(pytree.tree_leaves(pruned), known.masked),
         scale=scale_of(known.dense),
@@ -270,12 +277,14 @@ def healthy(program: Program, seed: int, gain: float = 1.0) -> dict[str, Tensor]
     parameters = set(program.eval_graph.graph_signature.parameters) | (
         set(program.train_graph.graph_signature.parameters) if program.train_graph is not None else set()
     )
-    roles = _roles(program)
+    # By tensor: the graphs may read a tied one under another name.
+    roles = {id(program.state[name]): role for name, role in reversed(_roles(program).items())}
+    learned = {id(program.state[name]) for name in parameters if name in program.state}
     out: dict[str, Tensor] = {}
     made: dict[int, Tensor] = {}
     for name, tensor in program.state.items():
-        role = roles.get(name)
-        if not tensor.is_floating_point() or (name not in parameters and role is None):
+        role = roles.get(id(tensor))
+        if not tensor.is_floating_point() or (id(tensor) not in learned and role is None):
             out[name] = tensor
             continue
         if id(tensor) not in made:
