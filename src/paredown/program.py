@@ -289,6 +289,18 @@ def trainable_copy(body: fx.GraphModule, *, dropout: bool = True, momentum: floa
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
+def call_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as (args, kwargs): a tensor, a tuple or list of args, or {"args": …, "kwargs": …}.
+
+    >>> call_inputs(torch.zeros(1))
+    ((tensor([0.]),), {})
+    """
+    if isinstance(batch, Mapping) and batch and set(batch) <= {"args", "kwargs"}:
+        args = batch.get("args", ())
+        return (args,) if isinstance(args, Tensor) else tuple(args), dict(batch.get("kwargs", {}))
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
 def _as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Inputs):
         args, kwargs = inputs

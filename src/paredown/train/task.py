@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
+from paredown.program import call_inputs as call_inputs  # noqa: PLC0414  (it is this room's name for it as well)
 
 Batches = Callable[[], Iterable[Any]]
 Step = Callable[[nn.Module, Any], Tensor]
@@ -126,18 +127,6 @@ def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> T
         data=folder,
         **found,
     )
-
-
-def call_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as (args, kwargs): a tensor, a tuple or list of args, or {"args": …, "kwargs": …}.
-
-    >>> call_inputs(torch.zeros(1))
-    ((tensor([0.]),), {})
-    """
-    if isinstance(batch, Mapping) and batch and set(batch) <= {"args", "kwargs"}:
-        args = batch.get("args", ())
-        return (args,) if isinstance(args, Tensor) else tuple(args), dict(batch.get("kwargs", {}))
-    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
 def predictor(module: nn.Module) -> Predict:

@@ -1,0 +1,209 @@
+"""Input statistics: what the inputs of a weight look like, by input of its matrix view, streamed in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paredown.errors import RejectedError, ResourceError, UsageError
+from paredown.program import Program
+from paredown.statistics.observe import Sight, Step, observed
+from paredown.statistics.uses import Use, find_uses
+
+_GRAM_BYTES = 4 * 2**30
+_CHUNK_BYTES = 64 * 2**20
+"""Of the float64 matrix view of an input that is held at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InputStatistics:
+    """What a weight [out, K] is multiplied with. Groups are consecutive blocks of out / groups rows with their own inputs.
+
+    That is the groups of a convolution, or the parts of one weight that read different activations (the projections of
+    cross attention). Where one weight is used several times, all uses add up.
+    """
+
+    squared_norms: Tensor
+    """Mean of x². Shape [groups, K], float64."""
+    means: Tensor
+    """Mean of x. Shape [groups, K], float64."""
+    absolute_means: Tensor
+    """Mean of |x|. Shape [groups, K], float64."""
+    gram: Tensor | None
+    """Mean of x xᵀ. Shape [groups, K, K], float64; None where it was not asked for."""
+    num_positions: int
+    """Inputs x seen: samples × positions, of the group that saw most."""
+    flipped: bool = False
+    """Whether the weight is stored with its inputs along axis 0: as [K, out], or [groups × K, …] of a transposed
+    convolution, whose inputs are channels; every tap sees the same ones."""
+
+    def along(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """One value per input [groups, K], laid beside the elements of the weight: a tensor of `shape`.
+
+        >>> seen = InputStatistics(squared_norms=torch.ones(1, 2), means=torch.ones(1, 2), absolute_means=torch.ones(1, 2), gram=None, num_positions=1)
+        >>> seen.along(torch.tensor([[3.0, 4.0]]), (5, 2)).shape
+        torch.Size([5, 2])
+        """
+        if self.flipped and values.numel() == shape[0]:
+            return values.reshape(-1, *[1] * (len(shape) - 1)).expand(tuple(shape))
+        if self.flipped:  # [K, out], parts of whose outputs have inputs of their own
+            return values.T.repeat_interleave(math.prod(shape[1:]) // len(values), dim=1).reshape(tuple(shape))
+        rows = shape[0] // len(values)
+        return values[:, None, :].expand(-1, rows, -1).reshape(tuple(shape))
+
+
+def input_statistics(
+    program: Program,
+    parameters: Iterable[str],
+    batches: Iterable[Any],
+    *,
+    loss: Step | None = None,
+    gram: bool = True,
+    num_batches: int = 16,
+    module: nn.Module | None = None,
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of linear layers, products and convolutions, by parameter; one pass, nothing is kept.
+
+        x [K]: an input of the weight's matrix view [out, in·kh·kw]; patches of a convolution, per group.
+
+    The eval graph runs on the first `num_batches` batches: inputs (a tensor, a tuple, {"args": …, "kwargs": …}), or
+    whole batches with `loss(model, batch)`. Linear layers and convolutions of any number of axes, groups, stride,
+    padding and dilation, functional ones, transposed ones, products with a parameter on either side, and slices of a
+    parameter (attention's input projections). `gram` asks for Σ x xᵀ, K² numbers. `module` gives other weights than the
+    captured ones. Neither the program nor the module is changed.
+
+    Raises UsageError (a name that the program does not have, or that no such layer reads) and RejectedError (no batch,
+    inputs that are not finite, with the
+    parameter) and ResourceError (a Gram matrix above 4 GiB).
+
+    >>> from paredown.program import capture
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> x = torch.randn(8, 4)
+    >>> seen = input_statistics(capture(net, x), ["0.weight"], [x])["0.weight"]
+    >>> bool(torch.allclose(seen.gram[0], (x.T @ x).double() / 8)), seen.num_positions
+    (True, 8)
+    """
+    names = list(dict.fromkeys(parameters))
+    uses = readable_uses(program, names)
+    sums: dict[int, Sums] = {}
+    sights = []
+    for name in names:
+        key = id(uses[name])  # names of one tied weight share their uses
+        if key not in sums:
+            sums[key] = Sums(name, uses[name], gram=gram)
+            sights += [Sight(node=u.source, look=partial(sums[key].add, u), reader=u.node) for u in uses[name]]
+    observed(program, sights, batches, loss=loss, num_batches=num_batches, module=module)
+    return {name: sums[id(uses[name])].result(name) for name in names}
+
+
+def readable_uses(program: Program, names: Sequence[str]) -> dict[str, list[Use]]:
+    """The uses of each parameter; raises UsageError where a name is unknown or no linear layer or convolution reads it."""
+    for name in names:
+        if name not in program.state:
+            msg = f"parameters must be those of the program. Got {name!r}."
+            raise UsageError(msg)
+    uses = find_uses(program, names)
+    for name in names:
+        if not uses[name]:
+            msg = (
+                f"a parameter must be read by a linear layer, a product or a convolution. Got {name}, which none reads."
+            )
+            raise UsageError(msg)
+        if len({use.flipped for use in uses[name]}) > 1:
+            msg = f"a parameter must be read along one axis. Got {name}, which is also used transposed."
+            raise UsageError(msg)
+    return uses
+
+
+class Sums:
+    """Streamed sums over the inputs of one parameter: Σ x, Σ |x|, Σ x² and, where asked for, Σ x xᵀ."""
+
+    def __init__(self, name: str, uses: Sequence[Use], *, gram: bool) -> None:
+        self._flipped = uses[0].flipped
+        edges = [edge for use in uses for edge in use.rows]
+        self._groups = uses[0].width // math.gcd(uses[0].width, *edges)
+        self._groups = math.lcm(self._groups, *(use.groups for use in uses))
+        self._length = uses[0].length
+        self._count = torch.zeros(self._groups, dtype=torch.float64)
+        self._sums = torch.zeros(3, self._groups, self._length, dtype=torch.float64)
+        square = (self._groups, self._length, self._length)
+        if gram and 8 * math.prod(square) > _GRAM_BYTES:
+            msg = f"Gram matrices must fit into {_GRAM_BYTES / 2**30:.0f} GiB. Got {8 * math.prod(square) / 2**30:.1f} GiB at {name}, which has {self._length} inputs. Leave it out."
+            raise ResourceError(msg)
+        self._gram = torch.zeros(square, dtype=torch.float64) if gram else None
+
+    def add(self, use: Use, value: Tensor) -> None:
+        """All inputs of one use in one call of the model."""
+        block = use.width // self._groups
+        blocks = slice(use.rows[0] // block, use.rows[1] // block)
+        repeats = (blocks.stop - blocks.start) // use.groups
+        if self._gram is None and use.spatial and not use.flipped:
+            self._add_over_samples(use, value, blocks, repeats)
+            return
+        for x in inputs_of(value, use):  # [positions, groups of the use, K]
+            parts = torch.stack([x.sum(0), x.abs().sum(0), x.square().sum(0)])
+            self._sums[:, blocks] += parts.repeat_interleave(repeats, dim=1)
+            self._count[blocks] += len(x)
+            if self._gram is not None:
+                apart = x.transpose(0, 1)
+                self._gram[blocks] += (apart.transpose(1, 2) @ apart).repeat_interleave(repeats, dim=0)
+
+    def _add_over_samples(self, use: Use, value: Tensor, blocks: slice, repeats: int) -> None:
+        """Without products of two inputs the samples can be summed before the patches are laid out."""
+        value = value if use.axis == 1 else value[None]
+        wide = value.double()
+        three = torch.stack([wide.sum(0), wide.abs().sum(0), wide.square().sum(0)])
+        for number, one in enumerate(three):
+            for x in inputs_of(one if use.axis == 0 else one[None], use):
+                self._sums[number, blocks] += x.sum(0).repeat_interleave(repeats, dim=0)
+                if number == 0:
+                    self._count[blocks] += len(x) * len(value)
+
+    def result(self, name: str) -> InputStatistics:
+        """The means; raises RejectedError where nothing was seen or it is not finite."""
+        if not bool(torch.isfinite(self._sums).all()):
+            msg = (
+                f"activations must be finite. Got NaN or infinity at the input of {name}. Look for NaN in the batches."
+            )
+            raise RejectedError(msg)
+        count = self._count.clamp(min=1.0)
+        means = self._sums / count[:, None]
+        return InputStatistics(
+            squared_norms=means[2],
+            means=means[0],
+            absolute_means=means[1],
+            gram=None if self._gram is None else self._gram / count[:, None, None],
+            num_positions=int(self._count.max()),
+            flipped=self._flipped,
+        )
+
+
+def inputs_of(value: Tensor, use: Use) -> Iterator[Tensor]:
+    """What the weight is multiplied with at one call, in parts. Shape [positions, groups of the use, K], float64."""
+    if not use.spatial:
+        flat = value.movedim(use.axis, -1).reshape(-1, value.shape[use.axis])
+        size = max(1, _CHUNK_BYTES // (8 * max(flat.shape[1], 1)))
+        for start in range(0, len(flat), size):
+            yield flat[start : start + size, None].double()
+        return
+    value = value if use.axis == 1 else value[None]
+    if use.flipped:
+        flat = value.movedim(1, -1).reshape(-1, use.groups, value.shape[1] // use.groups)
+        yield flat.double()
+        return
+    pads = [p for w in reversed(use.window) for p in (w.before, w.after)]
+    taps = math.prod(w.kernel for w in use.window)
+    positions = math.prod(value.shape[2:]) // math.prod(w.stride for w in use.window) + 1
+    size = max(1, _CHUNK_BYTES // (8 * value.shape[1] * taps * positions))
+    for start in range(0, len(value), size):
+        part = nn.functional.pad(value[start : start + size].double(), pads)
+        for axis, w in enumerate(use.window):
+            part = part.unfold(2 + axis, w.dilation * (w.kernel - 1) + 1, w.stride)[..., :: w.dilation]
+        part = part.movedim(1, 1 + use.spatial)  # [samples, *positions, channels, *kernel]
+        yield part.reshape(-1, use.groups, value.shape[1] // use.groups * taps)
