@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from paredown.prune import compose as compose
     from paredown.prune import condense as condense
     from paredown.prune import depth_candidates as depth_candidates
+    from paredown.prune import fresh as fresh
     from paredown.prune import load as load
     from paredown.prune import mask_sizes as mask_sizes
     from paredown.prune import masks_of as masks_of
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from paredown.prune import reconstruct as reconstruct
     from paredown.prune import save as save
     from paredown.prune import score_depth as score_depth
+    from paredown.prune import sparsify as sparsify
     from paredown.prune import take_over as take_over
     from paredown.quantize import Packed as Packed
     from paredown.quantize import Quantized as Quantized
@@ -95,6 +97,7 @@ _ROOMS = {
         "compose",
         "condense",
         "depth_candidates",
+        "fresh",
         "load",
         "mask_sizes",
         "masks_of",
@@ -102,6 +105,7 @@ _ROOMS = {
         "reconstruct",
         "save",
         "score_depth",
+        "sparsify",
         "take_over",
     ),
     "quantize": ("Packed", "Quantized", "quantize"),
@@ -159,6 +163,7 @@ __all__ = [
     "examine",
     "export",
     "factorize",
+    "fresh",
     "keep_masks",
     "load",
     "mask_picture",
@@ -172,6 +177,7 @@ __all__ = [
     "save",
     "score",
     "score_depth",
+    "sparsify",
     "take_over",
 ]
 

@@ -195,7 +195,7 @@ def as_masks(job: Job, kept: Kept) -> dict[str, Mask]:
     return {n: Mask.of(np.asarray(k), str(job.granularity)) for n, k in kept.items() if not k.all()}
 
 
-def finished(job: Job, module: nn.Module, kept: Kept, density: float, how: Schedule) -> Pruned:
+def finished(job: Job, module: nn.Module, kept: Kept, density: float | None, how: Schedule) -> Pruned:
     """The trained module with its masks as a proven result, batch norm re-estimated.
 
     Rows and columns that are gone altogether leave physically, as in prune. Raises NothingToDo where nothing is masked.

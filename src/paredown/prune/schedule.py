@@ -216,7 +216,7 @@ def cubic(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 - min(max(progress, 0.0), 1.0)) ** 3
 
 
-def named_schedule(given: Schedule | str) -> Schedule:
+def named_schedule(given: object) -> Schedule:
     """A schedule, or the one of that name with its defaults.
 
     >>> named_schedule("one-shot")

@@ -179,7 +179,7 @@ def _levels(
     _check_way(asked, leave_out, scope, align)
     if given is None:
         return [None]
-    amounts = [given] if isinstance(given, float | int | Budget) else list(given)
+    amounts: list[Any] = [given] if isinstance(given, float | int | Budget) else list(given)
     if cut.masked:
         for amount in amounts:
             if not isinstance(amount, float) or not 0 < amount < 1:
@@ -259,7 +259,8 @@ def _level(job: Job, asked: _Asked, amount: Any) -> Pruned:
 def _changing(job: Job, way: OneShot | Iterative | Gradual | Regrowth, amount: float | None) -> Pruned:
     """Masks that are chosen on the weights that train."""
     density = job.granularity.a / job.granularity.b if amount is None else amount
-    accumulated, now = accumulation(job), dict(job.first)
+    accumulated = accumulation(job)
+    now: Kept = job.first
     for share in way.before(density, job.start_density):
         now = chosen(job, cells_of(job, accumulated, with_masks(job, now)), now, share)
     moving = way.regrow if isinstance(way, Gradual | Regrowth) else 0.0
