@@ -19,7 +19,6 @@ from paredown.allocate.search import TOLERANCE, Found, Gap, lowest, nearest, ran
 from paredown.allocate.sensitivity import Latency
 from paredown.couple.space import Coupling
 from paredown.errors import InfeasibleError, NothingToDo, UsageError
-from paredown.examine.cost import Cost
 from paredown.plan import Plan
 from paredown.target.tables import named
 
@@ -241,7 +240,8 @@ def _blocked(coupling: Coupling, found: Found) -> dict[str, Any]:
 def _plan(task: _Task, removed: Removed, made: dict[str, Any]) -> Plan:
     """Kept positions of every axis that changes; spaces that share an axis are merged."""
     coupling, meter = task.coupling, task.meter
-    keep = kept_positions(coupling, task.request.cost, removed)
+    cost = task.request.cost
+    keep = kept_positions(coupling, {**cost.buffer_shapes, **cost.parameter_shapes}, removed)
     parameters, macs = meter.exact(removed)
     widths = task.amounts.width.astype(np.int64).tolist()
     channels = sum(int((~r).sum()) * w for r, w in zip(removed, widths, strict=True))
@@ -256,14 +256,15 @@ def _plan(task: _Task, removed: Removed, made: dict[str, Any]) -> Plan:
     return Plan(keep=keep, made_by=made)
 
 
-def kept_positions(coupling: Coupling, cost: Cost, removed: Removed) -> dict[str, dict[int, tuple[int, ...]]]:
-    """`Plan.keep` for the units of each space that leave. Shapes [units]."""
+def kept_positions(
+    coupling: Coupling, shapes: Mapping[str, tuple[int, ...]], removed: Removed
+) -> dict[str, dict[int, tuple[int, ...]]]:
+    """`Plan.keep` for the units of each space that leave (shapes [units]); `shapes` are those of all tensors."""
     gone: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
     for space, leaving in zip(coupling.spaces, removed, strict=True):
         if leaving.any():
             for f in space.footprints:
                 gone.setdefault((f.parameter, f.axis), []).append(f.indices[leaving].ravel())
-    shapes = {**cost.buffer_shapes, **cost.parameter_shapes}
     keep: dict[str, dict[int, tuple[int, ...]]] = {}
     for (name, axis), parts in gone.items():
         stays = np.ones(shapes[name][axis], dtype=np.bool_)

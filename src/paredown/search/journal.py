@@ -1,0 +1,83 @@
+"""Journal: measured points on disk as soon as they are known, so that a stopped measurement goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paredown.program import Program
+from paredown.records import Measured, Record, append, read
+from paredown.score.nouns import Scores
+from paredown.search.value import Value
+
+
+class Journal:
+    """Points of one measurement in a JSON-lines file; those of others in the same file are left alone."""
+
+    def __init__(
+        self, path: Path | None, program: Program, scores: Scores, value: Value, batch_norm: Any, seed: int
+    ) -> None:
+        self._path, self._value = path, value
+        self._key = _key(program, scores, value, batch_norm, seed) if path is not None else ""
+        self._known: dict[tuple[str, int], float] = {}
+        if path is not None and path.exists():
+            _mend(path)
+            for record in read(path):
+                number = record.measured.get("increase")
+                if record.cell.get("key") == self._key and number is not None and number.value is not None:
+                    self._known[(record.cell["name"], record.cell["kept"])] = float(number.value)
+
+    def known(self, name: str, kept: int) -> float | None:
+        """A point that was measured before; None where it was not, or failed."""
+        return self._known.get((name, kept))
+
+    def add(self, name: str, kept: int, of: int, increase: float | None, why: str) -> None:
+        """Write one point; a failed one has no value and says why."""
+        if self._path is None:
+            return
+        number = Measured(
+            value=increase,
+            unit=self._value.unit,
+            badge="not tested" if increase is None else "measured",
+            n=self._value.num_samples or None,
+            protocol="one layer alone, the others dense",
+        )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        cell = {"stage": "sensitivity", "key": self._key, "name": name, "kept": kept, "of": of}
+        append(self._path, Record(cell=cell, measured={"increase": number}, details={"why": why} if why else {}))
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line that a kill left unfinished: the next one would be written behind it."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _key(program: Program, scores: Scores, value: Value, batch_norm: Any, seed: int) -> str:
+    """Everything that a measured number depends on."""
+    state = hashlib.sha256()
+    norms = None
+    if batch_norm is not None:
+        norms = [batch_norm.num_batches, getattr(batch_norm.batches, "__qualname__", "")]
+    about = [
+        program.source_digest,
+        scores.criterion,
+        scores.granularity,
+        seed,
+        value.digest(),
+        norms,
+        torch.__version__,
+    ]
+    state.update(json.dumps([*about, dataclasses.asdict(value.metric) if value.metric else None]).encode())
+    for by_name in (scores.by_space, scores.by_cell):
+        for name, array in sorted(by_name.items()):
+            state.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()
