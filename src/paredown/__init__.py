@@ -12,7 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paredown.allocate import Foreseen as Foreseen
+    from paredown.allocate import Latency as Latency
+    from paredown.allocate import Sensitivity as Sensitivity
     from paredown.allocate import allocate as allocate
+    from paredown.allocate import foresee as foresee
     from paredown.budget import Budget as Budget
     from paredown.couple import Coupling as Coupling
     from paredown.couple import Pinned as Pinned
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
     from paredown.report import mask_picture as mask_picture
     from paredown.score import Scores as Scores
     from paredown.score import score as score
+    from paredown.search import sensitivity as sensitivity
     from paredown.target import Target as Target
     from paredown.train import keep_masks as keep_masks
     from paredown.train import recover as recover
@@ -80,7 +85,7 @@ _ERRORS = (
     *("RejectedError", "ResourceError", "UsageError", "VerificationError"),
 )
 _ROOMS = {
-    "allocate": ("allocate",),
+    "allocate": ("Foreseen", "Latency", "Sensitivity", "allocate", "foresee"),
     "budget": ("Budget",),
     "couple": ("Coupling", "Pinned", "Space", "Unit", "couple"),
     "errors": _ERRORS,
@@ -112,6 +117,7 @@ _ROOMS = {
     "records": ("Measured", "Record"),
     "report": ("mask_picture",),
     "score": ("Scores", "score"),
+    "search": ("sensitivity",),
     "target": ("Target",),
     "train": ("keep_masks", "recover"),
 }
@@ -125,9 +131,11 @@ __all__ = [
     "Compressed",
     "Cost",
     "Coupling",
+    "Foreseen",
     "GateError",
     "InfeasibleError",
     "Interrupted",
+    "Latency",
     "Mask",
     "Measured",
     "MissingError",
@@ -145,6 +153,7 @@ __all__ = [
     "RejectedError",
     "ResourceError",
     "Scores",
+    "Sensitivity",
     "Space",
     "Target",
     "Unit",
@@ -163,6 +172,7 @@ __all__ = [
     "examine",
     "export",
     "factorize",
+    "foresee",
     "fresh",
     "keep_masks",
     "load",
@@ -177,6 +187,7 @@ __all__ = [
     "save",
     "score",
     "score_depth",
+    "sensitivity",
     "sparsify",
     "take_over",
 ]
