@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paredown.couple.space import Coupling, Space
-from paredown.errors import UsageError
 from paredown.examine.cost import Cost
+from paredown.score.patterns import check_patterns, matches, names_of_weight, parents, spaces_of
+from paredown.score.patterns import protected_weights as protected_weights  # noqa: PLC0414  (levels are asked for it too)
 
 Levels = NDArray[np.int64]
 
@@ -59,23 +58,10 @@ def protected(coupling: Coupling, cost: Cost, include: Sequence[str], exclude: S
     names = []
     for space in coupling.spaces:
         mine = _names(space)
-        wanted = not include or _matches(mine, include)
-        if not wanted or _matches(mine, exclude):
+        wanted = not include or matches(mine, include)
+        if not wanted or matches(mine, exclude):
             names.append(space.name)
     return Protected(names=tuple(names), everything=bool(coupling.spaces) and len(names) == len(coupling.spaces))
-
-
-def protected_weights(
-    coupling: Coupling, cost: Cost, names: Iterable[str], include: Sequence[str], exclude: Sequence[str]
-) -> list[str]:
-    """Which of these parameters the same patterns protect; a space's name stands for all that writes its channels."""
-    check_patterns(coupling, cost, (*include, *exclude))
-    spaces = _spaces_of(coupling)
-    return [
-        name
-        for name in names
-        if (include and not _matches(_of_weight(name, spaces), include)) or _matches(_of_weight(name, spaces), exclude)
-    ]
 
 
 def floors(coupling: Coupling, cost: Cost, floor: float | Mapping[str, float]) -> dict[str, float]:
@@ -96,59 +82,18 @@ def weight_floors(
     if not isinstance(floor, Mapping):
         return {name: float(floor) for name in names}
     check_patterns(coupling, cost, tuple(floor))
-    spaces = _spaces_of(coupling)
-    return {name: _highest(_of_weight(name, spaces), floor) for name in names}
-
-
-def check_patterns(coupling: Coupling, cost: Cost, patterns: Sequence[str]) -> None:
-    """Raises UsageError for a pattern that matches nothing in the model, with what was probably meant."""
-    known = _known(coupling, cost)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not any(fnmatch.fnmatchcase(n, pattern) for n in known):
-            near = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4)
-            hint = f" Did you mean {', '.join(repr(n) for n in near)}?" if near else ""
-            msg = f"a pattern must match a parameter, module or space. Got {pattern!r}, which matches nothing.{hint}"
-            raise UsageError(msg)
+    spaces = spaces_of(coupling)
+    return {name: _highest(names_of_weight(name, spaces), floor) for name in names}
 
 
 def _highest(names: Iterable[str], floor: Mapping[str, float]) -> float:
     mine = list(names)
-    return max((float(v) for p, v in floor.items() if _matches(mine, [p])), default=0.0)
-
-
-def _spaces_of(coupling: Coupling) -> dict[str, set[str]]:
-    """Parameter → names of the spaces whose channels it writes."""
-    found: dict[str, set[str]] = {}
-    for space in coupling.spaces:
-        for f in space.footprints:
-            if f.role == "write":
-                found.setdefault(f.parameter, set()).add(space.name)
-    return found
-
-
-def _of_weight(name: str, spaces: Mapping[str, set[str]]) -> set[str]:
-    return {name} | _parents(name) | spaces.get(name, set())
-
-
-def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
+    return max((float(v) for p, v in floor.items() if matches(mine, [p])), default=0.0)
 
 
 def _names(space: Space) -> set[str]:
     writes = {f.parameter for f in space.footprints if f.role == "write"}
     found = {space.name, space.name.partition("[")[0]} | writes
     for parameter in writes:
-        found |= _parents(parameter)
+        found |= parents(parameter)
     return found
-
-
-def _known(coupling: Coupling, cost: Cost) -> list[str]:
-    found = {s.name for s in coupling.spaces} | set(cost.parameter_shapes) | set(cost.buffer_shapes)
-    for name in (*cost.parameter_shapes, *cost.buffer_shapes):
-        found |= _parents(name)
-    return sorted(found)
-
-
-def _parents(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:n]) for n in range(1, len(parts))}

@@ -208,10 +208,7 @@ def _convolution(node: fx.Node, places: dict[fx.Node, tuple[str, Any]], program:
     name = op_name(node)
     spatial = CONVOLUTIONS.get(name) or TRANSPOSED[name]
     kernel = tuple(int(k) for k in held.shape[2:])
-    if name in TRANSPOSED:
-        width = int(held.shape[1]) * int(groups)
-    else:
-        width = int(held.shape[0])
+    width = int(held.shape[1]) * int(groups) if name in TRANSPOSED else int(held.shape[0])
     return Use(
         parameter=parameter,
         node=node,

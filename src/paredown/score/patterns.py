@@ -1,0 +1,73 @@
+"""Patterns: which weights, modules and spaces a text like "layer4.*" means. A pattern that matches nothing is an error."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+
+from paredown.couple.space import Coupling
+from paredown.errors import UsageError
+from paredown.examine.cost import Cost
+
+
+def protected_weights(
+    coupling: Coupling, cost: Cost, names: Iterable[str], include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
+    """Which of these parameters the same patterns protect; a space's name stands for all that writes its channels."""
+    check_patterns(coupling, cost, (*include, *exclude))
+    spaces = spaces_of(coupling)
+    return [
+        name
+        for name in names
+        if (include and not matches(names_of_weight(name, spaces), include))
+        or matches(names_of_weight(name, spaces), exclude)
+    ]
+
+
+def check_patterns(coupling: Coupling, cost: Cost, patterns: Sequence[str]) -> None:
+    """Raises UsageError for a pattern that matches nothing in the model, with what was probably meant."""
+    known = _known(coupling, cost)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not any(fnmatch.fnmatchcase(n, pattern) for n in known):
+            near = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4)
+            hint = f" Did you mean {', '.join(repr(n) for n in near)}?" if near else ""
+            msg = f"a pattern must match a parameter, module or space. Got {pattern!r}, which matches nothing.{hint}"
+            raise UsageError(msg)
+
+
+def spaces_of(coupling: Coupling) -> dict[str, set[str]]:
+    """Parameter → names of the spaces whose channels it writes."""
+    found: dict[str, set[str]] = {}
+    for space in coupling.spaces:
+        for f in space.footprints:
+            if f.role == "write":
+                found.setdefault(f.parameter, set()).add(space.name)
+    return found
+
+
+def names_of_weight(name: str, spaces: Mapping[str, set[str]]) -> set[str]:
+    """All that a pattern can call a weight by."""
+    return {name} | parents(name) | spaces.get(name, set())
+
+
+def matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    """Whether any pattern (fnmatch) matches any name."""
+    return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
+
+
+def _known(coupling: Coupling, cost: Cost) -> list[str]:
+    found = {s.name for s in coupling.spaces} | set(cost.parameter_shapes) | set(cost.buffer_shapes)
+    for name in (*cost.parameter_shapes, *cost.buffer_shapes):
+        found |= parents(name)
+    return sorted(found)
+
+
+def parents(name: str) -> set[str]:
+    """The modules that hold a parameter, down to the root.
+
+    >>> sorted(parents("a.b.weight"))
+    ['a', 'a.b']
+    """
+    parts = name.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts))}
