@@ -22,6 +22,7 @@ from paredown.examine import Cost, examine
 from paredown.granularity import Granularity
 from paredown.plan import Plan
 from paredown.program import Program, capture
+from paredown.prune import prune
 from paredown.score import Scores
 
 
@@ -125,6 +126,28 @@ def test_a_global_ranking_is_one_sort_over_all() -> None:
         one = plan_for(Budget(density=0.3), scores=scaled, allocation="global", normalize=how)
         two = plan_for(Budget(density=0.3), scores=scores, allocation="global", normalize=how)
         assert {n: m.bits for n, m in one.masks.items()} == {n: m.bits for n, m in two.masks.items()}
+
+
+def test_cells_of_different_sizes_are_compared_by_their_layer_or_by_weight() -> None:
+    scores = scores_of("row")
+    for how in (None, "none", "size", "mean", "max"):
+        plan = plan_for(Budget(density=0.5), scores=scores, allocation="global", normalize=how, floor=0.0)
+        divisor = {
+            n: {"none": 1.0, "size": s.size and parts()[2].parameter_shapes[n][1:], "mean": s.mean(), "max": s.max()}[
+                how or "mean"
+            ]
+            for n, s in scores.by_cell.items()
+        }
+        divisor = {n: float(np.prod(d)) for n, d in divisor.items()}
+        kept_scores, gone_scores = [], []
+        for name in WEIGHTS:
+            rows = plan.masks[name].kept.reshape(len(scores.by_cell[name]), -1)[:, 0] if name in plan.masks else np.ones(len(scores.by_cell[name]), bool)  # fmt: skip
+            kept_scores += (scores.by_cell[name] / divisor[name])[rows].tolist()
+            gone_scores += (scores.by_cell[name] / divisor[name])[~rows].tolist()
+        if how == "none":  # the one row of each layer that always stays apart
+            kept_scores = sorted(kept_scores)[len(WEIGHTS) :]
+        assert min(kept_scores) >= max(gone_scores)
+        assert plan.made_by["normalize"] == (how or "mean")
 
 
 def test_an_absolute_density_counts_elements() -> None:
@@ -369,6 +392,22 @@ def test_the_same_arguments_give_the_same_plan() -> None:
         a, b = (plan_for(Budget(density=0.3), allocation=allocation) for _ in range(2))
         assert a.digest == b.digest
         assert Plan.from_json(a.to_json(), {m.digest: m.bits for m in a.masks.values()}) == a
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.mark.parametrize("granularity", ["element", "2:4", "row", "4x1", "kernel"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_a_pruned_model_has_the_zeros_of_the_plan(granularity: str, allocation: Any) -> None:
+    program, coupling, cost = parts()
+    if granularity == "2:4" and allocation == "global":
+        pytest.skip("N:M is uniform")
+    plan = plan_for(None if granularity == "2:4" else Budget(density=0.5), granularity, allocation=allocation)
+    pruned = prune(program, plan, condense=False)
+    zeros = sum(int((pruned.module.get_parameter(n) == 0).sum()) for n in WEIGHTS)
+    assert zeros == TOTAL - plan.made_by["reached"]["kept"] > 0
+    assert foresee(coupling, cost, pruned.plan).nonzero_parameters == cost.parameters - zeros
 
 
 # ------------------------------------------------------------------------------------------------------------ measured

@@ -148,7 +148,12 @@ def test_alignment_and_floor_hold_for_measured_allocations() -> None:
 def test_the_plan_says_where_the_increases_came_from() -> None:
     seen = Sensitivity.from_table(table(0), {s.name: len(s) for s in chain()[1].spaces}, num_samples=64)
     made = plan_for(Budget(macs=0.5), allocation="greedy", sensitivity=seen).made_by
-    assert made["sensitivity"] == {"unit": "loss", "num_samples": 64, "badge": "measured"}
+    assert {n: made["sensitivity"][n] for n in ("unit", "num_samples", "badge")} == {
+        "unit": "loss",
+        "num_samples": 64,
+        "badge": "measured",
+    }
+    assert len(made["sensitivity"]["sha256"]) == 64
     assert Plan.from_json(Plan(keep={}, made_by=made).to_json()).made_by == made
     other = Sensitivity.from_table({"other": {0.5: 1.0}}, {"other": 4})
     with pytest.raises(UsageError, match="of this model"):
@@ -245,6 +250,7 @@ def test_what_does_not_fit_units_is_refused() -> None:
         ({"allocation": "erk"}, "masks"),
         ({"scope": "row"}, "scope"),
         ({"leave_out": ["first"]}, "leave_out"),
+        ({"normalize": "size"}, "normalize"),
     ):
         with pytest.raises(UsageError, match=text):
             plan_for(Budget(macs=0.5), **options)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paredown.allocate.levels import protected_weights, weight_floors
+from paredown.allocate.levels import weight_floors
 from paredown.allocate.meter import rates
 from paredown.allocate.request import Request
 from paredown.allocate.search import TOLERANCE
@@ -26,6 +26,7 @@ from paredown.allocate.shares import Curve, by_price, equal_increase, erk, in_wh
 from paredown.errors import InfeasibleError, NothingToDo, RejectedError, UsageError
 from paredown.granularity import Granularity
 from paredown.plan import Mask, Plan
+from paredown.score.patterns import protected_weights
 
 _FLOOR = 0.01
 """Of layers that are compared with one another, where nothing else is asked: a ranking can empty a layer."""
@@ -50,9 +51,23 @@ class Weight:
         """Weights in all."""
         return math.prod(self.shape)
 
-    def cells(self, *, priced: bool = False, scale: float = 1.0) -> Cells:
-        """The cells by weights, or by what they count in the budget."""
-        return Cells(scores=self.scores, saves=self.saves * (self.price if priced else 1), scale=scale)
+    def cells(self) -> Cells:
+        """The cells, saving weights."""
+        return Cells(scores=self.scores, saves=self.saves)
+
+    def compared(self, how: str) -> Cells:
+        """The cells, saving what the budget counts, with scores that are compared across layers.
+
+        Divided by the layer's mean or largest magnitude, or ("size") by the number of weights in each cell.
+        """
+        saves = self.saves * self.price
+        if how == "size":
+            return Cells(scores=self.scores / self.saves, saves=saves)
+        if how == "none":
+            return Cells(scores=self.scores, saves=saves)
+        magnitude = np.abs(self.scores)
+        scale = float(magnitude.mean(dtype=np.float64) if how == "mean" else magnitude.max())
+        return Cells(scores=self.scores, saves=saves, scale=scale if scale > 0 else 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +162,7 @@ def _task(request: Request) -> _Task:
         leave_out=list(request.leave_out),
         scope="row" if rows else "model" if request.allocation == "global" else "layer",
         dense={"parameters": request.cost.parameters, "macs": request.cost.macs},
-        **({"normalize": request.normalize or "none"} if request.allocation == "global" else {}),
+        **({"normalize": request.normalize or _usual(request.granularity)} if request.allocation == "global" else {}),
     )
     return replace(task, made=made, **_to_remove(task, unit, given))
 
@@ -307,8 +322,8 @@ def _lowest(weight: Weight, removed: int) -> Bools:
 
 def _ranked(task: _Task) -> dict[str, Bools]:
     """One ranking; layers that would fall below their floor keep it, and the others give the more."""
-    how = task.request.normalize or "none"
-    cells = {w.name: w.cells(priced=True, scale=_scale(w.scores, how)) for w in task.weights}
+    how = task.request.normalize or _usual(task.request.granularity)
+    cells = {w.name: w.compared(how) for w in task.weights}
     free, removed = list(task.weights), task.removed
     kept: dict[str, Bools] = {}
     while True:
@@ -331,11 +346,9 @@ def _weights_in(weight: Weight, kept: Bools) -> int:
     return int(weight.saves[kept].sum())
 
 
-def _scale(scores: NDArray[Any], how: str) -> float:
-    if how == "none":
-        return 1.0
-    size = float(np.abs(scores).mean(dtype=np.float64) if how == "mean" else np.abs(scores).max())
-    return size if size > 0 else 1.0
+def _usual(granularity: Granularity) -> str:
+    """Single weights are compared as they are; cells of several, whose sizes differ, by their layer's mean."""
+    return "none" if granularity.kind == "element" else "mean"
 
 
 def _removed_by_weight(task: _Task, *, at_floor: bool) -> NDArray[np.int64]:

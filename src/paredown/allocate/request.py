@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from paredown.granularity import Granularity
 from paredown.score.nouns import Scores
 
 Allocation = Literal["uniform", "global", "erk", "sensitivity", "greedy", "knapsack"]
-Normalize = Literal["mean", "max", "none"]
+Normalize = Literal["mean", "max", "none", "size"]
 Scope = Literal["layer", "row"]
 LeaveOut = Literal["first", "last", "depthwise"]
 Floor = float | Mapping[str, float]
@@ -54,7 +55,7 @@ class Request:
         """Raises UsageError for options outside their closed lists, or that need one another."""
         for name, known in (
             ("allocation", ALLOCATIONS),
-            ("normalize", ("mean", "max", "none", None)),
+            ("normalize", ("mean", "max", "none", "size", None)),
             ("scope", ("layer", "row", None)),
         ):
             value = getattr(self, name)
@@ -106,5 +107,11 @@ class Request:
         }
         if self.allocation in MEASURED and isinstance(self.sensitivity, Sensitivity):
             seen = self.sensitivity
-            made["sensitivity"] = {"unit": seen.unit, "num_samples": seen.num_samples, "badge": seen.badge}
+            digest = hashlib.sha256(seen.to_json().encode()).hexdigest()
+            made["sensitivity"] = {
+                "unit": seen.unit,
+                "num_samples": seen.num_samples,
+                "badge": seen.badge,
+                "sha256": digest,
+            }
         return {**made, **more}

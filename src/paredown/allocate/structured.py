@@ -139,8 +139,8 @@ def _checked(request: Request) -> dict[str, float | int]:
     if request.allocation == "erk":
         msg = "allocation 'erk' must be used with masks: it gives densities to layers. Got granularity channel. Take uniform or global."
         raise UsageError(msg)
-    if request.scope is not None or request.leave_out:
-        name = "scope" if request.scope is not None else "leave_out"
+    if request.scope is not None or request.leave_out or request.normalize == "size":
+        name = "scope" if request.scope is not None else "leave_out" if request.leave_out else "normalize 'size'"
         msg = f"{name} must be used with masks. Got it for {request.granularity.kind}s. Protect layers with exclude."
         raise UsageError(msg)
     if request.allocation != "uniform" and isinstance(given.get("channels"), int):
@@ -174,7 +174,9 @@ def _made(task: _Task) -> dict[str, Any]:
 
 def _comparable(task: _Task) -> dict[str, Floats]:
     """Scores across spaces; those of spaces that do not compete are zeros, and never read."""
-    found = task.request.scores.normalized(task.request.normalize or "mean")
+    how = task.request.normalize or "mean"
+    assert how != "size"  # refused: units of a space are equal in size
+    found = task.request.scores.normalized(how)
     return {s.name: found.get(s.name, np.zeros(len(s))) for s in task.coupling.spaces}
 
 

@@ -50,15 +50,16 @@ def allocate(
     | allocation | |
     |---|---|
     | uniform | one ratio everywhere |
-    | global | the lowest scores of the whole model, divided by each layer's `normalize` (channels: mean; masks: none) |
+    | global | the lowest scores of the model, divided by each layer's "mean" or "max", the cell's "size", or "none" |
     | erk | masks: density by layer shape (Evci et al. 2020) |
     | sensitivity | every layer gives until it costs one common measured increase |
     | greedy | the least measured increase per saved amount, step after step on the coupled meter |
     | knapsack | the least sum of measured increases, solved exactly where costs add up, then corrected on the meter |
 
-    The last three read `sensitivity`: what paredown.sensitivity measured, or {name: {kept: increase}}. `floor` is one
-    share, or {pattern: share} (default 0.1 for units; 0.01 for masks ranked across layers). `include` and `exclude` are
-    patterns (fnmatch) on parameter, module and space names; exclude wins. Of equal scores the lower index leaves first.
+    `normalize` is "mean" by default, "none" for single weights. The last three read `sensitivity`: what
+    paredown.sensitivity measured, or {name: {kept: increase}}. `floor` is one share, or {pattern: share} (default 0.1 for
+    units; 0.01 for masks ranked across layers). `include` and `exclude` are patterns (fnmatch) on parameter, module and
+    space names; exclude wins. Of equal scores the lower index leaves first.
 
     `Plan.made_by` says what was asked and reached, and `blocked_by` where the nearest reachable amount is further off.
     A budget that is already met gives a plan that keeps everything, with made_by["already_met"].

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from paredown.allocate import Sensitivity
-from paredown.allocate.levels import protected, protected_weights
+from paredown.allocate.levels import protected
 from paredown.allocate.masks import layer_mask
 from paredown.allocate.search import lowest
 from paredown.couple.space import Coupling
@@ -22,6 +22,7 @@ from paredown.examine import Cost, examine
 from paredown.granularity import Granularity
 from paredown.program import Program
 from paredown.score.nouns import Scores
+from paredown.score.patterns import protected_weights
 from paredown.search.journal import Journal
 from paredown.search.masked import Copy
 from paredown.search.value import Value, value_of
