@@ -17,7 +17,7 @@ from paredown.granularity import Granularity
 from paredown.plan import Mask
 from paredown.prune.changing import Changing, ChangingMasks
 from paredown.prune.mask import apply_masks
-from paredown.prune.schedule import Gradual, Regrowth
+from paredown.prune.schedule import Gradual, Regrowth, moving_share
 from paredown.prune.sparsify import sparsify
 from paredown.train import fit
 from paredown.train.loop import Hook, Training
@@ -68,7 +68,7 @@ def test_drop_and_grow_are_those_of_the_paper(by: str) -> None:
     points = ((4, 0.3), (8, 0.3), (12, 0.3))
     how = Changing(
         points=lambda steps: points, choose=lambda module, kept, density: kept, epochs=2,
-        granularity=Granularity.parse("element"), regrow=0.4, grow_by=by,  # type: ignore[arg-type]
+        granularity=Granularity.parse("element"), moving=lambda t, n: moving_share(0.4, t / 12), grow_by=by,  # type: ignore[arg-type]
     )  # fmt: skip
     changing = ChangingMasks(how, first)
     rows: list[dict[str, Any]] = []
@@ -173,6 +173,15 @@ def test_blocks_grow_whole() -> None:
                 assert block.all() or not block.any()
 
 
+def test_nothing_grows_where_an_earlier_plan_has_zeros() -> None:
+    first = sparse(density=0.5, epochs=1)
+    second = sparse(model=first, density=0.2, schedule=Gradual(updates=6, regrow=0.4), granularity="4x4", epochs=2)
+    parameters = dict(second.module.named_parameters())
+    for name, mask in second.plan.masks.items():
+        assert not (mask.kept & ~first.plan.masks[name].kept).any()
+        assert not parameters[name].detach().numpy()[~mask.kept].any()
+
+
 def test_nan_in_training_is_refused_not_masked() -> None:
     def broken(model: nn.Module, batch: Any) -> torch.Tensor:
         return step(model, batch) * float("nan")
@@ -180,3 +189,30 @@ def test_nan_in_training_is_refused_not_masked() -> None:
     for criterion in ("l1", "movement"):
         with pytest.raises(RejectedError, match="finite"):
             sparsify(program(), batches, step=broken, density=0.5, epochs=1, criterion=criterion)
+
+
+@pytest.mark.parametrize("options", [{"schedule": Gradual(updates=6)}, {"criterion": "movement"}, RIGL], ids=str)
+def test_an_epoch_that_is_rolled_back_takes_its_masks_with_it(options: dict[str, Any]) -> None:
+    """The loss is NaN once, in the second epoch: the epoch begins again with its own masks and half the learning rate."""
+    calls, counts = [0], []
+
+    def once_broken(model: nn.Module, batch: Any) -> torch.Tensor:
+        calls[0] += 1
+        return step(model, batch) * (float("nan") if calls[0] == BATCHES + 6 else 1.0)
+
+    def look(training: Training) -> None:
+        parameters = dict(training.module.named_parameters())
+        counts.append((training.step, sum(int((parameters[n] != 0).sum()) for n in WEIGHTS)))
+
+    notes: list[str] = []
+    result = sparsify(
+        program(), batches, step=once_broken, **{"density": 0.25, "epochs": 3, "lr": 0.05, **options},
+        hooks=[Hook(name="look", after_step=look)], progress=lambda p: notes.extend(e.note for e in p.history if e.note),
+    )  # fmt: skip
+    assert any("rolled back" in n for n in notes)
+    steps = [s for s, _ in counts]
+    assert steps == [*range(BATCHES), *range(BATCHES, BATCHES + 5), *range(BATCHES, 3 * BATCHES)]
+    again = counts[BATCHES + 5 :]
+    if options is not RIGL:  # the same densities at the same steps, both times
+        assert again[:5] == counts[BATCHES : BATCHES + 5]
+    assert sum(int((p != 0).sum()) for n, p in result.module.named_parameters() if n in WEIGHTS) == 358

@@ -55,7 +55,9 @@ class Accumulated:
             if parameter.grad is None:
                 continue
             new = parameter.grad if self._reading == "gradient_drift" else -parameter.grad * parameter
-            self._sums[name] = self._sums[name].to(new.device) + new if name in self._sums else new.detach().clone()
+            before = self._sums.get(name)  # summed in float32 at least: half precision would lose the small steps
+            new = new.detach().to(torch.promote_types(new.dtype, torch.float32))
+            self._sums[name] = new.clone() if before is None else before.to(new.device) + new
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self._sums)

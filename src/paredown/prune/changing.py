@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from paredown.granularity import Granularity
 from paredown.plan import Mask
-from paredown.prune.schedule import GrowBy, Points, moving_share
+from paredown.prune.schedule import GrowBy, Points
 from paredown.train.loop import Hook, Training
 from paredown.train.masks import Held
 
@@ -37,9 +37,11 @@ class Changing:
     choose: Choose
     epochs: int
     granularity: Granularity
-    regrow: float = 0.0
-    """> 0: at each point a share of what stays moves; the smallest |w| are dropped, as many are grown in the same weight."""
+    moving: Callable[[int, int], float] | None = None
+    """(steps done, steps in all) → share of what stays that moves: the smallest |w| are dropped, as many grown in the same weight."""
     grow_by: GrowBy = "none"
+    may: Kept | None = None
+    """What may be grown at all; None is everything."""
     seed: int = 0
 
 
@@ -85,7 +87,11 @@ class ChangingMasks:
 
     def _after_backward(self, training: Training) -> None:
         held = self._bound(training)
-        if self._how.regrow > 0 and self._how.grow_by == "gradient" and self._next(training.step + 1) is not None:
+        if (
+            self._how.moving is not None
+            and self._how.grow_by == "gradient"
+            and self._next(training.step + 1) is not None
+        ):
             self._gradients = {n: _gradient(held.parameter(n)) for n in held.names()}
         held.zero_gradients()
 
@@ -109,9 +115,8 @@ class ChangingMasks:
         self._carried_out = step
         before = {n: held.kept(n).cpu().numpy() for n in held.names()}
         now = {n: k & before[n] for n, k in self._how.choose(training.module, before, density).items()}
-        last = self._due[-1][0]
-        grows = self._how.grow_by == "random" or bool(self._gradients)
-        share = moving_share(self._how.regrow, step / last) if grows else 0.0
+        grows = self._how.moving is not None and (self._how.grow_by == "random" or bool(self._gradients))
+        share = self._how.moving(step, self._steps) if grows and self._how.moving is not None else 0.0
         for name, kept in now.items():
             parameter = held.parameter(name)
             if share > 0:
@@ -126,8 +131,9 @@ class ChangingMasks:
     def _moved(self, name: str, parameter: nn.Parameter, kept: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
         """Drop the smallest cells of a weight and grow as many others; the number of cells that stay is the same."""
         cut = self._how.granularity
-        alive = cut.reduce(kept, "max") > 0
-        number = min(round(share * int(alive.sum())), int(alive.sum()) - 1, int((~alive).sum()))
+        may = np.ones(kept.shape, dtype=np.bool_) if self._how.may is None else self._how.may[name]
+        alive, possible = cut.reduce(kept, "max") > 0, cut.reduce(may, "max") > 0
+        number = min(round(share * int(alive.sum())), int(alive.sum()) - 1, int((possible & ~alive).sum()))
         if number <= 0:
             return kept
         magnitude = cut.reduce(np.abs(parameter.detach().cpu().double().numpy()))
@@ -136,8 +142,9 @@ class ChangingMasks:
             wish = cut.reduce(np.abs(self._gradients[name].cpu().double().numpy()))
         else:
             wish = np.random.default_rng([self._how.seed, self._carried_out, *name.encode()]).random(alive.shape)
-        grown = _lowest(np.where(~alive | dropped, -wish, np.inf), number)
-        return cut.expand((alive & ~dropped) | grown, kept.shape)
+        grown = _lowest(np.where(possible & (~alive | dropped), -wish, np.inf), number)
+        stays = kept & cut.expand(alive & ~dropped, kept.shape)
+        return stays | (may & cut.expand(grown, kept.shape))
 
     def _state(self) -> dict[str, Tensor]:
         return {**self._kept, "carried out": torch.tensor(self._carried_out)}

@@ -102,6 +102,10 @@ class Gradual:
         _check("regrow", 0 <= self.regrow < 1, "a share in [0, 1)", self.regrow)
         _check("regrow_by", self.regrow_by in ("gradient", "random"), "gradient or random", self.regrow_by)
 
+    def moving(self, step: int, steps: int) -> float:
+        """Share of what stays that is dropped and grown anew at an update after `step` of `steps` steps."""
+        return moving_share(self.regrow, step / (self.end * steps))
+
     def progress(self, step: int, steps: int) -> float:
         """How far the ramp has come after `step` of `steps` steps, in [0, 1].
 
@@ -149,15 +153,13 @@ class Regrowth:
         _check("every", self.every >= 1, "a number of steps ≥ 1", self.every)
         _check("end", 0 < self.end <= 1, "a share in (0, 1]", self.end)
 
-    @property
-    def regrow(self) -> float:
-        """The share that moves at the first update."""
-        return self.fraction
+    def moving(self, step: int, steps: int) -> float:
+        """Share of what stays that moves at an update after `step` of `steps` steps.
 
-    @property
-    def regrow_by(self) -> GrowBy:
-        """What decides where to grow."""
-        return self.by
+        >>> round(Regrowth(fraction=0.4, end=0.5).moving(25, 100), 3)
+        0.2
+        """
+        return moving_share(self.fraction, step / (self.end * steps))
 
     def before(self, density: float, start_density: float = 1.0) -> tuple[float, ...]:
         """The mask to begin with."""

@@ -1,4 +1,24 @@
-"""sparsify: prune in the course of a training, by a schedule. Every way of it is hooks of the one loop `fit`."""
+"""sparsify: prune in the course of a training, by a schedule. Every way of it is hooks of the one loop `fit`.
+
+| schedule (options: paredown.prune.schedule) | |
+|---|---|
+| "gradual", Gradual (default for masks) | cubic ramp (Zhu & Gupta 2017); `regrow` lets masks grow back by gradient |
+| "one-shot", OneShot | all before the training; in rounds for SynFlow |
+| "iterative", Iterative | equal rounds with recovery between, geometric or linear |
+| "lottery", Lottery | whole trainings with a rewind of weights or of the learning rate between |
+| "rigl", "set", Regrowth | constant density, dropped and grown (Evci et al. 2020; Mocanu et al. 2018) |
+
+| criterion | |
+|---|---|
+| any of `score`, with its options | on the weights as they are at each point of the schedule |
+| "movement", "soft_movement", Movement, SoftMovement | scores learnt beside the weights (Sanh et al. 2020) |
+| "sr_ste", SrSte | dense weights behind the mask, pulled to zero where masked (Zhou et al. 2021) |
+| "accumulated_movement", "gradient_drift" | lowest Σ -g·w, largest |Σ g|, of the weights that train |
+| "gates", Gates | channels: gates learnt while the weights stand still (Wang et al. 2020) |
+
+`regularize` (channels): Growing or Slimming, a training with a penalty before the removal. From scratch: capture a model of
+`fresh` weights; SNIP, GraSP and SynFlow are criteria, RigL is criterion "random" with allocation "erk" and schedule "rigl".
+"""
 
 from __future__ import annotations
 
@@ -79,31 +99,14 @@ def sparsify(
 ) -> Pruned:
     """Prune while training: what stays is chosen, trained, chosen again, as a schedule says; zeros stay zero in between.
 
-    `density` is the share of the considered weights that stays (masks: element, blocks, rows, columns, kernels; N:M needs
-    none), `budget` a Budget for units that leave physically (granularity "channel" or "head"). A sequence is levels: each
-    entry is what remains of what the level before left, and each level has all epochs.
+    `density` is the share of the considered weights that stays (masks; N:M and "soft_movement" bring their own), `budget` a
+    Budget for units that leave physically (granularity "channel", "head"). A sequence is levels: each entry is what remains
+    of what the level before left, each with all epochs. Schedules and criteria: see the module paredown.prune.sparsify.
 
-    | schedule (see paredown.prune.schedule for their options) | |
-    |---|---|
-    | "one-shot", OneShot | all before the training |
-    | "iterative", Iterative | equal rounds with recovery between, geometric or linear |
-    | "gradual", Gradual (default) | cubic ramp (Zhu & Gupta 2017); `regrow` lets masks grow back by gradient |
-    | "lottery", Lottery | whole trainings with a rewind of weights or of the learning rate between |
-    | "rigl", "set", Regrowth | constant density, dropped and grown (Evci et al. 2020; Mocanu et al. 2018) |
-
-    | criterion | |
-    |---|---|
-    | any of `score`, with its options | on the weights as they are at each point |
-    | "movement", "soft_movement", Movement, SoftMovement | scores learnt beside the weights (Sanh et al. 2020) |
-    | "sr_ste", SrSte | dense weights behind the mask, pulled to zero where masked (Zhou et al. 2021) |
-    | "accumulated_movement", "gradient_drift" | lowest Σ -g·w, largest |Σ g|, of the weights that train |
-    | "gates", Gates | channels: gates learnt while the weights stand still (Wang et al. 2020) |
-
-    `regularize` (channels) trains with a penalty first: Growing, Slimming. `allocation` is "global" for masks and "uniform"
-    for channels and N:M where none is given; it, `include`, `exclude`, `leave_out`, `floor`, `normalize`, `scope`, `align` and
-    `target` are those of allocate, the training's options those of recover (`lr_schedule` is its `schedule`). "soft_movement"
-    takes no density: it follows from its threshold and penalty. With `checkpoint` (of several trainings, numbered) the same
-    call continues where it was interrupted and gives the same bits. The model given is not touched.
+    `allocation` is "global" for masks, "uniform" for channels and N:M where none is given; it, `include`, `exclude`,
+    `leave_out`, `floor`, `normalize`, `scope`, `align` and `target` are those of allocate, `options` those of the criterion,
+    the training's those of recover (`lr_schedule` is its `schedule`). With `checkpoint` (of several trainings, numbered) the
+    same call continues where it was interrupted and gives the same bits. The model given is not touched.
 
     Raises UsageError (options that do not fit one another), NothingToDo, InfeasibleError, VerificationError (a zero that
     came alive), and what score, allocate, fit and prune raise.
@@ -116,28 +119,26 @@ def sparsify(
     >>> sum(int((p != 0).sum()) for p in sparse.module.parameters() if p.dim() == 2)
     48
     """
+    asked = _Asked.read(granularity, criterion, schedule, regularize)
+    amounts = _levels(asked, density, budget, {"leave_out": leave_out, "scope": scope, "align": align})
+    masked = {"leave_out": leave_out, "scope": scope} if asked.cut.masked else {"align": align}
+    usual = "global" if asked.cut.masked and asked.cut.kind != "n:m" else "uniform"
+    where = {
+        "allocation": allocation or usual, "include": include, "exclude": exclude, "floor": floor,
+        "normalize": normalize, "target": target, **masked,
+    }  # fmt: skip
     training = {
         "optimizer": optimizer, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm,
         "schedule": lr_schedule, "device": device, "teacher": teacher, "temperature": temperature,
         "distil": distil or ("none" if teacher is None else "kl"), "distil_weight": distil_weight,
         "progress": progress, "max_steps": max_steps,
     }  # fmt: skip
-    cut = Granularity.parse(granularity)
-    named = {"include": include, "exclude": exclude, "floor": floor, "normalize": normalize, "target": target}
-    named |= {"allocation": allocation or ("global" if cut.masked and cut.kind != "n:m" else "uniform")}
-    named |= {"leave_out": leave_out, "scope": scope} if cut.masked else {"align": align}
-    known = {**LEARNT, "gates": Gates()}
-    asked = _Asked(
-        cut=cut,
-        criterion=known.get(criterion, criterion) if isinstance(criterion, str) else criterion,
-        schedule=schedule,
-        regularize=regularize,
-    )
     result = model
-    for number, amount in enumerate(_levels(asked, density, budget, leave_out, scope, align)):
+    for number, amount in enumerate(amounts):
         job = _job(
-            result, asked, named, train_batches=train_batches, step=step, options=options, score_batches=score_batches, seed=seed,
-            epochs=epochs, training=training, batch_norm_batches=batch_norm_batches, hooks=tuple(hooks), checkpoint=numbered(checkpoint, 100 * number),
+            result, asked, allocation=where, batches=train_batches, step=step, options=options, seed=seed,
+            score_batches=score_batches, epochs=epochs, training=training, batch_norm_batches=batch_norm_batches,
+            hooks=tuple(hooks), checkpoint=numbered(checkpoint, 100 * number),
         )  # fmt: skip
         done = _level(job, asked, amount)
         result = compose(result, done, seed=seed) if isinstance(result, Pruned) else done
@@ -154,15 +155,20 @@ class _Asked:
     schedule: Schedule | str | None
     regularize: Regularize | None
 
+    @classmethod
+    def read(cls, granularity: str, criterion: Any, schedule: Any, regularize: Regularize | None) -> _Asked:
+        """Names as the options they stand for."""
+        known = {**LEARNT, "gates": Gates()}
+        named = known.get(criterion, criterion) if isinstance(criterion, str) else criterion
+        return cls(cut=Granularity.parse(granularity), criterion=named, schedule=schedule, regularize=regularize)
+
     def way(self) -> Schedule:
         """The schedule, with the default of the granularity."""
         default = "gradual" if self.cut.masked and self.cut.kind != "n:m" else "one-shot"
         return named_schedule(default if self.schedule is None else self.schedule)
 
 
-def _levels(
-    asked: _Asked, density: Any, budget: Any, leave_out: Any, scope: Any, align: Any
-) -> list[float | Budget | None]:
+def _levels(asked: _Asked, density: Any, budget: Any, other_options: dict[str, Any]) -> list[Any]:
     """One amount per level; raises UsageError where options do not fit the granularity."""
     cut = asked.cut
     if cut.kind == "layer":
@@ -176,7 +182,7 @@ def _levels(
         wanted = f"no amount, since {free} brings its own" if soft or cut.kind == "n:m" else f"{name}, and no {wrong}"
         msg = f"sparsify must be given {wanted}, for granularity {cut}. Got density={density!r} and budget={budget!r}."
         raise UsageError(msg)
-    _check_way(asked, leave_out, scope, align)
+    _check_way(asked, other_options)
     if given is None:
         return [None]
     amounts: list[Any] = [given] if isinstance(given, float | int | Budget) else list(given)
@@ -192,12 +198,12 @@ def _levels(
     return amounts
 
 
-def _check_way(asked: _Asked, leave_out: Any, scope: Any, align: Any) -> None:
+def _check_way(asked: _Asked, others: dict[str, Any]) -> None:
     cut, criterion, way = asked.cut, asked.criterion, asked.way()
     learnt = isinstance(criterion, Movement | SoftMovement | SrSte)
     rules = [
-        (cut.masked or not (leave_out or scope), f"leave_out and scope must be used with masks. Got granularity {cut}."),
-        (not cut.masked or align is None, f"align must be used with channels. Got {align!r} with granularity {cut}."),
+        (cut.masked or not (others["leave_out"] or others["scope"]), f"leave_out and scope must be used with masks. Got granularity {cut}."),
+        (not cut.masked or others["align"] is None, f"align must be used with channels. Got {others['align']!r} with granularity {cut}."),
         (not cut.masked or asked.regularize is None, f"regularize must be used with channels. Got granularity {cut}."),
         (not cut.masked or (criterion != "gates" and not isinstance(criterion, Gates)), f"gates must be used with channels. Got granularity {cut}."),
         (cut.masked or not (learnt or criterion in READINGS), f"criterion must score units, for granularity {cut}. Got {criterion!r}."),
@@ -212,12 +218,12 @@ def _check_way(asked: _Asked, leave_out: Any, scope: Any, align: Any) -> None:
             raise UsageError(rule)
 
 
-def _job(model: Program | Pruned, asked: _Asked, named: dict[str, Any], *, train_batches: Batches, **given: Any) -> Job:
+def _job(model: Program | Pruned, asked: _Asked, **given: Any) -> Job:
     program = model if isinstance(model, Program) else capture(model.module, model.program.inputs)
     criterion, cut = asked.criterion, asked.cut
     job = Job(
-        program=program, coupling=couple(program), cost=examine(program), batches=train_batches, granularity=cut,
-        criterion=criterion if isinstance(criterion, str) else repr(criterion), allocation=named, first={}, **given,
+        program=program, coupling=couple(program), cost=examine(program), granularity=cut,
+        criterion=criterion if isinstance(criterion, str) else repr(criterion), first={}, **given,
     )  # fmt: skip
     if not cut.masked:
         return job
@@ -263,13 +269,15 @@ def _changing(job: Job, way: OneShot | Iterative | Gradual | Regrowth, amount: f
     now: Kept = job.first
     for share in way.before(density, job.start_density):
         now = chosen(job, cells_of(job, accumulated, with_masks(job, now)), now, share)
-    moving = way.regrow if isinstance(way, Gradual | Regrowth) else 0.0
+    grow_by = (
+        way.by if isinstance(way, Regrowth) else way.regrow_by if isinstance(way, Gradual) and way.regrow else "none"
+    )
     changing = ChangingMasks(
         Changing(
             points=lambda steps: way.points(density, steps, job.start_density),
             choose=lambda module, kept, share: chosen(job, cells_of(job, accumulated, module), kept, share),
-            epochs=job.epochs, granularity=job.granularity, regrow=moving,
-            grow_by=way.regrow_by if isinstance(way, Gradual | Regrowth) else "none", seed=job.seed,
+            epochs=job.epochs, granularity=job.granularity, moving=way.moving if isinstance(way, Gradual | Regrowth) and grow_by != "none" else None,
+            grow_by=grow_by, may=job.first, seed=job.seed,
         ),
         now,
     )  # fmt: skip
