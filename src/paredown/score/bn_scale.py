@@ -37,7 +37,7 @@ def bn_scale(source: Source, options: BnScaleOptions) -> dict[str, UnitScores]:
     if without:
         names = ", ".join(s.name for s in without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
         warnings.warn(f"bn_scale falls back to l1 where no batch norm is: {names}.", UserWarning, stacklevel=4)
-        elements = next(l1(source, L1Options()))
+        elements = next(iter(l1(source, L1Options())))
         scores |= unit_sums(without, elements, source.weights, source.group)
     return scores
 

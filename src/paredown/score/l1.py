@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from paredown.score.nouns import Elements, Source
+from paredown.score.nouns import Computed, Elements, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,4 +16,4 @@ class L1Options:
 def l1(source: Source, options: L1Options) -> Iterator[Elements]:
     """Element saliency |w|; a unit's score is Σ |w| over the elements that produce it."""
     del options
-    yield {name: weight.abs() for name, weight in source.weights.items()}
+    yield Computed(source.weights, lambda name: source.weights[name].abs())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from paredown.score.nouns import Elements, Source
+from paredown.score.nouns import Computed, Elements, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,4 +16,4 @@ class L2Options:
 def l2(source: Source, options: L2Options) -> Iterator[Elements]:
     """Element saliency w²; a unit's score is Σ w² over the elements that produce it."""
     del options
-    yield {name: weight.square() for name, weight in source.weights.items()}
+    yield Computed(source.weights, lambda name: source.weights[name].square())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,12 +11,37 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from paredown.couple.space import Coupling, Footprint, Space
+from paredown.granularity import Granularity
 from paredown.program import Program
 
 UnitScores = NDArray[np.float64]
+Cells = NDArray[Any]
+"""One number per cell of a weight: float64, or the weight's own precision where a cell is a single element."""
 Elements = Mapping[str, Tensor]
 """Saliency of every element, by parameter name; the shape is the parameter's."""
 Group = Literal["write", "all"]
+Reduction = Literal["sum", "mean", "max", "l2", "product", "first"]
+MemberNorm = Literal["none", "mean", "max", "layer"]
+Scope = Literal["layer", "row"]
+
+
+class Computed(Mapping[str, Tensor]):
+    """Elements that are computed when they are read, one parameter at a time: a second copy of the model is never held."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names = tuple(names)
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +51,7 @@ class Source:
     program: Program
     coupling: Coupling
     weights: Mapping[str, Tensor]
-    """The parameters that units touch, by name."""
+    """The parameters to score, by name: those that units touch, or those that masks may be of."""
     module: nn.Module
     """The model in the user's class; a criterion that runs it runs a copy."""
     batches: Iterable[Any] | None
@@ -34,20 +59,38 @@ class Source:
     num_batches: int
     seed: int
     group: Group
+    bias: bool = True
+    """Whether biases (of layers and norms) count where group is "all"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
-    """One row of the table. Exactly one of `elements` and `units` is set."""
+    """One row of the table. Exactly one of `elements`, `outputs` and `units` is set; the verb reduces what they say."""
 
-    elements: Callable[[Source, Any], Iterator[Elements]] | None = None
-    """Yields element saliency once, or once for each batch; the scores of a unit are averaged over what it yields."""
+    elements: Callable[[Source, Any], Iterator[Elements | tuple[Elements, ...]]] | None = None
+    """Yields element saliency once, or once for each batch: scores are averaged over what it yields. Several maps at
+    once are reduced one by one and meet in `finish`."""
+    outputs: Callable[[Source, Any], dict[tuple[str, int], UnitScores]] | None = None
+    """Scores by (parameter, axis) along that axis, for criteria that look at what leaves a layer."""
     units: Callable[[Source, Any], dict[str, UnitScores]] | None = None
-    """Scores by space name, for criteria that have no element saliency."""
+    """Scores by space name, for criteria that have neither."""
+    cells: Callable[[Source, Any, Granularity], dict[str, Cells]] | None = None
+    """A way of its own to score cells, of the kinds in `cell_kinds`."""
+    cell_kinds: tuple[str, ...] = ()
     options: type[Any]
-    squared: bool = False
-    """Whether the sum over a unit's elements is squared before averaging (first-order Taylor)."""
+    inner: Literal["sum", "max"] = "sum"
+    """Over the elements of one unit or cell."""
+    finish: Callable[[Sequence[Any], Any, Any], Any] | None = None
+    """(reduced maps, number of elements, options) → score, before averaging over what was yielded."""
+    root: bool = False
+    """Whether the square root of the reduced score is the score (norms)."""
+    within: Callable[[Cells], Cells] | None = None
+    """Of all cells of one parameter, or all units of one space, at the end."""
+    scope: Scope = "layer"
+    """ "row": cells are to be compared inside each output row only."""
     needs_data: bool = False
+    at_init: bool = False
+    """Whether it is meant for weights that nobody trained."""
     of_weights: bool = True
     """Whether scores follow the weights: permuting channels permutes scores."""
 
@@ -60,8 +103,11 @@ class Scores:
     by_space: Mapping[str, UnitScores]
     """Space name → float64 [units]; empty for a granularity of masks."""
     granularity: str = "channel"
-    by_cell: Mapping[str, UnitScores] = field(default_factory=dict)
-    """Parameter → float64, the shape of its grid of cells (see paredown.granularity); empty for channels."""
+    by_cell: Mapping[str, Cells] = field(default_factory=dict)
+    """Parameter → the shape of its grid of cells (see paredown.granularity); float64, or where a cell is a single
+    element the precision of its weight. Empty for channels."""
+    scope: Scope = "layer"
+    """Where cells compete: in a layer, or only with those of their own output row (Wanda)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     notes: tuple[str, ...] = ()
@@ -82,14 +128,17 @@ class Scores:
         return {n: s / scale[n] if scale[n] > 0 else np.zeros_like(s) for n, s in self.by_space.items()}
 
 
-def counted(space: Space, weights: Mapping[str, Tensor], group: Group) -> tuple[Footprint, ...]:
-    """The footprints whose elements make up a unit's score.
+def counted(
+    space: Space, weights: Mapping[str, Tensor], group: Group, left_out: Collection[str] = ()
+) -> tuple[Footprint, ...]:
+    """The footprints whose elements make up a unit's score: its members.
 
     "write": rows of weights (≥ 2 axes) that produce the unit, the filter norm; where there are none, whatever else
-    writes it, then whatever reads it. "all": every parameter element that leaves with the unit.
+    writes it, then whatever reads it. "all": every parameter element that leaves with the unit, those of `left_out`
+    (biases) only where nothing else is there.
     """
     known = tuple(f for f in space.footprints if f.parameter in weights)
     if group == "all":
-        return known
+        return tuple(f for f in known if f.parameter not in left_out) or known
     writes = tuple(f for f in known if f.role == "write")
     return tuple(f for f in writes if weights[f.parameter].dim() >= 2) or writes or known

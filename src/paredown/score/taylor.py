@@ -1,68 +1,55 @@
 """taylor: first-order change of the loss when a unit goes (Molchanov et al. 2019, "Importance estimation", eq. 8).
 
-I_m = (Σ_{s in m} g_s w_s)², averaged over batches. Where we differ: batch norms run in eval mode on their stored
-statistics, so that the model is not changed and the score does not depend on what else is in a batch.
+"squared" is I_m = (Σ_{s in m} g_s w_s)², "abs" |Σ g w| (Molchanov et al. 2017; LLM-Pruner's vector form) and
+"elementwise" Σ |g w| (LLM-Pruner's param_first), each averaged over batches. Where we differ: batch norms run in eval
+mode on their stored statistics, so that the model is not changed and the score does not depend on what else is in a
+batch.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from paredown.errors import RejectedError, UsageError
-from paredown.score.nouns import Elements, Source
+from paredown.errors import UsageError
+from paredown.score.gradients import Gradients
+from paredown.score.nouns import Computed, Elements, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaylorOptions:
-    """No options."""
+    """What becomes of the sum of g·w."""
+
+    form: Literal["squared", "abs", "elementwise"] = "squared"
+
+    def __post_init__(self) -> None:
+        if self.form not in ("squared", "abs", "elementwise"):
+            msg = f"form must be squared, abs or elementwise. Got {self.form!r}."
+            raise UsageError(msg)
 
 
 def taylor(source: Source, options: TaylorOptions) -> Iterator[Elements]:
-    """Element saliency g·w, signed, one map for each of the first `num_batches` batches."""
-    del options
-    if source.batches is None or source.loss is None:
-        msg = "taylor must be given batches and a loss. Got None. Pass batches=… and loss=lambda model, batch: scalar."
-        raise UsageError(msg)
-    model = copy.deepcopy(source.module).eval()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = [n for n in source.weights if n not in parameters]
-    if missing:
-        msg = f"the module must have the program's parameters. Got none named {missing[0]!r}. Pass the captured model."
-        raise RejectedError(msg)
-    for parameter in parameters.values():
-        parameter.requires_grad_(parameter.is_floating_point())
-    seen = 0
-    for number, batch in enumerate(itertools.islice(source.batches, source.num_batches)):
-        model.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(source.seed + number)
-            _backward(source, model, batch, number)
-        seen += 1
-        yield {n: _product(parameters[n]).cpu() for n in source.weights}
-    if seen == 0:
-        msg = "batches must hold at least one batch. Got none."
-        raise RejectedError(msg)
+    """Element saliency g·w, signed (|g·w| for "elementwise"), one map for each of the first `num_batches` batches."""
+    gradients = Gradients(source, "taylor")
+
+    def product(name: str) -> Tensor:
+        parameter = gradients.parameters[name]
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        signed = (parameter.grad * parameter.detach()).cpu()
+        return signed.abs_() if options.form == "elementwise" else signed
+
+    for number, batch in gradients.batches():
+        gradients.backward(batch, number)
+        yield Computed(source.weights, product)
 
 
-def _backward(source: Source, model: nn.Module, batch: object, number: int) -> None:
-    assert source.loss is not None  # checked by the caller
-    with torch.enable_grad():
-        loss = source.loss(model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            msg = f"a loss must be a scalar tensor that depends on the model. Got {got} at batch {number}."
-            raise RejectedError(msg)
-        if not bool(torch.isfinite(loss)):
-            msg = f"a loss must be finite. Got {loss.item()} at batch {number}. Look at that batch and its labels."
-            raise RejectedError(msg)
-        loss.reshape(()).backward()
-
-
-def _product(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else (parameter.grad * parameter).detach()
+def finish(parts: Sequence[Any], size: Any, options: TaylorOptions) -> Any:
+    """The square or size of a unit's Σ g·w."""
+    del size
+    return np.square(parts[0]) if options.form == "squared" else np.abs(parts[0])

@@ -1,0 +1,134 @@
+"""obs: what the best answer to a weight's removal still costs its layer (Hassibi & Stork 1993, "OBS", eq. 5).
+
+With H = mean x xᵀ of the layer's inputs (damped) the least increase of mean ‖Δy‖² when w_ij goes and the rest of its row
+answers is w_ij² / [H⁻¹]_jj. Blocks, kernels, rows and columns leave as a whole: tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ). With
+diagonal="conditioned" it is SparseGPT's w² / U_jj², U the upper Cholesky factor of H⁻¹: [H⁻¹]_jj given that all columns
+before j are settled (Frantar & Alistarh 2023), which depends on the order of columns. The update of the weights that
+belongs to it is `paredown.prune.obs`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paredown.errors import UsageError
+from paredown.granularity import Granularity
+from paredown.score.nouns import Cells, Computed, Elements, Source
+from paredown.score.wanda import read_along_one_axis
+from paredown.statistics.curvature import inverse, upper
+from paredown.statistics.inputs import InputStatistics, input_statistics
+
+KINDS = ("row", "column", "kernel", "block")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObsOptions:
+    """How the curvature is used."""
+
+    diagonal: Literal["inverse", "conditioned"] = "inverse"
+    damping: float = 0.01
+    """Added to the diagonal of H, as a share of its mean."""
+
+    def __post_init__(self) -> None:
+        if self.diagonal not in ("inverse", "conditioned"):
+            msg = f"diagonal must be 'inverse' or 'conditioned'. Got {self.diagonal!r}."
+            raise UsageError(msg)
+        if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
+            msg = f"damping must be a finite number ≥ 0. Got {self.damping!r}."
+            raise UsageError(msg)
+
+
+def obs(source: Source, options: ObsOptions) -> Iterator[Elements]:
+    """Element saliency w² / [H⁻¹]_jj; w² where inputs cannot be seen."""
+    seen = _seen(source)
+    weights = source.weights
+    divisors = {}
+    for name in list(seen):
+        statistics = seen.pop(name)  # a Gram matrix is the largest thing here: one inverse at a time
+        assert statistics.gram is not None
+        kept = _diagonal(statistics.gram, options)
+        shape = tuple(weights[name].shape)
+        divisors[name] = (statistics, kept, shape)
+
+    def saliency(name: str) -> Tensor:
+        squares = weights[name].square()
+        if name not in divisors:
+            return squares
+        statistics, kept, shape = divisors[name]
+        return squares / statistics.along(kept, shape).to(squares.dtype)
+
+    yield Computed(weights, saliency)
+
+
+def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> dict[str, Cells]:
+    """Cells that leave as a whole: tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) per weight of the cell, B its columns."""
+    seen = _seen(source)
+    found: dict[str, Cells] = {}
+    for name, weight in source.weights.items():
+        shape = tuple(weight.shape)
+        grid, sizes = granularity.grid(shape), granularity.cell_sizes(shape)
+        statistics = seen.pop(name, None)
+        if statistics is None or statistics.flipped or statistics.gram is None:
+            found[name] = granularity.reduce(weight.detach().double().square().numpy(), "mean")
+            continue
+        groups = len(statistics.gram)
+        matrix = weight.detach().double().reshape(groups, shape[0] // groups, -1)
+        per_row = torch.cat(
+            [_blocks(matrix[g], statistics.gram[g], granularity, shape, options) for g in range(groups)]
+        )
+        found[name] = (_over_rows(per_row.numpy(), granularity, grid) / sizes).reshape(grid)
+    return found
+
+
+def _seen(source: Source) -> dict[str, InputStatistics]:
+    names = read_along_one_axis(source, "obs")
+    return input_statistics(
+        source.program,
+        names,
+        source.batches or (),
+        loss=source.loss,
+        num_batches=source.num_batches,
+        module=source.module,
+    )
+
+
+def _diagonal(gram: Tensor, options: ObsOptions) -> Tensor:
+    """What w² is divided by. Shape [groups, K], float64."""
+    parts = []
+    for one in gram:
+        if options.diagonal == "inverse":
+            parts.append(inverse(one, options.damping).diagonal().clone())
+        else:
+            parts.append(upper(one, options.damping).diagonal().square())
+    return torch.stack(parts)
+
+
+def _blocks(
+    matrix: Tensor, gram: Tensor, granularity: Granularity, shape: tuple[int, ...], options: ObsOptions
+) -> Tensor:
+    """tr of each row over consecutive blocks of columns. Shape [rows, blocks]."""
+    length = matrix.shape[1]
+    width = {"row": length, "column": 1, "kernel": math.prod(shape[2:]), "block": granularity.b}[granularity.kind]
+    held = inverse(gram, options.damping)
+    costs = []
+    for start in range(0, length, width):
+        stop = min(start + width, length)
+        part = matrix[:, start:stop]
+        answer = torch.linalg.solve(held[start:stop, start:stop], part.T)
+        costs.append((part * answer.T).sum(dim=1))
+    return torch.stack(costs, dim=1)
+
+
+def _over_rows(per_row: np.ndarray, granularity: Granularity, grid: tuple[int, ...]) -> np.ndarray:
+    if granularity.kind == "column":
+        return np.asarray(per_row.sum(axis=0))
+    if granularity.kind == "block":
+        return np.asarray(np.add.reduceat(per_row, np.arange(grid[0]) * granularity.a, axis=0))
+    return per_row

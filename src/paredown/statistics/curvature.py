@@ -1,0 +1,53 @@
+"""Curvature: the inverse of a damped Gram matrix and its Cholesky factor, as OBS, SparseGPT and GPTQ need them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paredown.errors import RejectedError
+
+_TRIES = (1.0, 10.0, 100.0, 1000.0)
+"""Factors on the damping, until Cholesky goes through."""
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """H + damping × mean(diag H) × I, dead inputs (H_jj = 0) with 1 on the diagonal. Shape [K, K], float64, a copy.
+
+    >>> damped(torch.diag(torch.tensor([2.0, 0.0])).double(), 0.5).diagonal().tolist()
+    [2.5, 1.5]
+    """
+    held = gram.clone()
+    diagonal = held.diagonal()
+    size = float(diagonal.mean())
+    diagonal.masked_fill_(diagonal == 0, 1.0)
+    diagonal.add_(damping * size)
+    return held
+
+
+def inverse(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """H⁻¹ of the damped Gram matrix. Shape [K, K], float64.
+
+    Where Cholesky fails, the damping is raised tenfold, up to a thousandfold (from 1e-6 where it is 0). Raises
+    RejectedError where that does not help: the matrix holds NaN, or no Gram matrix made it.
+    """
+    for factor in _TRIES:
+        lower, info = torch.linalg.cholesky_ex(damped(gram, max(damping, 1e-6 if factor > 1 else 0.0) * factor))
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            return torch.cholesky_inverse(lower)
+    msg = "a Gram matrix must be positive definite once damped. Got one that is not. Look for NaN in the batches."
+    raise RejectedError(msg)
+
+
+def upper(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """U, upper triangular, with H⁻¹ = Uᵀ U of the damped Gram matrix. Shape [K, K], float64.
+
+    U_jj² is [H⁻¹]_jj once all columns before j are settled, for all rows at once.
+    """
+    held = inverse(gram, damping)
+    for factor in (0.0, 1e-12, 1e-10, 1e-8):
+        lower, info = torch.linalg.cholesky_ex(held + factor * held.diagonal().mean() * torch.eye(len(held)).to(held))
+        if int(info) == 0:
+            return lower.T.contiguous()
+    msg = "an inverse Gram matrix must be positive definite. Got one that is not. Raise the damping."
+    raise RejectedError(msg)
