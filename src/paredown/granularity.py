@@ -151,6 +151,24 @@ class Granularity:
                 full = np.repeat(np.repeat(kept, self.a, axis=0)[:out], self.b, axis=1)[:, :inner]
         return np.ascontiguousarray(full.reshape(shape))
 
+    def holds(self, kept: NDArray[np.bool_]) -> bool:
+        """Whether a mask has these cells: each all kept or all pruned; for N:M no aligned M inputs hold more than N.
+
+        >>> Granularity.parse("2x1").holds(np.array([[True, False], [True, True]]))
+        False
+        """
+        if self.kind == "element":
+            return True
+        if not self.masked or kept.ndim < 2 or kept.size == 0:
+            return False
+        if self.kind == "n:m":
+            last = np.moveaxis(kept, 1, -1)
+            padded = np.zeros((*last.shape[:-1], -(-last.shape[-1] // self.b) * self.b), dtype=np.bool_)
+            padded[..., : last.shape[-1]] = last
+            return bool((padded.reshape(-1, self.b).sum(axis=1) <= self.a).all())
+        num_kept = self.reduce(kept.astype(np.float64))
+        return bool(((num_kept == 0) | (num_kept == self.cell_sizes(kept.shape))).all())
+
     def keep_n_of_m(self, scores: NDArray[Any]) -> NDArray[np.bool_]:
         """For "n:m": the N highest of every M consecutive input channels; of equal ones the later stays.
 

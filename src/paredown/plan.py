@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paredown.errors import UsageError
+from paredown.granularity import Granularity
 
 Keep = Mapping[str, Mapping[int, tuple[int, ...]]]
 
@@ -38,6 +39,11 @@ class Mask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        cells = Granularity.parse(self.granularity)
+        object.__setattr__(self, "granularity", str(cells))
+        if not cells.masked:
+            msg = f"a mask must be made of element, N:M, RxC, row, column or kernel. Got {cells}."
+            raise UsageError(msg)
         if any(n < 0 for n in self.shape) or len(self.bits) != -(-math.prod(self.shape) // 8):
             msg = f"a mask must hold one bit for each of {math.prod(self.shape)} elements. Got {len(self.bits)} bytes for shape {self.shape}."
             raise UsageError(msg)
@@ -50,6 +56,19 @@ class Mask:
             msg = f"a mask must be made of booleans, True = kept. Got {kept.dtype}."
             raise UsageError(msg)
         return cls(shape=kept.shape, granularity=granularity, bits=np.packbits(kept, axis=None).tobytes())
+
+    def only(self, keep: Mapping[int, tuple[int, ...]]) -> Mask | None:
+        """The mask of what a removal leaves of its parameter, {axis: kept indices}; None where it keeps all of that.
+
+        Cells that the removal tears (2 of 4 inputs that are not neighbours any more, half a block) are single elements.
+        """
+        kept = self.kept
+        for axis, indices in keep.items():
+            kept = kept.take(indices, axis=axis)
+        if kept.all():
+            return None
+        whole = not keep or Granularity.parse(self.granularity).holds(kept)
+        return Mask.of(kept, self.granularity if whole else "element")
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -215,14 +234,9 @@ def _cut(masks: Mapping[str, Mask], later: Plan) -> dict[str, Mask]:
     for name, mask in masks.items():
         if name in later.ranks or any(name.startswith(f"{path}.") for path in later.drop_modules):
             continue
-        kept = mask.kept if later.keep.get(name) else None
-        if kept is None:
-            out[name] = mask
-            continue
-        for axis, indices in later.keep[name].items():
-            kept = kept.take(indices, axis=axis)
-        if not kept.all():
-            out[name] = Mask.of(kept, mask.granularity)
+        left = mask.only(later.keep.get(name, {}))
+        if left is not None:
+            out[name] = left
     return out
 
 
@@ -233,7 +247,8 @@ def _both(first: Mapping[str, Mask], later: Mapping[str, Mask]) -> dict[str, Mas
         if first[name].shape != later[name].shape:
             msg = f"the later mask must have the shape that the first plan leaves, {first[name].shape}. Got {later[name].shape} for {name}."
             raise UsageError(msg)
-        out[name] = Mask.of(first[name].kept & later[name].kept, later[name].granularity)
+        kept, label = first[name].kept & later[name].kept, later[name].granularity
+        out[name] = Mask.of(kept, label if Granularity.parse(label).holds(kept) else "element")
     return out
 
 

@@ -130,3 +130,22 @@ def test_granularities_that_leave_physically_have_no_mask(text: str) -> None:
 def test_weights_without_two_axes_or_elements_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="two axes"):
         Granularity.parse("element").grid(shape)
+
+
+@given(st.data())
+def test_holds_equals_a_loop_over_cells(data: st.DataObject) -> None:
+    shape, text = data.draw(SHAPES), data.draw(st.one_of(CELLS, RATIOS))
+    cut = Granularity.parse(text)
+    kept = data.draw(arrays.arrays(np.bool_, shape))
+    if data.draw(st.booleans()):  # often whole cells
+        kept = cut.keep_n_of_m(kept.astype(float)) if ":" in text else cut.expand(cut.reduce(kept, "max") > 0, shape)
+    if ":" in text:
+        n, m = map(int, text.split(":"))
+        groups: dict[tuple[int, ...], int] = {}
+        for at in itertools.product(*map(range, shape)):
+            key = (at[0], at[1] // m, *at[2:])
+            groups[key] = groups.get(key, 0) + int(kept[at])
+        assert cut.holds(kept) == all(count <= n for count in groups.values())
+    else:
+        cells = members(text, shape).values()
+        assert cut.holds(kept) == all(len({bool(kept[at]) for at in inside}) == 1 for inside in cells)

@@ -195,3 +195,21 @@ def test_zeros_of_an_earlier_level_stay_zero_through_compose() -> None:
 
     with pytest.raises(VerificationError, match="alive"):
         compose(first, dataclasses.replace(second, module=alive))
+
+
+def test_cells_that_a_removal_tears_are_called_single_weights() -> None:
+    """2:4 over inputs 0 … 7 is no 2:4 over those that are left: no format for it may be claimed."""
+    kept = np.tile([True, True, False, False, False, False, True, True], (4, 1))
+    first = Plan(keep={}, masks={"w": Mask.of(kept, "2:4"), "v": Mask.of(kept, "row")})
+    torn = first.then(Plan(keep={"w": {1: (0, 1, 6, 7)}}))
+    assert set(torn.masks) == {"v"}  # nothing is pruned in what is left of w
+    some = first.then(Plan(keep={"w": {1: (0, 1, 2, 6, 7)}}))
+    assert some.masks["w"].granularity == "element" and some.masks["w"].kept[0].tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    whole = first.then(Plan(keep={"w": {0: (1, 2), 1: (0, 1, 2, 3)}}))
+    assert whole.masks["w"].granularity == "2:4" and whole.masks["w"].shape == (2, 4)

@@ -334,9 +334,12 @@ def test_masks_of_torch_are_taken_over() -> None:
     assert set(plain.state_dict()) == set(want.state_dict())
     assert torch.equal(plain.eval()(x), want.eval()(x))
     small = prune(capture(plain, x), plan)
-    assert torch.equal(small.module(x), want(x)) and small.notes == (
-        "every masked element was zero before: the masks hold what was there",
-    )
+    assert torch.equal(small.module(x), want(x)) and small.plan.masks["3.weight"].granularity == "row"
+    assert "2 whole rows" in small.notes[1] and "model output" in small.notes[1]  # they cannot leave
+    assert small.notes[-1] == "every masked element was zero before: the masks hold what was there"
     assert any("take_over" in note and "0.weight" in note for note in capture(net, x).notes)
     with pytest.raises(UsageError, match="Got one without"):
         take_over(plain)
+    rows = torch_prune.ln_structured(copy.deepcopy(NETS["conv"][0]).eval()[0], "weight", 3, n=1, dim=0)  # type: ignore[index]
+    whole, plan = take_over(nn.Sequential(rows, nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    assert prune(capture(whole, x), plan).module[0].weight.shape == (5, 4, 3, 3)  # type: ignore[index, union-attr]

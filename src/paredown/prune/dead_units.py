@@ -11,6 +11,7 @@ import torch
 from paredown.couple import Coupling, Space, couple
 from paredown.couple.operand import args_of
 from paredown.couple.trace import op_name
+from paredown.errors import UsageError
 from paredown.plan import Mask, Plan
 from paredown.program import Program, placeholder_names
 from paredown.prune.mask import Bools, fitting
@@ -50,11 +51,11 @@ def condensed(program: Program, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
     keep = _keep(plan, gone, shapes, first)
     masks = {}
     for name, mask in plan.masks.items():
-        kept = left[first.get(name, name)]
-        for axis, stays in keep.get(first.get(name, name), {}).items():
-            kept = kept.take(stays, axis=axis)
-        if not kept.all():
-            masks[name] = Mask.of(kept, mask.granularity)
+        # The mask is in the indices that the plan's own keep leaves: lay it out whole, then cut once.
+        whole = Mask.of(left[first.get(name, name)], mask.granularity)
+        left_over = whole.only(keep.get(first.get(name, name), {}))
+        if left_over is not None:
+            masks[name] = left_over
     notes = _notes(removed, masks, coupling, first)
     return (dataclasses.replace(plan, keep=keep, masks=masks) if removed else plan), notes
 
@@ -68,9 +69,11 @@ def first_names(program: Program) -> dict[str, str]:
 def by_first_name(program: Program, plan: Plan) -> Plan:
     """The plan with each mask under the first name of its tensor; raises UsageError where masks do not fit."""
     first = first_names(program)
-    masks = {first.get(n, n): m for n, m in plan.masks.items()}
-    if len(masks) < len(plan.masks) and not plan.keep:
-        fitting(program.state, plan.masks)  # two names of one tensor: equal masks, or an error that says so
+    masks: dict[str, Mask] = {}
+    for name, mask in plan.masks.items():
+        if masks.setdefault(first.get(name, name), mask).digest != mask.digest:
+            msg = f"tied weights must have one mask. Got different ones for {first[name]} and {name}."
+            raise UsageError(msg)
     return dataclasses.replace(plan, masks=masks)
 
 

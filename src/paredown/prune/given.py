@@ -49,8 +49,9 @@ def masks_of(program: Program, given: Given, *, granularity: str = "element") ->
     masks = {}
     for name, value in found.items():
         kept = _spread(name, _booleans(name, value), parameters)
-        if cells.kind != "element":
-            _refuse_torn(name, kept, cells)
+        if not cells.holds(kept):
+            msg = f"a mask of granularity {cells} must keep or prune whole cells. Got torn ones in {name}."
+            raise UsageError(msg)
         masks[name] = Mask.of(kept, str(cells))
     fitting(parameters, masks)
     refuse_empty(masks)
@@ -66,6 +67,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
 
     The copy has `weight` where the model has `weight_orig` and `weight_mask`: half as many tensors, zeros included.
     Its optimizer must be made anew, over the copy's parameters. Other reparametrizations (weight norm) are folded, too.
+    Masks of whole rows or columns (ln_structured) are called so: prune then removes their units where it can.
 
     Raises UsageError where the model holds no such mask.
 
@@ -74,7 +76,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
     >>> plan.masks["weight"].density, [n for n, _ in net.named_buffers()]
     (0.5, [])
     """
-    masks = {n: Mask.of(kept, "element") for n, kept in torch_masks(model).items() if not kept.all()}
+    masks = {n: Mask.of(kept, _coarsest(kept)) for n, kept in torch_masks(model).items() if not kept.all()}
     if not masks:
         msg = "take_over must be given a model with masks of torch.nn.utils.prune. Got one without, or masks that keep all."
         raise UsageError(msg)
@@ -84,7 +86,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
     modes = {n: m.training for n, m in model.named_modules()}
     for name, module in copied.named_modules():
         module.training = modes.get(name, module.training)
-    return copied, Plan(keep={}, masks=masks, made_by={"verb": "take_over", "granularity": "element"})
+    return copied, Plan(keep={}, masks=masks, made_by={"verb": "take_over"})
 
 
 def torch_masks(model: nn.Module) -> dict[str, Bools]:
@@ -99,6 +101,11 @@ def torch_masks(model: nn.Module) -> dict[str, Bools]:
                 kept = getattr(module, f"{leaf}_mask").detach().cpu().numpy() != 0
                 out[f"{path}.{leaf}" if path else leaf] = kept
     return out
+
+
+def _coarsest(kept: Bools) -> str:
+    """row or column where the mask is made of them, else element."""
+    return next((text for text in ("row", "column") if Granularity.parse(text).holds(kept)), "element")
 
 
 def _spread(name: str, kept: Bools, parameters: Mapping[str, Tensor]) -> Bools:
@@ -118,21 +125,6 @@ def _spread(name: str, kept: Bools, parameters: Mapping[str, Tensor]) -> Bools:
     except ValueError as error:
         msg = f"a mask must have its parameter's shape {shape}, or 1 along some axes. Got {kept.shape} for {name}."
         raise UsageError(msg) from error
-
-
-def _refuse_torn(name: str, kept: Bools, cells: Granularity) -> None:
-    """Every cell must be all kept or all pruned; for N:M at most N of M inputs stay."""
-    if cells.kind == "n:m":
-        last = np.moveaxis(kept, 1, -1)
-        padded = np.zeros((*last.shape[:-1], -(-last.shape[-1] // cells.b) * cells.b), dtype=np.bool_)
-        padded[..., : last.shape[-1]] = last
-        fits = bool((padded.reshape(-1, cells.b).sum(1) <= cells.a).all())
-    else:
-        num_kept = cells.reduce(kept.astype(np.float64))
-        fits = bool(((num_kept == 0) | (num_kept == cells.cell_sizes(kept.shape))).all())
-    if not fits:
-        msg = f"a mask of granularity {cells} must keep or prune whole cells. Got torn ones in {name}."
-        raise UsageError(msg)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _layer(name: str, weight: Tensor, kept: Bools, mask: Mask, macs: int, zipped
         dense_bytes=kept.size * bits // 8,
         bitmask_bytes=bitmask_bytes(matrix, bits),
         csr_bytes=csr_bytes(matrix, bits),
-        n_m_bytes=n_m_bytes(kept.shape, cut.a, cut.b, bits) if cut.kind == "n:m" else None,
+        n_m_bytes=n_m_bytes(kept.shape, cut.a, cut.b, bits) if cut.kind == "n:m" and cut.holds(kept) else None,
         bsr_bytes=bsr_bytes(matrix, *block, bits) if block else None,
         block=block,
         gzip_bytes=zipped,
