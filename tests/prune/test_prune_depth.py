@@ -211,6 +211,21 @@ def test_depth_then_channels_then_masks_in_one_plan_and_in_levels(tmp_path: Path
         load(tmp_path / "0", nn.Linear(2, 2))
 
 
+def test_channels_then_depth(tmp_path: Path) -> None:
+    """The plan of both levels names channels of a module that leaves: carried out at once it gives the same bits."""
+    program = capture(made(Net), X)
+    coupling = pare.couple(program)
+    plan = pare.allocate(
+        coupling, pare.score(program, coupling, "l1"), pare.examine(program), pare.Budget(channels=0.5)
+    )
+    thin = prune(program, plan)
+    both = compose(thin, prune(capture(thin.module, X), Plan(keep={}, drop_modules=("blocks.1",))))
+    assert both.proof.shown == ("structure", "depth") and any(n.startswith("blocks.1.") for n in both.plan.keep)
+    assert torch.equal(prune(program, both.plan).module(X), both.module(X))
+    save(both, tmp_path)
+    assert torch.equal(load(tmp_path, made(Net))(X), both.module(X))
+
+
 def test_a_shallow_model_is_loaded_in_another_process(tmp_path: Path) -> None:
     small = prune(capture(made(Net), X), Plan(keep={}, drop_modules=("blocks.1",)))
     save(small, tmp_path)

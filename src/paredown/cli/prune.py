@@ -223,7 +223,7 @@ class _Asked:
                 "proof": {"max_error": proof.max_error, "scale": proof.scale, "moved": proof.moved, "mode": proof.mode},
                 "plan_digest": pruned.plan.digest,
                 "out": str(out),
-                "notes": list(self.found.notes),
+                "notes": [*self.found.notes, *pruned.notes],
             }
             emit(document)
             return 0
@@ -239,6 +239,7 @@ class _Asked:
             table(("counted", "before", "after", "remains"), rows),
             f"proof: error {proof.max_error:.2g} at output scale {proof.scale:.2g} ({proof.mode}); realiser: {pruned.realiser}",
             *self._notes(),
+            *(f"note: {n}" for n in pruned.notes),
             f"wrote {out}",
             quiet=self.quiet,
         )
