@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import paredown as pare
 from paredown.errors import Interrupted
+from paredown.prune.movement import SoftMovement
+from paredown.prune.schedule import Gradual, Iterative, Lottery, Regrowth
 from paredown.prune.sparsify import sparsify
 from paredown.train.loop import Hook, Training
 
@@ -98,3 +100,26 @@ def assert_resumes(tmp_path: Path, at: int, **options: Any) -> None:
     assert {n: m.digest for n, m in resumed.plan.masks.items()} == {n: m.digest for n, m in whole.plan.masks.items()}
     for (name, a), (_, b) in zip(resumed.module.state_dict().items(), whole.module.state_dict().items(), strict=True):
         assert a.shape == b.shape and np.array_equal(a.numpy(), b.numpy()), name
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "one-shot": {"schedule": "one-shot"},
+    "iterative": {"schedule": Iterative(rounds=4)},
+    "linear": {"schedule": Iterative(rounds=4, spacing="linear")},
+    "gradual": {"schedule": Gradual(updates=6)},
+    "gradual with regrowth": {"schedule": Gradual(updates=6, regrow=0.3)},
+    "rigl": {"schedule": Regrowth(every=3), "criterion": "random", "allocation": "erk"},
+    "set": {"schedule": Regrowth(by="random", every=3), "criterion": "random", "allocation": "erk"},
+    "lottery": {"schedule": Lottery(rounds=2, rewind_step=5)},
+    "learning-rate rewinding": {"schedule": Lottery(rounds=2, rewind="learning_rate")},
+    "movement": {"criterion": "movement", "schedule": Gradual(updates=6)},
+    "block movement": {"criterion": "movement", "granularity": "4x4"},
+    "soft movement": {"criterion": SoftMovement(score_lr=0.5, penalty=1.0), "density": None},
+    "sr_ste": {"criterion": "sr_ste", "granularity": "2:4", "density": None},
+    "gradual sr_ste": {"criterion": "sr_ste"},
+    "accumulated movement": {"criterion": "accumulated_movement"},
+    "gradient drift": {"criterion": "gradient_drift"},
+    "blocks": {"granularity": "4x4"},
+    "kernels": {"granularity": "kernel", "schedule": "iterative"},
+    "levels": {"density": (0.5, 0.5), "epochs": 2},
+}

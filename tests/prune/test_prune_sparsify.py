@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,41 +13,11 @@ from torch import nn
 import paredown as pare
 from paredown.errors import NothingToDo, UsageError
 from paredown.prune.movement import SoftMovement
-from paredown.prune.schedule import Gradual, Iterative, Lottery, OneShot, Regrowth
+from paredown.prune.schedule import Gradual, Iterative, Lottery, OneShot
 from paredown.prune.sparsify import sparsify
-from sparse_task import BATCHES, WEIGHTS, assert_resumes, batches, nonzero, program, small_net, sparse, step, watch
+from sparse_task import BATCHES, WAYS, WEIGHTS, batches, nonzero, program, small_net, sparse, step, watch
 
 TOTAL = 1432
-WAYS: dict[str, dict[str, Any]] = {
-    "one-shot": {"schedule": "one-shot"},
-    "iterative": {"schedule": Iterative(rounds=4)},
-    "linear": {"schedule": Iterative(rounds=4, spacing="linear")},
-    "gradual": {"schedule": Gradual(updates=6)},
-    "gradual with regrowth": {"schedule": Gradual(updates=6, regrow=0.3)},
-    "rigl": {"schedule": Regrowth(every=3), "criterion": "random", "allocation": "erk"},
-    "set": {"schedule": Regrowth(by="random", every=3), "criterion": "random", "allocation": "erk"},
-    "lottery": {"schedule": Lottery(rounds=2, rewind_step=5)},
-    "learning-rate rewinding": {"schedule": Lottery(rounds=2, rewind="learning_rate")},
-    "movement": {"criterion": "movement", "schedule": Gradual(updates=6)},
-    "block movement": {"criterion": "movement", "granularity": "4x4"},
-    "soft movement": {"criterion": SoftMovement(score_lr=0.5, penalty=1.0), "density": None},
-    "sr_ste": {"criterion": "sr_ste", "granularity": "2:4", "density": None},
-    "gradual sr_ste": {"criterion": "sr_ste"},
-    "accumulated movement": {"criterion": "accumulated_movement"},
-    "gradient drift": {"criterion": "gradient_drift"},
-    "blocks": {"granularity": "4x4"},
-    "kernels": {"granularity": "kernel", "schedule": "iterative"},
-    "levels": {"density": (0.5, 0.5), "epochs": 2},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_interrupted_and_resumed_is_the_same(way: str, tmp_path: Path) -> None:
-    options = WAYS[way]
-    at = BATCHES + 3
-    if way in ("lottery", "learning-rate rewinding", "levels"):
-        at = 4 * BATCHES + 3  # within the second training
-    assert_resumes(tmp_path, at, **options)
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w != "soft movement"])

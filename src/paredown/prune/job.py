@@ -28,6 +28,7 @@ from paredown.prune.nouns import Pruned
 from paredown.prune.remove import prune
 from paredown.prune.schedule import Schedule
 from paredown.score import TABLE, Scores, score
+from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.loop import Fitted, Hook, fit, private_copy
 from paredown.train.masks import check_zeros
@@ -69,38 +70,9 @@ class Job:
         return sum(int(k.sum()) for k in self.first.values()) / sum(k.size for k in self.first.values())
 
 
-def scores_of(job: Job, module: nn.Module, criterion: str = "") -> Scores:
+def scores_of(job: Job, module: nn.Module) -> Scores:
     """Scores of the table for `module` as it is now. Randomness of the caller is left alone."""
-    criterion = criterion or job.criterion
-    if job.granularity.kind == "channel":  # SHIM
-        with kept_randomness():
-            seed_all(job.seed)
-            return score(
-                as_program(job.program, module),
-                job.coupling,
-                criterion,
-                batches=job.batches() if TABLE[criterion].needs_data else None,
-                loss=job.step,
-                seed=job.seed,
-            )
-    if job.granularity.masked:  # SHIM
-        w = {n: dict(module.named_parameters())[n].detach().cpu().double().numpy() for n in job.first}
-        if criterion == "random":
-            return Scores(
-                criterion=criterion,
-                by_space={},
-                granularity=str(job.granularity),
-                by_cell={
-                    n: np.random.default_rng([job.seed, *n.encode()]).random(job.granularity.grid(v.shape))
-                    for n, v in w.items()
-                },
-            )
-        return Scores(
-            criterion=criterion,
-            by_space={},
-            granularity=str(job.granularity),
-            by_cell={n: np.sqrt(job.granularity.reduce(v * v, "mean")) for n, v in w.items()},
-        )
+    criterion = job.criterion
     data = TABLE[criterion].needs_data if criterion in TABLE else False
     with kept_randomness():
         seed_all(job.seed)
@@ -111,18 +83,18 @@ def scores_of(job: Job, module: nn.Module, criterion: str = "") -> Scores:
         )  # fmt: skip
 
 
+@torch.no_grad()
 def as_program(program: Program, module: nn.Module) -> Program:
-    """The program with the tensors of a module that was trained since; on the CPU, in eval mode."""
-    now = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    copied = private_copy(module).to("cpu").eval()
-    of = {id(t): n for n, t in program.state.items()}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, old in program.state.items():  # tied names share one tensor
-        if name in now:
-            tensors[of[id(old)]] = now[name].detach().cpu().clone()
+    """The program with the tensors of a module that was trained since; on the CPU, in eval mode.
+
+    The module's own forward hooks (a teacher listens to a student) are not taken over.
+    """
+    now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    copied = private_copy(program.module).eval()
+    for name, tensor in checkpoints.model_tensors(copied).items():
+        tensor.copy_(now[name])
+    of = {id(tensor): name for name, tensor in program.state.items()}  # tied names share one tensor
+    tensors = {of[id(old)]: now[n].detach().cpu().clone() for n, old in program.state.items() if n in now}
     state = {n: tensors.get(of[id(old)], old) for n, old in program.state.items()}
     return dataclasses.replace(program, state=state, module=copied)
 
@@ -149,6 +121,7 @@ def chosen(job: Job, cells: Cells, kept: Kept, density: float) -> Kept:
     scores = Scores(
         criterion=job.criterion, by_space={}, granularity=str(job.granularity),
         by_cell={n: np.where(alive[n], cells[n], gone) for n in job.first}, seed=job.seed,
+        scope=TABLE[job.criterion].scope if job.criterion in TABLE else "layer",
     )  # fmt: skip
     budget = None if job.granularity.kind == "n:m" else Budget(density=density)
     options = {**job.allocation, "leave_out": ()}  # the first and last of those that take part are others
