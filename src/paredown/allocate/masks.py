@@ -58,7 +58,8 @@ class Weight:
     def compared(self, how: str) -> Cells:
         """The cells, saving what the budget counts, with scores that are compared across layers.
 
-        Divided by the layer's mean or largest magnitude, or ("size") by the number of weights in each cell.
+        Divided by the layer's mean or largest magnitude, or ("size") by the number of weights in each cell: for scores that
+        are sums over cells; `score` gives means.
         """
         saves = self.saves * self.price
         if how == "size":
@@ -162,7 +163,7 @@ def _task(request: Request) -> _Task:
         leave_out=list(request.leave_out),
         scope="row" if rows else "model" if request.allocation == "global" else "layer",
         dense={"parameters": request.cost.parameters, "macs": request.cost.macs},
-        **({"normalize": request.normalize or _usual(request.granularity)} if request.allocation == "global" else {}),
+        **({"normalize": request.normalize or "none"} if request.allocation == "global" else {}),
     )
     return replace(task, made=made, **_to_remove(task, unit, given))
 
@@ -191,7 +192,7 @@ def _by_rows(request: Request) -> bool:
         )
         msg = f"scope 'row' must be used where rows have cells of their own to compare. Got it with {what}."
         raise UsageError(msg)
-    wanted = request.scope or getattr(request.scores, "scope", "layer")
+    wanted = request.scope or request.scores.scope
     return wanted == "row" and not flat and request.allocation != "global"
 
 
@@ -322,7 +323,7 @@ def _lowest(weight: Weight, removed: int) -> Bools:
 
 def _ranked(task: _Task) -> dict[str, Bools]:
     """One ranking; layers that would fall below their floor keep it, and the others give the more."""
-    how = task.request.normalize or _usual(task.request.granularity)
+    how = task.request.normalize or "none"
     cells = {w.name: w.compared(how) for w in task.weights}
     free, removed = list(task.weights), task.removed
     kept: dict[str, Bools] = {}
@@ -344,11 +345,6 @@ def _weights_in(weight: Weight, kept: Bools) -> int:
     if isinstance(weight.saves, int):
         return int(np.count_nonzero(kept)) * weight.saves
     return int(weight.saves[kept].sum())
-
-
-def _usual(granularity: Granularity) -> str:
-    """Single weights are compared as they are; cells of several, whose sizes differ, by their layer's mean."""
-    return "none" if granularity.kind == "element" else "mean"
 
 
 def _removed_by_weight(task: _Task, *, at_floor: bool) -> NDArray[np.int64]:

@@ -109,7 +109,8 @@ def by_knapsack(losses: Losses, gap: Gap, start: Counts) -> Found:
     """The exact knapsack with the savings of each space alone, at the limit whose answer meets the real meter.
 
     Savings are counted beside what the other spaces keep in the last answer (`start` at first), so that the sum is right
-    where it matters. The best answer of a few rounds is improved by single steps and pairs of steps.
+    where it matters. The best answer of a few rounds is improved by single steps and pairs of steps; it is never worse than
+    the greedy one.
     """
     options = losses.options()
     values = [losses.of_space(n, level) for n, level in enumerate(options)]
@@ -117,15 +118,17 @@ def by_knapsack(losses: Losses, gap: Gap, start: Counts) -> Found:
     reference = start
     for _ in range(_LINEARISED):
         costs = [_alone(reference, number, level, gap) for number, level in enumerate(options)]
-        found = _at_the_limit(options, costs, values, gap)
-        if found is None:
+        answer = _at_the_limit(options, costs, values, gap)
+        if answer is None:
             break
-        if best is None or float(losses.total(found)) < float(losses.total(best)):
-            best = found
-        if (found == reference).all():
+        if best is None or float(losses.total(answer)) < float(losses.total(best)):
+            best = answer
+        if (answer == reference).all():
             break
-        reference = found
-    return _improved(losses, start if best is None else best, gap)
+        reference = answer
+    found, other = _improved(losses, start if best is None else best, gap), greedy(losses, gap)
+    better = losses.total(other.counts) < losses.total(found.counts) and other.gap <= max(found.gap, 0.0)
+    return other if better or found.gap > TOLERANCE >= other.gap else found
 
 
 def _at_the_limit(

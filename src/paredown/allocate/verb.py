@@ -50,13 +50,13 @@ def allocate(
     | allocation | |
     |---|---|
     | uniform | one ratio everywhere |
-    | global | the lowest scores of the model, divided by each layer's "mean" or "max", the cell's "size", or "none" |
+    | global | the lowest scores of the model, divided by each layer's "mean" or "max", the cell's "size" (for sums), or "none" |
     | erk | masks: density by layer shape (Evci et al. 2020) |
     | sensitivity | every layer gives until it costs one common measured increase |
     | greedy | the least measured increase per saved amount, step after step on the coupled meter |
     | knapsack | the least sum of measured increases, solved exactly where costs add up, then corrected on the meter |
 
-    `normalize` is "mean" by default, "none" for single weights. The last three read `sensitivity`: what
+    `normalize` is "mean" by default, "none" for masks. The last three read `sensitivity`: what
     paredown.sensitivity measured, or {name: {kept: increase}}. `floor` is one share, or {pattern: share} (default 0.1 for
     units; 0.01 for masks ranked across layers). `include` and `exclude` are patterns (fnmatch) on parameter, module and
     space names; exclude wins. Of equal scores the lower index leaves first.

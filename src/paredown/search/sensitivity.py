@@ -282,7 +282,7 @@ def _masks(
 ) -> list[_Point]:
     points: dict[tuple[str, int], _Point] = {}
     multiplied = {w for node in cost.by_node for w in node.weights}
-    rows = getattr(scores, "scope", "layer") == "row" and granularity.kind not in ("row", "column")
+    rows = scores.scope == "row" and granularity.kind not in ("row", "column")
     for name, values in scores.by_cell.items():
         shape = cost.parameter_shapes.get(name)
         if shape is None or values.shape != granularity.grid(shape):
