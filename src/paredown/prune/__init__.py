@@ -6,6 +6,7 @@ from paredown.prune.gates import Gates
 from paredown.prune.given import masks_of, take_over
 from paredown.prune.movement import Movement, SoftMovement, SrSte
 from paredown.prune.nouns import Proof, Pruned
+from paredown.prune.obs import obs
 from paredown.prune.reconstruct import reconstruct
 from paredown.prune.regularize import Growing, Slimming
 from paredown.prune.remove import compose, condense, prune
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "mask_sizes",
     "masks_of",
+    "obs",
     "prune",
     "reconstruct",
     "save",

@@ -9,6 +9,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from paredown.couple.space import Coupling
 from paredown.errors import UsageError
 from paredown.examine.cost import Cost
+from paredown.examine.walk import examine
+from paredown.program import Program
+
+
+def maskable(program: Program, coupling: Coupling, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Weights of layers: floating point, at least two axes, and MACs proportional to them; tied ones once."""
+    cost = examine(program)
+    names = dict.fromkeys(w for node in cost.by_node if node.macs for w in node.weights)
+    found = [
+        n
+        for n in names
+        if program.state[n].dim() >= 2 and program.state[n].is_floating_point() and program.state[n].numel()
+    ]
+    if include or exclude:
+        left = set(protected_weights(coupling, cost, found, include, exclude))
+        found = [n for n in found if n not in left]
+    if not found:
+        msg = "a model must have weights to mask: of linear layers or convolutions, and not excluded. Got none."
+        raise UsageError(msg)
+    return found
 
 
 def protected_weights(

@@ -141,7 +141,7 @@ def at(along: Along, f: Footprint, inner: Literal["sum", "max"]) -> UnitScores:
 def num_elements(f: Footprint, weights: Mapping[str, Tensor]) -> int:
     """Elements of one member that leave with one unit."""
     shape = weights[f.parameter].shape
-    return f.indices.shape[1] * weights[f.parameter].numel() // max(int(shape[f.axis]), 1)
+    return int(f.indices.shape[1]) * weights[f.parameter].numel() // max(int(shape[f.axis]), 1)
 
 
 def cells_of(values: Tensor, granularity: Granularity, how: Literal["sum", "max"]) -> Cells:

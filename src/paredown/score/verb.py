@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from paredown.couple.space import Coupling, Footprint, Space
 from paredown.errors import RejectedError, UsageError
-from paredown.examine.cost import Cost
-from paredown.examine.walk import examine
 from paredown.granularity import Granularity
 from paredown.program import Program
 from paredown.score.nouns import (
@@ -29,7 +27,7 @@ from paredown.score.nouns import (
     UnitScores,
     counted,
 )
-from paredown.score.patterns import protected_weights
+from paredown.score.patterns import maskable
 from paredown.score.reduce import Along, Members, at, cells_of, left_out, num_elements, over_cells, sums_along
 from paredown.score.table import TABLE
 
@@ -100,7 +98,7 @@ def score(
     if (include or exclude) and not cut.masked:
         msg = "include and exclude must be used with masks. Got them for units, which allocate leaves out."
         raise UsageError(msg)
-    names = _maskable(program, coupling, include, exclude) if cut.masked else _touched(program, coupling)
+    names = maskable(program, coupling, include, exclude) if cut.masked else _touched(program, coupling)
     source = Source(
         program=program,
         coupling=_heads(coupling) if cut.kind == "head" else coupling,
@@ -269,24 +267,6 @@ def _sizes(cut: Granularity, shape: tuple[int, ...]) -> Any:
     return 1 if cut.kind in ("element", "n:m") else cut.cell_sizes(shape)
 
 
-def _maskable(program: Program, coupling: Coupling, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Weights of layers: floating point, at least two axes, and MACs proportional to them; tied ones once."""
-    cost: Cost = examine(program)
-    names = dict.fromkeys(w for node in cost.by_node if node.macs for w in node.weights)
-    found = [
-        n
-        for n in names
-        if program.state[n].dim() >= 2 and program.state[n].is_floating_point() and program.state[n].numel()
-    ]
-    if include or exclude:
-        left = set(protected_weights(coupling, cost, found, include, exclude))
-        found = [n for n in found if n not in left]
-    if not found:
-        msg = "a model must have weights to mask: of linear layers or convolutions, and not excluded. Got none."
-        raise UsageError(msg)
-    return found
-
-
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -315,7 +295,7 @@ def _check(
         msg = f"group must be 'write' or 'all'. Got {group!r}."
         raise UsageError(msg)
     if cut.kind == "layer":
-        msg = "score must be given a granularity of units or cells. Got layer: use paredown.prune.depth_scores for whole modules."
+        msg = "score must be given a granularity of units or cells. Got layer: use paredown.score_depth for whole modules."
         raise UsageError(msg)
     own = row.elements is None and row.outputs is None
     if own and not cut.masked and (reduction is not None or members.norm != "none"):

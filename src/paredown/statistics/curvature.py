@@ -48,6 +48,7 @@ def upper(gram: Tensor, damping: float = 0.01) -> Tensor:
     for factor in (0.0, 1e-12, 1e-10, 1e-8):
         lower, info = torch.linalg.cholesky_ex(held + factor * held.diagonal().mean() * torch.eye(len(held)).to(held))
         if int(info) == 0:
-            return lower.T.contiguous()
+            found: Tensor = lower.T.contiguous()
+            return found
     msg = "an inverse Gram matrix must be positive definite. Got one that is not. Raise the damping."
     raise RejectedError(msg)

@@ -43,6 +43,8 @@ class Use:
     node: fx.Node
     source: fx.Node
     """What the weight is multiplied with."""
+    weight: fx.Node
+    """The parameter as it is used: itself, or what was made of it."""
     rows: tuple[int, int]
     """Outputs of the parameter that this node computes: [first, last + 1)."""
     shape: tuple[int, ...]
@@ -177,12 +179,12 @@ def _product(
     if len(shape) >= 2 and matrix.shape[1] == inner and _is_block(rows, columns):
         first = int(rows[0, 0])
         return Use(
-            parameter=parameter, node=node, source=source, rows=(first, first + len(rows)), shape=shape, flipped=False, axis=axis
+            parameter=parameter, node=node, source=source, weight=weight, rows=(first, first + len(rows)), shape=shape, flipped=False, axis=axis
         )  # fmt: skip
     if len(shape) >= 2 and matrix.shape[1] == shape[0] and _is_block(columns.T, rows.T, transposed=True):
         first = int(columns[0, 0])
         return Use(
-            parameter=parameter, node=node, source=source, rows=(first, first + len(rows)), shape=shape, flipped=True, axis=axis
+            parameter=parameter, node=node, source=source, weight=weight, rows=(first, first + len(rows)), shape=shape, flipped=True, axis=axis
         )  # fmt: skip
     return None
 
@@ -213,6 +215,7 @@ def _convolution(node: fx.Node, places: dict[fx.Node, tuple[str, Any]], program:
         parameter=parameter,
         node=node,
         source=source,
+        weight=weight,
         rows=(0, width),
         shape=tuple(held.shape),
         flipped=name in TRANSPOSED,

@@ -1,0 +1,86 @@
+"""Layer after layer: the eval graph walked node by node with all batches in step, so that what is changed is seen behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from paredown.errors import RejectedError
+from paredown.program import GraphModel, Program, call_inputs, placeholder_names
+from paredown.statistics.observe import Step
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Run(fx.Interpreter):
+    """The graph on one batch, one node at a time; values are dropped after their last use."""
+
+    def __init__(self, body: fx.GraphModule, flat: list[Any]) -> None:
+        super().__init__(body)
+        self.args_iter = iter(flat)
+
+    def next(self, node: fx.Node) -> None:
+        """Run one node."""
+        self.env[node] = self.run_node(node)
+        for used in self.user_to_last_uses.get(node, ()):
+            del self.env[used]
+
+
+def layer_by_layer(
+    program: Program,
+    state: Mapping[str, Tensor],
+    calls: Sequence[Call],
+    visit: Mapping[fx.Node, Callable[[Sequence[Run]], None]],
+) -> None:
+    """Walk the eval graph over `state`; before a node of `visit` runs, its function may change tensors of the state.
+
+    It is given one Run per call, whose `env` holds the inputs of the node as the layers before it give them *now*.
+    Nodes that come later see what was changed: there is no second pass to forget. Activations that are still needed of
+    all calls are in memory.
+    """
+    names = placeholder_names(program.eval_graph)
+    body = program.eval_graph.graph_module
+    holders = [n.name for n in body.graph.nodes if n.op == "placeholder"]
+    runs = []
+    for call in calls:
+        given = iter(pytree.tree_leaves(pytree.tree_map(_cloned, call)))
+        runs.append(Run(body, [state[names[n]] if n in names else next(given) for n in holders]))
+    last = max((i for i, n in enumerate(body.graph.nodes) if n in visit), default=-1)
+    with torch.no_grad():
+        for number, node in enumerate(body.graph.nodes):
+            if node in visit:
+                visit[node](runs)
+            if number >= last:
+                return
+            for run in runs:
+                run.next(node)
+
+
+def recorded_calls(program: Program, batches: Iterable[Any], loss: Step | None, num_batches: int) -> list[Call]:
+    """The inputs of every call that the first batches make of the model, keywords in the captured order.
+
+    Raises RejectedError where there is none.
+    """
+    order = program.eval_graph.call_spec.in_spec.child(1).context or []
+    seen: list[Call] = []
+    if loss is None:
+        seen = [call_inputs(batch) for batch in islice(batches, num_batches)]
+    else:
+        model = GraphModel(program.eval_graph, None, program.state).eval()
+        model.register_forward_pre_hook(lambda _m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for batch in islice(batches, num_batches):
+                loss(model, batch)
+    if not seen:
+        msg = "batches must hold at least one batch, and a step must call its model. Got no call of the model."
+        raise RejectedError(msg)
+    return [(args, {n: kwargs[n] for n in order} if set(order) == set(kwargs) else kwargs) for args, kwargs in seen]
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
