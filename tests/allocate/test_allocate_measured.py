@@ -123,6 +123,14 @@ def test_a_space_that_costs_much_is_spared() -> None:
             assert shares[spared] >= 0.85
 
 
+def test_what_seems_to_cost_nothing_does_not_all_leave() -> None:
+    names = [s.name for s in chain()[1].spaces]
+    for how in ("sensitivity", "greedy", "knapsack"):
+        for increase in (0.0, -0.1):  # noise
+            plan = plan_for(Budget(macs=0.6), allocation=how, sensitivity={n: {0.25: increase} for n in names})
+            assert 0.57 <= plan.made_by["reached"]["macs"] / plan.made_by["dense"]["macs"] <= 0.61
+
+
 def test_only_what_was_measured_is_offered() -> None:
     names = [s.name for s in chain()[1].spaces]
     seen: Any = {names[0]: {0.5: 0.1}, names[1]: {0.5: 0.1, 0.25: None}}

@@ -174,10 +174,7 @@ def _downward(losses: Losses, options: Sequence[Levels], counts: Counts) -> tupl
 
 
 def _improved(losses: Losses, counts: Counts, gap: Gap) -> Found:
-    """Single steps and pairs of them that lower the loss and stay within the budget.
-
-    What ends below the budget stays there: no step up would lower the loss.
-    """
+    """Single steps and pairs of them that lower the loss and stay within the budget; then what still fits is kept."""
     for _ in range(_MOST_ROUNDS):
         moves = _steps(losses.allowed, counts)
         here, ceiling = float(losses.total(counts)), max(float(gap(counts)), 0.0)
@@ -185,8 +182,25 @@ def _improved(losses: Losses, counts: Counts, gap: Gap) -> Found:
         if better is None:
             break
         counts = better
+    counts = _filled(losses, counts, gap)
     found = Found(counts=counts, gap=float(gap(counts)))
     return found if found.gap <= TOLERANCE else within(losses.allowed, correct(losses.allowed, counts, gap), gap)
+
+
+def _filled(losses: Losses, counts: Counts, gap: Gap) -> Counts:
+    """Nothing leaves for nothing: steps up while they fit, most saved loss first, then the one nearest to the budget.
+
+    Where measuring saw no increase (or an improvement, which counts as none) the knapsack has no reason to stop.
+    """
+    while True:
+        moves = _steps(losses.allowed, counts)
+        moves = moves[(moves > 0).any(axis=1)]
+        gaps = gap(counts + moves) if len(moves) else np.zeros(0)
+        fits = np.flatnonzero(gaps <= 0)
+        if not len(fits):
+            return counts
+        gains = float(losses.total(counts)) - losses.total(counts + moves[fits])
+        counts = counts + moves[fits[np.lexsort((-gaps[fits], -gains))[0]]]
 
 
 def _best(losses: Losses, counts: Counts, moves: Counts, here: float, ceiling: float, gap: Gap) -> Counts | None:
