@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import paredown as pare
 from hazards import HAZARDS, built
 from paredown.couple import Coupling, couple
 from paredown.errors import NothingToDo, UsageError, VerificationError
@@ -213,3 +214,34 @@ def test_cells_that_a_removal_tears_are_called_single_weights() -> None:
     ]
     whole = first.then(Plan(keep={"w": {0: (1, 2), 1: (0, 1, 2, 3)}}))
     assert whole.masks["w"].granularity == "2:4" and whole.masks["w"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["mha", "fused_qkv", "grouped_query"])
+def test_heads_chosen_by_score_leave_and_channels_stay(name: str) -> None:
+    args, kwargs = HAZARDS[name].inputs(2)
+    program = capture(built(name), {"args": args, "kwargs": kwargs})
+    coupling = couple(program)
+    scores = pare.score(program, coupling, "l1", granularity="head")
+    small = prune(program, pare.allocate(coupling, scores, pare.examine(program), pare.Budget(channels=0.5)))
+    space = heads(coupling)
+    assert small.proof.max_error <= 1e-4 * small.proof.scale and small.proof.moved > 0
+    assert set(small.plan.keep) == {f.parameter for f in space.footprints}
+    for f in space.footprints:
+        gone = program.state[f.parameter].shape[f.axis] - len(small.plan.keep[f.parameter][f.axis])
+        assert gone > 0 and gone % f.indices.shape[1] == 0
+
+
+@pytest.mark.parametrize("text", ["element", "2:4", "row", "column", "kernel", "4x4"])
+def test_masks_chosen_by_score_are_carried_out(text: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    program = capture(net, torch.randn(2, 4, 8, 8))
+    coupling = couple(program)
+    scores = pare.score(program, coupling, "l1", granularity=text)
+    budget = None if text == "2:4" else pare.Budget(density=0.5)
+    plan = pare.allocate(coupling, scores, pare.examine(program), budget)
+    assert {m.granularity for m in plan.masks.values()} == {text}
+    small = prune(program, plan)
+    left = sum(int(np.count_nonzero(p.detach().numpy())) for p in small.module.parameters() if p.dim() > 1)
+    assert 0.2 < left / sum(p.numel() for p in net.parameters() if p.dim() > 1) < 0.6
+    assert ("structure" in small.proof.shown) == (text == "row")
