@@ -1,186 +1,298 @@
-"""ResNet-20 on CIFAR-10 at half the MACs: paredown beside Torch-Pruning, same data, steps, loop and seeds, last epoch.
+"""ResNet-20 on CIFAR-10 with half the MACs and less: paredown beside Torch-Pruning 1.6.1, same data, steps and loop.
 
-    python benchmarks/cifar10_torch_pruning.py --data DIR [--epochs 3] [--seeds 0 1 2] [--out results.jsonl]
+    python benchmarks/cifar10_torch_pruning.py --data DIR --stage choose    # learning rates and recipes, on held-out images
+    python benchmarks/cifar10_torch_pruning.py --data DIR                   # the cells of both tables
+    python benchmarks/cifar10_torch_pruning.py --data DIR --stage show      # the tables, from the journal
 
-Torch-Pruning 1.6.1 treats the zero padding of option-A shortcuts as element-wise and would tie the wrong channels, so
-it gets its best corrected use: the residual stream is left alone ("inner"), group magnitude (L2) ranked globally, in
-many small steps until the MACs are reached, as its README does. Both tools are then trained by one loop on
-the same batches: SGD, momentum 0.9, cosine to 0, crop and flip, with and without distillation from the dense network.
-MACs are those of convolutions and linear layers. Every finished cell is a line of the journal; a second call continues.
+Table a, a check of both tools: one criterion (L1 norm of the filters), one allocation (counts per layer), one recovery.
+Table b: each tool by its best recipe as chosen on the held-out images, at equal steps.
+
+Torch-Pruning treats the zero padding of option-A shortcuts as element-wise and would tie the wrong channels, so it gets
+its best corrected use: the residual stream is left alone. Both are trained by one loop on the same batches: SGD, momentum
+0.9, cosine to 0, crop and flip, last epoch. MACs are those of convolutions and linear layers. Every finished cell is a
+line of the journal, with its hits on the test images; a second call continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
+import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import measured_allocation as measured
 import numpy as np
 import torch
+from scipy import stats
 from torch import nn
 
 import paredown as pare
-from paredown.recipe import load_recipe
 from paredown.recipes import cifar10
 from paredown.train import fit, predictor, reestimate_batch_norm, task_from_module
 from paredown.train.task import seed_all
 
+INNER = ["layer*.conv1.weight"]
+EPOCHS = 3
 
-def macs_of(module: nn.Module, inputs: torch.Tensor) -> int:
-    return pare.examine(pare.capture(module, inputs, train=False)).macs
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training. `recipe` says how the network was pruned."""
+
+    table: str
+    tool: str
+    recipe: str
+    fewer: float
+    """MACs of the dense network over those asked for."""
+    distil: str
+    lr: float
+    seed: int
+    epochs: int = EPOCHS
+
+    def key(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
-def ours(dense: nn.Module, task: Any, recipe: Any, seed: int) -> nn.Module:
-    """The shipped recipe's level: score, allocate, prune, proof."""
+# The recipes and rates of table b were chosen with --stage choose, on held-out training images (see README.md).
+OURS, OURS_LR = "measured, reconstructed", 0.01
+THEIRS, THEIRS_LR = {2.1: "group magnitude, global", 2.6: "group magnitude, global"}, 0.01
+
+
+def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
+    if stage == "choose":
+        for fewer in (2.1, 2.6):
+            for recipe in ("group magnitude, global", "L1, uniform", "Taylor, global"):
+                yield Cell(
+                    table="choose",
+                    tool="torch-pruning",
+                    recipe=recipe,
+                    fewer=fewer,
+                    distil="kl",
+                    lr=0.01,
+                    seed=0,
+                    epochs=1,
+                )
+        for tool, recipe in (("torch-pruning", THEIRS[2.1]), ("paredown", OURS)):
+            for lr in (0.01, 0.02, 0.04):
+                yield Cell(table="choose", tool=tool, recipe=recipe, fewer=2.1, distil="kl", lr=lr, seed=0, epochs=1)
+        return
+    for distil in ("kl", "none"):
+        for seed in seeds:
+            for fewer in (2.1, 2.6):
+                yield Cell(table="b", tool="paredown", recipe=OURS, fewer=fewer, distil=distil, lr=OURS_LR, seed=seed)
+                yield Cell(
+                    table="b",
+                    tool="torch-pruning",
+                    recipe=THEIRS[fewer],
+                    fewer=fewer,
+                    distil=distil,
+                    lr=THEIRS_LR,
+                    seed=seed,
+                )
+    for seed in seeds:
+        for tool in ("paredown", "torch-pruning"):
+            yield Cell(
+                table="a", tool=tool, recipe="L1 of filters, uniform", fewer=2.1, distil="none", lr=0.01, seed=seed
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ pruning
+
+
+def macs_of(module: nn.Module, task: Any) -> int:
+    return pare.examine(pare.capture(module, task.inputs(), train=False)).macs
+
+
+def pruned(cell: Cell, dense: nn.Module, task: Any, folder: Path) -> nn.Module:
     program = pare.capture(dense, task.inputs())
+    target = int(macs_of(dense, task) / cell.fewer)
+    if cell.recipe == OURS:
+        return reconstructed(program, dense, task, target, cell.seed, folder)
+    if cell.recipe == "L1 of filters, uniform":
+        plan = uniform(program, target)
+        if cell.tool == "paredown":
+            return pare.prune(program, plan).module
+        return torch_pruning(dense, task, cell, target, plan)
+    return torch_pruning(dense, task, cell, target, None)
+
+
+def uniform(program: pare.Program, target: int) -> pare.Plan:
     coupling, cost = pare.couple(program), pare.examine(program)
-    options = recipe.prune
-    seed_all(seed)
-    scores = pare.score(
-        program,
-        coupling,
-        options.criterion,
-        batches=task.train_batches() if options.criterion == "taylor" else None,
-        loss=task.step,
-        num_batches=options.score_batches,
-        seed=seed,
-    )
-    budget = pare.Budget(**recipe.prune.levels[0].model_dump(exclude_none=True))
-    plan = pare.allocate(
-        coupling,
-        scores,
-        cost,
-        budget,
-        allocation=options.allocation,
-        include=options.include,
-        exclude=options.exclude,
-        align=options.align,
-        floor=options.floor,
-    )
-    return pare.prune(program, plan).module
+    scores = pare.score(program, coupling, "l1")
+    return pare.allocate(coupling, scores, cost, pare.Budget(macs=target), include=INNER, align=1)
 
 
-def torch_pruning(dense: nn.Module, task: Any, target_macs: int) -> nn.Module:
-    """BasePruner with group magnitude on the inner channels, ranked globally, in small steps until the MACs are reached."""
+def reconstructed(
+    program: pare.Program, dense: nn.Module, task: Any, target: int, seed: int, folder: Path
+) -> nn.Module:
+    """Counts by measured loss, then least squares on 8 training batches. The table is measured once, with seed 0."""
+    file = folder / "measured_allocation.json"
+    if not file.exists():
+        file.write_text(json.dumps(measured.table(dense, task)))
+    found = json.loads(file.read_text())
+    plan = measured.plan(found, measured.counts(dense, found, target))
+    return pare.reconstruct(
+        pare.prune(program, plan), task.train_batches, step=task.step, num_batches=8, seed=seed
+    ).module
+
+
+def torch_pruning(dense: nn.Module, task: Any, cell: Cell, target: int, plan: pare.Plan | None) -> nn.Module:
+    """BasePruner on the inner channels; without a plan in many small steps until the MACs are reached."""
     import torch_pruning as tp
 
     model, inputs = copy.deepcopy(dense).eval(), task.inputs()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    pixels: dict[str, int] = {}
-    hooks = [
-        m.register_forward_hook(
-            lambda _m, _i, out, n=n: pixels.__setitem__(n, out[0, 0].numel() if out.dim() == 4 else 1)
-        )
-        for n, m in layers.items()
-    ]
-    with torch.no_grad():
-        model(inputs)
-    for hook in hooks:
-        hook.remove()
-    pruner = tp.pruner.BasePruner(
-        model,
-        inputs,
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=True,
-        pruning_ratio=0.95,
-        max_pruning_ratio=0.95,
-        iterative_steps=400,
-        ignored_layers=[m for n, m in layers.items() if not (n.startswith("layer") and n.endswith(".conv1"))],
-    )
+    inner = {n: m for n, m in layers.items() if n.startswith("layer") and n.endswith(".conv1")}
+    options: dict[str, Any] = {"ignored_layers": [m for n, m in layers.items() if n not in inner]}
+    kinds = {
+        "group magnitude, global": (tp.importance.GroupMagnitudeImportance(p=2), True),
+        "L1, uniform": (tp.importance.GroupMagnitudeImportance(p=1), False),
+        "Taylor, global": (tp.importance.GroupTaylorImportance(), True),
+        "L1 of filters, uniform": (tp.importance.GroupMagnitudeImportance(p=1, group_reduction="first"), False),
+    }
+    importance, is_global = kinds[cell.recipe]
+    if plan is not None:
+        shares = {m: 1 - len(plan.keep[f"{n}.weight"][0]) / m.out_channels for n, m in inner.items()}
+        options |= {"pruning_ratio_dict": shares, "iterative_steps": 1}
+    else:
+        options |= {"pruning_ratio": 0.95, "max_pruning_ratio": 0.95, "iterative_steps": 400}
+    pruner = tp.pruner.BasePruner(model, inputs, importance=importance, global_pruning=is_global, **options)
+    if plan is not None:
+        pruner.step()
+        return model
+    seed_all(cell.seed)
     for _ in range(400):
-        if sum(m.weight.numel() * pixels[n] for n, m in layers.items()) <= target_macs:
+        if macs_by_layer(model, inputs) <= target:
             return model
+        if cell.recipe.startswith("Taylor"):
+            model.zero_grad()
+            task.step(model, next(iter(task.train_batches()))).backward()
         pruner.step()
     msg = "Torch-Pruning did not reach the MACs"
     raise RuntimeError(msg)
 
 
-def trained(
-    module: nn.Module, dense: nn.Module, task: Any, recipe: Any, seed: int, epochs: int, distil: str
-) -> nn.Module:
-    r = recipe.recover
-    module = fit(
-        module,
-        task.train_batches,
-        task.step,
-        epochs=epochs,
-        lr=r.lr,
-        momentum=r.momentum,
-        weight_decay=r.weight_decay,
-        seed=seed,
-        teacher=dense if distil == "kl" else None,
-        distil=distil,
-        temperature=r.temperature,
-        distil_weight=r.distil_weight,
-    ).module
-    return reestimate_batch_norm(
-        module, task.train_batches, task.inputs(), step=task.step, num_batches=r.batch_norm_batches, seed=seed
-    )
+def macs_by_layer(model: nn.Module, inputs: torch.Tensor) -> int:
+    """MACs of convolutions and linear layers, of one image."""
+    total = 0
+
+    def count(module: Any, _inputs: Any, out: torch.Tensor) -> None:
+        nonlocal total
+        total += module.weight.numel() * (out[0, 0].numel() if out.dim() == 4 else 1)
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    return total
 
 
-def cell(task: Any, recipe: Any, tool: str, distil: str, seed: int, epochs: int) -> dict[str, Any]:
+# ----------------------------------------------------------------------------------------------------------- one cell
+
+
+def run(cell: Cell, task: Any, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     dense = task.model()
-    small = ours(dense, task, recipe, seed)
-    target = macs_of(small, task.inputs())
-    if tool == "torch-pruning":
-        small = torch_pruning(dense, task, target)
-    module = trained(small, dense, task, recipe, seed, epochs, distil)
-    accuracy = float(np.mean(task.evaluate(predictor(module))["accuracy"]))
-    return {
-        "tool": tool,
-        "distil": distil,
-        "seed": seed,
-        "epochs": epochs,
-        "macs": macs_of(module, task.inputs()),
+    small = pruned(cell, dense, task, folder)
+    before = float(np.mean(task.choose(predictor(small))["accuracy"]))
+    module = fit(
+        small,
+        task.train_batches,
+        task.step,
+        epochs=cell.epochs,
+        lr=cell.lr,
+        seed=cell.seed,
+        teacher=dense if cell.distil == "kl" else None,
+        distil=cell.distil,  # type: ignore[arg-type]
+    ).module
+    module = reestimate_batch_norm(
+        module, task.train_batches, task.inputs(), step=task.step, num_batches=86, seed=cell.seed
+    )
+    found = {
+        **cell.key(),
+        "macs": macs_of(module, task),
         "parameters": sum(p.numel() for p in module.parameters()),
-        "accuracy": accuracy,
+        "inner": [module.get_submodule(n).conv1.out_channels for n in measured.blocks(module)],  # type: ignore[union-attr]
+        "held_out_before": before,
         "held_out": float(np.mean(task.choose(predictor(module))["accuracy"])),
-        "seconds": time.perf_counter() - start,
     }
+    if cell.table != "choose":  # test images choose nothing
+        hits = task.evaluate(predictor(module))["accuracy"] > 50
+        found |= {"accuracy": 100 * float(hits.mean()), "hits": base64.b64encode(np.packbits(hits)).decode()}
+    return {**found, "seconds": time.perf_counter() - start}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| tool | distillation | MACs | accuracy, mean | each seed |", "|---|---|---|---|---|"]
-    for distil in ("none", "kl"):
-        for tool in ("paredown", "torch-pruning"):
-            found = sorted((r for r in rows if r["tool"] == tool and r["distil"] == distil), key=lambda r: r["seed"])
-            if found:
-                values = [r["accuracy"] for r in found]
-                each = ", ".join(f"{v:.2f}" for v in values)
-                lines.append(f"| {tool} | {distil} | {found[0]['macs'] / 1e6:.2f} M | {np.mean(values):.2f} | {each} |")
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def hits_of(row: dict[str, Any]) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(base64.b64decode(row["hits"]), dtype=np.uint8))[:10_000].astype(float)
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| table | MACs | distilled | tool, recipe | MACs, parameters | mean | seeds | ahead, points (95 %: over seeds; over images) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for table, fewer, distil in sorted({(r["table"], r["fewer"], r["distil"]) for r in rows if r["table"] in "ab"}):
+        mine = [r for r in rows if (r["table"], r["fewer"], r["distil"]) == (table, fewer, distil)]
+        by_tool = {t: {r["seed"]: r for r in mine if r["tool"] == t} for t in ("paredown", "torch-pruning")}
+        for tool, by_seed in by_tool.items():
+            if not by_seed:
+                continue
+            runs = [by_seed[s] for s in sorted(by_seed)]
+            each = ", ".join(f"{r['accuracy']:.2f}" for r in runs)
+            mean = np.mean([r["accuracy"] for r in runs])
+            ahead = compared(by_tool) if tool == "paredown" else ""
+            lines.append(
+                f"| {table} | ÷ {fewer} | {distil} | {tool}: {runs[0]['recipe']}, lr {runs[0]['lr']} | "
+                f"{runs[0]['macs'] / 1e6:.2f} M, {runs[0]['parameters']:,} | {mean:.2f} | {each} | {ahead} |"
+            )
     return "\n".join(lines)
 
 
+def compared(by_tool: dict[str, dict[int, dict[str, Any]]]) -> str:
+    ours, theirs = by_tool["paredown"], by_tool["torch-pruning"]
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return ""
+    apart = np.array([ours[s]["accuracy"] - theirs[s]["accuracy"] for s in seeds])
+    wide = stats.t.ppf(0.975, len(seeds) - 1) * apart.std(ddof=1) / np.sqrt(len(seeds))
+    images = 100 * np.mean([hits_of(ours[s]) - hits_of(theirs[s]) for s in seeds], axis=0)
+    image_wide = 1.96 * images.std(ddof=1) / np.sqrt(len(images))
+    return f"{apart.mean():+.2f} (± {wide:.2f}; ± {image_wide:.2f})"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--stage", choices=["choose", "run", "show"], default="run")
+    parser.add_argument("--only", nargs="*", default=[], help="field=value; cells that fit all of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tools", nargs="+", default=["paredown", "torch-pruning"])
-    parser.add_argument("--distil", nargs="+", default=["none", "kl"])
-    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_torch_pruning.jsonl"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe, task = load_recipe("cifar10", args.set), task_from_module(cifar10, data=args.data)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    for seed in args.seeds:
-        for distil in args.distil:
-            for tool in args.tools:
-                key = {"tool": tool, "distil": distil, "seed": seed, "epochs": args.epochs}
-                if any(key.items() <= r.items() for r in rows):
-                    continue
-                rows.append(cell(task, recipe, tool, distil, seed, args.epochs))
-                with args.out.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                print(rows[-1], flush=True)
-    print(table(rows))
+    wanted = dict(text.split("=", 1) for text in args.only)
+    if args.stage != "show":
+        task = task_from_module(cifar10, data=args.data)
+        for cell in cells(args.stage, args.seeds):
+            key = cell.key()
+            if any(str(key[n]) != v for n, v in wanted.items()) or any(key.items() <= r.items() for r in rows):
+                continue
+            rows.append(run(cell, task, args.out.parent))
+            with args.out.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print({n: v for n, v in rows[-1].items() if n != "hits"}, flush=True)
+    print(show([r for r in rows if "accuracy" in r]))
 
 
 if __name__ == "__main__":

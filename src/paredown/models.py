@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paredown.detectors import detector_body, is_detector
 from paredown.errors import MissingError, ParedownError, RejectedError, UsageError
 from paredown.weights import load_into, read_weights
 
@@ -73,7 +74,8 @@ def load_model(
     """The model that a MODEL string names, and whether weights were given: without them it is random.
 
     `spec` is `torchvision:resnet50`, `timm:resnet50`, `package.module:callable` or `path/to/file.py:callable`, a path
-    being relative to `base_dir` or the current folder. `weights` is a file for `read_weights`.
+    being relative to `base_dir` or the current folder. `weights` is a file for `read_weights`. A detector of torchvision
+    comes as its body, which can be captured: backbone, feature pyramid and heads (see `detectors.detector_body`).
 
     Raises UsageError (no such model), RejectedError (the user's code or the weights fail) and MissingError (torchvision or
     timm is not installed).
@@ -93,10 +95,11 @@ def load_model(
         model = _timm_model(spec.partition(":")[2])
     else:
         model = _own_model(head, name, spec, _folder(base_dir))
-    if weights is None:
-        return model, False
-    load_into(model, read_weights(weights), strip_prefix=strip_prefix)
-    return model, True
+    if weights is not None:
+        load_into(model, read_weights(weights), strip_prefix=strip_prefix)
+    if library == "torchvision" and is_detector(model):
+        model = detector_body(model)
+    return model, weights is not None
 
 
 def load_task_module(task: str, base_dir: str | Path | None = None) -> ModuleType:

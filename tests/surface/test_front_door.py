@@ -20,7 +20,9 @@ import pytest
 import paredown
 
 ROOT = Path(__file__).parents[2]
-VERBS = "capture examine couple score allocate prune recover quantize export check measure compress load".split()
+VERBS = (
+    "capture examine couple score allocate prune choose_ranks factorize recover quantize export check measure compress load"
+).split()
 NOUNS = "Budget Plan Program".split()
 IMPORT_SECONDS = 0.3
 

@@ -18,8 +18,10 @@ from cyclopts import App, CycloptsError
 
 from paredown.cli.compress import compress
 from paredown.cli.couple import couple
+from paredown.cli.coverage import coverage
 from paredown.cli.doctor import doctor
 from paredown.cli.examine import examine
+from paredown.cli.factorize import factorize
 from paredown.cli.init import init
 from paredown.cli.measure import measure
 from paredown.cli.prune import prune
@@ -52,7 +54,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-for command in (compress, couple, doctor, examine, export, init, measure, prune, quantize, report):
+for command in (compress, couple, coverage, doctor, examine, export, factorize, init, measure, prune, quantize, report):
     app.command(command)
 
 

@@ -14,8 +14,8 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from paredown.couple.operand import args_of
 from paredown.couple.trace import op_name
 from paredown.plan import Rank
-from paredown.program import GraphModel, Program
-from paredown.prune.factors import Conv, Layer, conv_of, factor_names, found, is_transpose, links, placeholders, walked
+from paredown.program import GraphModel, Program, placeholder_names
+from paredown.prune.factors import Conv, Layer, conv_of, factor_names, found, is_transpose, links, walked
 
 Factors = Mapping[str, tuple[Tensor, ...]]
 """Parameter → its factors, in order of execution."""
@@ -88,23 +88,17 @@ def _factored(
     for node, copied in copies.items():
         copied.name = node.name  # a copy renames what is called like a built-in ("input")
     specs = {s.arg.name: [s] for s in exported.graph_signature.input_specs}
+    known = placeholder_names(exported)
     for parameter, layer in layers.items():
-        olds = [n for n in graph.nodes if n.op == "placeholder" and n.name in _old_names(exported, layer)]
-        used = next((n for n in olds if n.users), None)
-        if used is not None:
-            chain = links(layer.shape, layer.conv, ranks[parameter])
-            names = factor_names(layer.parameter, len(chain), dense)
-            news = [_placeholder(graph, used, name, made[name]) for name in names]
-            _replace_uses(used, news, ranks[parameter], False)
-            specs[used.name] = [
+        for old in [n for n in graph.nodes if n.op == "placeholder" and known.get(n.name) in layer.names]:
+            names = factor_names(known[old.name], len(links(layer.shape, layer.conv, ranks[parameter])), dense)
+            news = [_placeholder(graph, old, name, made[name]) for name in names]
+            _replace_uses(old, news, ranks[parameter])
+            specs[old.name] = [
                 InputSpec(kind=InputKind.PARAMETER, arg=TensorArgument(name=n.name), target=name)
                 for n, name in zip(news, names, strict=True)
             ]
-            _erase(used)
-        for old in olds:
-            if old is not used:
-                specs[old.name] = []
-                _erase(old)
+            graph.erase_node(old)
     gone = {name for layer in layers.values() for name in layer.names}
     signature = ExportGraphSignature(
         input_specs=[s for group in specs.values() for s in group],
@@ -133,10 +127,6 @@ def _output_specs(exported: ExportedProgram, graph: fx.Graph) -> list[OutputSpec
     ]
 
 
-def _old_names(exported: ExportedProgram, layer: Layer) -> set[str]:
-    return {n.name for n in placeholders(exported, layer.names)}
-
-
 def _placeholder(graph: fx.Graph, old: fx.Node, name: str, tensor: Tensor) -> fx.Node:
     """A placeholder for a factor, before that of the weight: order among arguments is order in the graph."""
     with graph.inserting_before(old):
@@ -146,20 +136,16 @@ def _placeholder(graph: fx.Graph, old: fx.Node, name: str, tensor: Tensor) -> fx
     return node
 
 
-def _replace_uses(node: fx.Node, factors: list[fx.Node], rank: Rank, flipped: bool) -> None:
+def _replace_uses(node: fx.Node, factors: list[fx.Node], rank: Rank) -> None:
     """Rewrite everything that multiplies by a weight; its transposes are erased."""
     for user in list(node.users):
         if is_transpose(user):
-            _replace_uses(user, factors, rank, not flipped)
+            _replace_uses(user, factors, rank)
             user.graph.erase_node(user)
         elif op_name(user).startswith("conv"):
             _replace_conv(user, factors, rank)
         else:
             _replace_product(user, factors)
-
-
-def _erase(node: fx.Node) -> None:
-    node.graph.erase_node(node)
 
 
 def _replace_product(node: fx.Node, factors: list[fx.Node]) -> None:
