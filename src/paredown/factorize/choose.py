@@ -78,16 +78,13 @@ def choose_ranks(
     """
     program = program_of(source)
     given = _checked(budget, energy, method, choice, allocation, weigh, floor)
-    align = named(target).alignment if align is None else align
-    if isinstance(align, bool) or not isinstance(align, int) or align < 1:
-        msg = f"align must be an integer ≥ 1. Got {align!r}. 1 turns it off."
-        raise UsageError(msg)
+    align = _multiple(align, target)
     cost = examine(program)
+    amount = {"energy": energy} if energy is not None else {"budget": dict(given)}
     made: dict[str, Any] = {
-        "verb": "choose_ranks", "method": method, "choice": choice, "allocation": allocation, "weigh": weigh,
-        **({"energy": energy} if energy is not None else {"budget": dict(given)}),
-        "alpha": alpha, "sweeps": sweeps, "target": target, "align": align, "floor": floor,
-        "include": list(include), "exclude": list(exclude), "precedence": "exclude wins over include",
+        "verb": "choose_ranks", "method": method, "choice": choice, "allocation": allocation, "weigh": weigh, **amount,
+        "alpha": alpha, "sweeps": sweeps, "target": target, "align": align, "floor": floor, "include": list(include),
+        "exclude": list(exclude), "precedence": "exclude wins over include",
         "dense": {"parameters": cost.parameters, "macs": cost.macs},
     }  # fmt: skip
     metric, limit = _limit(given, cost)
@@ -98,11 +95,7 @@ def choose_ranks(
     free = {layer.parameter: layer for layer in selected(every.layers, list(program.state), include, exclude)}
     wanted = {p: Rank(method=method_for(layer, method), ranks=(1,)) for p, layer in free.items()}
     seen = input_statistics_for(program, free, wanted, batches, statistics, num_batches)
-    candidates = [
-        candidate(layer, program, cost, wanted[p].method, align=align, floor=floor, seen=seen.get(p), how=how)
-        for p, layer in free.items()
-    ]
-    saving = [s for c in candidates if (s := _saving(c, metric)) is not None]
+    saving = _that_save(free, wanted, program, cost, metric, align=align, floor=floor, seen=seen, how=how)
     table = _Table(cost=cost, found=every, free=free, saving=saving, made=made)
     if not saving:
         raise NothingToDo(table.nothing())
@@ -153,11 +146,32 @@ def _checked(
     return given
 
 
+def _multiple(align: int | None, target: str) -> int:
+    """What ranks are multiples of."""
+    align = named(target).alignment if align is None else align
+    if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+        msg = f"align must be an integer ≥ 1. Got {align!r}. 1 turns it off."
+        raise UsageError(msg)
+    return align
+
+
 def _limit(given: Mapping[str, float | int], cost: Cost) -> tuple[str, int | None]:
     if not given:
         return "parameters", None
     (name, value), *_ = given.items()
     return name, value if isinstance(value, int) else int(value * getattr(cost, name) + 1e-6)
+
+
+def _that_save(
+    free: Mapping[str, Layer], wanted: Mapping[str, Rank], program: Program, cost: Cost, metric: str, *,
+    align: int, floor: float, seen: Mapping[str, Seen], how: Factoring,
+) -> list[Candidate]:  # fmt: skip
+    """The layers that have ranks at which they save."""
+    every = (
+        candidate(layer, program, cost, wanted[p].method, align=align, floor=floor, seen=seen.get(p), how=how)
+        for p, layer in free.items()
+    )
+    return [found for c in every if (found := _saving(c, metric)) is not None]
 
 
 def _saving(c: Candidate, metric: str) -> Candidate | None:
@@ -220,7 +234,9 @@ class _Table:
             raise InfeasibleError(msg, nearest=nearest)
         plan = self.plan(self._original(found, options), losses, asked={metric: limit})
         if not plan.ranks:
-            msg = f"a plan must factorize something. Got {self.made['budget']}, to which keeping every layer is nearest."
+            msg = (
+                f"a plan must factorize something. Got {self.made['budget']}, to which keeping every layer is nearest."
+            )
             raise NothingToDo(msg, nearest=plan)
         return plan
 
@@ -248,7 +264,9 @@ class _Table:
         for name, limit in (asked or {}).items():
             short = limit - made["reached"][name]
             if short > TOLERANCE * getattr(self.cost, name):
-                made["blocked_by"] = f"ranks in steps of {self.made['align']} and what each layer loses: {short:,} {name} are left over"
+                made["blocked_by"] = (
+                    f"ranks in steps of {self.made['align']} and what each layer loses: {short:,} {name} are left over"
+                )
         return Plan(keep={}, ranks=ranks, made_by=made)
 
     def reasons(self, chosen: set[str]) -> dict[str, str]:

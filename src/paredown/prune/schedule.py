@@ -109,7 +109,7 @@ class Gradual:
     def progress(self, step: int, steps: int) -> float:
         """How far the ramp has come after `step` of `steps` steps, in [0, 1].
 
-        >>> Gradual(start=0.2, end=0.6).progress(40, 100)
+        >>> Gradual(start=0.25, end=0.75).progress(50, 100)
         0.5
         """
         return min(max((step / max(steps, 1) - self.start) / (self.end - self.start), 0.0), 1.0)

@@ -121,11 +121,10 @@ def sparsify(
     """
     asked = _Asked.read(granularity, criterion, schedule, regularize)
     amounts = _levels(asked, density, budget, {"leave_out": leave_out, "scope": scope, "align": align})
-    masked = {"leave_out": leave_out, "scope": scope} if asked.cut.masked else {"align": align}
-    usual = "global" if asked.cut.masked and asked.cut.kind != "n:m" else "uniform"
     where = {
-        "allocation": allocation or usual, "include": include, "exclude": exclude, "floor": floor,
-        "normalize": normalize, "target": target, **masked,
+        "allocation": allocation or asked.usual(), "include": include, "exclude": exclude, "floor": floor,
+        "normalize": normalize, "target": target,
+        **({"leave_out": leave_out, "scope": scope} if asked.cut.masked else {"align": align}),
     }  # fmt: skip
     training = {
         "optimizer": optimizer, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm,
@@ -133,17 +132,10 @@ def sparsify(
         "distil": distil or ("none" if teacher is None else "kl"), "distil_weight": distil_weight,
         "progress": progress, "max_steps": max_steps,
     }  # fmt: skip
-    result = model
-    for number, amount in enumerate(amounts):
-        job = _job(
-            result, asked, allocation=where, batches=train_batches, step=step, options=options, seed=seed,
-            score_batches=score_batches, epochs=epochs, training=training, batch_norm_batches=batch_norm_batches,
-            hooks=tuple(hooks), checkpoint=numbered(checkpoint, 100 * number),
-        )  # fmt: skip
-        done = _level(job, asked, amount)
-        result = compose(result, done, seed=seed) if isinstance(result, Pruned) else done
-    assert isinstance(result, Pruned)  # there is at least one level
-    return result
+    return _all_levels(
+        model, asked, amounts, checkpoint, allocation=where, batches=train_batches, step=step, options=options, seed=seed,
+        epochs=epochs, training=training, score_batches=score_batches, batch_norm_batches=batch_norm_batches, hooks=hooks,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,10 +154,27 @@ class _Asked:
         named = known.get(criterion, criterion) if isinstance(criterion, str) else criterion
         return cls(cut=Granularity.parse(granularity), criterion=named, schedule=schedule, regularize=regularize)
 
+    def usual(self) -> Allocation:
+        """The allocation where none is given."""
+        return "global" if self.cut.masked and self.cut.kind != "n:m" else "uniform"
+
     def way(self) -> Schedule:
         """The schedule, with the default of the granularity."""
         default = "gradual" if self.cut.masked and self.cut.kind != "n:m" else "one-shot"
         return named_schedule(default if self.schedule is None else self.schedule)
+
+
+def _all_levels(
+    model: Program | Pruned, asked: _Asked, amounts: Sequence[Any], checkpoint: Path | None, **given: Any
+) -> Pruned:
+    """Level after level, each from what the one before left."""
+    given["hooks"] = tuple(given["hooks"])
+    result = model
+    for number, amount in enumerate(amounts):
+        done = _level(_job(result, asked, checkpoint=numbered(checkpoint, 100 * number), **given), asked, amount)
+        result = compose(result, done, seed=given["seed"]) if isinstance(result, Pruned) else done
+    assert isinstance(result, Pruned)  # there is at least one level
+    return result
 
 
 def _levels(asked: _Asked, density: Any, budget: Any, other_options: dict[str, Any]) -> list[Any]:

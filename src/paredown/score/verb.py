@@ -89,28 +89,13 @@ def score(
     cut = Granularity.parse(granularity)
     members = Members.of(row, reduction, member_norm)
     _check(criterion, row, cut, group, members, reduction)
-    if row.needs_data and not row.at_init and not weights_given:
-        msg = (
-            f"criterion {criterion!r} needs trained weights. Got a model without given weights, which is random. "
-            "Pass --weights, or say that it is meant with weights_given=True."
-        )
-        raise RejectedError(msg)
-    if (include or exclude) and not cut.masked:
-        msg = "include and exclude must be used with masks. Got them for units, which allocate leaves out."
-        raise UsageError(msg)
+    _check_fit(criterion, row, cut, weights_given, [*include, *exclude])
     names = maskable(program, coupling, include, exclude) if cut.masked else _touched(program, coupling)
     source = Source(
-        program=program,
-        coupling=_heads(coupling) if cut.kind == "head" else coupling,
-        weights={n: program.state[n].detach() for n in names},
-        module=module if module is not None else program.module,
-        batches=batches,
-        loss=loss,
-        num_batches=num_batches,
-        seed=seed,
-        group=group,
-        bias=bias,
-    )
+        program=program, coupling=_heads(coupling) if cut.kind == "head" else coupling,
+        weights={n: program.state[n].detach() for n in names}, module=module if module is not None else program.module,
+        batches=batches, loss=loss, num_batches=num_batches, seed=seed, group=group, bias=bias,
+    )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         by_cell = _cells(row, source, chosen, cut, reduction) if cut.masked else {}
@@ -119,13 +104,20 @@ def score(
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     _refuse_bad({**by_space, **by_cell}, criterion)
-    kept = {"group": group, **dataclasses.asdict(chosen), **({"num_batches": num_batches} if row.needs_data else {})}
-    kept |= {n: v for n, v in (("reduction", reduction), ("member_norm", member_norm)) if v not in (None, "none")}
-    kept |= {} if bias else {"bias": False}
     return Scores(
-        criterion=criterion, by_space=by_space, granularity=str(cut), by_cell=by_cell, scope=row.scope, options=kept,
-        seed=seed, notes=notes,
+        criterion=criterion, by_space=by_space, granularity=str(cut), by_cell=by_cell, scope=row.scope,
+        options=_recorded(row, source, chosen, reduction, member_norm), seed=seed, notes=notes,
     )  # fmt: skip
+
+
+def _recorded(
+    row: Criterion, source: Source, chosen: Any, reduction: Reduction | None, member_norm: MemberNorm
+) -> dict[str, Any]:
+    """The options as Scores keeps them: those that decide something, and only where they are not the default."""
+    kept = {"group": source.group, **dataclasses.asdict(chosen)}
+    kept |= {"num_batches": source.num_batches} if row.needs_data else {}
+    kept |= {n: v for n, v in (("reduction", reduction), ("member_norm", member_norm)) if v not in (None, "none")}
+    return kept if source.bias else {**kept, "bias": False}
 
 
 # ---------------------------------------------------------------------------------------------------------------- units
@@ -312,6 +304,18 @@ def _check(
     if row.elements is None and cut.kind not in kinds:
         also = f", {' or '.join(kinds)}" if kinds else ""
         msg = f"criterion {criterion!r} must be used with channel{also}: it has no saliency of single weights. Got {cut}. Use l2, wanda or fisher for it."
+        raise UsageError(msg)
+
+
+def _check_fit(criterion: str, row: Criterion, cut: Granularity, weights_given: bool, patterns: Sequence[str]) -> None:
+    if row.needs_data and not row.at_init and not weights_given:
+        msg = (
+            f"criterion {criterion!r} needs trained weights. Got a model without given weights, which is random. "
+            "Pass --weights, or say that it is meant with weights_given=True."
+        )
+        raise RejectedError(msg)
+    if patterns and not cut.masked:
+        msg = "include and exclude must be used with masks. Got them for units, which allocate leaves out."
         raise UsageError(msg)
 
 
