@@ -102,8 +102,8 @@ def _on_boxes(heads: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _pooled(pool: Any, features: dict[str, Tensor]) -> Tensor:
     """The levels that a RoI pooling reads, each pooled to its output size, added: shape [N, C, height, width]."""
-    size = [int(s) for s in pool.output_size]
-    maps = [F.adaptive_avg_pool2d(features[n], size) for n in pool.featmap_names if n in features]
+    height, width = (int(s) for s in pool.output_size)
+    maps = [F.adaptive_avg_pool2d(features[n], (height, width)) for n in pool.featmap_names if n in features]
     total = maps[0]
     for one in maps[1:]:
         total = total + one

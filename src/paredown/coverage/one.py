@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from paredown.errors import CaptureError, NothingToDo, ParedownError, RejectedEr
 from paredown.examine import examine
 from paredown.models import load_model
 from paredown.program import Program, capture
-from paredown.prune import Pruned, prune
+from paredown.prune import Proof, Pruned, prune
 from paredown.score import score
 
 Report = Callable[[dict[str, Any]], None]
@@ -51,6 +52,8 @@ def main(argument: str, emit: Report) -> None:
         row |= {"status": "not captured" if "parameters" not in row else "error", "message": _first(error)}
     except VerificationError as error:
         row |= {"status": "unproven", "message": _first(error)}
+        if isinstance(error.evidence, Proof):
+            row["proof"] = _of_proof(error.evidence)
     except ParedownError as error:
         row |= {"status": "error", "message": f"{type(error).__name__}: {_first(error)}"}
     except Exception as error:
@@ -87,19 +90,16 @@ def _fill(row: dict[str, Any], asked: dict[str, Any], emit: Report) -> None:
         "status": "proven",
         "removed": round(1 - after / max(row["parameters"], 1), 4),
         "realiser": pruned.realiser,
-        "proof": {
-            "max_error": pruned.proof.max_error,
-            "scale": pruned.proof.scale,
-            "moved": pruned.proof.moved,
-            "mode": pruned.proof.mode,
-        },
+        "proof": _of_proof(pruned.proof),
     }
     if asked.get("export"):
         emit(row)
+        start = time.perf_counter()
         try:
             row["parity"] = _parity(pruned)
-        except ParedownError as error:  # the pruned model stands; its file is another question
+        except Exception as error:  # the pruned model stands, whatever became of its file
             row["parity"] = {"message": f"{type(error).__name__}: {_first(error)}"}
+        row["export_seconds"] = round(time.perf_counter() - start, 2)
 
 
 def _captured(model: nn.Module, name: str) -> tuple[Program, list[list[int]]]:
@@ -147,10 +147,24 @@ def _of_coupling(coupling: Coupling) -> dict[str, Any]:
         "free_units": coupling.free_units,
         "pinned_units": coupling.pinned_units,
         "free_share": round(coupling.free_units / max(every, 1), 4),
+        "pinned_share": round(coupling.pinned_units / max(every, 1), 4),
+        "reasons": dict(_by_reason(coupling).most_common(20)),
         "pinned": [{"reason": p.reason, "units": p.units, "where": p.where} for p in coupling.pinned][:20],
         "unknown_ops": dict(coupling.unknown_ops),
         "couple_seconds": round(coupling.seconds, 3),
     }
+
+
+def _by_reason(coupling: Coupling) -> Counter[str]:
+    """Pinned units by reason, wherever they are."""
+    units: Counter[str] = Counter()
+    for pinned in coupling.pinned:
+        units[pinned.reason] += pinned.units
+    return units
+
+
+def _of_proof(proof: Proof) -> dict[str, Any]:
+    return {"max_error": proof.max_error, "scale": proof.scale, "moved": proof.moved, "mode": proof.mode}
 
 
 def _parity(pruned: Pruned) -> dict[str, Any]:

@@ -88,13 +88,20 @@ def _run(model: str, options: Mapping[str, Any], limits: Limits, threads: int) -
         )
         out, ended = done.stdout, done.returncode
     except subprocess.TimeoutExpired as error:
-        row = _last(error.stdout or b"") | {"model": model, "status": "timeout", "seconds": limits.seconds}
-        return row | {"message": f"not done in {limits.seconds:g} s"}
+        row = _last(error.stdout or b"") | {"model": model, "seconds": limits.seconds}
+        return _ended(row, "timeout", f"not done in {limits.seconds:g} s")
     row = _last(out)
     if row.pop("done", False):
         return row
     tail = done.stderr.decode(errors="replace").strip().splitlines()
-    return row | {"model": model, "status": "killed", "message": f"exit {ended}: {tail[-1][:300] if tail else ''}"}
+    return _ended(row | {"model": model}, "killed", f"exit {ended}: {tail[-1][:300] if tail else ''}")
+
+
+def _ended(row: dict[str, Any], status: str, message: str) -> dict[str, Any]:
+    """A row whose process was stopped: one that was proven before stays so, only its export was not done."""
+    if row.get("status") == "proven":
+        return row | {"parity": {"message": f"{status}: {message}"}}
+    return row | {"status": status, "message": message}
 
 
 def _last(out: bytes) -> dict[str, Any]:
@@ -128,7 +135,8 @@ def _read(journal: Path | None) -> Iterator[dict[str, Any]]:
 
 def _append(journal: Path, row: Mapping[str, Any]) -> None:
     journal.parent.mkdir(parents=True, exist_ok=True)
+    torn = journal.is_file() and journal.read_bytes()[-1:] not in (b"", b"\n")  # a line cut short when it stopped
     with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(("\n" if torn else "") + json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,0 +1,227 @@
+"""Coverage: rows of models made for the purpose, the journal, limits, the table and the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paredown.cli import main
+from paredown.coverage import Limits, counts, markdown, sweep
+from paredown.coverage.one import main as one
+from paredown.errors import UsageError
+
+NETS = '''
+import os, time
+import torch
+from torch import nn
+
+
+class Known(nn.Module):
+    """Three channels of the input, 16 that are free, 4 that a cumulative sum pins, 2 outputs."""
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).cumsum(1)).mean((2, 3))
+
+
+class Silent(Known):
+    """An output that does not depend on any channel: equality would prove nothing."""
+    def forward(self, x):
+        return super().forward(x) * 0
+
+
+class Growing(Known):
+    def forward(self, x):
+        return super().forward(x) if x.mean() > 0 else x
+
+
+def fixed():
+    return nn.Conv2d(3, 8, 1)
+
+
+def dies():
+    os._exit(7)
+
+
+def sleeps():
+    time.sleep(600)
+'''
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> str:
+    (tmp_path / "nets.py").write_text(NETS)
+    return str(tmp_path / "nets.py")
+
+
+def row(nets: str, name: str, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The last row of one model, made in this process, and those before it."""
+    rows: list[dict[str, Any]] = []
+    one(json.dumps({"model": f"{nets}:{name}", "channels": 0.5, **options}), lambda r: rows.append(dict(r)))
+    return rows[-1], rows[:-1]
+
+
+def test_a_row_says_what_was_found_and_proven(nets: str) -> None:
+    last, before = row(nets, "Known")
+    assert last["done"]
+    assert last["status"] == "proven"
+    assert last["parameters"] == (3 * 16 + 16) + (16 * 4 + 4) + (4 * 2 + 2)
+    assert (last["spaces"], last["free_units"], last["pinned_units"]) == (1, 16, 4 + 2)
+    assert last["free_share"] == round(16 / 22, 4)
+    assert last["pinned_share"] == round(6 / 22, 4)
+    assert last["reasons"]["model output"] == 2
+    assert sum(last["reasons"].values()) == 6
+    assert any("cumsum" in reason for reason in last["reasons"])
+    assert last["removed"] == round((8 * 4 + 8 * 4) / last["parameters"], 4)
+    assert last["realiser"] == "module"
+    assert last["proof"]["max_error"] <= 1e-4 * last["proof"]["scale"]
+    assert last["proof"]["moved"] > 1e-3 * last["proof"]["scale"]
+    assert 0 < last["seconds"] < 60
+    assert last["peak_memory_bytes"] > 1_000_000
+    assert "parity" not in last  # it was not asked for
+    assert [set(r) >= {"parameters"} for r in before] == [True, True]  # a killed process leaves what it knew
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "told"),
+    [
+        ("Silent", "unproven", "must move"),
+        ("Growing", "not captured", ""),
+        ("fixed", "nothing to do", ""),
+        ("none_such", "error", "none_such"),
+    ],
+)
+def test_what_cannot_be_proven_says_why(nets: str, name: str, status: str, told: str) -> None:
+    last, _ = row(nets, name)
+    assert last["status"] == status
+    assert last["message"]
+    assert told in last["message"]
+    assert "removed" not in last
+
+
+def test_the_exported_file_is_compared(nets: str) -> None:
+    last, before = row(nets, "Known", export=True)
+    assert before[-1]["status"] == "proven"  # known before the export starts
+    assert last["parity"]["max_error"] <= 1e-4 * last["parity"]["scale"]
+    assert last["parity"]["scale"] > 0
+    assert counts([last])["export parity"] == 1
+
+
+def test_processes_end_by_themselves_or_are_stopped_and_the_journal_goes_on(nets: str, tmp_path: Path) -> None:
+    journal = tmp_path / "runs" / "journal.jsonl"
+    ended = sweep([f"{nets}:dies"], journal=journal)
+    assert ended[0]["status"] == "killed"
+    assert "exit 7" in ended[0]["message"]
+    # a machine that stops in the middle of a line
+    journal.write_text(journal.read_text() + '{"model": "torn", "sta')
+    models = [f"{nets}:dies", f"{nets}:sleeps"]
+    seen: list[int] = []
+    rows = sweep(models, journal=journal, limits=Limits(seconds=0.2), progress=lambda row, n: seen.append(n))
+    assert seen == [0, 1]
+    assert rows[0] == ended[0]  # not run again: in 0.2 s it would have been a timeout
+    assert (rows[1]["status"], rows[1]["seconds"]) == ("timeout", 0.2)
+    whole = [json.loads(line) for line in journal.read_text().splitlines() if not line.endswith('"sta')]
+    assert [r["model"] for r in whole] == models
+    assert sweep(models, journal=journal) == rows
+    # other options make other rows, and a status can be asked for again
+    assert sweep(models[:1], journal=journal, channels=0.3, limits=Limits(seconds=0.2))[0]["status"] == "timeout"
+    again = sweep(models[:1], journal=journal, retry=("killed",), limits=Limits(seconds=0.2))
+    assert again[0]["status"] == "timeout"
+
+
+@pytest.mark.parametrize("channels", [0.0, 1.0, 2, -0.5])
+def test_what_remains_must_be_a_fraction(channels: float) -> None:
+    with pytest.raises(UsageError, match="fraction"):
+        sweep([], channels=channels)
+
+
+def journalled(journal: Path, **changed: Any) -> None:
+    """A journal as an earlier run of the same options left it."""
+    from paredown.coverage.sweep import _versions
+
+    options = {"channels": 0.5, "export": False, "versions": _versions()}
+    journal.write_text("".join(json.dumps({**r, **changed, "options": options}) + "\n" for r in ROWS))
+
+
+def test_one_unproven_result_is_exit_6_after_the_table_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal, out = tmp_path / "journal.jsonl", tmp_path / "coverage.md"
+    names = [r["model"] for r in ROWS]
+    asked = ["coverage", *names, "--journal", str(journal), "--out", str(out), "--json"]
+    journalled(journal)
+    assert main(asked) == 6
+    printed = capsys.readouterr()
+    assert "zoo:wrong" in printed.err
+    assert json.loads(printed.out)["counts"]["unproven"] == 1
+    assert "| wrong |" in out.read_text()
+    journalled(journal, status="proven")
+    assert main(asked) == 0
+
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "model": "zoo:right",
+        "channels": 0.5,
+        "status": "proven",
+        "input": [[2, 3, 64, 48]],
+        "parameters": 12345,
+        "spaces": 3,
+        "free_share": 0.75,
+        "pinned_share": 0.25,
+        "reasons": {"model output": 10, "softmax|over channels": 1200, "cumsum": 7, "one more": 2},
+        "removed": 0.5,
+        "realiser": "module",
+        "proof": {"max_error": 2e-6, "scale": 4.0, "moved": 3.0, "mode": "float32"},
+        "parity": {"max_error": 3e-7, "scale": 0.1},
+        "seconds": 4.4,
+    },
+    {
+        "model": "zoo:wrong",
+        "channels": 0.5,
+        "status": "unproven",
+        "parameters": 1,
+        "reasons": {"model output": 1},
+        "proof": {"max_error": 1.0, "scale": 2.0, "moved": 1.0, "mode": "float64"},
+        "seconds": 1.0,
+        "message": "pruned must equal | dense",
+    },
+    {"model": "other:late", "channels": 0.5, "status": "timeout", "seconds": 120.0, "message": "not done in 120 s"},
+]
+
+
+def test_the_table_has_every_column_that_was_measured() -> None:
+    text = markdown(ROWS)
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("| model |"))
+    cells = dict(zip(_cells(head), _cells(next(line for line in lines if "| right |" in line)), strict=True))
+    assert cells == {
+        "model": "right",
+        "input": "3×64×48",
+        "parameters": "12,345",
+        "spaces": "3",
+        "free": "75 %",
+        "pinned": "25 %",
+        "why pinned": "softmax\\|over channels (1,200); cumsum (7)",
+        "removed": "50.0 %",
+        "proof error": "5e-07 (float32)",
+        "realiser": "module",
+        "ONNX parity": "3e-06",
+        "s": "4",
+        "status": "proven",
+    }
+    late = _cells(next(line for line in lines if "| late |" in line))
+    assert late.count("not tested") == 9
+    assert len(late) == len(cells)
+    assert "| softmax\\|over channels | 1 | 1,200 |" in lines
+    assert "| export parity | 1 | 33.3 % |" in lines
+    assert counts(ROWS)["captured"] == 2
+
+
+def _cells(line: str) -> list[str]:
+    return [c.strip() for c in line.strip("|").replace("\\|", "\0").replace("|", "\1").replace("\0", "\\|").split("\1")]
