@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from paredown.prune import depth_candidates as depth_candidates
     from paredown.prune import fresh as fresh
     from paredown.prune import load as load
+    from paredown.prune import load_pruned as load_pruned
     from paredown.prune import mask_sizes as mask_sizes
     from paredown.prune import masks_of as masks_of
     from paredown.prune import prune as prune
@@ -104,6 +105,7 @@ _ROOMS = {
         "depth_candidates",
         "fresh",
         "load",
+        "load_pruned",
         "mask_sizes",
         "masks_of",
         "prune",
@@ -176,6 +178,7 @@ __all__ = [
     "fresh",
     "keep_masks",
     "load",
+    "load_pruned",
     "mask_picture",
     "mask_sizes",
     "masks_of",

@@ -145,7 +145,7 @@ class _Asked:
     def done(self, pruned: Pruned, out: Path) -> int:
         """What was reached, counted in the factorized model itself, with bytes of the file by stat."""
         import paredown
-        from paredown.prune.files import WEIGHTS
+        from paredown.prune.form import WEIGHTS
 
         args, kwargs = pruned.program.inputs
         after = paredown.examine(paredown.capture(pruned.module, {"args": args, "kwargs": kwargs}, train=False))

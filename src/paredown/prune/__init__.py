@@ -1,7 +1,7 @@
 """Removal of units, physically, with a proof."""
 
 from paredown.prune.depth_scores import DepthCandidate, depth_candidates, drop_lowest, score_depth
-from paredown.prune.files import load, save
+from paredown.prune.files import load, load_pruned, save
 from paredown.prune.gates import Gates
 from paredown.prune.given import masks_of, take_over
 from paredown.prune.movement import Movement, SoftMovement, SrSte
@@ -37,6 +37,7 @@ __all__ = [
     "drop_lowest",
     "fresh",
     "load",
+    "load_pruned",
     "mask_sizes",
     "masks_of",
     "obs",

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from paredown.couple.trace import trace
 from paredown.errors import RejectedError, UsageError
 from paredown.plan import Plan
-from paredown.program import Inputs, capture
+from paredown.program import Program, capture
 from paredown.prune.depth import identity_module, outermost, realise_without
 from paredown.prune.factor_graph import empty_factor_graph
 from paredown.prune.factor_module import realise_factor_module
+from paredown.prune.form import (
+    FORM,
+    PLAN,
+    WEIGHTS,
+    described,
+    example_of,
+    fit_attributes,
+    proof_of,
+    read_form,
+    read_tensors,
+    read_text,
+)
 from paredown.prune.graph import realise_graph
 from paredown.prune.module import put_state, set_attributes, tensors
 from paredown.prune.nouns import Pruned, Stage
 from paredown.prune.removal import removal
 from paredown.records import whole_file, write_text
 from paredown.train.masks import check_zeros
-
-WEIGHTS, PLAN, FORM = "model.safetensors", "plan.json", "form.json"
 
 
 def save(pruned: Pruned, folder: str | Path) -> None:
@@ -43,8 +54,9 @@ def save(pruned: Pruned, folder: str | Path) -> None:
         "realiser": pruned.realiser,
         "plan_digest": pruned.plan.digest,
         "attributes": {p: dict(v) for p, v in sorted(pruned.attributes.items())},
-        "inputs": _described(pruned.program.inputs),
+        "inputs": described(pruned.program.inputs),
         "stages": [_stage_json(stage) for stage in pruned.stages],
+        "proof": dataclasses.asdict(pruned.proof),
     }
     write_text(folder / FORM, json.dumps(form, indent=1, sort_keys=True) + "\n")
     with whole_file(folder / WEIGHTS) as temporary:
@@ -61,23 +73,72 @@ def load(folder: str | Path, model: nn.Module, inputs: Any = None) -> nn.Module:
     >>> model = pare.load("runs/digits", DigitsNet())                 # doctest: +SKIP
     """
     folder = Path(folder)
-    form = _read_form(folder)
+    return _loaded(folder, _read(folder), model, inputs)
+
+
+def load_pruned(folder: str | Path, program: Program) -> Pruned:
+    """What `save` wrote, as a result that goes on: recover and keep_masks hold its masks, and later levels compose.
+
+    `program` is the dense model, captured; its weights do not matter, those of the folder count. Raises RejectedError
+    where the files do not fit.
+
+    >>> import tempfile; from paredown.plan import Mask; from paredown.prune import compose, prune
+    >>> net, kept = nn.Linear(4, 4), torch.eye(4).bool().numpy()
+    >>> program = capture(net, torch.zeros(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(prune(program, Plan(keep={}, masks={"weight": Mask.of(kept, "element")})), folder)
+    ...     load_pruned(folder, program).plan.masks["weight"].density
+    0.25
+    """
+    folder = Path(folder)
+    read = _read(folder)
+    return Pruned(
+        module=_loaded(folder, read, program.module, program.inputs),
+        program=program,
+        plan=read.plan,
+        realiser=read.form["realiser"],
+        proof=proof_of(read.form, folder),
+        attributes=read.form["attributes"],
+        stages=read.stages if read.form["stages"] else (),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A folder's JSON, checked."""
+
+    form: dict[str, Any]
+    plan: Plan
+    stages: tuple[Stage, ...]
+
+
+def _read(folder: Path) -> _Read:
+    form = read_form(folder)
     bits = read_masks(folder)
-    plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"), bits)
+    try:
+        plan = Plan.from_json(read_text(folder / PLAN), bits)
+        stages = _stages(form, plan, bits)
+    except UsageError as error:
+        msg = f"{PLAN} in {folder} must be as it was written. {error}"
+        raise RejectedError(msg) from error
     if plan.digest != form["plan_digest"]:
         msg = f"plan.json and form.json in {folder} must belong together. Got digests {plan.digest[:12]} and {form['plan_digest'][:12]}."
         raise RejectedError(msg)
-    weights = load_file(folder / WEIGHTS)
+    return _Read(form=form, plan=plan, stages=stages)
+
+
+def _loaded(folder: Path, read: _Read, model: nn.Module, inputs: Any) -> nn.Module:
+    weights = read_tensors(folder / WEIGHTS)
     rebuilt = model
-    for stage in _stages(form, plan, bits):
-        rebuilt = _rebuilt(rebuilt, stage, inputs if inputs is not None else _example(form["inputs"]))
+    for stage in read.stages:
+        rebuilt = _rebuilt(rebuilt, stage, inputs if inputs is not None else example_of(read.form["inputs"]))
     try:
         rebuilt.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         msg = f"the weights in {folder} must fit {type(model).__name__} after the plan. {error}"
         raise RejectedError(msg) from error
-    if plan.masks:
-        check_zeros(rebuilt, plan.masks)
+    if read.plan.masks:
+        check_zeros(rebuilt, read.plan.masks)
     return rebuilt.eval()
 
 
@@ -99,7 +160,7 @@ def read_masks(folder: Path) -> dict[str, bytes]:
     bits: dict[str, bytes] = {}
     for file in sorted(folder.glob("masks-*.safetensors")):
         try:
-            bits |= {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+            bits |= {name: tensor.numpy().tobytes() for name, tensor in read_tensors(file).items()}
         except Exception as error:
             msg = f"{file.name} in {folder} must hold the masks of plan.json. Got {type(error).__name__}: the file is damaged."
             raise RejectedError(msg) from error
@@ -113,7 +174,7 @@ def _stages(form: dict[str, Any], plan: Plan, bits: Mapping[str, bytes]) -> tupl
         Stage(
             plan=Plan.from_json(json.dumps(stage["plan"]), bits),
             realiser=stage["realiser"],
-            attributes=_tuples(stage["attributes"]),
+            attributes=stage["attributes"],
         )
         for stage in form["stages"]
     )
@@ -132,6 +193,7 @@ def _rebuilt(model: nn.Module, stage: Stage, inputs: Any) -> nn.Module:
         made = identity_module(model, gone) if gone else copy.deepcopy(model)
         if plan.keep:
             made = _cut(made, plan)
+        fit_attributes(made, stage.attributes)
         set_attributes(made, {p: dict(v) for p, v in stage.attributes.items()})
         chained = realise_factor_module(made, plan.ranks) if plan.ranks else made
         if chained is None:
@@ -146,24 +208,6 @@ def _rebuilt(model: nn.Module, stage: Stage, inputs: Any) -> nn.Module:
     return empty_factor_graph(capture(model, inputs), plan.ranks) if plan.ranks else model
 
 
-def _read_form(folder: Path) -> dict[str, Any]:
-    missing = [n for n in (WEIGHTS, PLAN, FORM) if not (folder / n).is_file()]
-    if missing:
-        msg = f"a pruned model must be a folder with {WEIGHTS}, {PLAN} and {FORM}. Got {folder} without {', '.join(missing)}."
-        raise RejectedError(msg)
-    form: dict[str, Any] = json.loads((folder / FORM).read_text(encoding="utf-8"))
-    if form.get("schema") != 1:
-        msg = f"form.json must have schema 1. Got {form.get('schema')!r}. A newer file needs a newer paredown."
-        raise UsageError(msg)
-    form["attributes"] = _tuples(form["attributes"])
-    return form
-
-
-def _tuples(attributes: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where torch's layers keep tuples."""
-    return {p: {k: tuple(v) if isinstance(v, list) else v for k, v in a.items()} for p, a in attributes.items()}
-
-
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:
     """Slice a model's tensors by the plan, tied names together."""
     every = tensors(model)
@@ -172,6 +216,9 @@ def _cut(model: nn.Module, plan: Plan) -> nn.Module:
     for tensor in every.values():
         cut = tensor.detach()
         for axis, kept in by_id.get(id(tensor), {}).items():
+            if axis >= cut.dim() or kept[-1] >= cut.shape[axis]:
+                msg = f"the plan must index the model's own tensors. Got index {kept[-1]} along axis {axis} of one with shape {tuple(cut.shape)}. Pass the class the model was pruned from."
+                raise RejectedError(msg)
             cut = cut.index_select(axis, torch.tensor(kept))
         made[id(tensor)] = cut
     put_state(model, {name: made[id(tensor)] for name, tensor in every.items()})
@@ -187,25 +234,3 @@ def _own_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
         out[name] = plain.clone() if plain.data_ptr() in seen else plain
         seen.add(plain.data_ptr())
     return out
-
-
-def _described(inputs: Inputs) -> dict[str, Any]:
-    leaves = pytree.tree_map(
-        lambda t: (
-            {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} if isinstance(t, Tensor) else None
-        ),
-        inputs,
-    )
-    return {"args": leaves[0], "kwargs": leaves[1]}
-
-
-def _example(described: dict[str, Any]) -> dict[str, Any]:
-    def made(value: Any) -> Any:
-        if isinstance(value, dict) and set(value) == {"shape", "dtype"}:
-            dtype = getattr(torch, value["dtype"])
-            return torch.zeros(value["shape"], dtype=dtype)
-        if isinstance(value, dict):
-            return {k: made(v) for k, v in value.items()}
-        return tuple(made(v) for v in value) if isinstance(value, list) else value
-
-    return {"args": made(described["args"]), "kwargs": made(described["kwargs"])}

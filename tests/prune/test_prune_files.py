@@ -1,0 +1,202 @@
+"""Folders that `save` wrote: read as a stranger's, and taken up again as a result that goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import paredown as pare
+from paredown.errors import RejectedError
+from paredown.program import Program
+from paredown.prune import Pruned
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 1)
+    )
+
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def masked(program: Program, granularity: str, **budget: float) -> Pruned:
+    coupling = pare.couple(program)
+    scores = pare.score(program, coupling, granularity=granularity)
+    given = pare.Budget(**budget) if budget else None
+    align = {} if "density" in budget or ":" in granularity else {"align": 1}
+    return pare.prune(program, pare.allocate(coupling, scores, pare.examine(program), given, **align))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    pare.save(masked(pare.capture(net(), X), "channel", channels=0.5), path)
+    return path
+
+
+def _text(text: str) -> Callable[[Path], None]:
+    return lambda file: file.write_text(text)
+
+
+def _bytes(data: bytes) -> Callable[[Path], None]:
+    return lambda file: file.write_bytes(data)
+
+
+def _field(**fields: object) -> Callable[[Path], None]:
+    return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def _truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("form.json", _text('{"schema": 1, "re'), "must be JSON"),
+        ("form.json", _text("[" * 100_000), "must be JSON"),
+        ("form.json", _text("[]"), "JSON object"),
+        ("form.json", _text('{"schema": 1}'), "must hold the realiser"),
+        ("form.json", _bytes(b"\xff\xfe\x00"), "UTF-8"),
+        ("form.json", _field(realiser="evil"), "must hold the realiser"),
+        ("form.json", _field(attributes={"0": {"forward": "evil"}}), "attributes that are sizes"),
+        ("form.json", _field(attributes={"0": {"weight": 3}}), "none called 'weight' at 0"),
+        ("form.json", _field(attributes={"0": {"_parameters": 3}}), "none called '_parameters'"),
+        ("form.json", _field(attributes={"0": {"training": 3}}), "none called 'training'"),
+        ("form.json", _field(attributes={"9": {"groups": 3}}), "no module '9'"),
+        ("form.json", _field(stages=[{"plan": 3}]), "must hold stages"),
+        ("form.json", _field(stages=[{"plan": {}, "realiser": "graph", "attributes": {}}]), "as it was written"),
+        ("form.json", _field(inputs=3), "inputs' shapes"),
+        ("form.json", _field(plan_digest="0" * 64), "must belong together"),
+        ("plan.json", _text('{"schema": 1, "ke'), "as it was written"),
+        ("plan.json", _bytes(b"\xff\xfe\x00"), "UTF-8"),
+        ("model.safetensors", _truncated, "header"),
+        ("model.safetensors", _bytes((2**63).to_bytes(8, "little") + b"{}"), "header"),
+        ("model.safetensors", _bytes(b""), "0 bytes"),
+        ("model.safetensors", lambda file: save_file({"a": torch.ones(2)}, file), "must fit Sequential"),
+    ],
+)
+def test_damaged_and_hostile_folders_are_refused_in_words(
+    folder: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], says: str
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damage(tmp_path / name)
+    with pytest.raises(RejectedError) as caught:
+        pare.load(tmp_path, net())
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [([10**6, 10**6], "float32"), ([2, 3, 12, 12], "load"), ([-1], "float32"), ("x", "float32")]
+)
+def test_described_inputs_allocate_no_more_than_an_example(
+    folder: Path, tmp_path: Path, shape: object, dtype: str
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    _field(realiser="graph", inputs={"args": [{"shape": shape, "dtype": dtype}], "kwargs": {}})(tmp_path / "form.json")
+    with pytest.raises(RejectedError, match="shapes of at most"):
+        pare.load(tmp_path, net())
+
+
+def test_the_plan_of_another_model_is_refused(folder: Path) -> None:
+    narrow = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 12, 3))
+    with pytest.raises(RejectedError, match="Pass the class the model was pruned from"):
+        pare.load(folder, narrow)
+
+
+STEPS = {
+    "masks then channels": (("element", {"density": 0.3}), ("channel", {"channels": 0.5})),
+    "channels then 2:4": (("channel", {"channels": 0.5}), ("2:4", {})),
+    "channels twice": (("channel", {"channels": 0.75}), ("channel", {"channels": 0.5})),
+    "masks twice": (("4x1", {"density": 0.5}), ("element", {"density": 0.3})),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_folder_is_taken_up_and_pruned_again(case: str, tmp_path: Path) -> None:
+    """The result of the second level lies in one folder, which loads onto the dense class."""
+    (one, first), (two, second) = STEPS[case]
+    pare.save(masked(pare.capture(net(), X), one, **first), tmp_path / "one")
+    again = pare.load_pruned(tmp_path / "one", pare.capture(nn.Sequential(*net().children()), X))
+    level = masked(pare.capture(again.module, X), two, **second)
+    both = pare.compose(again, level)
+    pare.save(both, tmp_path / "two")
+    loaded = pare.load(tmp_path / "two", net())
+    assert torch.equal(loaded(X), level.module(X))
+    if again.plan.masks:  # zeros of the first level are zeros of the result, and still known as such
+        assert set(both.plan.masks) >= {n for n, m in again.plan.masks.items() if not _cut_away(m, level, n)}
+        assert both.proof.num_zeros > 0
+    third = pare.load_pruned(tmp_path / "two", pare.capture(net(), X))
+    assert (third.plan, third.proof, third.realiser) == (both.plan, both.proof, both.realiser)
+    artifact = pare.export(third, tmp_path / "model.onnx")
+    assert pare.check(artifact, third, [X]).max_error <= 1e-5
+
+
+def _cut_away(mask: pare.Mask, level: Pruned, name: str) -> bool:
+    kept = mask.kept
+    for axis, indices in level.plan.keep.get(name, {}).items():
+        kept = kept.take(indices, axis=axis)
+    return bool(kept.all())
+
+
+def test_masks_of_a_folder_hold_in_a_training_that_goes_on(tmp_path: Path) -> None:
+    pare.save(masked(pare.capture(net(), X), "element", density=0.3), tmp_path)
+    again = pare.load_pruned(tmp_path, pare.capture(net(), X))
+    zeros = {n: ~torch.from_numpy(m.kept) for n, m in again.plan.masks.items()}
+
+    def step(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - 1).square().mean()
+
+    tuned = pare.recover(again, lambda: [X, X], step=step, epochs=2, optimizer="adamw", batch_norm_batches=0)
+    for name, gone in zeros.items():
+        weight = tuned.module.get_parameter(name)
+        assert not weight[gone].any()
+        assert not torch.equal(weight, again.module.get_parameter(name))
+
+
+@pytest.mark.slow
+def test_levels_over_three_processes(tmp_path: Path) -> None:
+    """Each level only knows the folder that the one before it wrote, and the class."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef net():\n    torch.manual_seed(0)\n    return nn.Sequential("
+        "nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 1))\n"
+    )
+    code = (
+        "import sys, torch; import paredown as pare; from net import net\n"
+        "x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))\n"
+        "before, after = sys.argv[1:]\n"
+        "program = pare.capture(net(), x)\n"
+        "first = None if before == '-' else pare.load_pruned(before, program)\n"
+        "here = program if first is None else pare.capture(first.module, x)\n"
+        "coupling = pare.couple(here)\n"
+        "plan = pare.allocate(coupling, pare.score(here, coupling), pare.examine(here), pare.Budget(channels=0.75), align=1)\n"
+        "level = pare.prune(here, plan)\n"
+        "pare.save(level if first is None else pare.compose(first, level), after)\n"
+        "print(float(level.module(x).double().sum()))\n"
+    )
+    said = ""
+    for before, after in (("-", "a"), ("a", "b"), ("b", "c")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, before, after], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        said = done.stdout
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from net import net as fresh  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(tmp_path))
+    loaded = pare.load(tmp_path / "c", fresh())
+    assert tuple(loaded[0].weight.shape) == (7, 3, 3, 3)  # 16 → 12 → 9 → 7
+    assert float(loaded(X).detach().double().sum()) == float(said)
