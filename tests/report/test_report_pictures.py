@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+import paredown as pare
 from paredown.errors import UsageError
 from paredown.granularity import Granularity
 from paredown.plan import Mask
@@ -68,6 +71,80 @@ def test_nothing_to_draw_is_refused() -> None:
             mask_picture(bad)
     with pytest.raises(UsageError, match="most"):
         mask_picture(mask("row", (4, 4)), most=0)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.skip = nn.ModuleList([Added(8), Added(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        for layer in self.skip:
+            x = layer(x)
+        return self.last(x + self.block(x))
+
+
+class Added(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
+
+
+def test_a_pruned_model_is_drawn_in_the_shapes_of_the_dense_one() -> None:
+    """The oracle is in the weights: dark cells, in order, are the weights of the small model that are not masked."""
+    torch.manual_seed(0)
+    net, x = Residual(), torch.randn(2, 4)
+    program = pare.capture(net, x)
+    keep = {"block.0.weight": {0: (0, 2, 3)}, "block.0.bias": {0: (0, 2, 3)}, "block.2.weight": {1: (0, 2, 3)}}
+    masks = {
+        "block.2.weight": mask("element", (8, 3)),
+        "last.weight": Mask.of(np.eye(3, 8, dtype=bool), "element"),
+    }
+    small = pare.prune(program, pare.Plan(keep=keep, masks=masks, drop_modules=("skip.1",)))
+    figure = mask_picture(small)
+    drawn = {axes.get_title().split("\n")[0]: axes for axes in figure.axes}
+    assert {n: a.get_title().split("\n")[1].split(":")[0] for n, a in drawn.items()} == {
+        "last.weight": "element", "block.0.weight": "channel", "block.2.weight": "channel, element", "skip.1.fc.weight": "layer",
+    }  # fmt: skip
+    left = {n: p.detach().numpy() for n, p in small.module.named_parameters()}
+    for name, axes in drawn.items():
+        kept = np.asarray(axes.images[0].get_array()).astype(bool)
+        dense = net.get_parameter(name).detach().numpy()
+        there = left[name] if name in left else np.zeros((0, 0), np.float32)
+        assert np.array_equal(dense[kept], there[there != 0])
+        assert kept.shape == dense.shape and not kept.all()
+
+
+def test_heads_that_leave_are_whole_stripes_of_all_their_weights() -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(16, 4, dim_feedforward=8, batch_first=True).eval()
+    program = pare.capture(net, torch.randn(2, 5, 16))
+    coupling = pare.couple(program)
+    plan = pare.allocate(
+        coupling,
+        pare.score(program, coupling, granularity="head"),
+        pare.examine(program),
+        pare.Budget(channels=0.5),
+        align=1,
+    )
+    drawn = {a.get_title().split("\n")[0]: a for a in mask_picture(pare.prune(program, plan)).axes}
+    picture = np.asarray(drawn["self_attn.in_proj_weight"].images[0].get_array())
+    stripes = picture.reshape(3, 4, 4, 16)  # query, key, value; heads; rows of a head
+    assert (
+        (stripes == stripes[:, :, :1, :1]).all()
+        and (stripes[0] == stripes[1]).all()
+        and (stripes[0] == stripes[2]).all()
+    )
+    assert stripes[0, :, 0, 0].sum() == 2
+    columns = np.asarray(drawn["self_attn.out_proj.weight"].images[0].get_array()).reshape(16, 4, 4)
+    assert np.array_equal(columns[0, :, 0], stripes[0, :, 0, 0])
+    assert "head: 50 % kept" in drawn["self_attn.in_proj_weight"].get_title()
 
 
 def test_pictures_load_no_torch() -> None:
