@@ -192,3 +192,12 @@ def test_a_module_under_two_names_keeps_its_own_weights() -> None:
     module, graph = (prune(program, Plan(keep=keep), realiser=r) for r in ("module", "graph"))
     assert torch.equal(module.module.first[0].weight, net.first[0].weight[[0, 2, 5]])  # type: ignore[union-attr, index]
     assert torch.allclose(module.module(x), graph.module(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_channel_behind_a_relu_can_always_be_proven(seed: int) -> None:
+    """Random weights leave it dead in half of all draws: they are drawn until it shows."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 3))
+    plan = Plan(keep={"0.weight": {0: (1,)}, "0.bias": {0: (1,)}, "2.weight": {1: (1,)}})
+    proof = prune(capture(net, random(2, 3), train=False), plan, seed=seed).proof
+    assert proof.moved > 1e-3 * proof.scale

@@ -21,6 +21,7 @@ from paredown.prune.removal import Removal, slice_state
 
 SINGLE, DOUBLE = 1e-4, 1e-9
 """Largest error relative to the output's scale, in float32 and in float64."""
+_DRAWS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +39,13 @@ class Reference:
 def reference(program: Program, removal: Removal, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Reference:
     """Run the dense graph on random weights, then again with every read of a removed unit zeroed.
 
-    Where the output does not move the weights are drawn anew with less gain (saturated activations hide a change).
+    Where the output does not move the weights are drawn anew: with less gain, because saturated activations hide a
+    change, and again and again, because one channel behind a ReLU is dead in half of all draws.
     """
     inputs = pytree.tree_map(lambda t: in_dtype(t, dtype), healthy_inputs(program, seed))
-    for attempt in range(3):
-        state = {n: in_dtype(t, dtype) for n, t in healthy(program, seed + attempt, gain=1.0 / (1 + attempt)).items()}
+    for attempt in range(_DRAWS):
+        drawn = healthy(program, seed + attempt, gain=1.0 / (1 + attempt % 3))
+        state = {n: in_dtype(t, dtype) for n, t in drawn.items()}
         with torch.no_grad():
             dense = run_dense(program, state, inputs, None)
             _zero_reads(state, removal)
