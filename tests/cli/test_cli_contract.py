@@ -20,9 +20,15 @@ COMMON = "device json pruned quiet strip-prefix threads weights".split()
 OPTIONS = {
     "compress": "device dry-run json out overwrite quiet set strict threads weights".split(),
     "couple": [*COMMON, "input", "strict"],
+    "coverage": "channels family journal json limit memory onnx out quiet retry seconds threads".split(),
     "doctor": ["json"],
     "examine": [*COMMON, "by", "file", "input", "overwrite", "plot", "strict", "target-size"],
     "export": [*COMMON, "input", "opset", "out", "overwrite", "target"],
+    "factorize": [
+        *COMMON,
+        *"align allocation dry-run energy exclude floor include input macs method out overwrite parameters".split(),
+        *"realiser seed strict target".split(),
+    ],
     "init": ["quiet"],
     "measure": "baseline input json quiet runs samples seconds threads".split(),
     "prune": "align allocation channels criterion device dry-run exclude floor include input json macs out overwrite parameters "

@@ -27,6 +27,7 @@ TIERS = (
     "allocate",
     "train",
     "recipes",  # task modules: data and a training step of their own
+    "detectors",  # what of torchvision's detectors can be captured
     "models",  # finds models and task modules by name, the shipped ones too
     "prune factorize quantize",
     "export",

@@ -36,6 +36,7 @@ def tidy(model: ir.Model) -> None:
             break
     integer_biases(model)
     common.DeduplicateInitializersPass(size_limit=1 << 40)(model)
+    own_zero_points(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
@@ -203,6 +204,31 @@ def integer_biases(model: ir.Model) -> int:
         node.replace_input_with(2, dequantize.outputs[0])
         done += 1
     return done
+
+
+def own_zero_points(model: ir.Model) -> int:
+    """A zero point of its own for every int8 weight; returns how many were copied.
+
+    On x86 without VNNI, ONNX Runtime's precise mode rewrites weights and their zero points as uint8, each under a name
+    made of the old one: where two weights share a zero point, the second rewrite fails and the file does not load.
+    """
+    taken: set[str] = set()
+    copies = 0
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
+            continue
+        codes, zero = constant(node.inputs[0]), constant(node.inputs[2])
+        if codes is None or zero is None or codes.dtype != np.int8:
+            continue
+        name = str(node.inputs[2].name)
+        if name in taken:
+            name = next(
+                n for k in itertools.count(1) if (n := f"{node.inputs[0].name}_zero{k}") not in model.graph.initializers
+            )
+            node.replace_input_with(2, _initializer(model, name, zero))
+            copies += 1
+        taken.add(name)
+    return copies
 
 
 def drop_defaults(model: ir.Model) -> None:

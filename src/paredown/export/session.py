@@ -21,6 +21,9 @@ from paredown.quantize.batches import length, rows, tensors_of
 from paredown.quantize.nouns import Quantized
 
 Predict = Callable[..., Any]
+PRECISE = ("session.x64quantprecision", "1")
+"""Session option of ONNX Runtime. On x86 without VNNI its uint8 × int8 products saturate at 16 bit unless it is set (a cosine
+of 0.96 to 0.99 instead of 1 was measured); with VNNI, and elsewhere, it changes nothing."""
 STRUCTURE = "outputs"
 """Key of the file's metadata that holds the structure of its outputs, where it is not one tensor."""
 
@@ -54,6 +57,7 @@ def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry(*PRECISE)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

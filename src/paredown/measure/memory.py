@@ -35,6 +35,7 @@ def run(path: str, shapes: dict[str, Any], threads: int = 1) -> dict[str, int]:
     before = peak_bytes()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as in the sessions that measure
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {}
     for value in session.get_inputs():

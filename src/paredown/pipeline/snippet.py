@@ -1,4 +1,4 @@
-"""Ten lines that run the recommended file, with its normalisation."""
+"""A dozen lines that run the recommended file, with its normalisation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from paredown.export.session import PRECISE
 from paredown.program import Program
 
 
@@ -30,7 +31,9 @@ def snippet(file: str, normalisation: str, program: Program) -> str:
             "import numpy as np",
             "import onnxruntime as ort",
             "",
-            f"session = ort.InferenceSession({file!r}, providers=['CPUExecutionProvider'])",
+            "options = ort.SessionOptions()",
+            f"options.add_session_config_entry{PRECISE!r}  # exact int8 sums on x86 without VNNI, too",
+            f"session = ort.InferenceSession({file!r}, options, providers=['CPUExecutionProvider'])",
             f"# {how}",
             f"inputs = [{values}]  # put your samples here",
             "names = [i.name for i in session.get_inputs()]",
