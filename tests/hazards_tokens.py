@@ -50,7 +50,7 @@ def positions_looked_up() -> nn.Module:
     return net
 
 
-@hazard(tokens, because=("lstm",), double=False)
+@hazard(tokens, free=6 + 4 + 5, double=False)
 def lstm() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         y, (h, _) = m.cell(m.inner(x))
@@ -66,13 +66,77 @@ def lstm() -> nn.Module:
     )
 
 
-@hazard(tokens, because=("gru",), double=False)
+@hazard(tokens, free=6 + 4, double=False)
 def gru() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.head(m.cell(m.inner(x))[0])
 
     return Net(
         run, inner=nn.Linear(5, 6), cell=nn.GRU(6, 4, bidirectional=True, batch_first=True), head=nn.Linear(8, 3)
+    )
+
+
+@hazard(lambda b: ((random(b, 6, 5), random(b, 4)), {}), free=5, spaces=1, because=("initial state",))
+def recurrent_started() -> nn.Module:
+    """The first state comes from outside: its size is the user's."""
+
+    class Started(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.cell, self.head = nn.Linear(5, 5), nn.GRU(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, start: Tensor) -> Tensor:
+            return self.head(self.cell(self.inner(x).transpose(0, 1), start[None])[0].transpose(0, 1))
+
+    return Started()
+
+
+@hazard(tokens, free=6 + 4, spaces=2, double=False)
+def projected() -> nn.Module:
+    """What an LSTM gives is a projection of its hidden units, in both directions and layers."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, (h, c) = m.cell(x)
+        return m.head(y[:, -1]) + m.last(h[-1]) + m.memory(c[0])
+
+    cell = nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True, proj_size=4)
+    return Net(run, cell=cell, head=nn.Linear(8, 3), last=nn.Linear(4, 3), memory=nn.Linear(6, 3))
+
+
+@hazard(tokens, free=4 + 5, spaces=2)
+def learned_start() -> nn.Module:
+    """Two simple recurrent layers without biases; the first one starts from learned states."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, _ = m.first(x, m.start.expand(2, x.shape[0], 4))
+        _, h = m.second(y, x.new_zeros(1, x.shape[0], 5))
+        return m.head(h[0])
+
+    first = nn.RNN(5, 4, nonlinearity="relu", bias=False, bidirectional=True, batch_first=True)
+    second = nn.RNN(8, 5, batch_first=True, bias=False)
+    return Net(run, first=first, second=second, head=nn.Linear(5, 3), start=nn.Parameter(torch.ones(2, 1, 4)))
+
+
+@hazard(tokens, free=4 + 6 + 5, spaces=3, double=False)
+def cells() -> nn.Module:
+    """One step at a time: the states go from step to step, and the user's code may write their first size down."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(x.shape[0], 4)
+        g = r = None
+        for step in range(3):
+            h, c = m.lstm(x[:, step], (h, c))
+            g = m.gru(h, g)
+            r = m.rnn(g, r)
+        return m.head(r) + m.memory(c)
+
+    return Net(
+        run,
+        lstm=nn.LSTMCell(5, 4),
+        gru=nn.GRUCell(4, 6),
+        rnn=nn.RNNCell(6, 5),
+        head=nn.Linear(5, 3),
+        memory=nn.Linear(4, 3),
     )
 
 

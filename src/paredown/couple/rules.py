@@ -1,7 +1,7 @@
 """One rule per op: how the ids of its result follow from the ids of its operands, and what it ties.
 
 A rule takes the node and the Trace and returns the id tensor of the result (a tuple for several results, an int for
-a size). Families: constant, size, shape, unary, binary, reduce, contraction (contract.py), norm, pool. An op without a
+a size). Families: constant, size, shape, unary, binary, reduce, contraction (contract.py), recurrent, norm, pool. An op without a
 rule pins every id that reaches it; so the answer is sound whatever the op does.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from paredown.couple import contract, shape
+from paredown.couple import contract, recurrent, shape
 from paredown.couple.ids import compact, fixed, laid, tidy, varying
 from paredown.couple.operand import Rule, args_of, merge, result, schema
 from paredown.couple.trace import Trace
@@ -208,29 +208,6 @@ def _grid_sample(node: fx.Node, trace: Trace) -> Any:
     return laid(trace.vector(ids, 1, "sampled together"), 1, result(node).shape)
 
 
-def _rnn(node: fx.Node, trace: Trace) -> Any:
-    """LSTM, GRU, RNN: the inputs of the first layer are read; everything inside is pinned."""
-    source, hidden, params = node.args[0], node.args[1], node.args[2]
-    why = f"inside {node.target}"
-    firsts = _first_layer(node, params)  # type: ignore[arg-type]
-    ids = trace.of(source)
-    channels = trace.vector(ids, ids.dim() - 1, why)
-    for n in pytree.tree_leaves((hidden, params)):
-        if n in firsts:
-            trace.read(n, 1, channels, "read by a recurrent layer")
-            trace.pin(trace.weight(n, 0, "write"), why)
-        elif isinstance(n, fx.Node):
-            trace.pin(trace.of(n), why)
-    return result(node)
-
-
-def _first_layer(node: fx.Node, params: list[fx.Node]) -> set[fx.Node]:
-    """weight_ih of layer 0, both directions."""
-    layers, both = args_of(node, "num_layers", "bidirectional")
-    per = len(params) // (int(layers) * (2 if both else 1))
-    return {params[0], *([params[per]] if both else [])}
-
-
 # --------------------------------------------------------------------------------------------------------------- table
 
 _UNARY = (
@@ -286,7 +263,6 @@ def _table() -> dict[str, Rule]:
         ("constant_pad_nd pad reflection_pad1d reflection_pad2d replication_pad2d".split(), shape.pad),
         ("batch_norm instance_norm _native_batch_norm_legit_functional".split(), _channel_norm),
         ("layer_norm rms_norm".split(), _last_norm),
-        ("lstm gru rnn_tanh rnn_relu".split(), _rnn),
         (
             "_assert_scalar _assert_tensor_metadata sym_constrain_range_for_size sym_constrain_range _assert_async".split(),
             shape.nothing,
@@ -296,6 +272,7 @@ def _table() -> dict[str, Rule]:
     return (
         table
         | contract.RULES
+        | recurrent.RULES
         | {
             "operator.getitem": shape.getitem,
             "slice": shape.slice,

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from paredown.couple import recurrent
 from paredown.couple.operand import args_of, schema
 from paredown.couple.trace import concrete, op_name
+from paredown.errors import UsageError
 from paredown.program import GraphModel, Program
 from paredown.prune.removal import Removal, own, slice_state
 
@@ -212,6 +214,27 @@ def _repeat_interleave(node: fx.Node, copied: fx.Node, removal: Removal) -> None
         copied.kwargs = {k: v for k, v in copied.kwargs.items() if k != "output_size"}
 
 
+def _recurrent(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
+    """A constant initial state is as long as the units that survive; a projection must not become as long."""
+    out = removal.trace.ids[node]
+    every = [out] if isinstance(out, Tensor) else list(out) if op_name(node).endswith("cell") else list(out[1:])
+    new = [removal.shape(ids)[-1] for ids in every]
+    old = [ids.shape[-1] for ids in every]
+    if len(set(new)) != len(set(old)):
+        msg = f"an LSTM with projections must keep a hidden size other than its proj_size. Got {new[1]} for both at {node.name}."
+        raise UsageError(msg)
+    place = [a.name for a in schema(node).arguments].index("hx")
+    states: Any = node.args[place]
+    states = list(states) if isinstance(states, list | tuple) else [states]
+    mine: Any = copied.args[place]
+    cut = list(mine) if isinstance(mine, list | tuple) else [mine]
+    for at, (state, before, after) in enumerate(zip(states, old, new, strict=True)):
+        if before != after and state in removal.trace.values:
+            with copied.graph.inserting_before(copied):
+                cut[at] = copied.graph.call_function(torch.ops.aten.slice.Tensor, (cut[at], -1, 0, after))
+    _set(copied, "hx", cut if isinstance(mine, list | tuple) else cut[0])
+
+
 REWRITES: dict[str, Rewrite] = {
     "view": _sizes("size"),
     "_unsafe_view": _sizes("size"),
@@ -231,6 +254,7 @@ REWRITES: dict[str, Rewrite] = {
     "pad": _pad,
     "constant_pad_nd": _pad,
     "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(recurrent.RULES, _recurrent),
     "squeeze": _squeeze,
     "repeat_interleave": _repeat_interleave,
 }

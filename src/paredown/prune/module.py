@@ -107,6 +107,12 @@ def _sizes(name: str, module: nn.Module, groups: dict[str, int]) -> dict[str, An
         return {"groups": num, "in_channels": ins, "out_channels": outs}
     if isinstance(module, nn.Linear):
         return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    if isinstance(module, nn.RNNBase):
+        outs = kind.weight_hr_l0.shape[0] if module.proj_size else 0
+        hidden = kind.weight_hr_l0.shape[1] if outs else kind.weight_hh_l0.shape[1]
+        return {"input_size": kind.weight_ih_l0.shape[1], "hidden_size": hidden, "proj_size": outs}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": module.weight.shape[1]}
     if isinstance(module, nn.GroupNorm):

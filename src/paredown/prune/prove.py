@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from paredown.couple import recurrent
 from paredown.couple.operand import args_of, schema
 from paredown.couple.trace import op_name
 from paredown.errors import VerificationError
@@ -329,7 +330,7 @@ def _roles(program: Program) -> dict[str, str]:
                 value = args_of(node, argument)[0]
                 if isinstance(value, fx.Node) and value.name in names:
                     roles.setdefault(names[value.name], role)
-            if op in ("lstm", "gru", "matmul", "addmm", "einsum"):
+            if op in (*recurrent.RULES, "matmul", "addmm", "einsum"):
                 for value in node.all_input_nodes:
                     name = names.get(value.name)
                     if name is not None and program.state[name].dim() == 2:
