@@ -31,8 +31,11 @@ OPTIONS = {
     ],
     "init": ["quiet"],
     "measure": "baseline input json quiet runs samples seconds threads".split(),
-    "prune": "align allocation channels criterion device dry-run exclude floor include input json macs out overwrite parameters "
-    "quiet realiser seed strict strip-prefix target threads weights".split(),
+    "prune": [
+        *COMMON,
+        *"align allocation channels criterion density drop dry-run exclude floor granularity include input macs masks".split(),
+        *"out overwrite parameters plot realiser seed strict target".split(),
+    ],
     "quantize": [*COMMON, "calibrate", "input", "observer", "out", "overwrite", "samples", "target"],
     "report": ["json", "quiet"],
 }

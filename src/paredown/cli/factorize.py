@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from paredown.cli import options
-from paredown.cli.prune import check_out_folder, dense_file_bytes
+from paredown.cli.prune import check_out_folder
+from paredown.cli.pruning import dense_file_bytes
 from paredown.cli.show import emit, only_document, say, share, show, table
 from paredown.cli.sources import Loaded, loaded, number
 from paredown.errors import UsageError

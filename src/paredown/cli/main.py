@@ -129,6 +129,9 @@ def _nearest(error: ParedownError) -> str:
     reached, dense = made.get("reached"), made.get("dense")
     if not reached or not dense:
         return ""
+    if "kept" in reached:
+        kept = f"{reached['kept']:,} of {reached['of']:,} weights kept ({100 * reached['density']:.1f} %)"
+        return f"\nNearest plan: {kept}, effective MACs {reached['effective_macs']:,} of {dense['macs']:,} (estimated)."
     figures = [f"{n} {reached[n]:,} of {dense[n]:,} ({100 * reached[n] / dense[n]:.1f} %)" for n in dense if dense[n]]
     return f"\nNearest plan: {', '.join(figures)}."
 

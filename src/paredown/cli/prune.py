@@ -1,34 +1,69 @@
-"""paredown prune: take channels out of a model by a criterion that needs no data, prove it, save it."""
+"""paredown prune: take channels, heads or modules out of a model, or mask its weights, by rules that need no data."""
 
 from __future__ import annotations
 
-import json as jsonlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from paredown.cli import options
-from paredown.cli.show import emit, only_document, plan_table, say, share, show, table, units_left
-from paredown.cli.sources import Loaded, loaded, number
+from paredown.cli.pruning import Asked, candidates_document, candidates_table, plan_tables
+from paredown.cli.quantize import check_out_file
+from paredown.cli.show import emit, only_document, say, show
+from paredown.cli.sources import Loaded, continued, loaded, number, refuse_both
 from paredown.errors import InfeasibleError, UsageError
+from paredown.granularity import Granularity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
     from paredown.budget import Budget
     from paredown.couple import Coupling
     from paredown.examine import Cost
     from paredown.plan import Plan
+    from paredown.program import Program
     from paredown.prune import Pruned
 
-DATA_FREE = ("l1", "l2", "bn_scale", "random")
-_ITEM_NAMES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
-_ITEM_NAMES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
+DATA_FREE = ("l1", "l2", "linf", "lamp", "geometric_median", "bn_scale", "synflow", "random")
+PICTURES = (".svg", ".png", ".pdf")
 _REMAINS = "What remains: a fraction in (0, 1), or a number ≥ 2"
+_NAMES = {"negative": "", "show_default": False}
+
+_Macs = Annotated[str | None, Parameter(help=f"{_REMAINS} of multiply-accumulates.")]
+_Parameters = Annotated[str | None, Parameter(help=f"{_REMAINS} of parameters.")]
+_Channels = Annotated[str | None, Parameter(help=f"{_REMAINS} of channels, of every space.")]
+_Density = Annotated[str | None, Parameter(help=f"{_REMAINS} of the weights that masks are of.")]
+_Cells = Annotated[
+    str | None,
+    Parameter(
+        help="channel, head and layer leave physically; element, 2:4, 4x1, row, column, kernel are masks. Default: channel."
+    ),
+]
+_Drop = Annotated[tuple[str, ...], Parameter(help="A module to leave out, as layer3.1; again for more.", **_NAMES)]
+_Masks = Annotated[
+    Path | None, Parameter(help="Your own masks: .safetensors or .npz, one array per parameter; 1 is kept.")
+]
+_Criterion = Annotated[
+    str | None, Parameter(help=f"What makes a channel or weight important: {', '.join(DATA_FREE)}. Default: l1.")
+]
+_Allocation = Annotated[
+    Literal["uniform", "global", "erk"] | None,
+    Parameter(help="One ratio, one ranking of all, or (masks) by layer shape. Default: uniform."),
+]
+_Include = Annotated[tuple[str, ...], Parameter(help="Only names like this pattern (* and ?).", **_NAMES)]
+_Exclude = Annotated[tuple[str, ...], Parameter(help="Never names like this; wins over --include.", **_NAMES)]
+_Align = Annotated[int | None, Parameter(help="Kept channels are a multiple of this; default: the target's.")]
+_Floor = Annotated[
+    float | None, Parameter(help="Fraction of every space or weight that always remains; default: 0.1 of channels.")
+]
+_Realiser = Annotated[
+    Literal["auto", "module", "graph"], Parameter(help="module keeps your class, graph rebuilds the model.")
+]
+_Plot = Annotated[Path | None, Parameter(help=f"Draw kept and pruned cells into this file ({', '.join(PICTURES)}).")]
+_Out = Annotated[Path | None, Parameter(help="New folder for model.safetensors, plan.json and form.json.")]
+_Seed = Annotated[int, Parameter(help="Of the random criterion and of the proof.")]
 
 
 def prune(
@@ -36,29 +71,27 @@ def prune(
     /,
     *,
     input: options.Input,
-    macs: Annotated[str | None, Parameter(help=f"{_REMAINS} of multiply-accumulates.")] = None,
-    parameters: Annotated[str | None, Parameter(help=f"{_REMAINS} of parameters.")] = None,
-    channels: Annotated[str | None, Parameter(help=f"{_REMAINS} of channels, of every space.")] = None,
-    criterion: Annotated[str, Parameter(help=f"What makes a channel important: {', '.join(DATA_FREE)}.")] = "l1",
-    allocation: Annotated[
-        Literal["uniform", "global"], Parameter(help="One ratio, or one ranking of all.")
-    ] = "uniform",
-    include: Annotated[
-        tuple[str, ...], Parameter(help="Only names like this pattern (* and ?).", negative="", show_default=False)
-    ] = (),
-    exclude: Annotated[
-        tuple[str, ...], Parameter(help="Never names like this; wins over --include.", negative="", show_default=False)
-    ] = (),
-    align: Annotated[int | None, Parameter(help="Kept channels are a multiple of this; default: the target's.")] = None,
-    floor: Annotated[float, Parameter(help="Fraction of every space that always remains.")] = 0.1,
-    realiser: Annotated[
-        Literal["auto", "module", "graph"], Parameter(help="module keeps your class, graph rebuilds the model.")
-    ] = "auto",
+    macs: _Macs = None,
+    parameters: _Parameters = None,
+    channels: _Channels = None,
+    density: _Density = None,
+    granularity: _Cells = None,
+    drop: _Drop = (),
+    masks: _Masks = None,
+    criterion: _Criterion = None,
+    allocation: _Allocation = None,
+    include: _Include = (),
+    exclude: _Exclude = (),
+    align: _Align = None,
+    floor: _Floor = None,
+    realiser: _Realiser = "auto",
     target: options.Target = "onnxruntime-x86",
-    seed: Annotated[int, Parameter(help="Of the random criterion and of the proof.")] = 0,
-    out: Annotated[Path | None, Parameter(help="New folder for model.safetensors, plan.json and form.json.")] = None,
+    seed: _Seed = 0,
+    out: _Out = None,
+    plot: _Plot = None,
     weights: options.Weights = None,
     strip_prefix: options.StripPrefix = None,
+    pruned: options.From = None,
     threads: options.Threads = None,
     device: options.Device = None,
     strict: options.Strict = False,
@@ -67,72 +100,196 @@ def prune(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Remove channels, physically and with a proof; train the result with your own loop, or use compress."""
+    """Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress."""
     from paredown.budget import Budget
 
-    budget = Budget(macs=number(macs), parameters=number(parameters), channels=number(channels))
-    _check_options(budget, criterion, model, weights, out, dry_run=dry_run, overwrite=overwrite)
+    budget = Budget(
+        macs=number(macs), parameters=number(parameters), channels=number(channels), density=number(density)
+    )
+    how: dict[str, Any] = {"criterion": criterion, "allocation": allocation, "align": align, "floor": floor}
+    how |= {"include": include or None, "exclude": exclude or None}
+    choice = _Choice(
+        granularity=_granularity(granularity, drop, masks), budget=budget, drop=drop, masks=masks,
+        how={n: v for n, v in how.items() if v is not None}, target=target, seed=seed,
+    )  # fmt: skip
+    choice.check(dry_run=dry_run)
+    refuse_both(pruned, weights)
+    read = {"weights": weights, "masks": masks, "pruned model": None if pruned is None else pruned / "form.json"}
+    _check_places(out, plot, model, read, dry_run=dry_run, overwrite=overwrite)
     with only_document(json):
-        import paredown
-
         found = loaded(
             model, input, weights=weights, strip_prefix=strip_prefix, threads=threads, device=device, seed=seed
         )
-        program = found.program
-        coupling = paredown.couple(program, strict=strict)
-        cost = paredown.examine(program, strict=strict, model=model)
-        scores = paredown.score(program, coupling, criterion, seed=seed, weights_given=found.weights == "given")
+        found, before = (found, None) if pruned is None else continued(found, pruned)
+        tell = _carried_out(
+            choice, found, before, realiser, None if dry_run else out, plot, name=model, strict=strict, json=json, quiet=quiet
+        )  # fmt: skip
+    return tell()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What is asked for."""
+
+    granularity: Granularity
+    budget: Budget
+    drop: tuple[str, ...]
+    masks: Path | None
+    how: Mapping[str, Any]
+    """Options of scoring and allocating that were given."""
+    target: str
+    seed: int
+
+    def check(self, *, dry_run: bool) -> None:
+        """All that can be refused before anything is loaded."""
+        kind = self.granularity
+        own = "--drop" if self.drop else "--masks" if self.masks else ""
+        given = [*self.budget.given(), *self.how]
+        if own and given:
+            msg = f"{own} must stand without --{given[0].replace('_', '-')}: it says itself what is pruned. Got both."
+            raise UsageError(msg)
+        if self.drop and self.masks:
+            msg = "--drop and --masks must be given one after the other, the second with --pruned. Got both."
+            raise UsageError(msg)
+        if own or (kind.kind == "layer" and dry_run):
+            return
+        if kind.kind == "layer":
+            msg = "granularity layer must come with --drop MODULE, or with --dry-run, which lists what may be left out. Got neither."
+            raise UsageError(msg)
+        self._check_amount()
+        criterion = self.how.get("criterion", "l1")
+        if criterion not in DATA_FREE:
+            _refuse_criterion(criterion)
+
+    def _check_amount(self) -> None:
+        kind, given = self.granularity, self.budget.given()
+        wrong = "channels" if kind.masked else "density"
+        if wrong in given:
+            fix = "--granularity element, 2:4, 4x1, …" if wrong == "density" else "--density"
+            msg = f"--{wrong} must not be given for granularity {kind}. Got {given[wrong]}. Use {fix}."
+            raise UsageError(msg)
+        if not given and kind.kind != "n:m":
+            ways = "--density, --parameters or --macs" if kind.masked else "--macs, --parameters or --channels"
+            msg = (
+                f"prune must be given what remains: {ways}, as --{'density' if kind.masked else 'macs'} 0.5. Got none."
+            )
+            raise UsageError(msg)
+
+    def plan(self, found: Loaded, coupling: Coupling, cost: Cost) -> Plan:
+        """The plan, by whatever makes it."""
+        import paredown
+
+        program, made_by = found.program, {"verb": "prune"}
+        if self.drop:
+            return paredown.Plan(keep={}, drop_modules=self.drop, made_by=made_by)
+        if self.masks is not None:
+            return paredown.masks_of(program, self.masks, granularity=str(self.granularity))
+        how = dict(self.how)
+        scores = paredown.score(
+            program, coupling, how.pop("criterion", "l1"), granularity=self.granularity, seed=self.seed,
+            weights_given=found.weights == "given",
+        )  # fmt: skip
         try:
-            plan = paredown.allocate(
-                coupling, scores, cost, budget, target=target, allocation=allocation,
-                include=include, exclude=exclude, floor=floor, align=align,
-            )  # fmt: skip
+            return paredown.allocate(coupling, scores, cost, self.budget, target=self.target, **how)
         except InfeasibleError as error:
             _say_nearest(error, coupling, cost)
             raise
-        asked = _Asked(found=found, coupling=coupling, cost=cost, plan=plan, json=json, quiet=quiet)
-        pruned = None
-        if plan.keep and not dry_run:
-            say("prune and prove", quiet=quiet or json)
-            pruned = paredown.prune(program, plan, realiser=realiser, seed=seed)
-            assert out is not None  # checked with the options
-            paredown.save(pruned, out)
-    if not plan.keep:
-        return asked.already_met()
-    if pruned is None:
-        return asked.dry_run()
-    assert out is not None  # checked with the options
-    return asked.done(pruned, out)
 
 
-def _check_options(
-    budget: Budget,
-    criterion: str,
-    model: str,
-    weights: Path | None,
-    out: Path | None,
-    *,
-    dry_run: bool,
-    overwrite: bool,
+def _granularity(text: str | None, drop: tuple[str, ...], masks: Path | None) -> Granularity:
+    kind = Granularity.parse(text or ("layer" if drop else "element" if masks is not None else "channel"))
+    if (drop and kind.kind != "layer") or (masks is not None and not kind.masked):
+        msg = f"--granularity must be {'layer with --drop' if drop else 'one of masks with --masks'}. Got {kind}."
+        raise UsageError(msg)
+    return kind
+
+
+def _refuse_criterion(criterion: str) -> None:
+    from paredown.score import TABLE
+
+    later = f" It reads data: `paredown compress RECIPE` does that, with prune.criterion={criterion}."
+    more = later if criterion in TABLE else " compress knows those that need data."
+    msg = f"--criterion must be one of {', '.join(DATA_FREE)}. Got {criterion!r}.{more}"
+    raise UsageError(msg)
+
+
+def _carried_out(
+    choice: _Choice, found: Loaded, before: Pruned | None, realiser: Any, out: Path | None, plot: Path | None, *,
+    name: str, strict: bool, json: bool, quiet: bool,
+) -> Callable[[], int]:  # fmt: skip
+    """Plan, prune, prove, save; what is left to do is to tell it, on the stdout of the document. Without `out`: a dry run."""
+    import paredown
+    from paredown.records import whole_file
+
+    program, seed = found.program, choice.seed
+    if choice.granularity.kind == "layer" and not choice.drop:
+        return partial(_candidates, program, json=json, quiet=quiet)
+    coupling = paredown.couple(program, strict=strict)
+    cost = paredown.examine(program, strict=strict, model=name)
+    plan = choice.plan(found, coupling, cost)
+    asked = Asked(
+        found=found,
+        coupling=coupling,
+        cost=cost,
+        plan=plan,
+        granularity=str(choice.granularity),
+        json=json,
+        quiet=quiet,
+    )
+    if plan.made_by.get("already_met"):
+        return asked.already_met
+    if out is None:
+        counted: Cost | None = None
+        notes: tuple[str, ...] = ()
+        if plan.drop_modules:  # what leaves with a module is known once it is left out
+            tried = paredown.prune(program, plan, realiser=realiser, seed=seed)
+            counted, notes = paredown.examine(paredown.capture(tried.module, program.inputs, train=False)), tried.notes
+        return partial(asked.dry_run, counted, notes)
+    say("prune and prove", quiet=quiet or json)
+    level = paredown.prune(program, plan, realiser=realiser, seed=seed)
+    result = level if before is None else paredown.compose(before, level, seed=seed)
+    figure = (
+        None if plot is None else paredown.mask_picture(level)
+    )  # before anything is written: it may miss matplotlib
+    paredown.save(result, out)
+    if figure is not None and plot is not None:
+        with whole_file(plot) as temporary:
+            figure.savefig(temporary, format=plot.suffix[1:].lower())
+    return partial(asked.done, level, result, out, plot)
+
+
+def _candidates(program: Program, *, json: bool, quiet: bool) -> int:
+    from paredown.prune import depth_candidates
+
+    candidates = depth_candidates(program)
+    if json:
+        emit(candidates_document(candidates))
+    elif candidates:
+        show(candidates_table(candidates), "Name them with --drop.", quiet=quiet)
+    else:
+        show("No residual block: no module whose input reaches its output past its weights.", quiet=quiet)
+    return 0
+
+
+def _check_places(
+    out: Path | None, plot: Path | None, model: str, read: Mapping[str, Path | None], *, dry_run: bool, overwrite: bool
 ) -> None:
-    """All that can be refused before anything is loaded."""
-    if not budget.given():
-        msg = "prune must be given what remains: --macs, --parameters or --channels, as --macs 0.5. Got none."
-        raise UsageError(msg)
-    if criterion not in DATA_FREE:
-        later = (
-            " It reads data: `paredown compress RECIPE` does that, with prune.criterion."
-            if criterion == "taylor"
-            else ""
-        )
-        msg = f"--criterion must be one of {', '.join(DATA_FREE)}. Got {criterion!r}.{later or ' compress knows those that need data.'}"
-        raise UsageError(msg)
+    """Where results go, before anything is loaded."""
     if dry_run:
+        if plot is not None:
+            msg = f"--plot must be given without --dry-run, which writes nothing. Got {str(plot)!r}."
+            raise UsageError(msg)
         return
     if out is None:
         msg = "prune must be given --out, a new folder, or --dry-run. Got neither."
         raise UsageError(msg)
-    check_out_folder(out, {"model": model.rpartition(":")[0], "weights": str(weights or "")}, overwrite=overwrite)
+    inputs = {"model": model.rpartition(":")[0], **{n: str(p or "") for n, p in read.items()}}
+    check_out_folder(out, inputs, overwrite=overwrite)
+    if plot is not None:
+        if plot.suffix.lower() not in PICTURES:
+            msg = f"--plot must end in one of {', '.join(PICTURES)}. Got {str(plot)!r}."
+            raise UsageError(msg)
+        check_out_file(plot, dict(inputs), overwrite=overwrite, option="--plot")
 
 
 def check_out_folder(out: Path, inputs: Mapping[str, str], *, overwrite: bool) -> None:
@@ -152,133 +309,11 @@ def check_out_folder(out: Path, inputs: Mapping[str, str], *, overwrite: bool) -
 
 def _say_nearest(error: InfeasibleError, coupling: Coupling, cost: Cost) -> None:
     """The nearest plan, on stderr, before the error itself."""
-    if error.nearest is None or not error.nearest.keep:
+    if error.nearest is None or not (error.nearest.keep or error.nearest.masks):
         return
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     console.print("nearest plan that can be reached:", markup=False)
-    console.print(plan_table(coupling, cost, error.nearest), markup=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """What was found out before anything changes, and how it is told."""
-
-    found: Loaded
-    coupling: Coupling
-    cost: Cost
-    plan: Plan
-    json: bool
-    quiet: bool
-
-    def already_met(self) -> int:
-        """Exit 0, and it says so."""
-        told = "The budget is already met: nothing was removed, nothing was written."
-        if self.json:
-            emit(
-                {
-                    **self._document(self.cost.parameters, self.cost.macs, None),
-                    "already_met": True,
-                    "notes": [told, *self.found.notes],
-                }
-            )
-        else:
-            show(told, *self._notes(), quiet=self.quiet)
-        return 0
-
-    def dry_run(self) -> int:
-        """The plan as a table; counts are exact, the file was not made."""
-        from paredown.allocate import predict
-
-        parameters, macs = predict(self.coupling, self.cost, self.plan)
-        if self.json:
-            removed = [{"space": s.name, "units": [len(s), units_left(s, self.plan)]} for s in self.coupling.spaces]
-            emit(
-                {
-                    **self._document(parameters, macs, None),
-                    "dry_run": True,
-                    "removed": removed,
-                    "notes": list(self.found.notes),
-                }
-            )
-        else:
-            what = plan_table(self.coupling, self.cost, self.plan)
-            show(what, *self._notes(), "Dry run: nothing was changed or written.", quiet=self.quiet)
-        return 0
-
-    def done(self, pruned: Pruned, out: Path) -> int:
-        """What was reached, counted in the pruned model itself, with bytes of the file by stat."""
-        import paredown
-        from paredown.prune.form import WEIGHTS
-
-        args, kwargs = pruned.program.inputs
-        after = paredown.examine(paredown.capture(pruned.module, {"args": args, "kwargs": kwargs}, train=False))
-        size = (out / WEIGHTS).stat().st_size
-        proof = pruned.proof
-        if self.json:
-            document = {
-                **self._document(after.parameters, after.macs, size),
-                "realiser": pruned.realiser,
-                "proof": {"max_error": proof.max_error, "scale": proof.scale, "moved": proof.moved, "mode": proof.mode},
-                "plan_digest": pruned.plan.digest,
-                "out": str(out),
-                "notes": [*self.found.notes, *pruned.notes],
-            }
-            emit(document)
-            return 0
-        dense = dense_file_bytes(pruned.program.module.state_dict(), pruned.plan.digest)
-        figures = (
-            ("parameters", self.cost.parameters, after.parameters),
-            ("MACs", self.cost.macs, after.macs),
-            ("file bytes", dense, size),
-        )
-        rows = [(name, f"{a:,}", f"{b:,}", share(b, a)) for name, a, b in figures]
-        show(
-            plan_table(self.coupling, self.cost, self.plan),
-            table(("counted", "before", "after", "remains"), rows),
-            f"proof: error {proof.max_error:.2g} at output scale {proof.scale:.2g} ({proof.mode}); realiser: {pruned.realiser}",
-            *self._notes(),
-            *(f"note: {n}" for n in pruned.notes),
-            f"wrote {out}",
-            quiet=self.quiet,
-        )
-        return 0
-
-    def _document(self, parameters: int, macs: int, size: int | None) -> dict[str, Any]:
-        """The keys that every form of the document has."""
-        return {
-            "schema": 1,
-            "parameters": [self.cost.parameters, parameters],
-            "macs": [self.cost.macs, macs],
-            "file_bytes": [dense_file_bytes(self.found.program.module.state_dict(), self.plan.digest), size],
-            "realiser": None,
-            "proof": None,
-            "plan_digest": self.plan.digest,
-            "out": None,
-            "weights": self.found.weights,
-        }
-
-    def _notes(self) -> list[str]:
-        return [f"note: {n}" for n in self.found.notes]
-
-
-def dense_file_bytes(state: Mapping[str, Tensor], digest: str) -> int:
-    """Bytes of the safetensors file that `save` would write for the dense model: header, padded to 8, and tensors.
-
-    >>> import torch, safetensors.torch
-    >>> state = {"a": torch.zeros(3), "b": torch.zeros(2, 2, dtype=torch.int64)}
-    >>> dense_file_bytes(state, "0") == len(safetensors.torch.save(state, metadata={"plan": "0"}))
-    True
-    """
-    header: dict[str, Any] = {"__metadata__": {"plan": digest}}
-    at = 0
-    for name in sorted(state, key=lambda n: (-state[n].element_size(), n)):
-        tensor = state[name]
-        kind = str(tensor.dtype).removeprefix("torch.")
-        end = at + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": _ITEM_NAMES.get(kind, kind.upper()), "shape": shape, "data_offsets": [at, end]}
-        at = end
-    text = jsonlib.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + at
+    for part in plan_tables(coupling, cost, error.nearest):
+        console.print(part, markup=False)

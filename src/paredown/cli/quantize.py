@@ -121,17 +121,17 @@ def export(
     return 0
 
 
-def check_out_file(out: Path, inputs: dict[str, Any], *, overwrite: bool) -> None:
+def check_out_file(out: Path, inputs: dict[str, Any], *, overwrite: bool, option: str = "--out") -> None:
     """A new file; never one that is read."""
     if out.is_dir():
-        msg = f"--out must be a file to write. Got the folder {str(out)!r}. Add a name, as {str(out / 'model.onnx')!r}."
+        msg = f"{option} must be a file to write. Got the folder {str(out)!r}. Add a name, as {str(out / 'model.onnx')!r}."
         raise UsageError(msg)
     for what, path in inputs.items():
         if path and Path(path).is_file() and Path(path).resolve() == out.resolve():
-            msg = f"--out must not be the file of the {what}. Got {str(out)!r} for both."
+            msg = f"{option} must not be the file of the {what}. Got {str(out)!r} for both."
             raise UsageError(msg)
     if out.exists() and not overwrite:
-        msg = f"--out must be a new file. Got {str(out)!r}, which exists. Choose another, or --overwrite."
+        msg = f"{option} must be a new file. Got {str(out)!r}, which exists. Choose another, or --overwrite."
         raise UsageError(msg)
 
 

@@ -10,6 +10,7 @@ from paredown.errors import RejectedError, UsageError
 
 if TYPE_CHECKING:
     from paredown.program import Program
+    from paredown.prune import Pruned
 
 RANDOM = "No weights were given: the model is random. Sizes and counts hold, its values mean nothing."
 
@@ -50,15 +51,32 @@ def loaded(
 
     inputs = parse_input(input)
     seed_all(seed)
-    if pruned is not None and weights is not None:
-        msg = f"--pruned must stand without --weights: the folder holds the weights. Got {str(weights)!r} too."
-        raise UsageError(msg)
+    refuse_both(pruned, weights)
     network, given = load_model(model, weights=weights, strip_prefix=strip_prefix or False)
     if pruned is not None:
         from paredown.prune import load
 
         network, given = load(existing_folder(pruned, "--pruned"), network, inputs), True
     return Loaded(name=model, program=capture(network, inputs, train=train), weights="given" if given else "random")
+
+
+def continued(found: Loaded, folder: Path) -> tuple[Loaded, Pruned]:
+    """What an earlier command wrote, and the same as a captured model: the next level starts from it."""
+    import dataclasses
+
+    from paredown.program import capture
+    from paredown.prune import load_pruned
+
+    before = load_pruned(existing_folder(folder, "--pruned"), found.program)
+    program = capture(before.module, found.program.inputs)
+    return dataclasses.replace(found, program=program, weights="given"), before
+
+
+def refuse_both(pruned: Path | None, weights: Path | None) -> None:
+    """A folder of a pruned model brings its weights."""
+    if pruned is not None and weights is not None:
+        msg = f"--pruned must stand without --weights: the folder holds the weights. Got {str(weights)!r} too."
+        raise UsageError(msg)
 
 
 def use_threads(threads: int | None) -> None:
