@@ -52,7 +52,7 @@ def coverage(
             chosen += torchvision_models()
         if not chosen or (not models and family in ("timm", "all")):
             say("list timm's models", quiet=quiet or json)
-            chosen += timm_models(limit)
+            chosen += timm_models(limit, sizes=journal.with_name("timm-sizes.jsonl"))
         rows = sweep(
             chosen,
             channels=channels,

@@ -52,7 +52,7 @@ def sweep(
     limits = limits if limits is not None else Limits()
     options = {"channels": channels, "export": export, "versions": _versions()}
     again = set(retry)
-    known = {r["model"]: r for r in _read(journal) if r.get("options") == options and r.get("status") not in again}
+    known = {r["model"]: r for r in read_lines(journal) if r.get("options") == options and r.get("status") not in again}
     rows: list[Row] = []
     try:
         for number, model in enumerate(models):
@@ -60,7 +60,7 @@ def sweep(
             if row is None:
                 row = {**_run(model, options, limits, threads), "options": options}
                 if journal is not None:
-                    _append(journal, row)
+                    append_line(journal, row)
             rows.append(row)
             if progress is not None:
                 progress(row, number)
@@ -121,7 +121,8 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _read(journal: Path | None) -> Iterator[dict[str, Any]]:
+def read_lines(journal: Path | None) -> Iterator[dict[str, Any]]:
+    """The objects with a model in a file of JSON lines; none where there is no file. A torn line is left out."""
     if journal is None or not journal.is_file():
         return
     for line in journal.read_text(encoding="utf-8").splitlines():
@@ -133,7 +134,8 @@ def _read(journal: Path | None) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _append(journal: Path, row: Mapping[str, Any]) -> None:
+def append_line(journal: Path, row: Mapping[str, Any]) -> None:
+    """One JSON line, on the disk when this returns."""
     journal.parent.mkdir(parents=True, exist_ok=True)
     torn = journal.is_file() and journal.read_bytes()[-1:] not in (b"", b"\n")  # a line cut short when it stopped
     with journal.open("a", encoding="utf-8") as file:
