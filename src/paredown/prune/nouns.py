@@ -71,8 +71,8 @@ class Pruned:
     fits: Mapping[str, Fit] = field(default_factory=dict)
     """By weight, where `reconstruct` fitted it."""
     stages: tuple[Stage, ...] = ()
-    """Where factors are among the changes: all of them in order, since later ones name factors that the model had not."""
-
+    """Where one plan on the dense model cannot say it all (factors, channels inside the one head that was left): every
+    change in order, each on the model that the one before it made."""
     notes: tuple[str, ...] = ()
     """What a reader should know: what masks removed physically, and what is simulated and why."""
 

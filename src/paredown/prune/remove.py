@@ -202,9 +202,10 @@ def _proven(
 def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
     """Two levels as one result of the first program. `second` was pruned from a capture of `first.module`.
 
-    The composed plan is proven again, on the first program; where a unit of the second level is finer than one of the
-    first (channels inside the one head that was left), each level keeps its own proof and the second one is reported.
-    So it is with ranks: the result keeps its `stages`, because later plans name factors.
+    The composed plan is proven again, on the first program. Where a unit of the second level is finer than one of the
+    first (channels inside the one head that was left) the first program cannot say it: the result keeps its `stages`,
+    which `load` replays one by one; each has its own proof and the second one is reported. So it is with ranks, because
+    later plans name factors.
     """
     if any(p.ranks or p.drop_modules for p in (first.plan, second.plan)):
         return _in_stages(first, second)
@@ -214,9 +215,9 @@ def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
     if plan.keep:
         try:
             gone = removal(trace(first.program), plan)
-            proof = prove(first.program, second.module, gone, reference(first.program, gone, seed=seed), seed=seed)
-        except UsageError:
-            pass
+        except UsageError:  # torn in the first program, though whole in the second
+            return _in_stages(first, second)
+        proof = prove(first.program, second.module, gone, reference(first.program, gone, seed=seed), seed=seed)
     attributes = {
         p: {**first.attributes.get(p, {}), **second.attributes.get(p, {})}
         for p in {*first.attributes, *second.attributes}
