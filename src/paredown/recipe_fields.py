@@ -38,7 +38,8 @@ class Level(Strict):
     density: Annotated[float | int | None, BeforeValidator(_amount)] = None
     """Fraction (or number) of weights that are not zero: a mask of the granularity. Stands alone; N:M needs none."""
     modules: int | None = Field(default=None, ge=1)
-    """How many of the modules that may be left out (residual blocks) remain: depth. Stands alone."""
+    """How many of the modules that may be left out (residual blocks) remain: depth, by block influence on the calibration
+    data. Stands alone."""
     granularity: str | None = Field(default=None, max_length=40)
     """Of this level, where it is not that of prune."""
     factorize: Literal["svd", "asvd", "svd_llm", "spatial_svd", "tucker2"] | None = None
@@ -48,10 +49,8 @@ class Level(Strict):
     def _given(self) -> Level:
         given = self.model_dump(exclude_none=True, exclude={"granularity", "factorize"})
         alone = {"channels", "density", "modules"} & given.keys()
-        ratio = self.granularity is not None and Granularity.parse(self.granularity).kind == "n:m"
-        if (not given and not ratio) or (alone and len(given) > 1):
-            got = " and ".join(given) or "none"
-            msg = f"a level must give channels, density or modules alone, or parameters, macs or both. Got {got}."
+        if alone and len(given) > 1:
+            msg = f"a level must give channels, density or modules alone, or parameters, macs or both. Got {' and '.join(given)}."
             raise ValueError(msg)
         if self.factorize is not None and alone:
             msg = f"a level with factorize must give parameters or macs. Got {' and '.join(given)}."
@@ -79,13 +78,23 @@ class Prune(Strict):
     granularity: str = Field(default="channel", max_length=40)
     """channel, head: removed physically; element, "2:4", row, column, kernel, 4x1: masks; layer: whole modules."""
     criterion: str = Field(default="l1", min_length=1, max_length=40)
-    """What makes a channel or a weight important: a name of the table of criteria (`paredown.score`)."""
-    allocation: Literal["uniform", "global", "erk"] = "uniform"
-    """uniform keeps one ratio of every space or layer; global ranks all of the model; erk (masks) by layer size."""
-    normalize: Literal["mean", "max", "none"] = "mean"
-    """What a global ranking divides the scores of a space by."""
-    schedule: Literal["one-shot", "iterative", "gradual"] = "one-shot"
-    """How a mask comes about in the training of its level: at once, in steps with recovery between, or cubically."""
+    """What makes a channel or a weight important: a name of the table of criteria (`paredown.score`), or one that is learnt
+    in the training: movement, soft_movement, sr_ste, accumulated_movement, gradient_drift (masks), gates (channels)."""
+    criterion_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options of the criterion, and of every one: group, bias, reduction, member_norm (see `paredown.score`)."""
+    allocation: Literal["uniform", "global", "erk", "sensitivity", "greedy", "knapsack"] = "uniform"
+    """uniform keeps one ratio of every space or layer; global ranks all of the model; erk (masks) by layer size; the
+    others measure first how far the outputs move on calibration data when one space or layer alone keeps less."""
+    normalize: Literal["mean", "max", "none", "size"] | None = None
+    """What a global ranking divides the scores of a space or layer by; null: mean for units, none for masks."""
+    schedule: Literal["one-shot", "iterative", "gradual", "lottery", "rigl", "set"] = "one-shot"
+    """How a mask comes about in the training of its level: at once, in steps with recovery between, cubically, by whole
+    trainings with a rewind between, or moving at constant density."""
+    schedule_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options of the schedule, as rounds or rewind_step (see `paredown.prune.schedule`)."""
+    regularize: Literal["none", "growing", "slimming"] = "none"
+    """A training with a penalty on coupled units (growing) or batch-norm scales (slimming) before channels leave, as long
+    as the recovery."""
     reconstruct: bool = False
     """After a removal, fit the weights that read the removed channels by least squares to the dense outputs."""
     levels: tuple[Level, ...] = ()
@@ -96,8 +105,9 @@ class Prune(Strict):
     """Patterns of what is never pruned. A pattern that matches nothing is an error."""
     align: int | None = Field(default=None, ge=1)
     """Kept channels are a multiple of this; null takes the target's, 1 turns it off."""
-    floor: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of each space that always remains; never less than one channel."""
+    floor: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of each space or layer that always remains; null: 0.1 for units (never less than one), 0.01 for masks that
+    are ranked across layers."""
     realiser: Literal["auto", "module", "graph"] = "auto"
     """module keeps your own class, graph rebuilds the model from its graph; auto takes the module where it is proven."""
     score_batches: int = Field(default=16, ge=1)
@@ -118,10 +128,18 @@ class Prune(Strict):
             kind = Granularity.parse(self.granularity_of(level))
             masked = kind.masked and level.factorize is None
             wanted = "density" if masked else "modules" if kind.kind == "layer" else "channels, parameters or macs"
-            given = level.density if masked else level.modules if kind.kind == "layer" else 1
+            units = level.channels is not None or level.parameters is not None or level.macs is not None
+            given = (
+                level.density is not None if masked else level.modules is not None if kind.kind == "layer" else units
+            )
             other = (level.density is not None and not masked) or (level.modules is not None and kind.kind != "layer")
-            if other or (given is None and kind.kind != "n:m"):
-                msg = f"level {number} must give {wanted}, as its granularity is {kind}. Got {level.model_dump(exclude_none=True)}."
+            brings_its_own = masked and (kind.kind == "n:m" or self.criterion == "soft_movement")
+            if other or given == brings_its_own:
+                wanted = "no amount" if brings_its_own else wanted
+                got = level.model_dump(exclude_none=True)
+                msg = f"level {number} must give {wanted}, as its granularity is {kind}. Got {got}."
+                if not got:
+                    msg = "a level must give channels, density or modules alone, or parameters, macs or both. Got none."
                 raise ValueError(msg)
         return self
 

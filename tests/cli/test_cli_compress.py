@@ -198,6 +198,25 @@ def test_dry_run(call, place, monkeypatch, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("level", "says"),
+    [
+        ("{density: 0.25, granularity: element}", "effective MACs (estimated)"),
+        ("{macs: 0.7, factorize: svd}", "svd"),
+        ("{granularity: '2:4'}", "2:4"),
+    ],
+)
+def test_dry_run_of_masks_and_low_rank(call, place, monkeypatch, tmp_path, level, says):
+    monkeypatch.chdir(place)
+    done = call(
+        "compress", "recipe.yaml", "--out", tmp_path / "new", "--dry-run",
+        "--set", f"prune.levels=[{level}]", "--set", "prune.criterion=l2",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert says in done.out
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_default_folder_is_named_after_the_recipe(place):
     assert safe_name("a run/../50 %") == "a-run-..-50"
     for name in ("..", "/", "-rf", "...", "", "a" * 300, "C:\\x", "\n", "🙂"):

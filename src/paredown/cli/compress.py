@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from paredown.cli import options
-from paredown.cli.show import emit, only_document, plan_table, share, show, table
+from paredown.cli.show import counts_after, emit, only_document, plan_table, share, show, table
 from paredown.errors import GateError, InfeasibleError, RejectedError, UsageError
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def _refuse_inputs_folder(folder: Path, source: str, recipe: Recipe, *, overwrit
 def _planned(recipe: Recipe, *, strict: bool) -> tuple[Any, Any, Any, bool]:
     """Cost, coupling and the plan of the first level, on the model as it is before any training."""
     import paredown
-    from paredown.budget import Budget
     from paredown.pipeline.compress import task_of
+    from paredown.pipeline.ways import Here, Way, check_ways
     from paredown.train.task import seed_all
 
     task, make, given = task_of(recipe)
@@ -101,22 +101,9 @@ def _planned(recipe: Recipe, *, strict: bool) -> tuple[Any, Any, Any, bool]:
     coupling, cost = paredown.couple(program, strict=strict), paredown.examine(program, strict=strict, model=task.name)
     if not recipe.prune.levels:
         return cost, coupling, None, given and not untrained
-    asked = recipe.prune
-    seed_all(recipe.seed)
-    scores = paredown.score(
-        program,
-        coupling,
-        asked.criterion,
-        batches=task.train_batches() if asked.criterion == "taylor" and task.train_batches else None,
-        loss=task.step,
-        num_batches=asked.score_batches,
-        seed=recipe.seed,
-        weights_given=given,
-    )
-    plan = paredown.allocate(
-        coupling, scores, cost, Budget(**asked.levels[0].model_dump(exclude_none=True)), target=recipe.target, allocation=asked.allocation,
-        include=asked.include, exclude=asked.exclude, floor=asked.floor, align=asked.align,
-    )  # fmt: skip
+    check_ways(recipe, task)
+    way = Way(recipe=recipe, task=task, level=recipe.prune.levels[0], number=1, weights_given=given or untrained)
+    plan = way.foreseen(Here(program=program, coupling=coupling, cost=cost, masks={}))
     return cost, coupling, plan, given and not untrained
 
 
@@ -124,9 +111,7 @@ def _dry_run(recipe: Recipe, *, json: bool, quiet: bool, strict: bool) -> int:
     with only_document(json):
         cost, coupling, plan, trained = _planned(recipe, strict=strict)
         if plan is not None:
-            from paredown.allocate import predict
-
-            after = predict(coupling, cost, plan)
+            after = counts_after(coupling, cost, plan)
     notes = [] if trained else ["The model is not trained yet: counts hold, which channels leave will differ."]
     if json:
         reached = (
@@ -148,7 +133,9 @@ def _dry_run(recipe: Recipe, *, json: bool, quiet: bool, strict: bool) -> int:
         )
         return 0
     show(cost, quiet=quiet)
-    if plan is None:
+    if plan is None and recipe.prune.levels:
+        show("Level 1 finds its own density in its training: nothing can be said before.", quiet=quiet)
+    elif plan is None:
         show(
             "No level of pruning is asked for: the model is quantized, exported, checked and measured as it is.",
             quiet=quiet,

@@ -98,30 +98,63 @@ def share(after: float, before: float) -> str:
 
 
 def plan_table(coupling: Any, cost: Any, plan: Any) -> Any:
-    """What a plan removes, space by space, and what remains in all (counted exactly, not measured)."""
+    """What a plan leaves, space by space or weight by weight, and what remains in all (counted exactly, not measured)."""
     from rich.console import Group
 
-    from paredown.allocate import predict
-
-    parameters, macs = predict(coupling, cost, plan)
-    rows = []
-    for space in coupling.spaces:
-        before, after = len(space), units_left(space, plan)
-        rows.append((space.name, space.kind, before, after, share(after, before)))
+    parameters, macs = counts_after(coupling, cost, plan)
     totals = [
         ("parameters", f"{cost.parameters:,}", f"{parameters:,}", share(parameters, cost.parameters)),
         ("MACs", f"{cost.macs:,}", f"{macs:,}", share(macs, cost.macs)),
     ]
-    lines = [
-        table(("space", "unit", "before", "after", "remains"), rows, left=2),
-        table(("", "before", "after", "remains"), totals),
-    ]
+    lines = []
+    if plan.keep or not (plan.masks or plan.ranks or plan.drop_modules):
+        rows = [(s.name, s.kind, len(s), n, share(n, len(s))) for s in coupling.spaces for n in [units_left(s, plan)]]
+        lines.append(table(("space", "unit", "before", "after", "remains"), rows, left=2))
+    if plan.masks:
+        lines.append(_masks_table(plan.masks))
+        totals += _skipped(coupling, cost, plan)
+    if plan.ranks:
+        chains = [(n, r.method, " × ".join(map(str, r.ranks))) for n, r in plan.ranks.items()]
+        lines.append(table(("weight", "method", "ranks"), chains, left=2))
+    if plan.drop_modules:
+        lines.append(table(("left out",), [(name,) for name in plan.drop_modules]))
+    lines.append(table(("", "before", "after", "remains"), totals))
     blocked = plan.made_by.get("blocked_by")
     if blocked:
         lines.append(_text(f"nearest reachable: {blocked}"))
     if plan.made_by.get("include") and plan.made_by.get("exclude"):
         lines.append(_text(plan.made_by["precedence"]))
     return Group(*lines)
+
+
+def counts_after(coupling: Any, cost: Any, plan: Any) -> tuple[int, int]:
+    """Parameters and MACs that a dense runtime stores and executes after a plan."""
+    from paredown.allocate import predict
+
+    if plan.ranks or plan.drop_modules:
+        reached = plan.made_by["reached"]
+        return reached["parameters"], reached["macs"]
+    return predict(coupling, cost, plan)
+
+
+def _masks_table(masks: Any) -> Any:
+    sizes = [(n, m.granularity, m.kept.size, m.num_kept) for n, m in masks.items()]
+    rows = [(n, cut, f"{size:,}", f"{kept:,}", share(kept, size)) for n, cut, size, kept in sizes]
+    return table(("weight", "mask", "before", "not zero", "remains"), rows, left=2)
+
+
+def _skipped(coupling: Any, cost: Any, plan: Any) -> list[tuple[str, str, str, str]]:
+    """What only a runtime that skips zeros would gain."""
+    from paredown.allocate import foresee
+
+    if plan.keep:  # masks of what channels leave
+        return []
+    seen = foresee(coupling, cost, plan)
+    left, macs = seen.nonzero_parameters, seen.effective_macs
+    return [
+        ("parameters that are not zero (simulated)", f"{cost.parameters:,}", f"{left:,}", share(left, cost.parameters)),
+        ("effective MACs (estimated)", f"{cost.macs:,}", f"{macs:,}", share(macs, cost.macs)),
+    ]
 
 
 def _text(words: object) -> Any:

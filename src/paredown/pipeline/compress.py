@@ -15,9 +15,9 @@ from paredown.errors import UsageError
 from paredown.measure import machine
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
-from paredown.pipeline.levels import check_criterion
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import Compressed, run_stages
+from paredown.pipeline.ways import check_ways
 from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
 from paredown.target import named
 from paredown.train import Metric, Task, task_from_module
@@ -93,7 +93,7 @@ def task_of(recipe: Recipe) -> tuple[Task, Callable[[], nn.Module], bool]:
 
 def _notebook_recipe(budget: Budget | None, target: str, options: Mapping[str, Any] | None) -> Recipe:
     given = budget.given() if budget is not None else {}
-    level = {k: v for k, v in given.items() if k in ("channels", "parameters", "macs")}
+    level = {k: v for k, v in given.items() if k in ("channels", "parameters", "macs", "density")}
     bounds = {k: v for k, v in given.items() if k not in level}
     asked: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (options or {}).items()}
     prune = {"levels": [level] if level else [], **asked.pop("prune", {})}
@@ -145,7 +145,7 @@ def _run(
     recipe: Recipe, task: Task, model: Callable[[], nn.Module], given: bool, out: Path, *, overwrite: bool, quiet: bool
 ) -> Compressed:
     named(recipe.target)
-    check_criterion(recipe.prune.criterion)
+    check_ways(recipe, task)
     threads = torch.get_num_threads()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from paredown.allocate import allocate
-from paredown.budget import Budget
-from paredown.couple import Coupling, Space, couple
-from paredown.errors import UsageError
-from paredown.examine import Cost, examine
+from paredown.couple import Space
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
+from paredown.pipeline.ways import Here, Way, simulated
 from paredown.plan import Plan
-from paredown.program import Program, capture
-from paredown.prune import Pruned, compose, prune
+from paredown.program import Program
+from paredown.prune import Pruned, compose
 from paredown.prune.reconstruct import reconstruct
 from paredown.recipe_fields import Level
 from paredown.records import whole_file
-from paredown.score import TABLE, score
 from paredown.train import recover
 from paredown.train.task import seed_all
 
@@ -33,17 +28,23 @@ from paredown.train.task import seed_all
 def one_level(
     run: Run, number: int, level: Level, program: Program, before: Pruned | None, teacher: nn.Module
 ) -> tuple[Pruned, dict[str, Any]] | None:
-    """Score, allocate, prune with proof, train. Returns the result and what to record; None where the level is met already."""
-    run.say(f"level {number}: couple, score, allocate")
+    """Prune with proof and train. Returns the result and what to record; None where the level is met already."""
     recipe = run.recipe
-    here = program if before is None else capture(before.module, program.inputs)
-    coupling, cost = couple(here), examine(here)
-    plan = _plan(run, here, coupling, cost, level)
+    way = Way(
+        recipe=recipe, task=run.task, level=level, number=number, weights_given=run.weights_given,
+        steps=run.folder.steps,
+    )  # fmt: skip
+    run.say(f"level {number}: look at the model")
+    here = Here.of(program, before)
+    if way.in_training:
+        tuned, history = _in_training(run, way, here, before or program, teacher)
+        return tuned, {**_told(way, here, tuned, tuned.plan), "history": history}
+    run.say(f"level {number}: score, allocate")
+    plan = way.plan(here)
     if plan.made_by.get("already_met"):
         return None
     run.say(f"level {number}: prune and prove")
-    step = prune(here, plan, realiser=recipe.prune.realiser, seed=recipe.seed)
-    fits: Mapping[str, Any] = {}
+    step = way.carried_out(here, plan)
     if recipe.prune.reconstruct and plan.keep and run.task.train_batches is not None:
         run.say(f"level {number}: reconstruct")
         step = reconstruct(
@@ -53,31 +54,41 @@ def one_level(
             num_batches=recipe.prune.score_batches,
             seed=recipe.seed,
         )
-        fits = step.fits
     pruned = step if before is None else compose(before, step, seed=recipe.seed)
     tuned, history = _recovered(run, number, pruned, teacher)
-    details = {
-        "removed": [_removed(s, plan) for s in coupling.spaces],
-        "history": history,
+    fits = {name: dataclasses.asdict(fit) for name, fit in step.fits.items()}
+    return tuned, {**_told(way, here, tuned, plan), "history": history, "fits": fits}
+
+
+def _told(way: Way, here: Here, tuned: Pruned, plan: Plan) -> dict[str, Any]:
+    """What a record says of a level."""
+    known = {"budget", "reached", "blocked_by", "criterion", "allocation", "granularity", "density", "schedule"}
+    known |= {"method", "choice", "remain", "regularize"}
+    return {
+        "removed": [_removed(s, plan) for s in here.coupling.spaces] if plan.keep else [],
         "realiser": tuned.realiser,
         "proof": dataclasses.asdict(tuned.proof),
-        "reached": {
-            k: v
-            for k, v in step.plan.made_by.items()
-            if k in ("budget", "reached", "blocked_by", "criterion", "allocation", "granularity")
-        },
-        "fits": {name: dataclasses.asdict(fit) for name, fit in fits.items()},
+        "reached": {k: v for k, v in plan.made_by.items() if k in known},
+        "ranks": {n: {"method": r.method, "ranks": list(r.ranks)} for n, r in plan.ranks.items()},
+        "left_out": list(plan.drop_modules),
+        "simulated": simulated(tuned) if tuned.plan.masks else {},
+        "notes": list(tuned.notes),
     }
-    return tuned, details
 
 
-def check_criterion(criterion: str) -> None:
-    """Known to the table of criteria, before any work; raises UsageError with what was probably meant."""
-    if criterion not in TABLE:
-        near = difflib.get_close_matches(criterion, TABLE, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        msg = f"prune.criterion must be one of {', '.join(TABLE)}. Got {criterion!r}.{hint}"
-        raise UsageError(msg)
+def _in_training(
+    run: Run, way: Way, here: Here, model: Program | Pruned, teacher: nn.Module
+) -> tuple[Pruned, list[dict[str, Any]]]:
+    """What leaves is chosen while the model trains; checkpoints of the loop continue it."""
+    run.say(f"level {way.number}: prune in training")
+    history: list[dict[str, Any]] = []
+
+    def progress(state: Any) -> None:
+        history[:] = [{"epoch": e.epoch, "loss": e.loss, "lr": e.lr} for e in state.history]
+        run.on_training(f"prune level {way.number}", state)
+
+    checkpoint = run.folder.steps / f"level-{way.number}-training.safetensors"
+    return way.trained(here, model, teacher, checkpoint=checkpoint, progress=progress), history
 
 
 def _removed(space: Space, plan: Plan) -> dict[str, Any]:
@@ -97,34 +108,6 @@ def _num_removed(space: Space, plan: Plan) -> int:
         return 0
     alive = set(kept)
     return sum(int(row[0]) not in alive for row in first.indices)
-
-
-def _plan(run: Run, program: Program, coupling: Coupling, cost: Cost, level: Level) -> Plan:
-    recipe, task = run.recipe, run.task
-    options = recipe.prune
-    scores = score(
-        program,
-        coupling,
-        options.criterion,
-        batches=_fresh(task.train_batches, recipe.seed) if TABLE[options.criterion].needs_data else None,
-        loss=task.step,
-        num_batches=options.score_batches,
-        seed=recipe.seed,
-        weights_given=run.weights_given,
-    )
-    return allocate(
-        coupling,
-        scores,
-        cost,
-        Budget(**level.model_dump(exclude_none=True)),
-        target=recipe.target,
-        allocation=options.allocation,
-        normalize=options.normalize,
-        include=options.include,
-        exclude=options.exclude,
-        floor=options.floor,
-        align=options.align,
-    )
 
 
 def _fresh(batches: Callable[[], Any] | None, seed: int) -> Any:

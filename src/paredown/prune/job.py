@@ -116,11 +116,9 @@ def chosen(job: Job, cells: Cells, kept: Kept, density: float) -> Kept:
     """What stays at a density by the scores of all cells, as allocate decides; what is gone stays gone."""
     if density >= 1:
         return kept
-    alive = {n: job.granularity.reduce(kept[n], "max") > 0 for n in job.first}
-    gone = _below({n: np.asarray(c)[alive[n]] for n, c in cells.items()})
     scores = Scores(
-        criterion=job.criterion, by_space={}, granularity=str(job.granularity),
-        by_cell={n: np.where(alive[n], cells[n], gone) for n in job.first}, seed=job.seed,
+        criterion=job.criterion, by_space={}, granularity=str(job.granularity), seed=job.seed,
+        by_cell=below_the_living({n: cells[n] for n in job.first}, kept, job.granularity),
         scope=TABLE[job.criterion].scope if job.criterion in TABLE else "layer",
     )  # fmt: skip
     budget = None if job.granularity.kind == "n:m" else Budget(density=density)
@@ -130,6 +128,17 @@ def chosen(job: Job, cells: Cells, kept: Kept, density: float) -> Kept:
     except NothingToDo:  # a step too small to remove one more cell
         return kept
     return {n: kept[n] & masks[n].kept if n in masks else kept[n] for n in job.first}
+
+
+def below_the_living(cells: Cells, kept: Kept, granularity: Granularity) -> dict[str, NDArray[Any]]:
+    """The scores with cells of which nothing is kept below all others: what is gone leaves first, whatever the criterion.
+
+    >>> below_the_living({"w": np.array([3.0, 0.5])}, {"w": np.array([False, True])}, Granularity.parse("element"))
+    {'w': array([-5.e-10,  5.e-01])}
+    """
+    alive = {n: granularity.reduce(kept[n], "max") > 0 for n in cells}
+    gone = _below({n: np.asarray(c)[alive[n]] for n, c in cells.items()})
+    return {n: np.where(alive[n], c, gone) for n, c in cells.items()}
 
 
 def _below(alive: Cells) -> float:

@@ -138,6 +138,16 @@ def sparsify(
     )  # fmt: skip
 
 
+def check_sparsify(
+    *, granularity: str, criterion: str | Learnt | Gates, schedule: Schedule | str | None = None,
+    regularize: Regularize | None = None, density: float | Sequence[float] | None = None,
+    budget: Budget | Sequence[Budget] | None = None,
+) -> None:  # fmt: skip
+    """Raises UsageError where these options of sparsify do not fit one another; reads no model and no data."""
+    asked = _Asked.read(granularity, criterion, schedule, regularize)
+    _levels(asked, density, budget, {"leave_out": (), "scope": None, "align": None})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
     """What decides which way is taken."""

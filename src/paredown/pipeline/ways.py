@@ -1,0 +1,351 @@
+"""Ways: what carries out one level of a recipe: units or masks at once, whole modules, low rank, or a training that prunes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from paredown.allocate import allocate, foresee
+from paredown.allocate.request import MEASURED
+from paredown.budget import Budget
+from paredown.couple import Coupling, couple
+from paredown.errors import NothingToDo, UsageError
+from paredown.examine import Cost, examine
+from paredown.factorize import choose_ranks, factorize
+from paredown.granularity import Granularity
+from paredown.plan import Mask, Plan
+from paredown.program import Program, capture
+from paredown.prune import Pruned, depth_candidates, drop_lowest, prune, score_depth, sparsify
+from paredown.prune.accumulate import READINGS
+from paredown.prune.gates import Gates
+from paredown.prune.job import below_the_living
+from paredown.prune.movement import LEARNT
+from paredown.prune.regularize import Growing, Regularize, Slimming
+from paredown.prune.schedule import Regrowth, Schedule, named_schedule
+from paredown.prune.sparsify import check_sparsify
+from paredown.recipe import Recipe
+from paredown.recipe_fields import Level
+from paredown.score import TABLE, Scores, score
+from paredown.score.patterns import maskable
+from paredown.search import sensitivity
+from paredown.train import Task
+from paredown.train.task import seed_all
+
+IN_TRAINING = (*LEARNT, *READINGS, "gates")
+"""Criteria that are learnt, or added up, while the model trains."""
+OF_SCORE = ("group", "bias", "reduction", "member_norm")
+"""Options of every criterion of the table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """The model that a level starts from."""
+
+    program: Program
+    coupling: Coupling
+    cost: Cost
+    masks: Mapping[str, Mask]
+    """What earlier levels hold at zero."""
+
+    @classmethod
+    def of(cls, program: Program, before: Pruned | None) -> Here:
+        """The program, or what earlier levels made of it."""
+        here = program if before is None else capture(before.module, program.inputs)
+        masks = {} if before is None else {n: m for n, m in before.plan.masks.items() if n in here.state}
+        return cls(program=here, coupling=couple(here), cost=examine(here), masks=masks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One level of a recipe, with all that decides what leaves."""
+
+    recipe: Recipe
+    task: Task
+    level: Level
+    number: int
+    weights_given: bool
+    steps: Path | None = None
+    """Where measured sensitivities are kept as they come."""
+
+    @property
+    def cut(self) -> Granularity:
+        """Of this level."""
+        return Granularity.parse(self.recipe.prune.granularity_of(self.level))
+
+    @property
+    def in_training(self) -> bool:
+        """Whether what leaves is chosen in the course of a training."""
+        asked = self.recipe.prune
+        if self.level.factorize is not None or self.cut.kind == "layer":
+            return False
+        chosen_there = asked.schedule != "one-shot" if self.cut.masked else asked.regularize != "none"
+        return chosen_there or asked.criterion in IN_TRAINING
+
+    def check(self) -> None:
+        """Raises UsageError for what does not fit together, before any work."""
+        if not self.in_training:
+            return
+        if self.task.train is not None or self.task.step is None or self.task.train_batches is None:
+            msg = (
+                f"prune.schedule, prune.regularize and criteria such as {', '.join(IN_TRAINING)} must be used with a task's step and "
+                f"train_batches: they hang on paredown's own loop. Got a task with {'its own train' if self.task.train else 'neither'}."
+            )
+            raise UsageError(msg)
+        if self.recipe.prune.allocation in MEASURED:
+            msg = f"prune.allocation must be uniform, global or erk where a training prunes. Got {self.recipe.prune.allocation!r}."
+            raise UsageError(msg)
+        amount = None if self.cut.kind == "n:m" or self.recipe.prune.criterion == "soft_movement" else 0.5
+        budget = None if self.cut.masked else self.budget()
+        check_sparsify(
+            granularity=str(self.cut), criterion=self._criterion(), schedule=self._schedule(), regularize=self._regularize(),
+            density=amount if self.cut.masked else None, budget=budget,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------- at once
+
+    def plan(self, here: Here) -> Plan:
+        """What leaves at once, by the model as it is."""
+        if self.level.factorize is not None:
+            return self._ranks(here)
+        if self.cut.kind == "layer":
+            return self._modules(here)
+        asked = self.recipe.prune
+        scores = self._scores(here)
+        return allocate(
+            here.coupling, scores, here.cost, self._amount(here), target=self.recipe.target,
+            allocation=asked.allocation, normalize=asked.normalize, include=asked.include, exclude=asked.exclude,
+            floor=asked.floor, align=None if self.cut.masked else asked.align,
+            sensitivity=self._sensitivity(here, scores) if asked.allocation in MEASURED else None,
+        )  # fmt: skip
+
+    def foreseen(self, here: Here) -> Plan | None:
+        """The plan by the model as it is now. Where a training will choose, its amounts hold, not which cells or units.
+
+        None for soft movement, whose density is what comes out.
+        """
+        asked = self.recipe.prune
+        if not self.in_training:
+            return self.plan(here)
+        if asked.criterion == "soft_movement":
+            return None
+        known = asked.criterion not in IN_TRAINING
+        plain = {"schedule": "one-shot", "schedule_options": {}, "regularize": "none"}
+        plain |= {} if known else {"criterion": "l1", "criterion_options": {}}
+        recipe = self.recipe.model_copy(update={"prune": asked.model_copy(update=plain)})
+        return dataclasses.replace(self, recipe=recipe).plan(here)
+
+    def carried_out(self, here: Here, plan: Plan) -> Pruned:
+        """The plan on the model, proven."""
+        options: dict[str, Any] = {"realiser": self.recipe.prune.realiser, "seed": self.recipe.seed}
+        if not plan.ranks:
+            return prune(here.program, plan, **options)
+        return factorize(here.program, plan, batches=self._inputs() if self._reads_data else None, **options)
+
+    def budget(self) -> Budget:
+        """The amounts of the level, as they are written."""
+        return Budget(**self.level.model_dump(exclude_none=True, include={"channels", "parameters", "macs", "density"}))
+
+    def _amount(self, here: Here) -> Budget | None:
+        """The amounts; a density as one of all weights that take part, since the level says it of those that are left."""
+        if self.cut.kind == "n:m":
+            return None
+        share = self._density(here)
+        return self.budget() if share is None else Budget(density=share)
+
+    def _density(self, here: Here) -> float | None:
+        asked = self.level.density
+        if asked is None:
+            return None
+        names = maskable(here.program, here.coupling, self.recipe.prune.include, self.recipe.prune.exclude)
+        total = sum(here.program.state[n].numel() for n in names)
+        if isinstance(asked, int):
+            return min(asked / total, 1.0)
+        left = total - sum(here.masks[n].kept.size - here.masks[n].num_kept for n in names if n in here.masks)
+        return asked * left / total
+
+    def _scores(self, here: Here) -> Scores:
+        """Scores of the table; weights that earlier levels took are below all others, whatever the criterion."""
+        recipe, asked = self.recipe, self.recipe.prune
+        options: dict[str, Any] = dict(asked.criterion_options)
+        if self.cut.masked:
+            options |= {"include": asked.include, "exclude": asked.exclude}
+        data = TABLE[asked.criterion].needs_data
+        scores = score(
+            here.program, here.coupling, asked.criterion, granularity=str(self.cut),
+            batches=self._batches() if data else None, loss=self.task.step, num_batches=asked.score_batches,
+            seed=recipe.seed, weights_given=self.weights_given, **options,
+        )  # fmt: skip
+        gone = {n: m.kept for n, m in here.masks.items() if n in scores.by_cell}
+        if not gone:
+            return scores
+        kept = {n: gone.get(n, np.ones(here.cost.parameter_shapes[n], np.bool_)) for n in scores.by_cell}
+        return dataclasses.replace(scores, by_cell=below_the_living(scores.by_cell, kept, self.cut))
+
+    def _sensitivity(self, here: Here, scores: Scores) -> Any:
+        """How far the outputs move on calibration inputs, measured for each space or weight alone; kept as it comes."""
+        asked = self.recipe.prune
+        return sensitivity(
+            here.program, here.coupling, scores, batches=self._inputs(), distance="mse", include=asked.include,
+            exclude=asked.exclude, num_batches=asked.score_batches, seed=self.recipe.seed, device=self.recipe.device,
+            journal=None if self.steps is None else self.steps / f"level-{self.number}-sensitivity.jsonl",
+        )  # fmt: skip
+
+    def _modules(self, here: Here) -> Plan:
+        """The modules of the least block influence on calibration inputs."""
+        assert self.level.modules is not None  # the recipe was checked
+        found = depth_candidates(here.program)
+        if not found:
+            msg = "a level of modules must have residual blocks that may be left out. Got a model without: use channels, or a plan of your own."
+            raise NothingToDo(msg)
+        influence = score_depth(here.program, self._inputs())
+        if self.level.modules >= len(influence):
+            return Plan(keep={}, made_by={"verb": "drop_lowest", "already_met": True})
+        plan = drop_lowest(influence, self.level.modules)
+        gone = [c for c in found if c.path in plan.drop_modules]
+        reached = {
+            "modules": self.level.modules,
+            "parameters": here.cost.parameters - sum(c.parameters for c in gone),
+            "macs": here.cost.macs - sum(c.macs for c in gone),
+        }
+        return dataclasses.replace(plan, made_by={**plan.made_by, "reached": reached})
+
+    def _ranks(self, here: Here) -> Plan:
+        asked = self.recipe.prune
+        assert self.level.factorize is not None
+        options: dict[str, Any] = {} if asked.floor is None else {"floor": asked.floor}
+        return choose_ranks(
+            here.program, self.budget(), method=self.level.factorize, include=asked.include, exclude=asked.exclude,
+            allocation="uniform" if asked.allocation == "uniform" else "global", align=asked.align,
+            target=self.recipe.target, batches=self._inputs() if self._reads_data else None, **options,
+        )  # fmt: skip
+
+    @property
+    def _reads_data(self) -> bool:
+        return self.level.factorize in ("asvd", "svd_llm")
+
+    # ------------------------------------------------------------------------------------------------- in a training
+
+    def trained(
+        self, here: Here, model: Program | Pruned, teacher: nn.Module, *, checkpoint: Path, progress: Any
+    ) -> Pruned:
+        """The level pruned in the course of its training; the checkpoint continues it where it was stopped."""
+        recipe, asked = self.recipe, self.recipe.prune
+        assert self.task.step is not None and self.task.train_batches is not None  # checked
+        training: dict[str, Any] = recipe.recover.model_dump()
+        training["lr_schedule"] = training.pop("schedule")
+        own: dict[str, Any] = asked.criterion_options if asked.criterion in TABLE else {}
+        if self.task.optimizer is not None:
+            training["optimizer"] = self.task.optimizer
+        soft = asked.criterion == "soft_movement"
+        return sparsify(
+            model, self.task.train_batches, step=self.task.step, granularity=str(self.cut),
+            density=None if soft or self.cut.kind == "n:m" else self._density(here),
+            budget=None if self.cut.masked else self.budget(), criterion=self._criterion(),
+            allocation=None if self.cut.kind == "n:m" else asked.allocation, schedule=self._schedule(),
+            regularize=self._regularize(), include=asked.include, exclude=asked.exclude, floor=asked.floor,
+            normalize=asked.normalize, align=None if self.cut.masked else asked.align, target=recipe.target,
+            score_batches=asked.score_batches, teacher=teacher if recipe.recover.distil != "none" else None,
+            seed=recipe.seed, device=recipe.device, checkpoint=checkpoint, progress=progress, **training,
+            **own,
+        )  # fmt: skip
+
+    def _criterion(self) -> Any:
+        asked = self.recipe.prune
+        if asked.criterion == "gates":
+            return made(Gates, asked.criterion_options, "prune.criterion_options")
+        if asked.criterion in LEARNT:
+            return made(type(LEARNT[asked.criterion]), asked.criterion_options, "prune.criterion_options")
+        return asked.criterion
+
+    def _schedule(self) -> Schedule | None:
+        asked = self.recipe.prune
+        if not self.cut.masked:
+            return None
+        named = named_schedule(asked.schedule)
+        own = {"by": named.by} if isinstance(named, Regrowth) else {}
+        options: Schedule = made(type(named), {**own, **asked.schedule_options}, "prune.schedule_options")
+        return options
+
+    def _regularize(self) -> Regularize | None:
+        asked = self.recipe.prune
+        epochs = max(1, self.recipe.recover.epochs)
+        if self.cut.masked or asked.regularize == "none":
+            return None
+        return Growing(epochs=epochs) if asked.regularize == "growing" else Slimming(epochs=epochs)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def _batches(self) -> Any:
+        """The user's training batches with the random numbers of the seed."""
+        if self.task.train_batches is None:
+            return None
+        seed_all(self.recipe.seed)
+        return self.task.train_batches()
+
+    def _inputs(self) -> Any:
+        """Calibration inputs."""
+        seed_all(self.recipe.seed)
+        return self.task.calibration_batches()
+
+
+def check_ways(recipe: Recipe, task: Task) -> None:
+    """Criterion, schedule and their options known, and every level able to run; raises UsageError before any work."""
+    asked = recipe.prune
+    known = (*TABLE, *IN_TRAINING)
+    if asked.criterion not in known:
+        near = difflib.get_close_matches(asked.criterion, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        msg = f"prune.criterion must be one of {', '.join(known)}. Got {asked.criterion!r}.{hint}"
+        raise UsageError(msg)
+    if asked.criterion in TABLE:
+        fields = [*OF_SCORE, *(f.name for f in dataclasses.fields(TABLE[asked.criterion].options))]
+        _refuse_unknown(asked.criterion_options, fields, "prune.criterion_options")
+    ways = [
+        Way(recipe=recipe, task=task, level=level, number=n, weights_given=True)
+        for n, level in enumerate(asked.levels, start=1)
+    ]
+    of_masks = [w for w in ways if w.cut.masked and w.level.factorize is None]
+    of_units = [w for w in ways if w.cut.kind in ("channel", "head") and w.level.factorize is None]
+    for key, given, serves, what in (
+        ("schedule", asked.schedule != "one-shot", of_masks, "masks"),
+        ("schedule_options", bool(asked.schedule_options), of_masks, "masks"),
+        ("regularize", asked.regularize != "none", of_units, "channels or heads"),
+    ):
+        if given and not serves:
+            msg = f"prune.{key} must be used with a level of {what}. Got {getattr(asked, key)!r}, and no such level."
+            raise UsageError(msg)
+    for way in ways:
+        way.check()
+
+
+def simulated(tuned: Pruned) -> dict[str, Any]:
+    """What masks would save on a runtime that skips zeros, estimated, beside what a dense runtime stores and executes."""
+    here = Here.of(capture(tuned.module, tuned.program.inputs), None)
+    masks = {n: m for n, m in tuned.plan.masks.items() if n in here.program.state}
+    if not masks:
+        return {}
+    plan = Plan(keep={}, masks=masks)
+    weights = {n: {"granularity": m.granularity, "density": m.density} for n, m in masks.items()}
+    return {**dataclasses.asdict(foresee(here.coupling, here.cost, plan)), "weights": weights}
+
+
+def made(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    """An options object; raises UsageError for names that it does not have."""
+    _refuse_unknown(options, [f.name for f in dataclasses.fields(kind)], where)
+    return kind(**options)
+
+
+def _refuse_unknown(options: Mapping[str, Any], known: list[str], where: str) -> None:
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            msg = f"{where} must be among {', '.join(known) or 'none'}. Got {name!r}.{hint}"
+            raise UsageError(msg)

@@ -1,0 +1,255 @@
+"""Every way of pruning that a recipe can name: what leaves, by how much, and what is told of it."""
+
+import dataclasses
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import paredown as pare
+from paredown.errors import Interrupted, NothingToDo, UsageError
+from paredown.pipeline.folder import RunFolder
+from paredown.pipeline.levels import one_level
+from paredown.pipeline.run import Run
+from paredown.pipeline.ways import check_ways
+from paredown.recipe import Recipe, parse_recipe
+from paredown.train import Task, task_from_module
+
+FILE = Path(__file__).with_name("small_task.py")
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    spec = importlib.util.spec_from_file_location("small_task_of_ways", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return task_from_module(module, data=None)
+
+
+def recipe_of(**prune: Any) -> Recipe:
+    recover = {"epochs": 1, "lr": 0.02, "batch_norm_batches": 2}
+    return parse_recipe({"schema": 1, "task": "small", "prune": {"align": 1, **prune}, "recover": recover})
+
+
+def levels(task: Task, recipe: Recipe, out: Path) -> tuple[pare.Pruned, list[dict[str, Any]]]:
+    """All levels of a recipe, on the task's untrained model."""
+    check_ways(recipe, task)
+    dense = task.model()
+    program = pare.capture(dense, task.inputs())
+    folder = RunFolder(path=out)
+    folder.steps.mkdir(exist_ok=True, parents=True)
+    run = Run(
+        recipe=recipe, task=task, folder=folder, say=lambda _: None, on_training=lambda *_: None, weights_given=True,
+        model=lambda: dense, environment={"versions": {}},
+    )  # fmt: skip
+    tuned, told = None, []
+    for number, level in enumerate(recipe.prune.levels, start=1):
+        done = one_level(run, number, level, program, tuned, dense)
+        if done is not None:
+            tuned, details = done
+            told.append(json.loads(json.dumps(details)))  # a record must hold it
+    assert tuned is not None
+    return tuned, told
+
+
+def zeros(module: nn.Module) -> tuple[int, int]:
+    weights = [p for p in module.parameters() if p.dim() >= 2]
+    return sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "at once by chance, which does not see what is gone": {"criterion": "random"},
+    "gradual": {"schedule": "gradual", "allocation": "global"},
+    "lottery": {"schedule": "lottery", "schedule_options": {"rounds": 1, "rewind": "learning_rate"}},
+    "movement": {"schedule": "gradual", "criterion": "movement", "criterion_options": {"score_lr": 0.1}},
+    "greedy": {"allocation": "greedy", "score_batches": 1},
+}
+
+
+@pytest.mark.parametrize("way", MASKS)
+def test_each_density_is_of_what_the_level_before_left(way: str, task: Task, tmp_path: Path) -> None:
+    """0.5 and then 0.4 of the rest: 0.2 of all weights of layers, in every way."""
+    recipe = recipe_of(granularity="element", levels=[{"density": 0.5}, {"density": 0.4}], **MASKS[way])
+    tuned, told = levels(task, recipe, tmp_path)
+    gone, total = zeros(tuned.module)
+    assert total == 4816  # 9·16 + 2·9·16·16 + 4·16 weights of layers
+    assert total - gone == pytest.approx(0.2 * total, abs=2)
+    assert [round(t["simulated"]["nonzero_parameters"] - 100, -2) for t in told] == [2400, 1000]
+    assert told[1]["simulated"]["macs"] == 304_192 > told[1]["simulated"]["effective_macs"]
+    assert told[1]["simulated"]["effective_badge"] == "estimated"
+
+
+def test_a_moving_mask_keeps_its_density(task: Task, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        granularity="element", schedule="rigl", criterion="random", allocation="erk", schedule_options={"every": 2},
+        levels=[{"density": 0.3}],
+    )  # fmt: skip
+    tuned, _ = levels(task, recipe, tmp_path)
+    gone, total = zeros(tuned.module)
+    assert total - gone == pytest.approx(0.3 * total, abs=2)
+    assert tuned.plan.masks["b.weight"].density < 0.3  # ERK gives the small layers more
+    assert "head.weight" not in tuned.plan.masks or tuned.plan.masks["head.weight"].density > 0.3
+
+
+def test_two_of_four_needs_no_amount(task: Task, tmp_path: Path) -> None:
+    tuned, _ = levels(task, recipe_of(granularity="2:4", levels=[{}]), tmp_path)
+    weight = tuned.module.get_parameter("b.weight").detach()
+    per_group = (weight != 0).view(16, 4, 4, 3, 3).sum(2)  # along the input channels
+    assert int(per_group.max()) == int(per_group.min()) == 2
+
+
+@pytest.mark.parametrize("regularize", ["growing", "slimming"])
+def test_channels_leave_after_a_penalty(regularize: str, task: Task, tmp_path: Path) -> None:
+    recipe = recipe_of(regularize=regularize, criterion="bn_scale", levels=[{"channels": 0.5}])
+    tuned, told = levels(task, recipe, tmp_path)
+    assert tuned.module.get_parameter("b.weight").shape == (8, 8, 3, 3)
+    assert told[0]["removed"][0]["after"] == told[0]["removed"][0]["before"] // 2
+    assert "regularize" in told[0]["reached"]
+    plain, _ = levels(task, recipe_of(criterion="bn_scale", levels=[{"channels": 0.5}]), tmp_path / "plain")
+    assert not torch.equal(plain.module.get_parameter("b.weight"), tuned.module.get_parameter("b.weight"))
+
+
+def test_gates_choose_channels(task: Task, tmp_path: Path) -> None:
+    tuned, _ = levels(
+        task,
+        recipe_of(criterion="gates", criterion_options={"epochs": 1}, levels=[{"macs": 0.5}]),
+        tmp_path / "steps",
+    )
+    assert pare.examine(pare.capture(tuned.module, task.inputs())).macs <= 0.51 * 304_192
+
+
+def test_measured_losses_decide_and_are_kept(task: Task, tmp_path: Path) -> None:
+    recipe = recipe_of(allocation="knapsack", score_batches=1, levels=[{"macs": 0.5}])
+    tuned, told = levels(task, recipe, tmp_path)
+    assert told[0]["reached"]["allocation"] == "knapsack"
+    lines = (tmp_path / "steps" / "level-1-sensitivity.jsonl").read_text().splitlines()
+    again, _ = levels(task, recipe, tmp_path)
+    assert (tmp_path / "steps" / "level-1-sensitivity.jsonl").read_text().splitlines() == lines
+    assert again.plan.digest == tuned.plan.digest
+
+
+def test_low_rank_between_removals(task: Task, tmp_path: Path) -> None:
+    """Channels, then chains by the data-whitened SVD, then a mask on the chains: the folder rebuilds it."""
+    given: list[dict[str, Any]] = [
+        {"channels": 0.75},
+        {"parameters": 0.7, "factorize": "svd_llm"},
+        {"density": 0.5, "granularity": "element"},
+    ]
+    tuned, told = levels(task, recipe_of(levels=given), tmp_path)
+    assert all(r["method"] == "svd_llm" for r in told[1]["ranks"].values()) and told[1]["ranks"]
+    assert told[1]["reached"]["reached"]["parameters"] <= 0.7 * told[0]["reached"]["reached"]["parameters"]
+    gone, total = zeros(tuned.module)
+    assert total - gone == pytest.approx(total / 2, abs=1)
+    assert {type(m).__name__ for m in (tuned.module.b, tuned.module.c)} == {"Sequential"}  # type: ignore[union-attr]
+    pare.save(tuned, tmp_path / "saved")
+    x = task.inputs()
+    with torch.no_grad():
+        loaded = pare.load(tmp_path / "saved", task.model()).eval()(x)
+        assert torch.equal(loaded, tuned.module.eval()(x))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(Residual() for _ in range(3)))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.stem(x).relu()).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x).relu()
+
+
+def test_blocks_leave_by_their_influence(task: Task, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Blocks()
+    with torch.no_grad():
+        net.blocks[1].conv.weight.mul_(0.01)  # hardly changes what it gets
+        net.blocks[1].conv.bias.zero_()
+    deep = dataclasses.replace(task, model=lambda: net)
+    tuned, told = levels(deep, recipe_of(granularity="layer", levels=[{"modules": 2}]), tmp_path)
+    assert told[0]["left_out"] == ["blocks.1"]
+    counted = pare.examine(pare.capture(tuned.module, task.inputs()))
+    reached = told[0]["reached"]["reached"]
+    assert (counted.parameters, counted.macs) == (reached["parameters"], reached["macs"])
+    with pytest.raises(NothingToDo, match="residual blocks"):
+        levels(task, recipe_of(granularity="layer", levels=[{"modules": 1}]), tmp_path)
+
+
+def test_a_training_that_prunes_goes_on_where_it_was_stopped(task: Task, tmp_path: Path) -> None:
+    recipe = recipe_of(granularity="element", schedule="gradual", levels=[{"density": 0.3}])
+    recipe = recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"epochs": 3})})
+    whole, _ = levels(task, recipe, tmp_path / "whole")
+    calls = 0
+
+    def stopping(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:  # in the third epoch of eight batches
+            raise KeyboardInterrupt
+        assert task.step is not None
+        return task.step(model, batch)
+
+    with pytest.raises(Interrupted):
+        levels(dataclasses.replace(task, step=stopping), recipe, tmp_path / "cut")
+    calls = 1000
+    again, _ = levels(dataclasses.replace(task, step=stopping), recipe, tmp_path / "cut")
+    assert calls - 1000 < 24  # not from the beginning: 8 steps of the last epoch, and batch norm
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name]), name
+    assert again.plan.digest == whole.plan.digest
+
+
+@pytest.mark.parametrize(
+    ("prune", "says"),
+    [
+        ({"schedule": "gradual", "levels": [{"macs": 0.5}]}, "prune.schedule must be used with a level of masks"),
+        ({"regularize": "growing", "granularity": "element", "levels": [{"density": 0.5}]}, "channels or heads"),
+        ({"criterion": "mouvement", "levels": [{"macs": 0.5}]}, "Did you mean 'movement'?"),
+        ({"criterion": "movement", "levels": [{"macs": 0.5}]}, "criterion must score units"),
+        ({"criterion_options": {"groop": "all"}, "levels": [{"macs": 0.5}]}, "Did you mean 'group'?"),
+        (
+            {"granularity": "row", "schedule": "gradual", "schedule_options": {"updats": 3}, "levels": [{"density": 0.5}]},
+            "Did you mean 'updates'?",
+        ),
+        (
+            {"granularity": "row", "schedule": "gradual", "allocation": "greedy", "levels": [{"density": 0.5}]},
+            "uniform, global or erk where a training prunes",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_any_work(prune: dict[str, Any], says: str, task: Task) -> None:
+    with pytest.raises(UsageError, match=says.replace("?", r"\?")):
+        check_ways(recipe_of(**prune), task)
+
+
+def test_a_loop_of_ones_own_cannot_be_pruned_in(task: Task) -> None:
+    own = dataclasses.replace(task, train=lambda model: model)
+    recipe = recipe_of(granularity="element", schedule="gradual", levels=[{"density": 0.5}])
+    with pytest.raises(UsageError, match="its own train"):
+        check_ways(recipe, own)
+
+
+def test_options_of_a_criterion_reach_it(task: Task, tmp_path: Path) -> None:
+    """Biases and norms can only count where a unit is all that leaves with it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        options = {"group": "all", "reduction": "mean", "member_norm": "mean", "bias": False}
+        tuned, _ = levels(
+            task, recipe_of(criterion="taylor", criterion_options=options, levels=[{"macs": 0.6}]), tmp_path
+        )
+    assert tuned.plan.made_by["criterion_options"].items() >= options.items()
