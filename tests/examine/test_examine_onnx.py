@@ -84,6 +84,90 @@ def test_huge_declared_sizes_stop_before_memory_does(tmp_path: Path) -> None:
         examine_onnx(path)
 
 
+def changed(path: Path, dims: tuple[int, ...] = (4, 4), **told: object) -> Path:
+    """The file with another shape, or other words about its side file."""
+    model = onnx.load_model(str(path), load_external_data=False)
+    tensor = model.graph.initializer[0]
+    tensor.dims[:] = dims
+    for key, value in told.items():
+        tensor.external_data.add(key=key, value=str(value))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dims", "told"),
+    [
+        ((4, 4), {"offset": -4}),
+        ((4, 4), {"offset": 4}),
+        ((4, 4), {"length": 2**62}),
+        ((4, 4), {"length": 60}),
+        ((4, 4), {"offset": "x"}),
+        ((2**18, 2**18), {}),
+    ],
+)
+def test_fault_14_side_files_hold_what_tensors_declare(
+    dims: tuple[int, ...], told: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "w.bin").write_bytes(b"\0" * 64)
+    with pytest.raises(RejectedError, match="inside its side file"):
+        examine_onnx(changed(with_side_file(tmp_path, "w.bin"), dims, **told))
+
+
+def test_fault_14_shapes_without_data_and_below_zero(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"\0" * 64)
+    with pytest.raises(RejectedError, match="no negative size"):
+        examine_onnx(changed(with_side_file(tmp_path, "w.bin"), (-4, 4)))
+    path = with_side_file(tmp_path, "w.bin")
+    for data, says in ((b"", "Got 0 for 'w'"), (b"\0" * 60, "Got 60 for 'w'")):
+        model = onnx.load_model(str(path), load_external_data=False)
+        tensor = model.graph.initializer[0]
+        tensor.ClearField("external_data")
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        tensor.raw_data = data
+        (tmp_path / "b.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(RejectedError, match=says):
+            examine_onnx(tmp_path / "b.onnx")
+
+
+def huge_values(folder: Path) -> list[Path]:
+    """Small files that ask a runtime for 4 TB: by a declared input, and by a shape in a constant."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    x, y = (helper.make_tensor_value_info(n, kind.FLOAT, [2**40, 4]) for n in "xy")
+    declared = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    x, y = (helper.make_tensor_value_info(n, kind.FLOAT, [1, 4]) for n in "xy")
+    shape = helper.make_tensor("s", kind.INT64, [2], [2**20, 2**20])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["c"]),
+        helper.make_node("ReduceSum", ["c"], ["r"]),
+        helper.make_node("Add", ["x", "r"], ["y"]),
+    ]
+    made = helper.make_graph(nodes, "g", [x], [y], [shape])
+    paths = []
+    for name, graph in (("declared.onnx", declared), ("made.onnx", made)):
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+        (folder / name).write_bytes(model.SerializeToString())
+        paths.append(folder / name)
+    return paths
+
+
+def test_fault_14_small_files_that_ask_for_terabytes(tmp_path: Path) -> None:
+    for path in huge_values(tmp_path):
+        with pytest.raises(ResourceError, match="elements"):
+            examine_onnx(path)
+
+
+def test_fault_24_more_than_2_gb_beside_the_file(tmp_path: Path) -> None:
+    """3 GiB that take no room on the disk; tensor data is not read."""
+    rows = 3 * 2**28
+    with (tmp_path / "w.bin").open("wb") as side:
+        side.truncate(4 * rows)
+    found = examine_onnx(changed(with_side_file(tmp_path, "w.bin"), (4, rows // 4)))
+    assert found.files == ("a.onnx", "w.bin")
+    assert found.file_bytes == (tmp_path / "a.onnx").stat().st_size + 4 * rows > 2**31
+    assert found.parameters == rows and found.parameter_bytes == 4 * rows
+
+
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"\xde\xad\xbe\xef" * 9)
     with pytest.raises(RejectedError):

@@ -154,7 +154,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     """torch says it as a RuntimeError of a class of its own, or of none."""
     text = str(error)
     known = "OutOfMemoryError" in type(error).__name__
-    return known or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text))
+    runtime = type(error).__module__.startswith("onnxruntime") and "Failed to allocate memory" in text
+    told = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    return known or told or runtime
 
 
 def _own_code(error: Exception) -> str:

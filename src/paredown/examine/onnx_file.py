@@ -64,19 +64,20 @@ class OnnxCost:
 def examine_onnx(path: Path | str) -> OnnxCost:
     """Parameters, bytes, ops and MACs of an ONNX file; tensor data is not read, side files must lie beside the file.
 
-    Raises RejectedError (damaged, side file outside the folder or a link), ResourceError (declared sizes beyond any
-    use) and MissingError (no onnx).
+    Raises RejectedError (damaged, side file outside the folder or a link, tensors without the data that they declare),
+    ResourceError (declared sizes beyond any use) and MissingError (no onnx).
     """
     path = Path(path)
     model = _load(path)
-    files = _files(path, model)
     graphs = list(_graphs(model.graph, 0))
     nodes = [n for g in graphs for n in g.node]
     if len(nodes) > _MOST_NODES:
         msg = f"a model must have fewer than {_MOST_NODES:,} nodes. Got {len(nodes):,} in {path.name}."
         raise ResourceError(msg)
     weights = _weights(graphs, nodes, path)
+    files = _files(path, model)
     shapes = _shapes(model, weights)
+    _refuse_huge(shapes, path)
     ops = Counter(n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}::{n.op_type}" for n in nodes)
     by_node, uncounted = [], [op for op in ops if "::" in op]
     for index, node in enumerate(nodes):
@@ -156,6 +157,7 @@ def _files(path: Path, model: Any) -> list[Path]:
     folder = path.parent.resolve()
     for tensor in _tensors(list(_graphs(model.graph, 0))):
         if tensor.data_location != 1:  # EXTERNAL
+            _refuse_missing_data(tensor, path)
             continue
         location = next((e.value for e in tensor.external_data if e.key == "location"), "")
         side = path.parent / location
@@ -174,32 +176,89 @@ def _files(path: Path, model: Any) -> list[Path]:
         if not side.is_file():
             msg = f"side files of an ONNX model must be there. Got no {location!r} beside {path.name}."
             raise RejectedError(msg)
+        _refuse_bad_range(tensor, side, path)
         found[side] = side
     return list(found)
+
+
+def _needed(tensor: Any) -> int | None:
+    """Bytes that a tensor's shape and type take as raw data; None for types of no fixed size."""
+    bits = _bits().get(tensor.data_type)
+    return None if bits is None else -(-math.prod(int(d) for d in tensor.dims) * bits // 8)
+
+
+def _refuse_missing_data(tensor: Any, path: Path) -> None:
+    """Data in the file itself: as many bytes as declared, or any of the typed fields."""
+    needed = _needed(tensor)
+    typed = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+    if needed is None or (not tensor.HasField("raw_data") and any(len(t) for t in typed)):
+        return
+    if len(tensor.raw_data) != needed:
+        msg = f"a tensor must hold the data that it declares, {needed:,} bytes. Got {len(tensor.raw_data):,} for {tensor.name!r} in {path.name}."
+        raise RejectedError(msg)
+
+
+def _refuse_bad_range(tensor: Any, side: Path, path: Path) -> None:
+    """The part of a side file that a tensor names must lie inside it and be as long as declared."""
+    told = {e.key: e.value for e in tensor.external_data}
+    needed, size = _needed(tensor), side.stat().st_size
+    try:
+        offset = int(told.get("offset") or 0)
+        length = int(told["length"]) if told.get("length") else (size - offset if needed is None else needed)
+    except ValueError:
+        offset = length = -1
+    if min(offset, length) < 0 or offset + length > size or (needed is not None and length != needed):
+        where = f"offset {str(told.get('offset', 0))[:40]} and length {str(told.get('length', 'not given'))[:40]}"
+        msg = f"a tensor must find its {needed or 'own'} bytes inside its side file. Got {where} in the {size:,} bytes of {side.name!r} for {tensor.name!r} in {path.name}."
+        raise RejectedError(msg)
+
+
+def _refuse_huge(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Values that a run would make; a small file can ask for any amount of memory."""
+    for name, shape in shapes.items():
+        if math.prod(shape) > _MOST_ELEMENTS:
+            msg = f"a value must have fewer than {_MOST_ELEMENTS:,} elements. Got {shape} for {name!r} in {path.name}."
+            raise ResourceError(msg)
+
+
+def _bits() -> dict[int, int]:
+    """Bits of one element by ONNX's number of the type."""
+    from onnx import TensorProto as T
+
+    return {
+        T.FLOAT: 32,
+        T.DOUBLE: 64,
+        T.FLOAT16: 16,
+        T.BFLOAT16: 16,
+        T.BOOL: 8,
+        T.INT8: 8,
+        T.UINT8: 8,
+        T.INT4: 4,
+        T.UINT4: 4,
+        T.INT16: 16,
+        T.UINT16: 16,
+        T.INT32: 32,
+        T.UINT32: 32,
+        T.INT64: 64,
+        T.UINT64: 64,
+    }
 
 
 def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple[tuple[int, ...], int, bool]]:
     """Initializers and constants: shape, bits per element, and whether they count as parameters."""
     from onnx import TensorProto as T
 
-    bits = {
-        T.FLOAT: 32,
-        T.DOUBLE: 64,
-        T.FLOAT16: 16,
-        T.BFLOAT16: 16,
-        T.INT8: 8,
-        T.UINT8: 8,
-        T.INT4: 4,
-        T.UINT4: 4,
-        T.INT32: 32,
-    }
+    bits = _bits()
     helpers = {i for n in nodes if n.op_type in ("QuantizeLinear", "DequantizeLinear") for i in n.input[1:3]}
     quantized = {n.input[0] for n in nodes if n.op_type == "DequantizeLinear"}
     found: dict[str, tuple[tuple[int, ...], int, bool]] = {}
     constants = [(a.t, n.output[0]) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
     for tensor, name in [*((t, t.name) for g in graphs for t in g.initializer), *constants]:
         shape = tuple(int(d) for d in tensor.dims)
-        if any(d < 0 for d in shape) or math.prod(shape) > _MOST_ELEMENTS:
+        if any(d < 0 for d in shape):
+            msg = f"a tensor's shape must have no negative size. Got {shape} for {name!r} in {path.name}."
+            raise RejectedError(msg)
+        if math.prod(shape) > _MOST_ELEMENTS:
             msg = f"a tensor must have fewer than {_MOST_ELEMENTS:,} elements. Got {shape} for {name!r} in {path.name}."
             raise ResourceError(msg)
         is_float = tensor.data_type in (T.FLOAT, T.DOUBLE, T.FLOAT16, T.BFLOAT16)
