@@ -83,7 +83,7 @@ def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> 
         per_row = torch.cat(
             [_blocks(matrix[g], statistics.gram[g], granularity, shape, options) for g in range(groups)]
         )
-        found[name] = (_over_rows(per_row.numpy(), granularity, grid) / sizes).reshape(grid)
+        found[name] = _over_rows(per_row.numpy(), granularity, grid).reshape(grid) / sizes.reshape(grid)
     return found
 
 
