@@ -47,7 +47,7 @@ class Asked:
                 {
                     **self._document(self.cost.parameters, self.cost.macs, None),
                     "already_met": True,
-                    "notes": [told, *self.found.notes],
+                    "notes": [told, *self._told()],
                 }
             )
         else:
@@ -71,7 +71,7 @@ class Asked:
                     "dry_run": True,
                     "removed": removed,
                     "simulated": _foreseen(self.plan, macs, effective) if self.plan.masks else None,
-                    "notes": [*self.found.notes, *notes],
+                    "notes": [*self._told(), *notes],
                 }
             )
         else:
@@ -111,7 +111,7 @@ class Asked:
                 "plot": None if plot is None else str(plot),
                 "simulated": None if sizes is None else simulated(sizes),
                 "masks": _described(result.plan),
-                "notes": [*self.found.notes, *level.notes],
+                "notes": [*self._told(), *level.notes],
             }
             emit(document)
             return 0
@@ -150,10 +150,19 @@ class Asked:
             "out": None,
             "plot": None,
             "weights": self.found.weights,
+            "unknown_ops": dict(self.coupling.unknown_ops),
         }
 
+    def _told(self) -> list[str]:
+        """Notes for a script: of the model, and of ops without a rule, whose channels all stay."""
+        unknown = [
+            f"{op} has no coupling rule ({count} uses): all channels that reach it stay. `paredown couple` says where."
+            for op, count in self.coupling.unknown_ops.items()
+        ]
+        return [*self.found.notes, *unknown]
+
     def _notes(self) -> list[str]:
-        return [f"note: {n}" for n in self.found.notes]
+        return [f"note: {n}" for n in self._told()]
 
 
 def plan_tables(coupling: Coupling, cost: Cost, plan: Plan) -> list[Any]:
