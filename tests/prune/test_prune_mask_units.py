@@ -87,6 +87,15 @@ def test_outputs_stay_and_are_simulated_with_the_reason() -> None:
     assert small.plan.keep == {} and "1 whole rows" in small.notes[0] and "output" in small.notes[0]
 
 
+def test_zeros_of_a_bias_are_no_rows() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    kept = np.ones((6, 4), dtype=bool)
+    kept[0] = False
+    masks = {"0.weight": Mask.of(kept, "row"), "0.bias": Mask.of(np.array([1, 0, 1, 1, 1, 1], dtype=bool), "element")}
+    small = prune(capture(net, torch.randn(3, 4)), Plan(keep={}, masks=masks))
+    assert [n for n in small.notes if "bias" in n] == ["simulated: 1 of 5 weights of 0.bias are zeros"]
+
+
 def test_of_a_space_that_is_dead_as_a_whole_one_unit_stays() -> None:
     program = capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4))
     cells = {"0.weight": (0, [0, 1, 2]), "2.weight": (1, [3, 4, 5])}

@@ -231,3 +231,17 @@ def test_sparse_gradients_of_an_embedding() -> None:
         net(torch.tensor([2, 3])).sum().backward()
         optimizer.step()
     assert not net.weight[2].any() and net.weight[3].any()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_modules_keep_the_zeros_of_what_they_wrap(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    kept = np.arange(12).reshape(3, 4) % 3 > 0
+    wrapped = wrap(net)
+    assert "0.weight" not in dict(wrapped.named_parameters())
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
+    with keep_masks(wrapped, {"0.weight": Mask.of(kept, "element")}):
+        for p in wrapped.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert np.array_equal(net[0].weight.detach().numpy() != 0, kept)

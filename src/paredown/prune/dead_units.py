@@ -161,8 +161,8 @@ def _notes(removed: int, masks: Mapping[str, Mask], coupling: Coupling, first: M
     pinned = {label: p.reason for p in coupling.pinned for label in p.parameters}
     for name, mask in masks.items():
         kept = mask.kept
-        rows = int(_empty(kept, 0).sum())
-        columns = int(_empty(kept, 1).sum()) if kept.ndim > 1 else 0
+        # A bias has no rows: its zeros say nothing of the unit that it belongs to.
+        rows, columns = (int(_empty(kept, axis).sum()) for axis in (0, 1)) if kept.ndim > 1 else (0, 0)
         because = ""
         if rows or columns:
             why = pinned.get(f"{first.get(name, name)}[{0 if rows else 1}]", "coupled to channels that are not masked")

@@ -120,7 +120,8 @@ def keep_masks(module: nn.Module, plan: Plan | Masks) -> Iterator[None]:
     """Inside this block every optimizer step of any training loop leaves the plan's zeros zero in `module`.
 
     For loops of one's own: no line of them changes. Gradients are masked before, weights after each step of any
-    torch.optim optimizer that holds one of the masked parameters; at the end the zeros are checked.
+    torch.optim optimizer that holds one of the masked parameters; at the end the zeros are checked. `module` may be
+    wrapped by torch.compile, DataParallel or DistributedDataParallel, whose parameters are the module's own.
 
     Raises UsageError (the plan does not fit the module) and VerificationError (something else revived a weight).
 
@@ -135,6 +136,7 @@ def keep_masks(module: nn.Module, plan: Plan | Masks) -> Iterator[None]:
     0.0
     """
     masks = plan.masks if isinstance(plan, Plan) else plan
+    module = _unwrapped(module)
     held = Held(module, masks)
     mine = {id(held.parameter(n)) for n in held.names()}
 
@@ -158,3 +160,13 @@ def keep_masks(module: nn.Module, plan: Plan | Masks) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     check_zeros(module, masks)  # by name: a loop may have put other parameters in
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The user's own module inside of wrappers that put a prefix before its names."""
+    while True:
+        wrapped = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = module.module if wrapped else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
