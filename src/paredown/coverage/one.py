@@ -59,6 +59,7 @@ def main(argument: str, emit: Report) -> None:
     except Exception as error:
         row |= {"status": "error", "message": f"{type(error).__name__}: {_first(error)}"}
     row["seconds"] = round(time.perf_counter() - start, 2)
+    row["cpu_seconds"] = round(time.process_time(), 2)
     row["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

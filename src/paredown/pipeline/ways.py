@@ -194,6 +194,7 @@ class Way:
         return sensitivity(
             here.program, here.coupling, scores, batches=self._inputs(), distance="mse", include=asked.include,
             exclude=asked.exclude, num_batches=asked.score_batches, seed=self.recipe.seed, device=self.recipe.device,
+            repair=asked.reconstruct and not self.cut.masked,
             journal=None if self.steps is None else self.steps / f"level-{self.number}-sensitivity.jsonl",
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from paredown.score.lamp import LampOptions, lamp
 from paredown.score.linf import LinfOptions, linf
 from paredown.score.nouns import Criterion
 from paredown.score.reduce import share_of_larger
+from paredown.score.refit import RefitOptions, refit
 from paredown.score.snip import SnipOptions, snip
 from paredown.score.synflow import SynflowOptions, synflow
 from paredown.score.taylor2 import Taylor2Options, taylor2
@@ -36,6 +37,7 @@ TABLE: Mapping[str, Criterion] = {
     "mean_activation": Criterion(outputs=mean_activation, options=ActivationOptions, needs_data=True),
     "wanda": Criterion(elements=wanda, options=WandaOptions, root=True, scope="row", needs_data=True),
     "obs": Criterion(elements=obs.obs, cells=obs.obs_cells, cell_kinds=obs.KINDS, options=obs.ObsOptions, needs_data=True),
+    "refit": Criterion(units=refit, options=RefitOptions, needs_data=True),
     "snip": Criterion(elements=snip, options=SnipOptions, needs_data=True, at_init=True),
     "grasp": Criterion(elements=grasp, options=GraspOptions, needs_data=True, at_init=True),
     "synflow": Criterion(elements=synflow, options=SynflowOptions, at_init=True),

@@ -21,10 +21,18 @@ class Journal:
     """Points of one measurement in a JSON-lines file; those of others in the same file are left alone."""
 
     def __init__(
-        self, path: Path | None, program: Program, scores: Scores, value: Value, batch_norm: Any, seed: int
+        self,
+        path: Path | None,
+        program: Program,
+        scores: Scores,
+        value: Value,
+        batch_norm: Any,
+        seed: int,
+        *,
+        repair: bool,
     ) -> None:
         self._path, self._value = path, value
-        self._key = _key(program, scores, value, batch_norm, seed) if path is not None else ""
+        self._key = _key(program, scores, value, batch_norm, seed, repair) if path is not None else ""
         self._known: dict[tuple[str, int], float] = {}
         if path is not None and path.exists():
             _mend(path)
@@ -61,7 +69,7 @@ def _mend(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def _key(program: Program, scores: Scores, value: Value, batch_norm: Any, seed: int) -> str:
+def _key(program: Program, scores: Scores, value: Value, batch_norm: Any, seed: int, repair: bool) -> str:
     """Everything that a measured number depends on."""
     state = hashlib.sha256()
     norms = None
@@ -75,6 +83,7 @@ def _key(program: Program, scores: Scores, value: Value, batch_norm: Any, seed: 
         value.digest(),
         norms,
         torch.__version__,
+        *(["repair"] if repair else []),
     ]
     state.update(json.dumps([*about, dataclasses.asdict(value.metric) if value.metric else None]).encode())
     for by_name in (scores.by_space, scores.by_cell):

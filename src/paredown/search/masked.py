@@ -17,6 +17,7 @@ from paredown.plan import Plan
 from paredown.program import Program
 from paredown.prune.graph import realise_graph
 from paredown.prune.removal import Removal, removal
+from paredown.search.repair import Repair
 from paredown.train.loop import private_copy
 
 Bools = NDArray[np.bool_]
@@ -29,7 +30,10 @@ class Copy:
     other than weights (a norm over the channel axis, a product of two activations) the graph is cut instead.
     """
 
-    def __init__(self, program: Program, coupling: Coupling, device: torch.device) -> None:
+    def __init__(
+        self, program: Program, coupling: Coupling, device: torch.device, repair: Repair | None = None
+    ) -> None:
+        self._repair = repair
         self.module = private_copy(program.module).eval().to(device)
         self._program, self._coupling, self._device = program, coupling, device
         named = (
@@ -56,6 +60,9 @@ class Copy:
             yield realise_graph(self._program, gone).to(self._device)
             return
         with self._zeroed(self._slices(space, ~stays)) as module:
+            if self._repair is not None:
+                for parameter, weight in self._repair.weights(space, ~stays).items():
+                    self._tensors[parameter].copy_(weight)
             yield module
 
     def _slices(self, space: Space, leaves: Bools) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from paredown.score.nouns import Scores
 from paredown.score.patterns import protected_weights
 from paredown.search.journal import Journal
 from paredown.search.masked import Copy
+from paredown.search.repair import Repair
 from paredown.search.value import Value, value_of
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.task import Batches, Metric, Predict, Step, kept_randomness, seed_all
@@ -135,6 +136,7 @@ def sensitivity(
     num_batches: int = 8,
     batch_norm: Batches | None = None,
     num_batch_norm_batches: int = 16,
+    repair: bool = False,
     journal: Path | str | None = None,
     progress: Callable[[Measuring], None] | None = None,
     seed: int = 0,
@@ -149,7 +151,9 @@ def sensitivity(
 
     What the scores rank lowest is left out on a copy: the weights that read a removed channel are set to zero there, which
     equals its physical removal (the argument of `prune`'s proof); spaces across a layer norm are removed in the graph.
-    With `batch_norm` (a function that yields training batches) its statistics are measured anew at every point.
+    With `batch_norm` (a function that yields training batches) its statistics are measured anew at every point. With
+    `repair` the layers that read a removed channel are fitted anew at every point, by least squares on `batches`: what
+    `prune.reconstruct` will do afterwards.
 
     Every point is kept in `journal` (JSON lines) as soon as it is known: the same call goes on where it was stopped. A
     point that fails is missing in the result, with the reason, not zero; the next call tries it again. Same arguments, same
@@ -175,9 +179,10 @@ def sensitivity(
         norms = _BatchNorm(
             batches=batch_norm, step=loss, num_batches=num_batch_norm_batches, inputs=program.inputs, seed=seed
         )
-    copy = Copy(program, coupling, value.device)
+    fit = _repair(program, scores, value) if repair else None
+    copy = Copy(program, coupling, value.device, fit)
     run = _Run(copy=copy, scores=scores, value=value, norms=norms, seed=seed)
-    log = Journal(None if journal is None else Path(journal), program, scores, value, norms, seed)
+    log = Journal(None if journal is None else Path(journal), program, scores, value, norms, seed, repair=repair)
     dense = run.dense()
     increase, missing = _increases(run, points, dense, log, progress)
     return Sensitivity(
@@ -191,10 +196,21 @@ def sensitivity(
         made_by={
             "criterion": scores.criterion,
             "amounts": list(amounts),
+            **({"repair": True} if repair else {}),
             "seed": seed,
             "source": program.source_digest,
         },
     )
+
+
+def _repair(program: Program, scores: Scores, value: Value) -> Repair:
+    if Granularity.parse(scores.granularity).masked:
+        msg = f"repair=True must be used with channels or heads. Got scores of granularity {scores.granularity}. `prune.obs` is for masks."
+        raise UsageError(msg)
+    if not value.batches:
+        msg = "repair=True must be given batches: with a loss, or with a distance. Got evaluate alone."
+        raise UsageError(msg)
+    return Repair(program=program, batches=value.batches, step=value.loss)
 
 
 def _increases(

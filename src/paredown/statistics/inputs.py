@@ -67,6 +67,7 @@ def input_statistics(
     gram: bool = True,
     num_batches: int = 16,
     module: nn.Module | None = None,
+    positions_per_sample: int | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of linear layers, products and convolutions, by parameter; one pass, nothing is kept.
 
@@ -76,7 +77,8 @@ def input_statistics(
     whole batches with `loss(model, batch)`. Linear layers and convolutions of any number of axes, groups, stride,
     padding and dilation, functional ones, transposed ones, products with a parameter on either side, and slices of a
     parameter (attention's input projections). `gram` asks for Σ x xᵀ, K² numbers. `module` gives other weights than the
-    captured ones. Neither the program nor the module is changed.
+    captured ones. `positions_per_sample` bounds how many patches of a convolution are looked at in each sample, drawn with
+    a fixed seed (neighbours say nearly the same, and Σ x xᵀ costs K² for each); None looks at all. Neither the program nor the module is changed.
 
     Raises UsageError (a name that the program does not have, or that no such layer reads) and RejectedError (no batch,
     inputs that are not finite, with the
@@ -96,7 +98,7 @@ def input_statistics(
     for name in names:
         key = id(uses[name])  # names of one tied weight share their uses
         if key not in sums:
-            sums[key] = Sums(name, uses[name], gram=gram)
+            sums[key] = Sums(name, uses[name], gram=gram, positions=positions_per_sample)
             sights += [Sight(node=u.source, look=partial(sums[key].add, u), reader=u.node) for u in uses[name]]
     observed(program, sights, batches, loss=loss, num_batches=num_batches, module=module)
     return {name: sums[id(uses[name])].result(name) for name in names}
@@ -124,7 +126,8 @@ def readable_uses(program: Program, names: Sequence[str]) -> dict[str, list[Use]
 class Sums:
     """Streamed sums over the inputs of one parameter: Σ x, Σ |x|, Σ x² and, where asked for, Σ x xᵀ."""
 
-    def __init__(self, name: str, uses: Sequence[Use], *, gram: bool) -> None:
+    def __init__(self, name: str, uses: Sequence[Use], *, gram: bool, positions: int | None = None) -> None:
+        self._positions = positions
         self._flipped = uses[0].flipped
         edges = [edge for use in uses for edge in use.rows]
         self._groups = uses[0].width // math.gcd(uses[0].width, *edges)
@@ -146,7 +149,7 @@ class Sums:
         if self._gram is None and use.spatial and not use.flipped:
             self._add_over_samples(use, value, blocks, repeats)
             return
-        for x in inputs_of(value, use):  # [positions, groups of the use, K]
+        for x in inputs_of(value, use, self._positions):  # [positions, groups of the use, K]
             parts = torch.stack([x.sum(0), x.abs().sum(0), x.square().sum(0)])
             self._sums[:, blocks] += parts.repeat_interleave(repeats, dim=1)
             self._count[blocks] += len(x)
@@ -184,8 +187,11 @@ class Sums:
         )
 
 
-def inputs_of(value: Tensor, use: Use) -> Iterator[Tensor]:
-    """What the weight is multiplied with at one call, in parts. Shape [positions, groups of the use, K], float64."""
+def inputs_of(value: Tensor, use: Use, most: int | None = None) -> Iterator[Tensor]:
+    """What the weight is multiplied with at one call, in parts. Shape [positions, groups of the use, K], float64.
+
+    `most` is how many positions of a convolution are taken from each sample; None takes all.
+    """
     if not use.spatial:
         flat = value.movedim(use.axis, -1).reshape(-1, value.shape[use.axis])
         size = max(1, _CHUNK_BYTES // (8 * max(flat.shape[1], 1)))
@@ -200,10 +206,20 @@ def inputs_of(value: Tensor, use: Use) -> Iterator[Tensor]:
     pads = [p for w in reversed(use.window) for p in (w.before, w.after)]
     taps = math.prod(w.kernel for w in use.window)
     positions = math.prod(value.shape[2:]) // math.prod(w.stride for w in use.window) + 1
+    positions = positions if most is None else min(positions, most)
     size = max(1, _CHUNK_BYTES // (8 * value.shape[1] * taps * positions))
     for start in range(0, len(value), size):
         part = nn.functional.pad(value[start : start + size].double(), pads)
         for axis, w in enumerate(use.window):
             part = part.unfold(2 + axis, w.dilation * (w.kernel - 1) + 1, w.stride)[..., :: w.dilation]
         part = part.movedim(1, 1 + use.spatial)  # [samples, *positions, channels, *kernel]
+        if most is not None and most < math.prod(part.shape[1 : 1 + use.spatial]):
+            index: tuple[Any, ...] = (slice(None), *_drawn(part.shape[1 : 1 + use.spatial], most))
+            part = part[index]
         yield part.reshape(-1, use.groups, value.shape[1] // use.groups * taps)
+
+
+def _drawn(shape: Sequence[int], count: int) -> tuple[Tensor, ...]:
+    """`count` different positions of a grid, the same at every call."""
+    places = torch.randperm(math.prod(shape), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.unravel_index(places, tuple(shape))

@@ -1,0 +1,155 @@
+"""refit: what a unit still costs the layers that read it, once all that is left was fitted anew by least squares.
+
+The units of a space leave one after the other, each time the one whose loss the others can make up for best. With
+H = mean x xᵀ of a reader's inputs (damped), B the columns of a unit and W as the units before it have left it
+
+    cost = Σ over readers  tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) / tr(W H Wᵀ),   then  W -= W_B ([H⁻¹]_BB)⁻¹ [H⁻¹]_B,:   (and H⁻¹ likewise)
+
+which is OBS for groups of columns (Hassibi & Stork 1993, eq. 5). Rows of W are scaled by the batch norm behind them. The
+score of a unit is the cost of all that has left when it leaves, a share of what the readers compute; so a score grows with
+the place in the order. `prune.reconstruct` does the fit. Where we differ from He, Zhang & Sun 2017 (a LASSO on channels):
+the order is greedy from the dense layer down, and up to a share `at_once` of the units leaves together.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paredown.couple.space import Space
+from paredown.errors import UsageError
+from paredown.score.l2 import L2Options, l2
+from paredown.score.nouns import Source, UnitScores
+from paredown.score.reduce import unit_sums
+from paredown.statistics.curvature import inverse
+from paredown.statistics.inputs import InputStatistics, input_statistics
+from paredown.statistics.readers import MOST_BYTES, Reader, readers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefitOptions:
+    """How the order is found."""
+
+    damping: float = 1e-3
+    """Added to the diagonal of H, as a share of its mean."""
+    at_once: float = 1 / 32
+    """Share of the units still there that may leave in one step; at least one does."""
+
+    positions_per_sample: int = 64
+    """Patches of a convolution that are looked at in each sample, at most."""
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("damping", self.damping, float("inf")), ("at_once", self.at_once, 1.0)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < most:
+                msg = f"{name} must be a number in [0, {most:g}). Got {value!r}."
+                raise UsageError(msg)
+        if isinstance(self.positions_per_sample, bool) or self.positions_per_sample < 1:
+            msg = f"positions_per_sample must be an integer ≥ 1. Got {self.positions_per_sample!r}."
+            raise UsageError(msg)
+
+
+def refit(source: Source, options: RefitOptions) -> dict[str, UnitScores]:
+    """Score by space; a space whose readers cannot be measured falls back to l2, with a warning that names it."""
+    if source.batches is None:
+        msg = "refit must be given batches. Got None. Pass batches=… of inputs, or full batches and loss=…."
+        raise UsageError(msg)
+    batches = list(islice(source.batches, source.num_batches))
+    by_space = readers(source.program, source.coupling.spaces)
+    scores: dict[str, UnitScores] = {}
+    for some in _chunks(source, by_space):
+        names = sorted({r.parameter for s in some for r in by_space[s.name]})
+        seen = input_statistics(
+            source.program, names, batches, loss=source.loss, num_batches=source.num_batches, module=source.module,
+            positions_per_sample=options.positions_per_sample,
+        )  # fmt: skip
+        for space in some:
+            scores[space.name] = _eliminated(source, by_space[space.name], seen, len(space), options)
+    without = [s for s in source.coupling.spaces if s.name not in scores]
+    if without:
+        listed = ", ".join(s.name for s in without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+        warnings.warn(f"refit falls back to l2 where it cannot see what reads: {listed}.", UserWarning, stacklevel=4)
+        scores |= unit_sums(without, next(iter(l2(source, L2Options()))), source.weights, source.group)
+    return scores
+
+
+def _chunks(source: Source, by_space: dict[str, list[Reader]]) -> Iterator[list[Space]]:
+    """Spaces that are measured in one pass: their Gram matrices are held together."""
+    held: list[Space] = []
+    size = 0
+    for space in source.coupling.spaces:
+        if not by_space[space.name]:
+            continue
+        needs = sum(_gram_bytes(source.program.state[r.parameter]) for r in by_space[space.name])
+        if held and size + needs > MOST_BYTES:
+            yield held
+            held, size = [], 0
+        held, size = [*held, space], size + needs
+    if held:
+        yield held
+
+
+def _gram_bytes(weight: Tensor) -> int:
+    return 8 * int(weight[0].numel()) ** 2
+
+
+class _Matrix:
+    """One reader's weight [out, K] and inverse Gram matrix [K, K] of one group, while units leave."""
+
+    def __init__(self, reader: Reader, weight: Tensor, gram: Tensor, scales: Tensor, damping: float) -> None:
+        self._columns = reader.columns
+        self._weight = weight * scales[:, None]
+        self._total = max(float((self._weight @ gram * self._weight).sum()), 1e-30)
+        self._inverse = inverse(gram, damping)
+
+    def costs(self, units: Tensor) -> Tensor:
+        """Of each of these units alone. Shape [units], float64."""
+        at = self._columns[units]
+        blocks = self._inverse[at[:, :, None], at[:, None, :]]
+        weights = self._weight[:, at].permute(1, 2, 0)
+        costs: Tensor = (torch.linalg.solve(blocks, weights) * weights).sum((1, 2)) / self._total
+        return costs
+
+    def leave(self, units: Tensor) -> None:
+        """Fit what is left to what these units wrote."""
+        at = self._columns[units].flatten()
+        step = torch.linalg.solve(self._inverse[at[:, None], at], self._inverse[at])
+        self._weight = self._weight - self._weight[:, at] @ step
+        self._inverse = self._inverse - self._inverse[:, at] @ step
+
+
+def _eliminated(
+    source: Source, found: Sequence[Reader], seen: dict[str, InputStatistics], num_units: int, options: RefitOptions
+) -> UnitScores:
+    matrices = [m for r in found for m in _matrices(source, r, seen[r.parameter], options)]
+    alive = torch.arange(num_units)
+    scores, spent = np.zeros(num_units), 0.0
+    while len(alive):
+        costs: Any = sum(m.costs(alive) for m in matrices)
+        order = torch.argsort(costs, stable=True)[: max(1, int(len(alive) * options.at_once))]
+        for unit, cost in zip(alive[order].tolist(), costs[order].tolist(), strict=True):
+            spent += max(cost, 0.0)
+            scores[unit] = spent
+        if len(order) < len(alive):
+            for matrix in matrices:
+                matrix.leave(alive[order])
+        keep = torch.ones(len(alive), dtype=torch.bool)
+        keep[order] = False
+        alive = alive[keep]
+    return scores
+
+
+def _matrices(source: Source, reader: Reader, seen: InputStatistics, options: RefitOptions) -> Iterator[_Matrix]:
+    assert seen.gram is not None
+    groups = len(seen.gram)
+    weight = source.weights[reader.parameter].detach().double()
+    weight = weight.reshape(groups, weight.shape[0] // groups, -1)
+    scales = reader.row_scales.reshape(groups, -1)
+    for g in range(groups):
+        yield _Matrix(reader, weight[g], seen.gram[g], scales[g], options.damping)
