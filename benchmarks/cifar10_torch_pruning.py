@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import measured_allocation as measured
 import numpy as np
 import torch
 from scipy import stats
@@ -60,45 +59,37 @@ class Cell:
 
 # The recipes and rates of table b were chosen with --stage choose, on held-out training images (see README.md).
 OURS, OURS_LR = "measured, reconstructed", 0.01
-THEIRS, THEIRS_LR = {2.1: "group magnitude, global", 2.6: "group magnitude, global"}, 0.01
+THEIRS, THEIRS_LR = "group magnitude, global", 0.01
 
 
 def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
     if stage == "choose":
-        for fewer in (2.1, 2.6):
-            for recipe in ("group magnitude, global", "L1, uniform", "Taylor, global"):
-                yield Cell(
-                    table="choose",
-                    tool="torch-pruning",
-                    recipe=recipe,
-                    fewer=fewer,
-                    distil="kl",
-                    lr=0.01,
-                    seed=0,
-                    epochs=1,
-                )
-        for tool, recipe in (("torch-pruning", THEIRS[2.1]), ("paredown", OURS)):
-            for lr in (0.01, 0.02, 0.04):
-                yield Cell(table="choose", tool=tool, recipe=recipe, fewer=2.1, distil="kl", lr=lr, seed=0, epochs=1)
+        yield from choices()
         return
-    for distil in ("kl", "none"):
-        for seed in seeds:
+    for seed in seeds:
+        for distil in ("kl", "none"):
             for fewer in (2.1, 2.6):
-                yield Cell(table="b", tool="paredown", recipe=OURS, fewer=fewer, distil=distil, lr=OURS_LR, seed=seed)
-                yield Cell(
-                    table="b",
-                    tool="torch-pruning",
-                    recipe=THEIRS[fewer],
-                    fewer=fewer,
-                    distil=distil,
-                    lr=THEIRS_LR,
-                    seed=seed,
-                )
+                for tool, recipe, lr in (("paredown", OURS, OURS_LR), ("torch-pruning", THEIRS, THEIRS_LR)):
+                    yield Cell(table="b", tool=tool, recipe=recipe, fewer=fewer, distil=distil, lr=lr, seed=seed)
     for seed in seeds:
         for tool in ("paredown", "torch-pruning"):
             yield Cell(
                 table="a", tool=tool, recipe="L1 of filters, uniform", fewer=2.1, distil="none", lr=0.01, seed=seed
             )
+
+
+def choices() -> Iterator[Cell]:
+    """One epoch each, with seed 0: the recipes of the other tool, then the learning rates of both."""
+    one: dict[str, Any] = {"table": "choose", "distil": "kl", "seed": 0, "epochs": 1}
+    for recipe, fewer in (
+        *((r, 2.1) for r in ("group magnitude, global", "L1, uniform", "Taylor, global")),
+        *((r, 2.6) for r in ("group magnitude, global", "L1, uniform")),
+    ):
+        yield Cell(tool="torch-pruning", recipe=recipe, fewer=fewer, lr=0.01, **one)
+    for lr in (0.005, 0.01, 0.02, 0.04):
+        yield Cell(tool="torch-pruning", recipe=THEIRS, fewer=2.1, lr=lr, **one)
+    for lr in (0.0025, 0.005, 0.01, 0.02, 0.04):
+        yield Cell(tool="paredown", recipe=OURS, fewer=2.1, lr=lr, **one)
 
 
 # ------------------------------------------------------------------------------------------------------------ pruning
@@ -130,15 +121,40 @@ def uniform(program: pare.Program, target: int) -> pare.Plan:
 def reconstructed(
     program: pare.Program, dense: nn.Module, task: Any, target: int, seed: int, folder: Path
 ) -> nn.Module:
-    """Counts by measured loss, then least squares on 8 training batches. The table is measured once, with seed 0."""
-    file = folder / "measured_allocation.json"
+    """The recipe of paredown: what fitting anew costs each block decides how much of it leaves, then it is fitted anew.
+
+    The plan is made once, on training images and with seed 0; the fit and the training differ by seed.
+    """
+    del dense
+    file = folder / f"plan-{target}.json"
     if not file.exists():
-        file.write_text(json.dumps(measured.table(dense, task)))
-    found = json.loads(file.read_text())
-    plan = measured.plan(found, measured.counts(dense, found, target))
+        file.write_text(measured_plan(program, task, target, folder).to_json())
+    plan = pare.Plan.from_json(file.read_text())
     return pare.reconstruct(
         pare.prune(program, plan), task.train_batches, step=task.step, num_batches=8, seed=seed
     ).module
+
+
+def measured_plan(program: pare.Program, task: Any, target: int, folder: Path) -> pare.Plan:
+    """Order by refit, losses by sensitivity with repair, counts by knapsack."""
+    coupling, cost = pare.couple(program), pare.examine(program)
+    seed_all(0)
+    scores = pare.score(program, coupling, "refit", batches=task.train_batches(), loss=task.step, num_batches=8)
+    seen = pare.sensitivity(
+        program, coupling, scores, distance="kl", batches=task.calibration_batches(), num_batches=6, include=INNER,
+        amounts=[1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8], repair=True,
+        journal=folder / "sensitivity.jsonl",
+    )  # fmt: skip
+    return pare.allocate(
+        coupling,
+        scores,
+        cost,
+        pare.Budget(macs=target),
+        allocation="knapsack",
+        sensitivity=seen,
+        include=INNER,
+        align=1,
+    )
 
 
 def torch_pruning(dense: nn.Module, task: Any, cell: Cell, target: int, plan: pare.Plan | None) -> nn.Module:
@@ -218,7 +234,7 @@ def run(cell: Cell, task: Any, folder: Path) -> dict[str, Any]:
         **cell.key(),
         "macs": macs_of(module, task),
         "parameters": sum(p.numel() for p in module.parameters()),
-        "inner": [module.get_submodule(n).conv1.out_channels for n in measured.blocks(module)],  # type: ignore[union-attr]
+        "inner": [m.conv1.out_channels for m in module.modules() if hasattr(m, "conv2")],  # type: ignore[union-attr]
         "held_out_before": before,
         "held_out": float(np.mean(task.choose(predictor(module))["accuracy"])),
     }
