@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 import paredown as pare
 from paredown.score import TABLE
+from paredown.score.reduce import share_of_larger
 
 GENERATOR = torch.Generator().manual_seed(3)
 X = torch.randn(12, 6, generator=GENERATOR) @ torch.randn(6, 6, generator=GENERATOR)
@@ -128,6 +129,20 @@ def test_lamp_is_the_share_of_all_that_is_as_large() -> None:
     weight = net[0].weight.detach().double()
     wanted = [[float(v**2 / sum(u**2 for u in weight.reshape(-1) if u**2 >= v**2)) for v in row] for row in weight]
     np.testing.assert_allclose(elements("lamp", net)["0.weight"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_shares_of_equal_scores_are_equal_and_zeros_stay(dtype: Any) -> None:
+    """Few values, many ties, and the signed zero that sorts last by its bits."""
+    scores = (np.random.default_rng(0).integers(0, 5, 60) / 4).astype(dtype)
+    scores[7] = -0.0
+    plain = scores.tolist()
+    wanted = [v / sum(u for u in plain if u >= v) if v else 0.0 for v in plain]
+    found = share_of_larger(scores)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert share_of_larger(np.zeros(0, dtype)).shape == (0,)
+    assert not share_of_larger(np.zeros((2, 2), dtype)).any()
 
 
 def test_geometric_median_is_the_sum_of_distances() -> None:

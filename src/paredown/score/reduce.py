@@ -93,14 +93,30 @@ def share_of_larger(scores: Cells) -> Cells:
     [0.125, 1.0, 0.42857142857142855]
     """
     flat = scores.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    ascending = flat[order].astype(np.float64)
+    order, ascending = _ascending(flat)
     left = np.cumsum(ascending[::-1])[::-1]  # Σ of this one and all above
-    first = np.concatenate([[True], ascending[1:] > ascending[:-1]])
-    left = left[np.maximum.accumulate(np.where(first, np.arange(len(left)), 0))]
+    starts = np.flatnonzero(np.concatenate([[True], ascending[1:] > ascending[:-1]]))
+    if len(starts) < len(left):
+        left = np.repeat(left[starts], np.diff(np.append(starts, len(left))))
     shares = np.empty_like(flat)
-    shares[order] = np.divide(ascending, left, out=np.zeros_like(ascending), where=left > 0)
+    shares[order] = np.divide(ascending, left, out=ascending, where=left > 0)
     return shares.reshape(scores.shape)
+
+
+def _ascending(flat: Cells) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Positions in ascending order, and the scores in it as float64.
+
+    Sorting keys of (score, position) is several times quicker than an argsort: scores ≥ 0 in float32 sort as their bits do.
+    """
+    if flat.dtype != np.float32 or len(flat) >= 2**32 or not len(flat) or not bool((flat >= 0).all()):
+        order = np.argsort(flat, kind="stable")
+        return order, flat[order].astype(np.float64)
+    keys = (flat + np.float32(0.0)).view(np.uint32).astype(np.uint64)  # -0.0 becomes 0.0
+    keys <<= np.uint64(32)
+    keys |= np.arange(len(flat), dtype=np.uint64)
+    keys.sort()
+    ascending = (keys >> np.uint64(32)).astype(np.uint32).view(np.float32).astype(np.float64)
+    return (keys & np.uint64(2**32 - 1)).astype(np.int64), ascending
 
 
 def unit_sums(
