@@ -14,7 +14,8 @@ from torch import nn
 from paredown.couple import Space
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
-from paredown.pipeline.ways import Here, Way, simulated
+from paredown.pipeline.simulated import told
+from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
 from paredown.program import Program
 from paredown.prune import Pruned, compose
@@ -71,7 +72,7 @@ def _told(way: Way, here: Here, tuned: Pruned, plan: Plan) -> dict[str, Any]:
         "reached": {k: v for k, v in plan.made_by.items() if k in known},
         "ranks": {n: {"method": r.method, "ranks": list(r.ranks)} for n, r in plan.ranks.items()},
         "left_out": list(plan.drop_modules),
-        "simulated": simulated(tuned) if tuned.plan.masks else {},
+        "simulated": told(tuned),
         "notes": list(tuned.notes),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 from paredown import records as journal
 from paredown.errors import MissingError, RejectedError
 from paredown.records import Record
-from paredown.report import evidence, layers
+from paredown.report import evidence, layers, masks
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
 from paredown.report.stages import HEADS, common_place, stage_rows, twin_rows
@@ -87,6 +87,8 @@ def _content(run: View) -> dict[str, Any]:
         "layers": layers.layer_table(run),
         "removed": layers.removed_table(run),
         "reached": layers.reached_lines(run),
+        "left_out": masks.left_out_lines(run),
+        "masks": masks.masks_table(run),
         "pinned": layers.pinned_table(run),
         "floats": evidence.float_lines(run),
         "proofs": evidence.proof_lines(run),
