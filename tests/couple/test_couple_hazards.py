@@ -23,7 +23,7 @@ def footprints(coupling: Coupling, space: int) -> dict[tuple[str, int], tuple[st
     return {(f.parameter, f.axis): (f.role, f.indices.tolist()) for f in coupling.spaces[space].footprints}
 
 
-# A linear layer over tokens ties all channels: sound, but the mixer's stream of 8 stays. To be won.
+# A linear layer over tokens lets the channels through and keeps its own size: the mixer's 7 hidden tokens stay. To be won.
 COARSER = {"mixer"}
 
 
@@ -235,3 +235,18 @@ def test_an_unknown_op_is_named_with_its_line_and_refused_when_strict() -> None:
 def test_a_net_without_weights_has_nothing_to_couple() -> None:
     coupling = couple(capture(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.randn(2, 3, 4)))
     assert (coupling.free_units, coupling.pinned_units, coupling.spaces) == (0, 0, ())
+
+
+def test_channels_go_through_a_layer_over_the_tokens() -> None:
+    """Each channel is mixed over the tokens by itself; what was pinned is the layer's own size, not the stream."""
+    _, coupling = captured("mixer")
+    assert {s.name: len(s) for s in coupling.spaces} == {"inner.weight[0]": 8, "c.weight[0]": 12}
+    stream = footprints(coupling, 0)
+    assert {p for p, _ in stream} >= {"one.weight", "two.weight", "c.weight", "d.weight", "head.weight"}
+    assert not {p for p, _ in stream} & {"a.weight", "a.bias", "b.weight", "b.bias"}
+    assert {p.units for p in coupling.pinned if "another axis" in p.reason} == {7, 6}
+
+
+def test_a_coupling_tells_itself_in_a_line() -> None:
+    assert repr(captured("residual")[1]) == "Coupling(2 spaces, 14 units free, 4 pinned (model output: 4))"
+    assert "ops without a rule: {'paredown_tests.swap_pairs.default': 1}" in repr(captured("custom_op")[1])

@@ -73,25 +73,32 @@ def _linear(node: fx.Node, trace: Trace) -> Any:
     source, weight, bias = args_of(node, "input", "weight", "bias")
     if weight not in trace.parameters or len(trace.parameters[weight].shape) != 2:
         return unknown(node, trace)
-    wrote = _product_with_weight(trace, source, weight, 1, 0)
-    _bias(trace, bias, wrote)
-    shape = result(node).shape
-    return laid(wrote, len(shape) - 1, shape)
+    return _product_with_weight(trace, source, weight, 1, 0, result(node).shape, bias)
 
 
-def _product_with_weight(trace: Trace, source: fx.Node, weight: fx.Node, read_axis: int, write_axis: int) -> Tensor:
-    ids = trace.of(source)
-    read = trace.vector(ids, ids.dim() - 1, "features of a linear layer")
+def _product_with_weight(
+    trace: Trace, source: fx.Node, weight: fx.Node, read_axis: int, write_axis: int, shape: Any, bias: Any = None
+) -> Tensor:
+    """The last axis is read and written. Where the channels lie along another one (tokens are mixed, each channel by
+    itself) they go through, and the layer keeps its size."""
+    ids = trace.forest.canon(trace.of(source))
+    across = varying(ids)
+    over_tokens = bool(across) and ids.dim() - 1 not in across and len(shape) == ids.dim()
+    read = fixed(ids.shape[-1:]) if over_tokens else trace.vector(ids, ids.dim() - 1, "features of a linear layer")
     trace.read(weight, read_axis, read, "read by a linear layer")
-    return trace.weight(weight, write_axis, "write")
+    wrote = trace.weight(weight, write_axis, "write")
+    _bias(trace, bias, wrote)
+    if over_tokens:
+        trace.pin(wrote, "a layer along another axis than the channels")
+        return ids.narrow(ids.dim() - 1, 0, 1).expand(tuple(shape))
+    return laid(wrote, len(shape) - 1, shape)
 
 
 def _matmul(node: fx.Node, trace: Trace) -> Any:
     a, b = node.args[0], node.args[1]
     shape = result(node).shape
     if _is_matrix(trace, b) and not _is_matrix(trace, a) and len(trace.of(a).shape) >= 2:
-        wrote = _product_with_weight(trace, a, b, 0, 1)  # type: ignore[arg-type]
-        return laid(wrote, len(shape) - 1, shape)
+        return _product_with_weight(trace, a, b, 0, 1, shape)  # type: ignore[arg-type]
     left, right = trace.of(a), trace.of(b)
     if left.dim() < 2 or right.dim() < 2:
         return _vector_product(node, trace, left, right)
@@ -103,8 +110,7 @@ def _addmm(node: fx.Node, trace: Trace) -> Any:
     bias, a, b = node.args[:3]
     shape = result(node).shape
     if _is_matrix(trace, b) and not _is_matrix(trace, a):
-        wrote = _product_with_weight(trace, a, b, 0, 1)  # type: ignore[arg-type]
-        out = laid(wrote, len(shape) - 1, shape)
+        out = _product_with_weight(trace, a, b, 0, 1, shape)  # type: ignore[arg-type]
     else:
         out = contract(trace, trace.of(a), trace.of(b), shape, node.name, Reader(node, a, -1))
     return merge(out, trace.of(bias), trace).expand(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,7 +88,7 @@ class Pinned:
     """Parameter axes they belong to, as "fc.weight[0]"."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Coupling:
     """All spaces of a program, what is pinned and why, and the ops that had no rule."""
 
@@ -98,6 +99,15 @@ class Coupling:
     """Products of two activations (matmul, attention) by node name: per axis that can shrink, [length, 2] of
     (space number, unit number), -1 where a position is fixed. Their MACs scale with the surviving share of each axis."""
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        """Counts, and why what is pinned is pinned: the indices would fill pages."""
+        reasons: Counter[str] = Counter()
+        for pinned in self.pinned:
+            reasons[pinned.reason] += pinned.units
+        why = "; ".join(f"{reason}: {units:,}" for reason, units in reasons.most_common())
+        told = f", ops without a rule: {dict(self.unknown_ops)}" if self.unknown_ops else ""
+        return f"Coupling({len(self.spaces)} spaces, {self.free_units:,} units free, {self.pinned_units:,} pinned ({why}){told})"
 
     def __getitem__(self, name: str) -> Space:
         return next(s for s in self.spaces if s.name == name)
