@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -481,3 +482,46 @@ def u_net() -> nn.Module:
         return m.c(torch.cat([a, F.interpolate(b, scale_factor=2.0, mode="bilinear", align_corners=False)], 1))
 
     return Net(run, a=conv(3, 6), b=conv(6, 8), c=conv(14, 3))
+
+
+class _Flow(nn.Module):
+    """RAFT in small: features of two images, all their products, looked up where the flow points, a gated update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv(3, 6, stride=2), nn.ReLU(), conv(6, 5))
+        self.context = conv(3, 7, stride=2)
+        self.looked = conv(9, 4, 1)
+        self.z, self.r, self.q = (conv(4 + 3 + 4 + 2, 4) for _ in range(3))
+        self.flow = conv(4, 2)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        one, two = torch.chunk(self.features(torch.cat([first, second])), 2, dim=0)
+        b, _, h, w = one.shape
+        products = (one.flatten(2).transpose(1, 2) @ two.flatten(2) / math.sqrt(5)).view(b * h * w, 1, h, w)
+        hidden, given = torch.split(self.context(first), [4, 3], dim=1)
+        hidden, given = torch.tanh(hidden), F.relu(given)
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        start = torch.stack([columns, rows]).to(first.dtype)[None].expand(b, 2, h, w)
+        near = torch.stack(torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij")[::-1], -1)
+        flow = torch.zeros_like(start)
+        for _ in range(2):
+            centre = (start + flow).permute(0, 2, 3, 1).reshape(b * h * w, 1, 1, 2)
+            grid = 2 * (centre + near.to(first.dtype)[None]) / (w - 1) - 1
+            seen = F.grid_sample(products, grid, align_corners=True).view(b, h, w, 9).permute(0, 3, 1, 2)
+            x = torch.cat([given, F.relu(self.looked(seen)), flow], dim=1)
+            both = torch.cat([hidden, x], dim=1)
+            z, r = torch.sigmoid(self.z(both)), torch.sigmoid(self.r(both))
+            hidden = (1 - z) * hidden + z * torch.tanh(self.q(torch.cat([r * hidden, x], dim=1)))
+            flow = flow + 0.3 * self.flow(hidden)
+        return flow
+
+
+@hazard(
+    lambda b: ((random(b, 3, 8, 8), random(b, 3, 8, 8).flip(0, 3)), {}),
+    free=6 + 5 + 4 + 3 + 4,
+    zero_writes=True,
+    double=False,
+)
+def optical_flow() -> nn.Module:
+    return _Flow()
