@@ -57,7 +57,8 @@ def score(
     Criteria, by what they look at. Weights: l1 Σ|w|, l2 Σw², linf max|w|, lamp, bn_scale Σ|γ|, geometric_median, synflow.
     Gradients (`batches`, and `loss(model, batch)` a scalar tensor): taylor (Σ g·w)², taylor2 Σ|g·w - ½F·w²|, fisher Σ½F·w²,
     hessian_trace, snip Σ|g·w|, grasp Σ w·Hg. Activations (`batches` of inputs, or with `loss`): wanda, obs, apoz,
-    mean_activation, refit (least squares of what reads a channel). And random. Each one's file says its formula, source and options. The model is not changed.
+    mean_activation, refit (least squares of what reads a channel). And random. Each one's file says its formula, source
+    and options. The model is not changed.
 
     granularity "channel" (or "head": heads alone) fills `by_space`, float64 [units]. Members of a coupled unit are
     the parameter axes that it touches: with group="write" the weights that produce it, with group="all" everything

@@ -180,8 +180,7 @@ def sensitivity(
             batches=batch_norm, step=loss, num_batches=num_batch_norm_batches, inputs=program.inputs, seed=seed
         )
     fit = _repair(program, scores, value) if repair else None
-    copy = Copy(program, coupling, value.device, fit)
-    run = _Run(copy=copy, scores=scores, value=value, norms=norms, seed=seed)
+    run = _Run(copy=Copy(program, coupling, value.device, fit), scores=scores, value=value, norms=norms, seed=seed)
     log = Journal(None if journal is None else Path(journal), program, scores, value, norms, seed, repair=repair)
     dense = run.dense()
     increase, missing = _increases(run, points, dense, log, progress)
@@ -194,13 +193,10 @@ def sensitivity(
         num_samples=value.num_samples,
         missing=missing,
         made_by={
-            "criterion": scores.criterion,
-            "amounts": list(amounts),
-            **({"repair": True} if repair else {}),
-            "seed": seed,
+            "criterion": scores.criterion, "amounts": list(amounts), **({"repair": True} if repair else {}), "seed": seed,
             "source": program.source_digest,
         },
-    )
+    )  # fmt: skip
 
 
 def _repair(program: Program, scores: Scores, value: Value) -> Repair:
