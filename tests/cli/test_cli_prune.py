@@ -316,3 +316,13 @@ def test_folders_that_are_read_are_checked_and_not_written(call, models, tmp_pat
 
 def test_criteria_of_the_command_are_those_that_need_no_data():
     assert set(DATA_FREE) == {name for name, row in TABLE.items() if not row.needs_data}
+
+
+def test_what_was_pruned_is_factorized(call, models, tmp_path):
+    ask = (f"{models}:net", *IMAGE, "--json", "--align", "1")
+    pruned = call("prune", *ask, "--channels", "0.5", "--out", "one").json
+    done = call("factorize", *ask, "--pruned", "one", "--parameters", "0.7", "--out", "two")
+    assert done.code == 0, done.err
+    assert done.json["parameters"][0] == pruned["parameters"][1] > done.json["parameters"][1]
+    loaded = pare.load("two", made(models, "net"))
+    assert sum(p.numel() for p in loaded.parameters()) == done.json["parameters"][1]

@@ -12,7 +12,7 @@ from paredown.cli import options
 from paredown.cli.prune import check_out_folder
 from paredown.cli.pruning import dense_file_bytes
 from paredown.cli.show import emit, only_document, say, share, show, table
-from paredown.cli.sources import Loaded, loaded, number
+from paredown.cli.sources import Loaded, continued, loaded, number, refuse_both
 from paredown.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def factorize(
     out: Annotated[Path | None, Parameter(help="New folder for model.safetensors, plan.json and form.json.")] = None,
     weights: options.Weights = None,
     strip_prefix: options.StripPrefix = None,
+    pruned: options.From = None,
     threads: options.Threads = None,
     device: options.Device = None,
     strict: options.Strict = False,
@@ -65,25 +66,28 @@ def factorize(
 
     budget = Budget(macs=number(macs), parameters=number(parameters))
     _check_options(budget.given(), energy, method, model, weights, out, dry_run=dry_run, overwrite=overwrite)
+    refuse_both(pruned, weights)
     with only_document(json):
         import paredown
 
         found = loaded(
             model, input, weights=weights, strip_prefix=strip_prefix, threads=threads, device=device, seed=seed
         )
+        found, before = (found, None) if pruned is None else continued(found, pruned)
         cost = paredown.examine(found.program, strict=strict, model=model)
         plan = paredown.choose_ranks(
             found.program, budget if budget.given() else None, energy=energy, method=method, allocation=allocation,
             target=target, align=align, floor=floor, include=include, exclude=exclude,
         )  # fmt: skip
         asked = _Asked(found=found, cost=cost, plan=plan, json=json, quiet=quiet)
-        pruned = None
+        made = None
         if plan.ranks and not dry_run:
             say("factorize and prove", quiet=quiet or json)
-            pruned = paredown.factorize(found.program, plan, realiser=realiser, seed=seed)
+            level = paredown.factorize(found.program, plan, realiser=realiser, seed=seed)
+            made = level if before is None else paredown.compose(before, level, seed=seed)
             assert out is not None  # checked with the options
-            paredown.save(pruned, out)
-    if pruned is None:
+            paredown.save(made, out)
+    if made is None:
         told = (
             "Dry run: nothing was changed or written."
             if plan.ranks
@@ -91,7 +95,7 @@ def factorize(
         )
         return asked.unchanged(told)
     assert out is not None  # checked with the options
-    return asked.done(pruned, out)
+    return asked.done(made, out)
 
 
 def _check_options(
