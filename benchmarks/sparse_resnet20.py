@@ -64,23 +64,8 @@ ELEMENTS: dict[str, Any] = {"granularity": "element", "density": 0.05, "lr": 0.0
 
 
 def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
-    if stage == "choose":
-        for lr in (0.05, 0.1, 0.02):
-            yield Cell(table="choose", granularity="4x4", **{**BLOCKS, "lr": lr})
-        yield Cell(table="choose", granularity="4x4", **{**BLOCKS, "allocation": "global", "floor": 0.05})
-        return
-    if stage == "choose-elements":
-        for lr in (0.05, 0.1):
-            for schedule in ("one-shot", "gradual"):
-                yield Cell(table="choose elements", schedule=schedule, epochs=1, **{**ELEMENTS, "lr": lr})
-        return
-    if stage == "scratch":
-        for weights in ("random", "rewound", "pretrained"):
-            for lr in (0.01, 0.1):
-                yield Cell(
-                    table="imposed", granularity="element", density=0.2, schedule="one-shot", distil="none", lr=lr,
-                    weights=weights,
-                )  # fmt: skip
+    if stage != "tables":
+        yield from {"choose": choices, "choose-elements": element_choices, "scratch": imposed_cells}[stage]()
         return
     for granularity in ("4x4", "4x1"):
         yield Cell(table="blocks", granularity=granularity, epochs=6, **BLOCKS)
@@ -95,6 +80,25 @@ def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
         {"lr": 0.05, "schedule": "gradual", "allocation": "erk"},
     ):  # fmt: skip
         yield Cell(table="steps", granularity="4x4", **{**one_shot, **change})
+
+
+def choices() -> Iterator[Cell]:
+    for lr in (0.05, 0.1, 0.02):
+        yield Cell(table="choose", granularity="4x4", **{**BLOCKS, "lr": lr})
+    yield Cell(table="choose", granularity="4x4", **{**BLOCKS, "allocation": "global", "floor": 0.05})
+
+
+def element_choices() -> Iterator[Cell]:
+    for lr in (0.05, 0.1):
+        for schedule in ("one-shot", "gradual"):
+            yield Cell(table="choose elements", schedule=schedule, epochs=1, **{**ELEMENTS, "lr": lr})
+
+
+def imposed_cells() -> Iterator[Cell]:
+    one: dict[str, Any] = {"granularity": "element", "density": 0.2, "schedule": "one-shot", "distil": "none"}
+    for weights in ("random", "rewound", "pretrained"):
+        for lr in (0.01, 0.1):
+            yield Cell(table="imposed", lr=lr, weights=weights, **one)
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
