@@ -85,6 +85,32 @@ def test_convolutions_by_their_patches_and_the_batch_norm_behind(groups: int) ->
     assert int(np.argmin(found)) == int(np.argmin(alone))
 
 
+class Twice(nn.Module):
+    """The same channels side by side, read by one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(x))
+        return self.second(torch.cat([hidden, hidden.square()], 1))
+
+
+def test_a_unit_that_one_layer_reads_twice_leaves_with_both_columns() -> None:
+    torch.manual_seed(0)
+    net, images = Twice().eval(), torch.randn(300, 5)
+    program = capture(net, images[:2])
+    coupling = couple(program)
+    (space,) = [s for s in coupling.spaces if any(f.parameter == "second.weight" and f.axis == 1 for f in s.footprints)]
+    found = score(program, coupling, "refit", batches=[images], damping=0.0, at_once=0.0).by_space[space.name]
+    hidden = torch.relu(net.first(images)).detach().double()
+    x, w = torch.cat([hidden, hidden.square()], 1).numpy(), net.second.weight.detach().double().numpy()
+    alone = [left_over(x, w, [k for k in range(8) if k % 4 != c]) for c in range(4)]
+    assert found.min() == pytest.approx(min(alone), rel=1e-5)
+    assert int(np.argmin(found)) == int(np.argmin(alone))
+
+
 def test_what_cannot_be_read_falls_back_with_its_name() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 2)).eval()

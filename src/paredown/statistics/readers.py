@@ -45,16 +45,19 @@ def readers(program: Program, spaces: Sequence[Space]) -> dict[str, list[Reader]
         and 8 * math.prod(shape[1:]) ** 2 <= MOST_BYTES
     }  # fmt: skip
     scales = {n: _row_scales(program, uses[n], shapes[n][0]) for n in fit}
-    return {
-        space.name: [
-            Reader(
-                parameter=f.parameter, columns=_columns(f.indices, shapes[f.parameter]), row_scales=scales[f.parameter]
-            )
-            for f in space.footprints
-            if f.role == "read" and f.axis == 1 and f.parameter in fit
+    found: dict[str, list[Reader]] = {}
+    for space in spaces:
+        columns: dict[str, list[Tensor]] = {}
+        for f in space.footprints:
+            if f.role == "read" and f.axis == 1 and f.parameter in fit:
+                columns.setdefault(f.parameter, []).append(_columns(f.indices, shapes[f.parameter]))
+        found[
+            space.name
+        ] = [  # a unit that is read twice, as behind a concatenation with itself, has the columns of both
+            Reader(parameter=name, columns=torch.cat(parts, 1), row_scales=scales[name])
+            for name, parts in columns.items()
         ]
-        for space in spaces
-    }
+    return found
 
 
 def _columns(indices: np.ndarray, shape: tuple[int, ...]) -> Tensor:
