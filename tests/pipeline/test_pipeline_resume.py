@@ -81,7 +81,7 @@ def test_two_runs_are_equal(whole: Path, tmp_path: Path) -> None:
     compare(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("first", [9, 40])
+@pytest.mark.parametrize("first", [9, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_and_continued_twice(whole: Path, tmp_path: Path, first: int) -> None:
     """Killed in the first attempt, killed later in the second, finished in the third."""
     out = tmp_path / "run"

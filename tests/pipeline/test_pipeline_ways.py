@@ -72,7 +72,10 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", MASKS)
+LONG = ("lottery", "movement")
+
+
+@pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in LONG else w for w in MASKS])
 def test_each_density_is_of_what_the_level_before_left(way: str, task: Task, tmp_path: Path) -> None:
     """0.5 and then 0.4 of the rest: 0.2 of all weights of layers, in every way."""
     recipe = recipe_of(granularity="element", levels=[{"density": 0.5}, {"density": 0.4}], **MASKS[way])

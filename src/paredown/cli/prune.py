@@ -16,12 +16,12 @@ from paredown.cli.quantize import check_out_file
 from paredown.cli.show import emit, only_document, say, show
 from paredown.cli.sources import Loaded, continued, loaded, number, refuse_both
 from paredown.errors import InfeasibleError, UsageError
-from paredown.granularity import Granularity
 
 if TYPE_CHECKING:
     from paredown.budget import Budget
     from paredown.couple import Coupling
     from paredown.examine import Cost
+    from paredown.granularity import Granularity
     from paredown.plan import Plan
     from paredown.program import Program
     from paredown.prune import Pruned
@@ -197,6 +197,8 @@ class _Choice:
 
 
 def _granularity(text: str | None, drop: tuple[str, ...], masks: Path | None) -> Granularity:
+    from paredown.granularity import Granularity  # brings numpy, which --help can do without
+
     kind = Granularity.parse(text or ("layer" if drop else "element" if masks is not None else "channel"))
     if (drop and kind.kind != "layer") or (masks is not None and not kind.masked):
         msg = f"--granularity must be {'layer with --drop' if drop else 'one of masks with --masks'}. Got {kind}."

@@ -83,7 +83,8 @@ def _product_with_weight(
     itself) they go through, and the layer keeps its size."""
     ids = trace.forest.canon(trace.of(source))
     across = varying(ids)
-    over_tokens = bool(across) and ids.dim() - 1 not in across and len(shape) == ids.dim()
+    # An axis of length 1 cannot tell: a table with one feature left is read feature by feature as before.
+    over_tokens = bool(across) and ids.dim() - 1 not in across and len(shape) == ids.dim() and ids.shape[-1] > 1
     read = fixed(ids.shape[-1:]) if over_tokens else trace.vector(ids, ids.dim() - 1, "features of a linear layer")
     trace.read(weight, read_axis, read, "read by a linear layer")
     wrote = trace.weight(weight, write_axis, "write")
