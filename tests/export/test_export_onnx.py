@@ -195,6 +195,7 @@ def test_the_same_input_gives_the_same_bytes_here_and_in_another_process(tmp_pat
     assert [(folders[2] / f"{i}.onnx").read_bytes() for i in (0, 1)] == first
 
 
+@pytest.mark.slow
 def test_int8_is_eight_times_smaller_than_a_float_network_three_times_its_size(tmp_path: Path) -> None:
     x = torch.randn(2, 1, 8, 8)
     torch.manual_seed(0)

@@ -103,6 +103,7 @@ def test_killed_at_twenty_points(whole: Path, tmp_path: Path) -> None:
     compare(whole, out)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_done_again(whole: Path) -> None:
     before = (whole / "records.jsonl").read_bytes()
     assert run(whole) == 0

@@ -86,7 +86,10 @@ def test_contract_of_every_criterion(criterion: str, group: Any) -> None:
         assert values.shape == (length,)
         assert values.dtype == np.float64
         assert np.isfinite(values).all()
-        assert len(np.unique(values)) >= (2 if criterion == "apoz" else length) or (criterion, name) == ("apoz", "second")
+        assert len(np.unique(values)) >= (2 if criterion == "apoz" else length) or (criterion, name) == (
+            "apoz",
+            "second",
+        )
         np.testing.assert_array_equal(values, again.by_space[name])
     assert state_hash(given.module) == before
     assert all(p.grad is None for p in given.module.parameters())
