@@ -138,7 +138,9 @@ def _torchvision_inputs(plain: str) -> list[tuple[torch.Tensor, ...]]:
     sides = (
         (224, 299) if plain.startswith(("vit", "maxvit")) else (75, 299) if plain.startswith("inception") else (64, 224)
     )
-    return [(torch.randn(2, 3, s, s),) for s in sides]
+    if plain.startswith("ssd300"):
+        sides = (300, 300)
+    return [(torch.randn(2, 3, s, s),) for s in dict.fromkeys(sides)]
 
 
 def _of_coupling(coupling: Coupling) -> dict[str, Any]:
