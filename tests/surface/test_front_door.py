@@ -58,7 +58,7 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     seconds = []
     # As users have it: with bytecode, which an environment may forbid to write, so that every start compiles anew.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    for _ in range(5):
+    for _ in range(20):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
