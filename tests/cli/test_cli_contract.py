@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 import runpy
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paredown.cli.main import app, main
+from paredown.cli.main import COMMANDS, app, main
 
 INPUT = ("--input", "1x3x12x12")
 COMMON = "device json pruned quiet strip-prefix threads weights".split()
@@ -59,6 +61,13 @@ def test_the_options_of_every_command_are_these(call, command):
 
 def test_the_commands_are_these():
     assert {name for name in app if not name.startswith("-")} == set(OPTIONS)
+
+
+def test_the_list_of_commands_says_what_each_of_them_says():
+    assert {place.rpartition(":")[2] for place in COMMANDS} == set(OPTIONS)
+    for place, summary in COMMANDS.items():
+        module, _, name = place.partition(":")
+        assert inspect.getdoc(getattr(importlib.import_module(module), name)) == summary
 
 
 def test_the_module_is_the_command():

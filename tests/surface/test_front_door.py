@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import pkgutil
 import re
 import resource
@@ -56,16 +55,13 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     if not program.exists() or not callable(getattr(importlib.import_module("paredown.cli"), "main", None)):
         pytest.skip("no command line is installed beside this Python")
     seconds = []
-    # As users have it: with bytecode, which an environment may forbid to write, so that every start compiles anew.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    for _ in range(20):
+    for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "compress" in done.stdout
-    # The least disturbed run: processor seconds grow by half where another process shares the core.
-    assert min(seconds) < IMPORT_SECONDS
+    assert statistics.median(seconds) < IMPORT_SECONDS
     loaded = python("import sys, paredown.cli; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))")
     assert loaded == "[]"
 

@@ -16,17 +16,6 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
-from paredown.cli.compress import compress
-from paredown.cli.couple import couple
-from paredown.cli.coverage import coverage
-from paredown.cli.doctor import doctor
-from paredown.cli.examine import examine
-from paredown.cli.factorize import factorize
-from paredown.cli.init import init
-from paredown.cli.measure import measure
-from paredown.cli.prune import prune
-from paredown.cli.quantize import export, quantize
-from paredown.cli.report import report
 from paredown.cli.show import plain
 from paredown.errors import InfeasibleError, Interrupted, ParedownError
 
@@ -36,6 +25,22 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE
 _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
 _NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)
+
+COMMANDS = {
+    "paredown.cli.compress:compress": "Take a trained model to a proven, measured INT8 file with a report; the same command continues a killed run.",
+    "paredown.cli.couple:couple": "Which channels must live or die together, which are pinned and why, and the ops without a rule.",
+    "paredown.cli.coverage:coverage": "Capture, couple, cut and prove each model in a process of its own; resumable; exit 6 where a result is unproven.",
+    "paredown.cli.doctor:doctor": "Explain this environment: versions, processor, runtimes, what is broken and how to fix it.",
+    "paredown.cli.examine:examine": "Parameters, MACs, bytes and activation memory, per layer and in total; MODEL may be an .onnx file too.",
+    "paredown.cli.quantize:export": "Write a float32 file, and check it in its runtime on the example input.",
+    "paredown.cli.factorize:factorize": "Replace layers by low-rank chains, with a proof; train the result with your own loop.",
+    "paredown.cli.init:init": "Write recipe.yaml and task.py: a small example that runs as it is, with marks where your own model goes.",
+    "paredown.cli.measure:measure": "Bytes, latency (with its spread) and memory of a file, measured in its runtime on this machine.",
+    "paredown.cli.prune:prune": "Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.",
+    "paredown.cli.quantize:quantize": "Static INT8: calibrate on your samples, export, and check the file in its runtime.",
+    "paredown.cli.report:report": "Write report.html of a run from records.jsonl alone, and print the verdict.",
+}
+"""Where a command is, and the first line of its docstring: a list of commands needs none of their modules."""
 
 
 def _version() -> str:
@@ -54,8 +59,8 @@ app = App(
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-for command in (compress, couple, coverage, doctor, examine, export, factorize, init, measure, prune, quantize, report):
-    app.command(command)
+for place, summary in COMMANDS.items():
+    app.command(place, help=summary)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
