@@ -46,15 +46,20 @@ def by_sorting(cells: list[Cells], target: int, at_most: bool) -> list[NDArray[n
     return kept
 
 
-@given(cells=layers(), share=st.floats(0, 1), at_most=st.booleans(), few=st.sampled_from([0, 3, 1 << 16]))
-def test_a_cut_is_what_sorting_gives(cells: list[Cells], share: float, at_most: bool, few: int) -> None:
+@given(
+    cells=layers(), share=st.floats(0, 1), at_most=st.booleans(), few=st.sampled_from([0, 1, 3, 9, 1 << 16]),
+    spread=st.sampled_from([0.0, 0.1, 2.5]),
+)  # fmt: skip
+def test_a_cut_is_what_sorting_gives(cells: list[Cells], share: float, at_most: bool, few: int, spread: float) -> None:
+    """Whatever the sample says, also where it is small and its bracket misses the threshold."""
     total = sum(c.total for c in cells)
     target = round(share * total)
-    usual, select._FEW = select._FEW, few  # the counting of digits down to the last, and the sorting of few
+    usual = select._FEW, select._SPREAD
+    select._FEW, select._SPREAD = few, spread
     try:
         found = cut(cells, target, at_most=at_most)
     finally:
-        select._FEW = usual
+        select._FEW, select._SPREAD = usual
     kept = list(found.kept(cells))
     expected = by_sorting(cells, target, at_most)
     assert [k.tolist() for k in kept] == [k.tolist() for k in expected]
@@ -80,6 +85,37 @@ def test_large_layers_with_many_ties_lose_exactly_the_target(dtype: Any, share: 
     expected = np.ones(len(flat), dtype=bool)
     expected[order[:target]] = False
     assert (np.concatenate([k.ravel() for k in kept]) == expected).all()
+
+
+def test_a_wrong_sample_is_put_right_on_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets that lie wholly below or above the threshold, and how often all cells are looked at for it."""
+    generator = np.random.default_rng(1)
+    cells = [Cells(scores=generator.normal(size=5000).astype(np.float32), saves=1)]
+    ranked = np.sort(cells[0].scores)
+    seen: list[tuple[float, float]] = []
+    between = select._between
+    monkeypatch.setattr(
+        select, "_between", lambda p, low, high, kind: (seen.append((low, high)), between(p, low, high, kind))[1]
+    )
+    for low, high in ((-0.5, -0.4), (0.4, 0.5)):
+        monkeypatch.setattr(select, "_bracket", lambda *_, bracket=(low, high): bracket)
+        seen.clear()
+        assert cut(cells, 2500).score == ranked[2500]
+        assert len(seen) == 2 and seen[1] == ((high, np.inf) if high < 0 else (-np.inf, low))
+
+
+def test_a_sample_of_much_spares_the_sorting_of_most() -> None:
+    generator = np.random.default_rng(2)
+    cells = [
+        Cells(scores=generator.gamma(0.3, size=n).astype(np.float32), saves=s) for n, s in ((700_000, 1), (300_000, 9))
+    ]
+    target = round(0.6 * sum(c.total for c in cells))
+    pieces = [p for c in cells for p in c.pieces()]
+    low, high = select._bracket(pieces, target, np.float32)
+    below, values, saves = select._between(pieces, low, high, np.float32)
+    assert below <= target < below + int(saves.sum())
+    assert len(values) < 0.06 * 1_000_000
+    assert (np.diff(values) >= 0).all()
 
 
 def test_scales_compare_layers() -> None:

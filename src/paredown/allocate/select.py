@@ -1,7 +1,8 @@
 """Which cells leave: exact counts of the lowest scores, one rule for ties, and little memory beside the scores.
 
-A global ranking of 25 million weights would sort for seconds and hold every score twice. The threshold is found
-instead by counting the leading 16 bits of each score, then the next 16 among those that are still in question.
+A global ranking of 25 million weights would sort for seconds and hold every score twice. A seeded sample says instead
+between which two scores the threshold must lie; what is below is counted, and only what lies between is sorted. Where the
+sample was wrong, the side that holds the threshold is sorted: the answer never depends on it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Keys = NDArray[np.int64]
 
-_DIGIT = 16
 _FEW = 1 << 16
+"""Cells that are sorted without further ado, and the size of the sample where there are more."""
+_SPREAD = 2.5
+"""Half the width of what is sorted, as a share of all times √sample: five standard deviations of a median."""
 _AT_ONCE = 1 << 18
 """Cells that are looked at at once: what is worked with beside the scores stays small, and in the cache."""
 _ROWS_AT_ONCE = 1 << 20
@@ -53,10 +54,10 @@ class Cells:
             mine = saves if isinstance(saves, int) else saves[part]
             yield Cells(scores=scores[part], saves=mine, scale=self.scale)
 
-    def comparable(self) -> Floats:
-        """Scores as float64, flat; -0 is 0, so that equal scores have equal bits."""
-        values = np.asarray(self.scores, dtype=np.float64).ravel()
-        return values / self.scale + 0.0 if self.scale != 1.0 else values + 0.0
+    def comparable(self, kind: type[np.floating[Any]]) -> NDArray[Any]:
+        """Scores of this dtype (see `_kind`), divided by the scale; flat, and a view where nothing changes."""
+        values = np.asarray(self.scores, dtype=kind).ravel()
+        return values / self.scale if self.scale != 1.0 else values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +71,11 @@ class Cut:
 
     def kept(self, layers: Sequence[Cells]) -> Iterator[Bools]:
         """The cells that stay, layer after layer. Shapes: the grids'."""
-        left = self.num_ties
+        left, kind = self.num_ties, _kind(layers)
         for layer in layers:
             stays = np.empty(layer.scores.size, dtype=np.bool_)
             for number, piece in enumerate(layer.pieces()):
-                values = piece.comparable()
+                values = piece.comparable(kind)
                 part = stays[number * _AT_ONCE : number * _AT_ONCE + len(values)]
                 np.greater_equal(values, self.score, out=part)
                 if left:
@@ -98,71 +99,81 @@ def cut(layers: Sequence[Cells], target: int, *, at_most: bool = False) -> Cut:
         return Cut(score=-math.inf, num_ties=0, saved=0)
     if target >= total:
         return Cut(score=math.inf, num_ties=0, saved=total)
-    pieces = [piece for layer in layers for piece in layer.pieces()]
-    key, below = _threshold(pieces, target)
-    score = float(_floats(np.array([key], dtype=np.int64))[0])
-    num_ties, saved = _ties(pieces, score, target - below, at_most=at_most)
+    pieces, kind = [piece for layer in layers for piece in layer.pieces()], _kind(layers)
+    score, below = _threshold(pieces, target, kind)
+    num_ties, saved = _ties(pieces, score, target - below, kind, at_most=at_most)
     return Cut(score=score, num_ties=num_ties, saved=below + saved)
 
 
-def _threshold(layers: Sequence[Cells], target: int) -> tuple[int, int]:
-    """The key with Σ saves below it ≤ target < Σ saves up to it, and the first of the two sums."""
-    prefix, below = 0, 0
-    for shift in range(64 - _DIGIT, -1, -_DIGIT):
-        counts = np.zeros(1 << _DIGIT, dtype=np.int64)
-        sums = np.zeros(1 << _DIGIT, dtype=np.int64)
-        least, most = np.iinfo(np.int64).max, np.iinfo(np.int64).min
-        for layer in layers:
-            keys, saves = _candidates(layer, prefix, shift)
-            if not len(keys):
-                continue
-            least, most = min(least, int(keys.min())), max(most, int(keys.max()))
-            digits = (keys >> shift) + (1 << (_DIGIT - 1)) if shift == 64 - _DIGIT else (keys >> shift) & 0xFFFF
-            found = np.bincount(digits, minlength=1 << _DIGIT)
-            counts += found
-            # Sums of integers in float64 are exact below 2⁵³.
-            weighted = found * saves if isinstance(saves, int) else np.bincount(digits, saves, minlength=1 << _DIGIT)
-            sums += weighted.astype(np.int64)
-        if least == most:  # all that are in question are equal
-            return least, below
-        reached = below + np.cumsum(sums)
-        digit = int(np.searchsorted(reached, target, side="right"))
-        below = int(reached[digit] - sums[digit])
-        high = digit - (1 << (_DIGIT - 1)) if shift == 64 - _DIGIT else digit
-        prefix = (prefix << _DIGIT) + high
-        if shift == 0:
-            break
-        if counts[digit] <= _FEW:
-            return _sorted_out(layers, prefix, shift, target, below)
-    return prefix, below
+def _kind(layers: Sequence[Cells]) -> type[np.floating[Any]]:
+    """float32 where all scores are of it and compared as they are, else float64: both order scores as they are."""
+    plain = all(layer.scores.dtype == np.float32 and layer.scale == 1.0 for layer in layers)
+    return np.float32 if plain else np.float64
 
 
-def _candidates(layer: Cells, prefix: int, shift: int) -> tuple[Keys, int | NDArray[np.int64]]:
-    """Keys whose leading digits, above those at `shift`, are the prefix; and what they save."""
-    keys = _keys(layer.comparable())
-    if shift == 64 - _DIGIT:
-        return keys, layer.saves if isinstance(layer.saves, int) else layer.saves.ravel()
-    mine = (keys >> (shift + _DIGIT)) == prefix
-    return keys[mine], layer.saves if isinstance(layer.saves, int) else layer.saves.ravel()[mine]
+def _threshold(pieces: Sequence[Cells], target: int, kind: type[np.floating[Any]]) -> tuple[float, int]:
+    """The score with Σ saves below it ≤ target < Σ saves up to it, and the first of the two sums."""
+    low, high = _bracket(pieces, target, kind)
+    while True:
+        below, values, saves = _between(pieces, low, high, kind)
+        reached = below + np.cumsum(saves)
+        if below <= target and len(values) and target < reached[-1]:
+            score = values[np.searchsorted(reached, target, side="right")]
+            first = int(np.searchsorted(values, score, side="left"))
+            return float(score), int(reached[first] - saves[first])
+        low, high = (-math.inf, low) if below > target else (high, math.inf)
 
 
-def _sorted_out(layers: Sequence[Cells], prefix: int, shift: int, target: int, below: int) -> tuple[int, int]:
-    """The threshold among the few keys that share a prefix, by sorting them."""
-    parts = [_candidates(layer, prefix, shift - _DIGIT) for layer in layers]
-    keys = np.concatenate([k for k, _ in parts])
-    saves = np.concatenate([np.full(len(k), s) if isinstance(s, int) else s for k, s in parts])
-    distinct, where = np.unique(keys, return_inverse=True)
-    sums = np.bincount(where, saves).astype(np.int64)
-    reached = below + np.cumsum(sums)
-    at = int(np.searchsorted(reached, target, side="right"))
-    return int(distinct[at]), int(reached[at] - sums[at])
+def _bracket(pieces: Sequence[Cells], target: int, kind: type[np.floating[Any]]) -> tuple[float, float]:
+    """Two scores between which the threshold almost surely lies, by a sample of every piece."""
+    number = sum(piece.scores.size for piece in pieces)
+    if number <= _FEW or not _FEW:
+        return -math.inf, math.inf
+    generator = np.random.default_rng(0)
+    values, weights = [], []
+    for piece in pieces:
+        picked = generator.integers(piece.scores.size, size=max(1, _FEW * piece.scores.size // number))
+        saves = piece.saves if isinstance(piece.saves, int) else piece.saves[picked]
+        values.append(Cells(scores=piece.scores[picked], saves=saves, scale=piece.scale).comparable(kind))
+        weights.append(np.full(len(picked), 1.0) * saves * (piece.scores.size / len(picked)))
+    sample, weight = np.concatenate(values), np.concatenate(weights)
+    order = np.argsort(sample)
+    sample, reached = sample[order], np.cumsum(weight[order])
+    margin = _SPREAD * math.sqrt(float(np.square(weight).sum())) / reached[-1]
+    at = target / sum(piece.total for piece in pieces)
+    low, high = np.searchsorted(reached, reached[-1] * np.array([at - margin, at + margin]))
+    return (
+        float(sample[low]) if at > margin else -math.inf,
+        float(sample[high]) if high < len(sample) else math.inf,
+    )
 
 
-def _ties(layers: Sequence[Cells], score: float, missing: int, *, at_most: bool) -> tuple[int, int]:
+def _between(
+    pieces: Sequence[Cells], low: float, high: float, kind: type[np.floating[Any]]
+) -> tuple[int, NDArray[Any], NDArray[np.int64]]:
+    """What all cells below `low` save together, and the scores from `low` to `high`, ascending, with what each saves."""
+    below, parts, savings = 0, [], []
+    for piece in pieces:
+        values = piece.comparable(kind)
+        less, inside = values < low, values <= high
+        below += (
+            int(np.count_nonzero(less)) * piece.saves if isinstance(piece.saves, int) else int(piece.saves[less].sum())
+        )
+        inside &= ~less
+        parts.append(values[inside])
+        savings.append(np.full(len(parts[-1]), piece.saves) if isinstance(piece.saves, int) else piece.saves[inside])
+    found, saves = np.concatenate(parts), np.concatenate(savings)
+    order = np.argsort(found)
+    return below, found[order], saves[order]
+
+
+def _ties(
+    layers: Sequence[Cells], score: float, missing: int, kind: type[np.floating[Any]], *, at_most: bool
+) -> tuple[int, int]:
     """How many of the cells with this very score leave, in order, and what they save: nearest to what is missing."""
     number, saved = 0, 0
     for layer in layers:
-        ties = np.flatnonzero(layer.comparable() == score)
+        ties = np.flatnonzero(layer.comparable(kind) == score)
         if not len(ties):
             continue
         saves = np.full(len(ties), layer.saves) if isinstance(layer.saves, int) else layer.saves.ravel()[ties]
@@ -177,16 +188,6 @@ def _ties(layers: Sequence[Cells], score: float, missing: int, *, at_most: bool)
             return number + first + 1, int(reached[first])
         return number + first, before
     return number, saved
-
-
-def _keys(values: Floats) -> Keys:
-    """Integers in the order of the numbers: the bits, with those below the sign turned where it is set."""
-    bits = values.view(np.int64)
-    return np.asarray(bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF)))
-
-
-def _floats(keys: Keys) -> Floats:
-    return np.asarray((keys ^ ((keys >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))).view(np.float64))
 
 
 def kept_in_rows(scores: NDArray[Any], saves: int | NDArray[np.int64], share: float) -> Bools:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paredown.granularity import Granularity
 from paredown.score.nouns import Cells, Source, UnitScores, counted
 from paredown.score.reduce import left_out
 
+Floats = NDArray[np.float64]
 KINDS = ("row", "column")
 
 
@@ -30,11 +32,10 @@ def geometric_median(source: Source, options: GeometricMedianOptions) -> dict[st
     scores = {}
     biases = left_out(source)
     for space in source.coupling.spaces:
-        products = torch.zeros(len(space), len(space), dtype=torch.float64)
+        products = np.zeros((len(space), len(space)))
         for f in counted(space, source.weights, source.group, biases):
             weight = source.weights[f.parameter].detach().movedim(f.axis, 0)
-            rows = weight[torch.from_numpy(f.indices)].reshape(len(space), -1).double()
-            products += rows @ rows.T
+            products += _products(weight[torch.from_numpy(f.indices)].reshape(len(space), -1))
         scores[space.name] = _distances(products)
     return scores
 
@@ -46,16 +47,23 @@ def geometric_median_cells(
     del options
     found: dict[str, Cells] = {}
     for name, weight in source.weights.items():
-        matrix = weight.detach().reshape(len(weight), -1).double()
-        rows = matrix if granularity.kind == "row" else matrix.T
-        found[name] = _distances(rows @ rows.T)
+        matrix = weight.detach().reshape(len(weight), -1)
+        found[name] = _distances(_products(matrix if granularity.kind == "row" else matrix.T))
     return found
 
 
-def _distances(products: Tensor) -> UnitScores:
-    """Σ_j √(‖w_i‖² + ‖w_j‖² - 2 w_i·w_j); below the rounding of the products it is 0. Shape [units]."""
-    sizes = products.diagonal()
-    squares = sizes[:, None] + sizes[None, :] - 2 * products
-    noise = 64 * torch.finfo(torch.float64).eps * (sizes[:, None] + sizes[None, :])
-    distances = torch.where(squares > noise, squares, torch.zeros_like(squares)).sqrt_()
-    return np.asarray(distances.sum(dim=1).numpy())
+def _products(rows: Tensor) -> Floats:
+    """Inner products of all rows, float64. NumPy sees that both factors are one matrix and works out one half of them."""
+    wide = rows.double().numpy()
+    return np.asarray(wide @ wide.T)
+
+
+def _distances(products: Floats) -> UnitScores:
+    """Σ_j √(‖w_i‖² + ‖w_j‖² - 2 w_i·w_j); below the rounding of the products it is 0. Shape [units]; products are used up."""
+    sizes = products.diagonal().copy()
+    both = sizes[:, None] + sizes[None, :]
+    products *= -2
+    products += both
+    both *= 64 * np.finfo(np.float64).eps
+    products[products <= both] = 0.0
+    return np.asarray(np.sqrt(products, out=products).sum(axis=1))

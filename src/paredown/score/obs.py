@@ -22,7 +22,7 @@ from paredown.errors import UsageError
 from paredown.granularity import Granularity
 from paredown.score.nouns import Cells, Computed, Elements, Source
 from paredown.score.wanda import read_along_one_axis
-from paredown.statistics.curvature import inverse, upper
+from paredown.statistics.curvature import inverse, inverse_diagonal, upper
 from paredown.statistics.inputs import InputStatistics, input_statistics
 
 KINDS = ("row", "column", "kernel", "block")
@@ -104,7 +104,7 @@ def _diagonal(gram: Tensor, options: ObsOptions) -> Tensor:
     parts = []
     for one in gram:
         if options.diagonal == "inverse":
-            parts.append(inverse(one, options.damping).diagonal().clone())
+            parts.append(inverse_diagonal(one, options.damping))
         else:
             parts.append(upper(one, options.damping).diagonal().square())
     return torch.stack(parts)

@@ -29,6 +29,8 @@ from paredown.score.nouns import (
 
 Along = Mapping[tuple[str, int], UnitScores]
 """(parameter, axis) → one number per index of that axis."""
+_AT_ONCE = 1 << 16
+"""Scores whose shares are worked out at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,30 +95,51 @@ def share_of_larger(scores: Cells) -> Cells:
     [0.125, 1.0, 0.42857142857142855]
     """
     flat = scores.reshape(-1)
-    order, ascending = _ascending(flat)
-    left = np.cumsum(ascending[::-1])[::-1]  # Σ of this one and all above
-    starts = np.flatnonzero(np.concatenate([[True], ascending[1:] > ascending[:-1]]))
-    if len(starts) < len(left):
-        left = np.repeat(left[starts], np.diff(np.append(starts, len(left))))
+    if flat.dtype == np.float32 and 0 < len(flat) < 2**32 and bool((flat >= 0).all()):
+        return _shares_by_keys(flat).reshape(scores.shape)
+    order = np.argsort(flat, kind="stable")
+    ascending = flat[order].astype(np.float64)
+    left = _from_here_up(ascending, 0.0)
     shares = np.empty_like(flat)
     shares[order] = np.divide(ascending, left, out=ascending, where=left > 0)
     return shares.reshape(scores.shape)
 
 
-def _ascending(flat: Cells) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Positions in ascending order, and the scores in it as float64.
+def _shares_by_keys(flat: Cells) -> Cells:
+    """The same for float32 scores ≥ 0, which sort as their bits do.
 
-    Sorting keys of (score, position) is several times quicker than an argsort: scores ≥ 0 in float32 sort as their bits do.
+    Keys of (score, position) sort several times quicker than an argsort; blocks from the largest scores down stay in the
+    cache, and add up in the same order as one sum would.
     """
-    if flat.dtype != np.float32 or len(flat) >= 2**32 or not len(flat) or not bool((flat >= 0).all()):
-        order = np.argsort(flat, kind="stable")
-        return order, flat[order].astype(np.float64)
-    keys = (flat + np.float32(0.0)).view(np.uint32).astype(np.uint64)  # -0.0 becomes 0.0
-    keys <<= np.uint64(32)
-    keys |= np.arange(len(flat), dtype=np.uint64)
+    keys = np.empty(len(flat), dtype="<u8")
+    halves = keys.view("<u4").reshape(-1, 2)  # position, then score: the more significant one
+    halves[:, 0] = np.arange(len(flat), dtype=np.uint32)
+    np.add(flat, np.float32(0.0), out=halves[:, 1].view("<f4"))  # -0.0 becomes 0.0
     keys.sort()
-    ascending = (keys >> np.uint64(32)).astype(np.uint32).view(np.float32).astype(np.float64)
-    return (keys & np.uint64(2**32 - 1)).astype(np.int64), ascending
+    shares = np.zeros_like(flat)
+    stop, above = len(keys) if keys[-1] >> np.uint64(32) else 0, 0.0  # all zeros stay zero
+    while stop:
+        lowest = keys[max(0, stop - _AT_ONCE)] >> np.uint64(32) << np.uint64(32)
+        start = int(np.searchsorted(keys, lowest))  # equal scores stay in one block
+        ascending = halves[start:stop, 1].view("<f4").astype(np.float64)
+        left = _from_here_up(ascending, above)
+        shares[halves[start:stop, 0]] = ascending / left
+        stop, above = start, float(left[0])
+    return shares
+
+
+def _from_here_up(ascending: NDArray[np.float64], above: float) -> NDArray[np.float64]:
+    """Σ of each score, all larger ones and `above`; of equal scores each counts the others."""
+    if not len(ascending):
+        return ascending
+    sums = ascending[::-1].copy()
+    sums[0] += above
+    left = np.cumsum(sums, out=sums)[::-1]
+    differs = ascending[1:] > ascending[:-1]
+    if differs.all():
+        return left
+    starts = np.flatnonzero(np.concatenate([[True], differs]))
+    return np.repeat(left[starts], np.diff(np.append(starts, len(left))))
 
 
 def unit_sums(

@@ -32,6 +32,9 @@ from paredown.statistics.curvature import inverse
 from paredown.statistics.inputs import InputStatistics, input_statistics
 from paredown.statistics.readers import MOST_BYTES, Reader, readers
 
+_SHRINK = 7 / 8
+"""Of the columns still there; below it those that left are taken out of the matrices."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefitOptions:
@@ -107,6 +110,7 @@ class _Matrix:
         self._weight = weight * scales[:, None]
         self._total = max(float((self._weight @ gram * self._weight).sum()), 1e-30)
         self._inverse = inverse(gram, damping)
+        self._stays = torch.ones(len(gram), dtype=torch.bool)
 
     def costs(self, units: Tensor) -> Tensor:
         """Of each of these units alone. Shape [units], float64."""
@@ -120,8 +124,19 @@ class _Matrix:
         """Fit what is left to what these units wrote."""
         at = self._columns[units].flatten()
         step = torch.linalg.solve(self._inverse[at[:, None], at], self._inverse[at])
-        self._weight = self._weight - self._weight[:, at] @ step
-        self._inverse = self._inverse - self._inverse[:, at] @ step
+        self._weight.addmm_(self._weight[:, at], step, alpha=-1)
+        self._inverse.addmm_(self._inverse[:, at], step, alpha=-1)
+        self._stays[at] = False
+        if int(self._stays.sum()) <= _SHRINK * len(self._stays):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Leave out the columns that left: they are read no more, and each step costs K² numbers per column."""
+        left = torch.nonzero(self._stays).flatten()
+        self._columns = torch.cumsum(self._stays, 0)[self._columns] - 1  # of units that left: any place
+        self._weight = self._weight[:, left]
+        self._inverse = self._inverse[left[:, None], left]
+        self._stays = self._stays[left]
 
 
 def _eliminated(

@@ -9,6 +9,8 @@ from paredown.errors import RejectedError
 
 _TRIES = (1.0, 10.0, 100.0, 1000.0)
 """Factors on the damping, until Cholesky goes through."""
+_COLUMNS = 256
+"""Of an inverse factor, that are made at once."""
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -31,10 +33,33 @@ def inverse(gram: Tensor, damping: float = 0.01) -> Tensor:
     Where Cholesky fails, the damping is raised tenfold, up to a thousandfold (from 1e-6 where it is 0). Raises
     RejectedError where that does not help: the matrix holds NaN, or no Gram matrix made it.
     """
+    return torch.cholesky_inverse(_factor(gram, damping))
+
+
+def inverse_diagonal(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """The diagonal of `inverse`, in less than half of its time. Shape [K], float64.
+
+    With H = L Lᵀ it is Σ_i (L⁻¹)²_ij; columns of L⁻¹ begin at their own row, so that few of them need little of L.
+
+    >>> gram = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    >>> bool(torch.allclose(inverse_diagonal(gram), inverse(gram).diagonal()))
+    True
+    """
+    lower = _factor(gram, damping)
+    parts = []
+    for start in range(0, len(lower), _COLUMNS):
+        rest = lower[start:, start:]
+        ones = torch.eye(len(rest), min(_COLUMNS, len(rest)), dtype=lower.dtype)
+        parts.append(torch.linalg.solve_triangular(rest, ones, upper=False).square_().sum(0))
+    return torch.cat(parts)
+
+
+def _factor(gram: Tensor, damping: float) -> Tensor:
+    """L of the damped Gram matrix, which is raised where Cholesky fails (see `inverse`)."""
     for factor in _TRIES:
         lower, info = torch.linalg.cholesky_ex(damped(gram, max(damping, 1e-6 if factor > 1 else 0.0) * factor))
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return torch.cholesky_inverse(lower)
+            return lower
     msg = "a Gram matrix must be positive definite once damped. Got one that is not. Look for NaN in the batches."
     raise RejectedError(msg)
 

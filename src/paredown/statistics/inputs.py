@@ -158,15 +158,19 @@ class Sums:
                 self._gram[blocks] += (apart.transpose(1, 2) @ apart).repeat_interleave(repeats, dim=0)
 
     def _add_over_samples(self, use: Use, value: Tensor, blocks: slice, repeats: int) -> None:
-        """Without products of two inputs the samples can be summed before the patches are laid out."""
+        """Without products of two inputs the samples can be summed before the windows are laid out, and those as views."""
         value = value if use.axis == 1 else value[None]
-        wide = value.double()
-        three = torch.stack([wide.sum(0), wide.abs().sum(0), wide.square().sum(0)])
-        for number, one in enumerate(three):
-            for x in inputs_of(one if use.axis == 0 else one[None], use):
-                self._sums[number, blocks] += x.sum(0).repeat_interleave(repeats, dim=0)
-                if number == 0:
-                    self._count[blocks] += len(x) * len(value)
+        three = torch.zeros((3, *value.shape[1:]), dtype=torch.float64)
+        for sample in value:
+            wide = sample.double()
+            three[0] += wide
+            three[1] += wide.abs()
+            three[2].addcmul_(wide, wide)
+        windows = _windows(three, use)
+        places = tuple(range(2, 2 + use.spatial))
+        sums = windows.sum(places).reshape(3, use.groups, -1)
+        self._sums[:, blocks] += sums.repeat_interleave(repeats, dim=1)
+        self._count[blocks] += math.prod(windows.shape[2 : 2 + use.spatial]) * len(value)
 
     def result(self, name: str) -> InputStatistics:
         """The means; raises RejectedError where nothing was seen or it is not finite."""
@@ -203,20 +207,25 @@ def inputs_of(value: Tensor, use: Use, most: int | None = None) -> Iterator[Tens
         flat = value.movedim(1, -1).reshape(-1, use.groups, value.shape[1] // use.groups)
         yield flat.double()
         return
-    pads = [p for w in reversed(use.window) for p in (w.before, w.after)]
     taps = math.prod(w.kernel for w in use.window)
     positions = math.prod(value.shape[2:]) // math.prod(w.stride for w in use.window) + 1
     positions = positions if most is None else min(positions, most)
     size = max(1, _CHUNK_BYTES // (8 * value.shape[1] * taps * positions))
     for start in range(0, len(value), size):
-        part = nn.functional.pad(value[start : start + size].double(), pads)
-        for axis, w in enumerate(use.window):
-            part = part.unfold(2 + axis, w.dilation * (w.kernel - 1) + 1, w.stride)[..., :: w.dilation]
+        part = _windows(value[start : start + size].double(), use)
         part = part.movedim(1, 1 + use.spatial)  # [samples, *positions, channels, *kernel]
         if most is not None and most < math.prod(part.shape[1 : 1 + use.spatial]):
             index: tuple[Any, ...] = (slice(None), *_drawn(part.shape[1 : 1 + use.spatial], most))
             part = part[index]
         yield part.reshape(-1, use.groups, value.shape[1] // use.groups * taps)
+
+
+def _windows(value: Tensor, use: Use) -> Tensor:
+    """All that a convolution looks at, padded; a view. Shape [samples, channels, *positions, *kernel]."""
+    part = nn.functional.pad(value, [p for w in reversed(use.window) for p in (w.before, w.after)])
+    for axis, w in enumerate(use.window):
+        part = part.unfold(2 + axis, w.dilation * (w.kernel - 1) + 1, w.stride)[..., :: w.dilation]
+    return part
 
 
 def _drawn(shape: Sequence[int], count: int) -> tuple[Tensor, ...]:
