@@ -255,8 +255,8 @@ def test_wrong_requests_say_what_is_right(residual: tuple[nn.Module, programs.Pr
     x = [torch.randn(4, 1, 8, 8)]
     with pytest.raises(UsageError, match=r"openvino-x86.*cannot export to it yet"):
         quantize(program, calibrate=x, target="openvino-x86")
-    with pytest.raises(UsageError, match=r"w4a8.*cannot produce it yet"):
-        quantize(program, calibrate=x, scheme="w4a8")
+    with pytest.raises(UsageError, match=r"w2.*cannot produce it yet"):
+        quantize(program, calibrate=x, scheme="w2")
     with pytest.raises(UsageError, match="observer must be"):
         quantize(program, calibrate=x, observer="entropy")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="num_samples"):

@@ -15,8 +15,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from paredown.quantize.decompose import op_name
-from paredown.quantize.numerics import WEIGHT_MAX, WEIGHT_MIN
 from paredown.quantize.observe import OBSERVERS, PerChannel
+from paredown.quantize.schemes import Scheme
 from paredown.target import Target
 
 KEY = "quantization_annotation"
@@ -31,20 +31,22 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
     and pool, flatten, pad and concatenation keep the scale of their inputs.
     """
 
-    def __init__(self, target: Target, observer: str) -> None:
+    def __init__(self, target: Target, observer: str, scheme: Scheme) -> None:
         unsigned = target.activation_dtype == "uint8"
+        levels = 2**scheme.activation_bits
         self.target = target
         self.activation = QuantizationSpec(
             dtype=torch.uint8 if unsigned else torch.int8,
-            quant_min=0 if unsigned else -128,
-            quant_max=255 if unsigned else 127,
+            quant_min=0 if unsigned else -levels // 2,
+            quant_max=levels - 1 if unsigned else levels // 2 - 1,
             qscheme=torch.per_tensor_affine,
             observer_or_fake_quant_ctr=OBSERVERS[observer],
         )
+        low, high = scheme.weight_range
         self.weight = QuantizationSpec(
             dtype=torch.int8,
-            quant_min=WEIGHT_MIN,
-            quant_max=WEIGHT_MAX,
+            quant_min=low,
+            quant_max=high,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
             observer_or_fake_quant_ctr=PerChannel,

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torchao.quantization.pt2e import ObserverBase
 
-from paredown.quantize.numerics import WEIGHT_MAX, WEIGHT_MIN, affine, symmetric
+from paredown.quantize.numerics import (
+    WEIGHT_MAX,
+    WEIGHT_MIN,
+    affine,
+    symmetric,
+    symmetric_of_least_error,
+)
 
 BINS = 2048
 _RATIOS = torch.linspace(1.0, 0.2, 81, dtype=torch.float64)
@@ -120,15 +126,27 @@ class MeanSquaredError(ObserverBase):  # type: ignore[misc]
 
 
 class PerChannel(ObserverBase):  # type: ignore[misc]
-    """Symmetric scales of a weight along `ch_axis`. `floor` keeps an int32 bias from overflowing."""
+    """Symmetric scales of a weight along `ch_axis`.
+
+    Eight bits hold the largest weight; fewer take the scales of least squared error. `floor` keeps an int32 bias from
+    overflowing. `fixed` are scales that a repair has chosen; the weight lies on their grid.
+    """
 
     def __init__(
-        self, dtype: torch.dtype, qscheme: torch.qscheme, ch_axis: int, is_dynamic: bool = False, **_: Any
+        self,
+        dtype: torch.dtype,
+        qscheme: torch.qscheme,
+        ch_axis: int,
+        quant_min: int = WEIGHT_MIN,
+        quant_max: int = WEIGHT_MAX,
+        is_dynamic: bool = False,
+        **_: Any,
     ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
-        self.quant_min, self.quant_max, self.qscheme, self.ch_axis = WEIGHT_MIN, WEIGHT_MAX, qscheme, ch_axis
+        self.quant_min, self.quant_max, self.qscheme, self.ch_axis = quant_min, quant_max, qscheme, ch_axis
         self.weight: Tensor | None = None
         self.floor: Tensor | None = None
+        self.fixed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Remember the weight (no copy) and hand it on."""
@@ -140,7 +158,10 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
         if self.weight is None:
             msg = "weight observer was never run"
             raise RuntimeError(msg)
-        scales = symmetric(self.weight, self.ch_axis, self.floor)
+        find = symmetric if self.quant_max == WEIGHT_MAX else symmetric_of_least_error
+        scales = self.fixed
+        if scales is None:
+            scales = find(self.weight, self.ch_axis, self.floor, quant_min=self.quant_min, quant_max=self.quant_max)
         return scales, torch.zeros_like(scales, dtype=torch.int64)
 
 

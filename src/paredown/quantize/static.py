@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,9 +19,13 @@ from paredown.quantize.batches import Batches, each, finite_rows, length, rows, 
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import bias_floor
+from paredown.quantize.rounding import round_layers
+from paredown.quantize.schemes import SCHEMES, Scheme, scheme_named
 from paredown.target import Target, named
 
-SCHEMES = ("fp32", "fp16", "int8", "int8-dynamic", "w4", "w4a8", "w4a4", "w2", "ternary", "binary")
+STATIC = tuple(s.name for s in SCHEMES.values() if s.activations == "static")
+REPAIRS = ("gptq",)
+"""What may be done to the codes after calibration, in this order."""
 Owners = dict[tuple[str, int], str]
 """(name of a node, which of its inputs) → the parameter that this input is."""
 FEW = 32
@@ -36,18 +40,23 @@ def quantize(
     scheme: str = "int8",
     observer: Literal["minmax", "mse"] = "mse",
     num_samples: int | None = None,
+    repair: Sequence[str] = (),
 ) -> Quantized:
-    """Static int8 quantization for a runtime: int8 weights per output channel, 8-bit activations per tensor.
+    """Static quantization for a runtime: integer weights per output channel, integer activations per tensor.
 
-    q = clamp(round(x / s) + z, qmin, qmax). Weights: s = max|w| / 127 per channel, z = 0, codes in [-127, 127].
-    Activations: the target's dtype (uint8 for ONNX Runtime on x86), range by `observer`: "minmax" (all values seen)
-    or "mse" (least squared error, from a streaming histogram). Batch norm is folded first. Works on a user's own
-    module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its weights change.
+    q = clamp(round(x / s) + z, qmin, qmax). `scheme` is "int8" (8-bit weights and activations), "w4a8" or "w4a4".
+    Weights: z = 0; eight bits have s = max|w| / 127 per channel and codes in [-127, 127], four bits the scale of least
+    squared error and codes in [-8, 7]. Activations: the target's dtype (uint8 for ONNX Runtime on x86), range by
+    `observer`: "minmax" (all values seen) or "mse" (least squared error, from a streaming histogram). Batch norm is
+    folded first. Works on a user's own module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its
+    weights change.
 
     `calibrate` holds inputs (no labels): an iterable, or a function that returns one, of tensors, tuples of arguments
     or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
+    `repair` names what is done against the rounding: "gptq" (see quantize.rounding) chooses codes layer after layer by
+    what they do to its output; it keeps the samples and their activations in memory.
 
-    Raises UsageError (scheme, target, observer), RejectedError (no samples, samples that do not fit, a network that
+    Raises UsageError (scheme, target, observer, repair), RejectedError (no samples, samples that do not fit, a network that
     is quantized already), MissingError (torchao), VerificationError (the prepared graph computes something else).
 
     >>> from paredown.program import capture
@@ -57,13 +66,16 @@ def quantize(
     >>> sorted(small.weights), small.weights["0.weight"].codes.dtype
     (['0.weight', '3.weight'], torch.int8)
     """
-    table = _checked(target, scheme, observer, num_samples)
+    table = _checked(target, scheme, observer, num_samples, repair)
     program = _recaptured(tuned)
     graph = program.eval_graph.module(check_guards=False)
-    prepared, owners = _prepared(graph, table, observer, program)
+    prepared, owners = _prepared(graph, table, observer, scheme_named(scheme), program)
     stayed = tuple(_stayed_float(prepared, table))
-    notes = _calibrated(prepared, calibrate, num_samples, program)
+    calls: list[Inputs] | None = [] if repair else None
+    notes = _calibrated(prepared, calibrate, num_samples, program, calls)
     _keep_biases(prepared, table)
+    if "gptq" in repair:
+        round_layers(prepared, calls or [])
     with quiet("torchao"):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
@@ -75,16 +87,22 @@ def quantize(
         scheme=scheme,
         target=target,
         inputs=program.inputs,
-        weights=dict(_packed(converted, owners)),
+        weights=dict(_packed(converted, owners, scheme_named(scheme).weight_bits)),
         notes=(*program.notes, *notes, *stayed),
     )
 
 
-def _checked(target: str, scheme: str, observer: str, num_samples: int | None) -> Target:
+def _checked(target: str, scheme: str, observer: str, num_samples: int | None, repair: Sequence[str]) -> Target:
     table = named(target)
-    if scheme != "int8":
+    if scheme not in STATIC:
         later = " It is a scheme of paredown, but this version cannot produce it yet." if scheme in SCHEMES else ""
-        msg = f"scheme must be 'int8'. Got {scheme!r}.{later}"
+        msg = f"scheme must be one of {', '.join(STATIC)}. Got {scheme!r}.{later}"
+        raise UsageError(msg)
+    unknown = [r for r in repair if r not in REPAIRS]
+    if isinstance(repair, str) or unknown:
+        msg = (
+            f"repair must be a list of {', '.join(REPAIRS)}. Got {repair if isinstance(repair, str) else unknown[0]!r}."
+        )
         raise UsageError(msg)
     if observer not in ("minmax", "mse"):
         msg = f"observer must be 'minmax' or 'mse'. Got {observer!r}."
@@ -118,7 +136,9 @@ def _recaptured(tuned: Any) -> Program:
     return program
 
 
-def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Program) -> tuple[fx.GraphModule, Owners]:
+def _prepared(
+    graph: fx.GraphModule, table: Target, observer: str, scheme: Scheme, program: Program
+) -> tuple[fx.GraphModule, Owners]:
     """The graph with observers in it, which must still compute the same function, and whose parameter each op reads."""
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
@@ -136,7 +156,7 @@ def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Prog
             for i, x in enumerate(node.all_input_nodes)
             if x.op == "get_attr"
         }
-        prepared = prepare_pt2e(graph, TableQuantizer(table, observer))
+        prepared = prepare_pt2e(graph, TableQuantizer(table, observer, scheme))
     with torch.no_grad():
         after = tensors_of(prepared(*_cloned(args), **_cloned(kwargs)))
     for module in prepared.modules():
@@ -154,9 +174,13 @@ def _prepared(graph: fx.GraphModule, table: Target, observer: str, program: Prog
 
 
 def _calibrated(
-    prepared: fx.GraphModule, calibrate: Batches, num_samples: int | None, program: Program
+    prepared: fx.GraphModule,
+    calibrate: Batches,
+    num_samples: int | None,
+    program: Program,
+    kept: list[Inputs] | None = None,
 ) -> tuple[str, ...]:
-    """Run the samples through the observers; returns what was odd about them."""
+    """Run the samples through the observers; returns what was odd about them. `kept` receives them."""
     seen: dict[str, int] = collections.Counter()
     digests: set[bytes] = set()
     for args, kwargs in each(calibrate):
@@ -174,6 +198,8 @@ def _calibrated(
                 msg = f"calibration batches must fit the network's inputs. Got {shapes}: {str(error).strip().splitlines()[0][:200]}."
                 raise RejectedError(msg) from error
             seen["used"] += size
+            if kept is not None:
+                kept.append(batch)
             _remember(batch, seen, digests)
         if num_samples is not None and seen["used"] >= num_samples:
             break
@@ -274,7 +300,7 @@ def _slim(converted: fx.GraphModule) -> None:
     converted.recompile()
 
 
-def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Packed]]:
+def _packed(converted: fx.GraphModule, owners: Owners, bits: int) -> Iterator[tuple[str, Packed]]:
     """The codes by the parameter's name; a constant that is computed from others by the name PT2E gave it."""
     ops = torch.ops.quantized_decomposed
     done: set[str] = set()
@@ -298,6 +324,7 @@ def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Pa
                 codes=codes,
                 scales=scales.float(),
                 zero_points=zeros.long(),
+                bits=bits if per_channel else 8,
                 axis=int(node.args[3]) if per_channel else None,
             ),
         )

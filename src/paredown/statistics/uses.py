@@ -221,12 +221,12 @@ def _convolution(node: fx.Node, places: dict[fx.Node, tuple[str, Any]], program:
         flipped=name in TRANSPOSED,
         groups=int(groups),
         spatial=spatial,
-        window=() if name in TRANSPOSED else _window(node, kernel),
+        window=() if name in TRANSPOSED else window_of(node, kernel),
         axis=source.meta["val"].dim() - spatial - 1,
     )
 
 
-def _window(node: fx.Node, kernel: tuple[int, ...]) -> tuple[Window, ...]:
+def window_of(node: fx.Node, kernel: tuple[int, ...]) -> tuple[Window, ...]:
     stride, padding, dilation = args_of(node, "stride", "padding", "dilation")
     strides, dilations = _per_axis(stride, len(kernel)), _per_axis(dilation, len(kernel))
     if isinstance(padding, str):

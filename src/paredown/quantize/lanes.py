@@ -1,0 +1,202 @@
+"""Two lanes: the prepared graph in float and as it will be quantized, node by node with all samples in step.
+
+What a repair changes at one layer is what the layers behind it see. Activations that are still needed, of all calls and
+of both lanes, are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from paredown.couple.operand import args_of
+from paredown.program import Inputs
+from paredown.quantize.decompose import fetch, op_name
+from paredown.quantize.numerics import fake_quantize
+from paredown.quantize.observe import PerChannel
+from paredown.statistics.sequential import Run
+from paredown.statistics.uses import CONVOLUTIONS, Use, window_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layer:
+    """A weighted op of the prepared graph: what it reads, and how its weight is laid out."""
+
+    use: Use
+    weight: str
+    """Attribute of the prepared graph that holds the weight."""
+    observer: str
+    """Module of the prepared graph that gives the weight its scales."""
+    bias: str | None
+    groups: int
+
+    @property
+    def node(self) -> fx.Node:
+        """The op."""
+        return self.use.node
+
+    @property
+    def source(self) -> fx.Node:
+        """What the weight is multiplied with, as quantized."""
+        return self.use.source
+
+
+@dataclass(slots=True, kw_only=True)
+class Changes:
+    """What the quantized lane has instead of the graph's own tensors; written back when the walk is done."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """By attribute: weights that lie on their grid."""
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    """By observer: scales of those grids."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lanes:
+    """One call of the network in float and quantized."""
+
+    whole: Run
+    coded: Run
+
+
+Visit = Callable[[Layer, Sequence[Lanes]], None]
+
+
+def layers_of(prepared: fx.GraphModule) -> Iterator[Layer]:
+    """The weighted ops whose weight has an observer, in graph order. A weight that several ops read is left out."""
+    for node in prepared.graph.nodes:
+        name = op_name(node)
+        if name != "linear" and name not in CONVOLUTIONS:
+            continue
+        source, weight = node.args[:2]
+        if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "call_module":
+            continue
+        holder = weight.args[0]
+        if not isinstance(fetch(prepared, str(weight.target)), PerChannel) or getattr(holder, "op", "") != "get_attr":
+            continue
+        if len(weight.users) > 1 or len(holder.users) > 1:  # type: ignore[union-attr]
+            continue
+        yield _layer(prepared, node, source, weight, holder)  # type: ignore[arg-type]
+
+
+def _layer(prepared: fx.GraphModule, node: fx.Node, source: fx.Node, weight: fx.Node, holder: fx.Node) -> Layer:
+    name, bias = op_name(node), node.args[2] if len(node.args) > 2 else None
+    shape = tuple(fetch(prepared, str(holder.target)).shape)
+    spatial = CONVOLUTIONS.get(name, 0)
+    groups: Any = args_of(node, "groups")[0] if spatial else 1
+    use = Use(
+        parameter=str(holder.target),
+        node=node,
+        source=source,
+        weight=weight,
+        rows=(0, shape[0]),
+        shape=shape,
+        flipped=False,
+        groups=int(groups),
+        spatial=spatial,
+        window=window_of(node, shape[2:]) if spatial else (),
+        axis=1 if spatial else -1,
+    )
+    held = isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1
+    return Layer(
+        use=use,
+        weight=str(holder.target),
+        observer=str(weight.target),
+        bias=str(bias.target) if held else None,  # type: ignore[union-attr]
+        groups=int(groups),
+    )
+
+
+class _Lane(Run):
+    """The prepared graph on one call. Without changes observers hand on what they get; with them they round it."""
+
+    def __init__(self, prepared: fx.GraphModule, flat: list[Any], changes: Changes | None) -> None:
+        super().__init__(prepared, flat)
+        self._changes = changes
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        observer = fetch(self.module, str(target))  # type: ignore[arg-type]
+        if not hasattr(observer, "calculate_qparams"):
+            return super().call_module(target, args, kwargs)
+        if self._changes is None or (isinstance(observer, PerChannel) and str(target) in self._changes.scales):
+            return args[0]
+        return fake_quantize(args[0], observer)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._changes is not None:
+            for held in (self._changes.weights, self._changes.biases):
+                if str(target) in held:
+                    return held[str(target)]
+        return super().get_attr(target, args, kwargs)
+
+
+def walk(prepared: fx.GraphModule, calls: Sequence[Inputs], changes: Changes, visit: Visit) -> None:
+    """Both lanes from their inputs to their outputs; at each layer `visit` may change its tensors before it is run.
+
+    When `visit` is called, `lanes.whole.env[layer.node]` is what the layer gives in float and
+    `lanes.coded.env[layer.source]` what it will read. Afterwards the graph has what `changes` holds.
+    """
+    lanes = []
+    for call in calls:
+        flats = [pytree.tree_leaves(pytree.tree_map(_cloned, call)) for _ in range(2)]
+        lanes.append(
+            Lanes(whole=_Lane(prepared, flats[0], None), coded=_Lane(prepared, flats[1], changes)),
+        )
+    layers = {layer.node: layer for layer in layers_of(prepared)}
+    with torch.no_grad():
+        for node in prepared.graph.nodes:
+            if node.op == "output":
+                break
+            for lane in lanes:
+                lane.whole.next(node)
+            if node in layers:
+                visit(layers[node], lanes)
+                for lane in lanes:  # the weight was read before it was changed
+                    _reread(lane.coded, layers[node])
+            for lane in lanes:
+                lane.coded.next(node)
+    apply(prepared, changes)
+
+
+def plain_lanes(
+    prepared: fx.GraphModule, calls: Sequence[Inputs], wanted: set[fx.Node], look: Callable[[fx.Node, Tensor], None]
+) -> None:
+    """The float lane alone, call after call; `look` sees what each wanted node gives."""
+    if not wanted:
+        return
+    for call in calls:
+        run = _Lane(prepared, pytree.tree_leaves(pytree.tree_map(_cloned, call)), None)
+        with torch.no_grad():
+            for node in prepared.graph.nodes:
+                if node.op == "output":
+                    break
+                run.next(node)
+                if node in wanted:
+                    look(node, run.env[node] if node in run.env else run.run_node(node))
+
+
+def _reread(run: Run, layer: Layer) -> None:
+    for arg in layer.node.all_input_nodes:
+        if arg is layer.source:
+            continue
+        for node in (*arg.all_input_nodes, arg):
+            run.env[node] = run.run_node(node)
+
+
+def apply(prepared: fx.GraphModule, changes: Changes) -> None:
+    """Write weights, biases and scales into the graph, so that convert finds exactly the codes that were chosen."""
+    for name, tensor in {**changes.weights, **changes.biases}.items():
+        fetch(prepared, name).data = tensor
+    for name, scales in changes.scales.items():
+        observer: Any = fetch(prepared, name)
+        observer.fixed = scales
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,67 @@
+"""Schemes: how many bits weights and activations take, and what shares a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from paredown.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """One way to spend bits."""
+
+    name: str
+    weight_bits: int
+    """Of a weight's code; 16 and 32 stand for floating point."""
+    activation_bits: int
+    """Of an activation's code; 16 and 32 stand for floating point."""
+    activations: Literal["float", "static", "dynamic"] = "float"
+    """Static: ranges from calibration. Dynamic: each tensor's own range at run time."""
+    levels: Literal["integer", "ternary", "binary"] = "integer"
+    """Ternary codes are -1, 0, 1 and binary ones -1, 1, with one scale per group."""
+
+    @property
+    def weight_range(self) -> tuple[int, int]:
+        """Smallest and largest code of a weight. Eight bits leave out -128, so that products of two codes cannot saturate.
+
+        >>> SCHEMES["int8"].weight_range, SCHEMES["w4a8"].weight_range
+        ((-127, 127), (-8, 7))
+        """
+        return weight_range(self.weight_bits, self.levels)
+
+
+def weight_range(bits: int, levels: str = "integer") -> tuple[int, int]:
+    """Smallest and largest code of a weight of that many bits."""
+    if levels != "integer":
+        return -1, 1
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+_TABLE = (
+    Scheme(name="fp32", weight_bits=32, activation_bits=32),
+    Scheme(name="fp16", weight_bits=16, activation_bits=16),
+    Scheme(name="int8", weight_bits=8, activation_bits=8, activations="static"),
+    Scheme(name="int8-dynamic", weight_bits=8, activation_bits=8, activations="dynamic"),
+    Scheme(name="w4", weight_bits=4, activation_bits=32),
+    Scheme(name="w4a8", weight_bits=4, activation_bits=8, activations="static"),
+    Scheme(name="w4a4", weight_bits=4, activation_bits=4, activations="static"),
+    Scheme(name="w2", weight_bits=2, activation_bits=32),
+    Scheme(name="ternary", weight_bits=2, activation_bits=32, levels="ternary"),
+    Scheme(name="binary", weight_bits=1, activation_bits=32, levels="binary"),
+)
+SCHEMES: Mapping[str, Scheme] = {s.name: s for s in _TABLE}
+
+
+def scheme_named(name: str) -> Scheme:
+    """The scheme of that name. Raises UsageError for another one.
+
+    >>> scheme_named("w4a8").weight_bits
+    4
+    """
+    if name not in SCHEMES:
+        msg = f"scheme must be one of {', '.join(SCHEMES)}. Got {name!r}."
+        raise UsageError(msg)
+    return SCHEMES[name]
