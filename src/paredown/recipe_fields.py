@@ -174,8 +174,9 @@ class Quantize(Strict):
 
     scheme: Literal["int8"] = "int8"
     """Weights int8 per output channel, activations 8 bits per tensor, as the target wants them."""
-    observer: Literal["minmax", "mse"] = "mse"
-    """How the range of an activation is chosen: all values seen, or least squared error."""
+    observer: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "mse"
+    """How the range of an activation is chosen: all values seen, moving averages of the batches' ranges, 99.99 % of the
+    values, least squared error, or least KL divergence (not for outputs of sigmoid or softmax)."""
     samples: int | None = Field(default=None, ge=1)
     """Calibration samples at most; null takes all that the task gives."""
 

@@ -29,7 +29,10 @@ def quantize(
     calibrate: Annotated[
         str | None, Parameter(help=".npz or .npy of inputs, samples along the first axis; or the word random.")
     ] = None,
-    observer: Annotated[Literal["mse", "minmax"], Parameter(help="How the range of an activation is chosen.")] = "mse",
+    observer: Annotated[
+        Literal["mse", "minmax", "moving-average", "percentile", "entropy"],
+        Parameter(help="How the range of an activation is chosen."),
+    ] = "mse",
     samples: Annotated[int | None, Parameter(help="Calibration samples at most.")] = None,
     target: options.Target = "onnxruntime-x86",
     weights: options.Weights = None,

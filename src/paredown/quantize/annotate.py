@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from paredown.quantize.decompose import op_name
-from paredown.quantize.observe import OBSERVERS, PerChannel
+from paredown.quantize.observe import PerChannel, observer_named
 from paredown.quantize.schemes import Scheme
 from paredown.target import Target
 
@@ -40,7 +40,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             quant_min=0 if unsigned else -levels // 2,
             quant_max=levels - 1 if unsigned else levels // 2 - 1,
             qscheme=torch.per_tensor_affine,
-            observer_or_fake_quant_ctr=OBSERVERS[observer],
+            observer_or_fake_quant_ctr=observer_named(observer),
         )
         low, high = scheme.weight_range
         self.weight = QuantizationSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, fx
 
@@ -21,26 +22,60 @@ class Packed:
     codes: Tensor
     """Shape of the weight, dtype int8 (weights) or uint8 (constants that act as activations)."""
     scales: Tensor
-    """float32, shape [channels], or [] per tensor."""
+    """float32, shape [channels], [channels, groups] where a group shares one, or [] per tensor."""
     zero_points: Tensor
     """int64, same shape as `scales`; 0 for symmetric weights."""
     bits: int = 8
     group: int | None = None
     axis: int | None = 0
     blocks: tuple[int, int] | None = None
+    levels: Literal["integer", "ternary", "binary"] = "integer"
+    """Ternary codes are -1, 0, 1 (five of them fit into a byte), binary ones -1 and 1."""
 
     def unpack(self) -> Tensor:
-        """The float32 weight that the codes stand for.
+        """The float32 weight that the codes stand for. With `group`, `scales` are [channels, groups], `axis` the channels'.
 
         >>> import torch
         >>> one = Packed(codes=torch.tensor([[-127, 127]]), scales=torch.tensor([0.5]), zero_points=torch.tensor([0]))
         >>> one.unpack().tolist()
         [[-63.5, 63.5]]
         """
+        if self.group is not None:
+            return self._unpack_groups(self.group, self.axis or 0)
         shape = [1] * self.codes.dim()
         if self.axis is not None:
             shape[self.axis] = -1
         return (self.codes.float() - self.zero_points.reshape(shape).float()) * self.scales.reshape(shape)
+
+    def _unpack_groups(self, group: int, axis: int) -> Tensor:
+        """Every channel's other axes as one row, `group` neighbours at a time; the last group may be shorter."""
+        moved = self.codes.movedim(axis, 0)
+        rows = moved.reshape(moved.shape[0], -1)
+        scales, zeros = (
+            v.reshape(rows.shape[0], -1).repeat_interleave(group, dim=1)[:, : rows.shape[1]]
+            for v in (self.scales, self.zero_points)
+        )
+        return ((rows.float() - zeros.float()) * scales).reshape(moved.shape).movedim(0, axis)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """How often values occur: `counts` of equal bins from `low` to `high`; values that are exactly 0 stand in `zeros`."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    zeros: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How much of a network runs on integer codes, both as shares from 0 to 1."""
+
+    macs: float
+    """Of the multiply-accumulates of one sample: those with a weight that is held in codes."""
+    weights: float
+    """Of the numbers in weights with two or more axes (matrices, kernels, tables; no biases, no norms)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,3 +95,5 @@ class Quantized:
     weights: Mapping[str, Packed]
     notes: tuple[str, ...] = ()
     """What stayed float and why, and what was odd about the calibration data."""
+    coverage: Coverage | None = None
+    """Known for the schemes that need no calibration."""

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from paredown.errors import UsageError
+from paredown.quantize.schemes import weight_range
+
 WEIGHT_MIN, WEIGHT_MAX = -127, 127
 """Symmetric int8 weights leave out -128: the range is symmetric and products cannot saturate alone."""
+Granularity = Literal["tensor", "channel", "group", "token"]
+GRANULARITIES = ("tensor", "channel", "group", "token")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A uniform grid per row of `rows_of`: x̂ = scales · (q - zero_points), q from quant_min to quant_max."""
+
+    scales: Tensor
+    """float32, shape [rows, 1]."""
+    zero_points: Tensor
+    """int64, same shape; 0 for a symmetric mapping."""
+    quant_min: int
+    quant_max: int
+    bits: int
+    mapping: str
+    granularity: str
+    axis: int
+    group: int
 
 
 def affine(low: float, high: float, quant_min: int, quant_max: int) -> tuple[float, int]:
@@ -23,7 +46,8 @@ def affine(low: float, high: float, quant_min: int, quant_max: int) -> tuple[flo
     low, high = min(low, 0.0), max(high, 0.0)
     levels = quant_max - quant_min
     width = high - low if high > low else 1.0
-    scale = float(torch.tensor(max(width / levels, 1e-30), dtype=torch.float32))
+    largest = torch.finfo(torch.float32).max  # two levels for the whole of float32 want more
+    scale = float(torch.tensor(min(max(width / levels, 1e-30), largest), dtype=torch.float32))
     zero_point = quant_min - round(low / scale)
     return scale, max(quant_min, min(quant_max, zero_point))
 
@@ -81,9 +105,9 @@ def dequantize_codes(codes: Tensor, scale: Tensor | float, zero_point: Tensor | 
     return (codes - zero_point).to(torch.float32) * scale
 
 
-def fake_quantize(values: Tensor, observer: Any) -> Tensor:
-    """x̂ of `values` by the parameters that an observer has found, per tensor or along its `ch_axis`; float32."""
-    scale, zero_point = observer.calculate_qparams()
+def fake_quantize(values: Tensor, observer: Any, parameters: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x̂ of `values` by the `parameters` that an observer has found, per tensor or along its `ch_axis`; float32."""
+    scale, zero_point = observer.calculate_qparams() if parameters is None else parameters
     axis = getattr(observer, "ch_axis", None)
     if axis is not None and scale.dim():
         shape = [1] * values.dim()
@@ -91,3 +115,123 @@ def fake_quantize(values: Tensor, observer: Any) -> Tensor:
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     codes = quantize_codes(values, scale, zero_point, observer.quant_min, observer.quant_max)
     return dequantize_codes(codes, scale, zero_point)
+
+
+def rows_of(values: Tensor, granularity: str, axis: int, group: int) -> Tensor:
+    """The values that share a scale as rows [scales, values]; a short last group is filled with zeros. A view where possible.
+
+    tensor: one row. channel: one per index of `axis`. group: `group` neighbours along each channel's other axes. token: one
+    per position of all axes but `axis`, that of the features.
+    """
+    if granularity == "tensor":
+        return values.reshape(1, -1)
+    if granularity == "token":
+        return values.movedim(axis, -1).reshape(-1, values.shape[axis])
+    rows = values.movedim(axis, 0).reshape(values.shape[axis], -1)
+    if granularity == "channel":
+        return rows
+    filled = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group))
+    return filled.reshape(-1, group)
+
+
+def from_rows(rows: Tensor, like: Tensor, granularity: str, axis: int) -> Tensor:
+    """Rows of `rows_of` in the shape of the values that they came from."""
+    if granularity == "tensor":
+        return rows.reshape(like.shape)
+    if granularity == "token":
+        return rows.reshape(like.movedim(axis, -1).shape).movedim(-1, axis)
+    moved = like.movedim(axis, 0)
+    inner = moved[0].numel()
+    return rows.reshape(moved.shape[0], -1)[:, :inner].reshape(moved.shape).movedim(0, axis)
+
+
+def grid_of(
+    values: Tensor,
+    *,
+    bits: int = 8,
+    mapping: Literal["symmetric", "affine"] = "symmetric",
+    granularity: Granularity = "tensor",
+    axis: int | None = None,
+    group: int = 128,
+) -> Grid:
+    """The uniform grid that holds all `values`, one scale and zero point per tensor, channel, group or token; bits 8 to 1.
+
+    symmetric: z = 0, s = max(max x / qmax, min x / qmin), codes -127 … 127 for 8 bits and -2^(b-1) … 2^(b-1)-1 below. One
+    bit has the levels ±s with s = mean|x|, the scale of least error for two of them (Rastegari et al. 2016, XNOR-Net, eq. 6).
+    affine: codes 0 … 2^b - 1, s = (max - min)/(2^b - 1) of the range with 0 in it, z = -round(min/s); 0 is exact.
+    Scales float32, zero points int64, shape [scales, 1], in the order of `rows_of`. `axis` is that of the channels (0), or
+    for tokens that of the features (the last). Rows of zeros get a scale of a range of 1.
+
+    Raises UsageError: bits, mapping, granularity, axis or group that are none; values without elements.
+
+    >>> grid_of(torch.tensor([[-1.0, 0.5], [0.0, 3.0]]), bits=4, granularity="channel").scales.ravel().tolist()
+    [0.125, 0.4285714328289032]
+    """
+    wrong = bits not in range(1, 9) or mapping not in ("symmetric", "affine") or granularity not in GRANULARITIES
+    axis = (-1 if granularity == "token" else 0) if axis is None else axis
+    if wrong or group < 1 or not values.numel() or not -values.dim() <= axis < max(values.dim(), 1):
+        msg = (
+            f"a grid must have values, 1 to 8 bits, a symmetric or affine mapping, a granularity of {', '.join(GRANULARITIES)}, "
+            f"an axis of the values and a group ≥ 1. Got {tuple(values.shape)}, {bits}, {mapping!r}, {granularity!r}, {axis}, {group}."
+        )
+        raise UsageError(msg)
+    rows = rows_of(values.detach().float(), granularity, axis, group)
+    if mapping == "affine":
+        low, high = 0, 2**bits - 1
+        scales, zeros = _affine_rows(rows, high)
+    elif bits == 1:
+        low, high = -1, 1
+        filled = rows.numel() != values.numel()
+        counted = rows_of(torch.ones_like(values, dtype=torch.float32), granularity, axis, group) if filled else rows
+        count = counted.sum(1) if filled else torch.full((rows.shape[0],), float(rows.shape[1]))
+        mean = rows.abs().sum(1) / count
+        scales, zeros = torch.where(mean > 0, mean, 1.0).clamp_min(1e-30), torch.zeros(rows.shape[0])
+    else:
+        low, high = weight_range(bits)
+        scales, zeros = symmetric(rows, 0, quant_min=low, quant_max=high), torch.zeros(rows.shape[0])
+    return Grid(
+        scales=scales[:, None],
+        zero_points=zeros.long()[:, None],
+        quant_min=low,
+        quant_max=high,
+        bits=bits,
+        mapping=mapping,
+        granularity=granularity,
+        axis=axis,
+        group=group,
+    )
+
+
+def _affine_rows(rows: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
+    """`affine` for every row."""
+    low, high = rows.amin(1).clamp_max(0).double(), rows.amax(1).clamp_min(0).double()
+    width = torch.where(high > low, high - low, 1.0)
+    scales = (width / quant_max).clamp(1e-30, torch.finfo(torch.float32).max).float()
+    return scales, (-torch.round(low / scales.double())).clamp(0, quant_max)
+
+
+def on_grid(values: Tensor, grid: Grid) -> Tensor:
+    """x̂: every value on the nearest level of its grid (see `grid_of`), float32, in the shape of `values`.
+
+    >>> weight = torch.tensor([[-1.0, 0.5], [0.1, 3.0]])
+    >>> on_grid(weight, grid_of(weight, bits=1, granularity="channel")).tolist()
+    [[-0.75, 0.75], [1.5499999523162842, 1.5499999523162842]]
+    """
+    rows = rows_of(values.detach().float(), grid.granularity, grid.axis, grid.group)
+    if grid.bits == 1 and grid.mapping == "symmetric":
+        rounded = torch.where(rows < 0, -grid.scales, grid.scales)
+    else:
+        codes = quantize_codes(rows, grid.scales, grid.zero_points, grid.quant_min, grid.quant_max)
+        rounded = dequantize_codes(codes, grid.scales, grid.zero_points)
+    return from_rows(rounded, values, grid.granularity, grid.axis)
+
+
+def levels_of(grid: Grid, row: int = 0) -> tuple[float, ...]:
+    """The values that one row of a grid can hold, ascending.
+
+    >>> levels_of(grid_of(torch.tensor([-1.0, 3.0]), bits=2, mapping="affine"))
+    (-1.3333333730697632, 0.0, 1.3333333730697632, 2.6666667461395264)
+    """
+    step = 2 if grid.bits == 1 and grid.mapping == "symmetric" else 1
+    codes = torch.arange(grid.quant_min, grid.quant_max + 1, step)
+    return tuple(dequantize_codes(codes, grid.scales[row], grid.zero_points[row]).tolist())

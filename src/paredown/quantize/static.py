@@ -6,7 +6,7 @@ import collections
 import hashlib
 import importlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -38,7 +38,7 @@ def quantize(
     target: str = "onnxruntime-x86",
     calibrate: Batches,
     scheme: str = "int8",
-    observer: Literal["minmax", "mse"] = "mse",
+    observer: str = "mse",
     num_samples: int | None = None,
     repair: Sequence[str] = (),
 ) -> Quantized:
@@ -47,9 +47,10 @@ def quantize(
     q = clamp(round(x / s) + z, qmin, qmax). `scheme` is "int8" (8-bit weights and activations), "w4a8" or "w4a4".
     Weights: z = 0; eight bits have s = max|w| / 127 per channel and codes in [-127, 127], four bits the scale of least
     squared error and codes in [-8, 7]. Activations: the target's dtype (uint8 for ONNX Runtime on x86), range by
-    `observer`: "minmax" (all values seen) or "mse" (least squared error, from a streaming histogram). Batch norm is
-    folded first. Works on a user's own module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its
-    weights change.
+    `observer`: "minmax" (all values seen), "moving-average" (of the batches' ranges), "percentile" (99.99 % of the
+    values; another one as "percentile=99.9"), "mse" (least squared error) or "entropy" (TensorRT's; not for outputs of
+    sigmoid or softmax), the last three from a streaming histogram. Batch norm is folded first. Works on a user's own
+    module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its weights change.
 
     `calibrate` holds inputs (no labels): an iterable, or a function that returns one, of tensors, tuples of arguments
     or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
@@ -104,9 +105,6 @@ def _checked(target: str, scheme: str, observer: str, num_samples: int | None, r
             f"repair must be a list of {', '.join(REPAIRS)}. Got {repair if isinstance(repair, str) else unknown[0]!r}."
         )
         raise UsageError(msg)
-    if observer not in ("minmax", "mse"):
-        msg = f"observer must be 'minmax' or 'mse'. Got {observer!r}."
-        raise UsageError(msg)
     if num_samples is not None and num_samples < 1:
         msg = f"num_samples must be ≥ 1, or None for all. Got {num_samples}."
         raise UsageError(msg)
@@ -116,6 +114,9 @@ def _checked(target: str, scheme: str, observer: str, num_samples: int | None, r
     except ImportError as error:
         msg = "quantize must have torchao. It is not installed. Run: pip install 'paredown[quant]'."
         raise MissingError(msg) from error
+    from paredown.quantize.observe import observer_named
+
+    observer_named(observer)
     return table
 
 
