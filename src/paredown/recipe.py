@@ -389,6 +389,12 @@ def _mistake(path: str, mistake: Mapping[str, Any], where: str) -> str:
     return f"{path} must be {rule}. Got {shown} at {where}.{_hint(kind, got, context)}"
 
 
+_NOT_A_LEVEL = " A level gives channels, parameters, macs, density or modules; budget.{} bounds the finished file, after it was measured."
+_BY_LATENCY = (
+    " Channels by a table of latencies are chosen in Python: paredown.allocate(…, Budget(latency_ms=…), latency=table)."
+)
+
+
 def _hint(kind: str, got: Any, context: Mapping[str, Any]) -> str:
     if kind == "literal_error":
         if isinstance(got, bool) or got is None:
@@ -409,6 +415,9 @@ def _hint(kind: str, got: Any, context: Mapping[str, Any]) -> str:
 
 def _suggestion(path: str) -> str:
     """What an unknown key was probably meant to be: a sibling, or the same key elsewhere."""
+    bound = re.fullmatch(r"prune\.levels\[\d+\]\.(latency_ms|size_bytes|peak_ram_bytes|metric_loss)", path)
+    if bound:
+        return _NOT_A_LEVEL.format(bound[1]) + (_BY_LATENCY if bound[1] == "latency_ms" else "")
     known = dict(_fields(Recipe))
     parent, _, leaf = re.sub(r"\[\d+\]", "", path).rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}

@@ -95,6 +95,12 @@ class Prune(Strict):
     regularize: Literal["none", "growing", "slimming"] = "none"
     """A training with a penalty on coupled units (growing) or batch-norm scales (slimming) before channels leave, as long
     as the recovery."""
+    update: Literal["none", "obs"] = "none"
+    """How the weights that stay answer for those that a mask takes at once. obs is SparseGPT: layer after layer on training
+    batches (calibration inputs, where the task has its own `train`), before any recovery. With criterion obs (element, N:M)
+    its sweep also says which weights leave, as many of each layer as the allocation gives."""
+    update_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options of the update: block, damping (see `paredown.prune.obs`)."""
     reconstruct: bool = False
     """After a removal, fit the weights that read the removed channels by least squares to the dense outputs."""
     levels: tuple[Level, ...] = ()
@@ -111,7 +117,7 @@ class Prune(Strict):
     realiser: Literal["auto", "module", "graph"] = "auto"
     """module keeps your own class, graph rebuilds the model from its graph; auto takes the module where it is proven."""
     score_batches: int = Field(default=16, ge=1)
-    """Training batches that a criterion which needs data, or a reconstruction, reads."""
+    """Training batches that a criterion which needs data, a reconstruction or an update reads."""
 
     @field_validator("granularity")
     @classmethod

@@ -35,8 +35,8 @@ OPTIONS = {
     "measure": "baseline input json quiet runs samples seconds threads".split(),
     "prune": [
         *COMMON,
-        *"align allocation channels criterion density drop dry-run exclude floor granularity include input macs masks".split(),
-        *"out overwrite parameters plot realiser seed strict target".split(),
+        *"align allocation batches calibrate channels criterion data density drop dry-run exclude floor granularity".split(),
+        *"include input macs masks out overwrite parameters plot realiser seed strict target task update".split(),
     ],
     "quantize": [*COMMON, "calibrate", "input", "observer", "out", "overwrite", "samples", "target"],
     "report": ["json", "quiet"],

@@ -17,6 +17,7 @@ from paredown.pipeline.folder import RunFolder
 from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run
 from paredown.pipeline.ways import check_ways
+from paredown.prune import obs
 from paredown.recipe import Recipe, parse_recipe
 from paredown.train import Task, task_from_module
 
@@ -105,6 +106,56 @@ def test_two_of_four_needs_no_amount(task: Task, tmp_path: Path) -> None:
     weight = tuned.module.get_parameter("b.weight").detach()
     per_group = (weight != 0).view(16, 4, 4, 3, 3).sum(2)  # along the input channels
     assert int(per_group.max()) == int(per_group.min()) == 2
+
+
+def without_training(recipe: Recipe) -> Recipe:
+    """The same without recovery: what a level itself makes."""
+    recover = recipe.recover.model_copy(update={"epochs": 0, "batch_norm_batches": 0, "distil": "none"})
+    return recipe.model_copy(update={"recover": recover})
+
+
+def moved(tuned: pare.Pruned, task: Task) -> float:
+    """How far the outputs are from the dense ones, on images that nothing has read."""
+    dense, images = task.model().eval(), torch.cat([x for x, _ in task.test_batches()])  # type: ignore[misc]
+    with torch.no_grad():
+        return float((tuned.module.eval()(images) - dense(images)).square().mean())
+
+
+def test_the_sweep_of_obs_is_that_of_the_verb(task: Task, tmp_path: Path) -> None:
+    """With criterion obs a level is prune.obs: at once, before any training, as many of each layer as were asked."""
+    plain = recipe_of(granularity="element", criterion="obs", score_batches=4, levels=[{"density": 0.4}])
+    options = {"update": "obs", "update_options": {"block": 32, "damping": 0.05}}
+    updated = plain.model_copy(update={"prune": plain.prune.model_copy(update=options)})
+    masked, _ = levels(task, without_training(plain), tmp_path / "plain")
+    tuned, told = levels(task, without_training(updated), tmp_path / "updated")
+    assert zeros(tuned.module) == zeros(masked.module) == (86 + 2 * 1382 + 38, 4816)  # 60 % of every layer
+    assert moved(tuned, task) < 0.5 * moved(masked, task)
+    assert all(fit["after"] < fit["before"] for fit in told[0]["fits"].values()) and len(told[0]["fits"]) == 4
+    assert told[0]["reached"]["update"] == {"verb": "obs", "block": 32, "damping": 0.05}
+    program = pare.capture(task.model(), task.inputs())
+    assert task.train_batches is not None
+    torch.manual_seed(0)
+    batches = task.train_batches()
+    density = {n: m.density for n, m in tuned.plan.masks.items()}
+    direct = obs(program, lambda: batches, step=task.step, density=density, block=32, damping=0.05, num_batches=4)
+    for name, tensor in direct.module.state_dict().items():
+        assert torch.equal(tensor, tuned.module.state_dict()[name]), name
+
+
+def test_masks_of_any_rule_are_answered_and_earlier_zeros_stay(task: Task, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "granularity": "4x1", "allocation": "global", "score_batches": 4,
+        "levels": [{"density": 0.6}, {"density": 0.5, "granularity": "element"}],
+    }  # fmt: skip
+    tuned, told = levels(task, without_training(recipe_of(update="obs", **given)), tmp_path / "updated")
+    first, _ = levels(task, without_training(recipe_of(**{**given, "levels": given["levels"][:1]})), tmp_path / "first")
+    masked, _ = levels(task, without_training(recipe_of(**given)), tmp_path / "plain")
+    for name, mask in first.plan.masks.items():
+        assert not (tuned.module.get_parameter(name).detach().numpy()[~mask.kept]).any(), name
+    assert moved(tuned, task) < 0.7 * moved(masked, task)
+    assert all(t["fits"] for t in told)
+    gone, total = zeros(tuned.module)
+    assert total - gone == pytest.approx(0.3 * total, abs=8)
 
 
 @pytest.mark.parametrize("regularize", ["growing", "slimming"])
@@ -232,6 +283,22 @@ def test_a_training_that_prunes_goes_on_where_it_was_stopped(task: Task, tmp_pat
         (
             {"granularity": "row", "schedule": "gradual", "allocation": "greedy", "levels": [{"density": 0.5}]},
             "uniform, global or erk where a training prunes",
+        ),
+        ({"update": "obs", "levels": [{"macs": 0.5}]}, "prune.update must be used with a level of masks"),
+        ({"update": "obs", "granularity": "row", "schedule": "gradual", "levels": [{"density": 0.5}]}, "chosen at once"),
+        ({"update": "obs", "granularity": "row", "criterion": "movement", "levels": [{"density": 0.5}]}, "chosen at once"),
+        ({"update_options": {"block": 8}, "granularity": "row", "levels": [{"density": 0.5}]}, "masks and an update"),
+        (
+            {"update": "obs", "update_options": {"blok": 8}, "granularity": "row", "levels": [{"density": 0.5}]},
+            "Did you mean 'block'?",
+        ),
+        (
+            {"update": "obs", "update_options": {"block": 0}, "granularity": "row", "levels": [{"density": 0.5}]},
+            "block must be an integer ≥ 1",
+        ),
+        (
+            {"update": "obs", "update_options": {"damping": "much"}, "granularity": "row", "levels": [{"density": 0.5}]},
+            "damping must be a finite number",
         ),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""paredown prune: take channels, heads or modules out of a model, or mask its weights, by rules that need no data."""
+"""paredown prune: take channels, heads or modules out of a model, or mask its weights; no training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from paredown.cli import options
+from paredown.cli import options, reading
 from paredown.cli.pruning import Asked, candidates_document, candidates_table, plan_tables
 from paredown.cli.quantize import check_out_file
 from paredown.cli.show import emit, only_document, say, show
-from paredown.cli.sources import Loaded, continued, loaded, number, refuse_both
+from paredown.cli.sources import Loaded, continued, loaded, number, refuse_both, taken_over
 from paredown.errors import InfeasibleError, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from paredown.prune import Pruned
 
 DATA_FREE = ("l1", "l2", "linf", "lamp", "geometric_median", "bn_scale", "synflow", "random")
+OF_INPUTS = ("wanda", "obs", "refit", "apoz", "mean_activation")
+"""Criteria that read inputs: --task or --calibrate."""
+OF_GRADIENTS = ("taylor", "taylor2", "fisher", "hessian_trace", "snip", "grasp")
+"""Criteria that read a loss: --task with its step."""
+MODEL_MASKS = Path("model")
+"""The word for --masks that names those which MODEL comes with."""
 PICTURES = (".svg", ".png", ".pdf")
 _REMAINS = "What remains: a fraction in (0, 1), or a number ≥ 2"
 _NAMES = {"negative": "", "show_default": False}
@@ -43,10 +49,24 @@ _Cells = Annotated[
 ]
 _Drop = Annotated[tuple[str, ...], Parameter(help="A module to leave out, as layer3.1; again for more.", **_NAMES)]
 _Masks = Annotated[
-    Path | None, Parameter(help="Your own masks: .safetensors or .npz, one array per parameter; 1 is kept.")
+    Path | None,
+    Parameter(
+        help="Your own masks: .safetensors or .npz, one array per parameter; 1 is kept. Or the word model: those of "
+        "torch.nn.utils.prune that MODEL comes with."
+    ),
 ]
 _Criterion = Annotated[
-    str | None, Parameter(help=f"What makes a channel or weight important: {', '.join(DATA_FREE)}. Default: l1.")
+    str | None,
+    Parameter(
+        help=f"What makes a channel or weight important: {', '.join(DATA_FREE)}; with --task or --calibrate "
+        f"{', '.join(OF_INPUTS)}; with --task {', '.join(OF_GRADIENTS)}. Default: l1."
+    ),
+]
+_Update = Annotated[
+    Literal["none", "obs"],
+    Parameter(
+        help="obs: the weights that stay answer for those that masks take (SparseGPT); reads --task or --calibrate."
+    ),
 ]
 _Allocation = Annotated[
     Literal["uniform", "global", "erk"] | None,
@@ -79,6 +99,11 @@ def prune(
     drop: _Drop = (),
     masks: _Masks = None,
     criterion: _Criterion = None,
+    update: _Update = "none",
+    task: reading.Task = None,
+    data: reading.Data = None,
+    calibrate: reading.Calibrate = None,
+    batches: reading.Batches = 16,
     allocation: _Allocation = None,
     include: _Include = (),
     exclude: _Exclude = (),
@@ -100,7 +125,10 @@ def prune(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress."""
+    """Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.
+
+    Masks of torch.nn.utils.prune that MODEL comes with are a level of their own: what is asked for comes on top of them.
+    """
     from paredown.budget import Budget
 
     budget = Budget(
@@ -110,19 +138,35 @@ def prune(
     how |= {"include": include or None, "exclude": exclude or None}
     choice = _Choice(
         granularity=_granularity(granularity, drop, masks), budget=budget, drop=drop, masks=masks,
-        how={n: v for n, v in how.items() if v is not None}, target=target, seed=seed,
+        how={n: v for n, v in how.items() if v is not None}, target=target, seed=seed, update=update,
+        reads="--task" if task is not None else "--calibrate" if calibrate is not None else "",
     )  # fmt: skip
     choice.check(dry_run=dry_run)
     refuse_both(pruned, weights)
-    read = {"weights": weights, "masks": masks, "pruned model": None if pruned is None else pruned / "form.json"}
+    if pruned is not None and masks == MODEL_MASKS:
+        msg = f"--masks model must stand without --pruned, whose folder says what was masked. Got {str(pruned)!r}."
+        raise UsageError(msg)
+    read = {
+        "weights": weights,
+        "masks": masks,
+        "calibration": calibrate,
+        "pruned model": None if pruned is None else pruned / "form.json",
+    }
     _check_places(out, plot, model, read, dry_run=dry_run, overwrite=overwrite)
     with only_document(json):
+        source = reading.source(task, data, calibrate, most=batches, seed=seed)
         found = loaded(
-            model, input, weights=weights, strip_prefix=strip_prefix, threads=threads, device=device, seed=seed
-        )
-        found, before = (found, None) if pruned is None else continued(found, pruned)
+            model, input, weights=weights, strip_prefix=strip_prefix, threads=threads, device=device, seed=seed,
+            take_masks=pruned is None,
+        )  # fmt: skip
+        before = None
+        if pruned is not None:
+            found, before = continued(found, pruned)
+        elif found.masks is not None and masks != MODEL_MASKS:
+            found, before = taken_over(found)
         tell = _carried_out(
-            choice, found, before, realiser, None if dry_run else out, plot, name=model, strict=strict, json=json, quiet=quiet
+            choice, found, before, source, realiser, None if dry_run else out, plot, name=model, strict=strict, json=json,
+            quiet=quiet,
         )  # fmt: skip
     return tell()
 
@@ -139,6 +183,14 @@ class _Choice:
     """Options of scoring and allocating that were given."""
     target: str
     seed: int
+    update: str
+    reads: str
+    """--task or --calibrate, whichever was given; else ""."""
+
+    @property
+    def criterion(self) -> str:
+        """Of scoring, by name."""
+        return str(self.how.get("criterion", "l1"))
 
     def check(self, *, dry_run: bool) -> None:
         """All that can be refused before anything is loaded."""
@@ -151,15 +203,39 @@ class _Choice:
         if self.drop and self.masks:
             msg = "--drop and --masks must be given one after the other, the second with --pruned. Got both."
             raise UsageError(msg)
+        if self.update != "none" and not kind.masked:
+            msg = f"--update must be used with masks, whose other weights answer. Got granularity {kind}. Use --granularity element, 2:4, 4x1, …."
+            raise UsageError(msg)
+        self._check_reading(own)
         if own or (kind.kind == "layer" and dry_run):
             return
         if kind.kind == "layer":
             msg = "granularity layer must come with --drop MODULE, or with --dry-run, which lists what may be left out. Got neither."
             raise UsageError(msg)
         self._check_amount()
-        criterion = self.how.get("criterion", "l1")
-        if criterion not in DATA_FREE:
-            _refuse_criterion(criterion)
+
+    def _check_reading(self, own: str) -> None:
+        """Whether data was given where some is read, of the kind that is read, and only there."""
+        criterion = self.criterion
+        what = f"--criterion {criterion}" if criterion in (*OF_INPUTS, *OF_GRADIENTS) else ""
+        what = what or ("--update obs" if self.update != "none" else "")
+        if not what and criterion not in DATA_FREE:
+            msg = (
+                f"--criterion must be one of {', '.join(DATA_FREE)}, or with --task or --calibrate of {', '.join(OF_INPUTS)}, "
+                f"or with --task of {', '.join(OF_GRADIENTS)}. Got {criterion!r}. compress knows those that are learnt in training."
+            )
+            raise UsageError(msg)
+        if what and not self.reads:
+            more = "" if criterion in OF_GRADIENTS else ", or --calibrate FILE.npz with inputs"
+            msg = f"{what} must be given data: --task, as digits or path/to/task.py{more}. Got none. `paredown compress RECIPE` reads the recipe's task."
+            raise UsageError(msg)
+        if criterion in OF_GRADIENTS and self.reads == "--calibrate":
+            msg = f"{what} must be given --task, whose step is the loss that it reads. Got --calibrate, which holds inputs alone."
+            raise UsageError(msg)
+        if self.reads and not what:
+            by = own or f"--criterion {criterion}"
+            msg = f"{self.reads} must come with a criterion that reads data, or with --update obs. Got {by}, which reads none."
+            raise UsageError(msg)
 
     def _check_amount(self) -> None:
         kind, given = self.granularity, self.budget.given()
@@ -175,25 +251,49 @@ class _Choice:
             )
             raise UsageError(msg)
 
-    def plan(self, found: Loaded, coupling: Coupling, cost: Cost) -> Plan:
+    def plan(self, found: Loaded, coupling: Coupling, cost: Cost, source: reading.Source | None) -> Plan:
         """The plan, by whatever makes it."""
         import paredown
 
         program, made_by = found.program, {"verb": "prune"}
         if self.drop:
             return paredown.Plan(keep={}, drop_modules=self.drop, made_by=made_by)
+        if self.masks == MODEL_MASKS:
+            if found.masks is None:
+                msg = "--masks model must be given a MODEL with masks of torch.nn.utils.prune. Got one without, or masks that keep all."
+                raise UsageError(msg)
+            return found.masks
         if self.masks is not None:
             return paredown.masks_of(program, self.masks, granularity=str(self.granularity))
-        how = dict(self.how)
+        how, read = dict(self.how), dict[str, Any]()
+        if source is not None and self.criterion not in DATA_FREE:
+            read = {"batches": source.of(program)(), "loss": source.step, "num_batches": source.most}
+            _refuse_no_step(self.criterion, source)
         scores = paredown.score(
             program, coupling, how.pop("criterion", "l1"), granularity=self.granularity, seed=self.seed,
-            weights_given=found.weights == "given",
+            weights_given=found.weights == "given", **read,
         )  # fmt: skip
         try:
             return paredown.allocate(coupling, scores, cost, self.budget, target=self.target, **how)
         except InfeasibleError as error:
             _say_nearest(error, coupling, cost)
             raise
+
+    def carried_out(
+        self, program: Program, plan: Plan, before: Pruned | None, source: reading.Source | None, realiser: Any
+    ) -> Pruned:
+        """The plan on the model, proven; with --update the other weights answer."""
+        import paredown
+
+        if self.update == "none":
+            return paredown.prune(program, plan, realiser=realiser, seed=self.seed)
+        from paredown.prune.obs import obs_on_plan
+
+        assert source is not None  # checked with the options
+        choose = self.criterion == "obs" and before is None and self.granularity.kind in ("element", "n:m")
+        return obs_on_plan(
+            program, plan, source.of(program), choose=choose and self.masks is None, step=source.step, num_batches=source.most
+        )  # fmt: skip
 
 
 def _granularity(text: str | None, drop: tuple[str, ...], masks: Path | None) -> Granularity:
@@ -206,18 +306,15 @@ def _granularity(text: str | None, drop: tuple[str, ...], masks: Path | None) ->
     return kind
 
 
-def _refuse_criterion(criterion: str) -> None:
-    from paredown.score import TABLE
-
-    later = f" It reads data: `paredown compress RECIPE` does that, with prune.criterion={criterion}."
-    more = later if criterion in TABLE else " compress knows those that need data."
-    msg = f"--criterion must be one of {', '.join(DATA_FREE)}. Got {criterion!r}.{more}"
-    raise UsageError(msg)
+def _refuse_no_step(criterion: str, source: reading.Source) -> None:
+    if criterion in OF_GRADIENTS and source.step is None:
+        msg = f"--criterion {criterion} must be given a task with step and train_batches. Got one with its own train alone."
+        raise UsageError(msg)
 
 
 def _carried_out(
-    choice: _Choice, found: Loaded, before: Pruned | None, realiser: Any, out: Path | None, plot: Path | None, *,
-    name: str, strict: bool, json: bool, quiet: bool,
+    choice: _Choice, found: Loaded, before: Pruned | None, source: reading.Source | None, realiser: Any, out: Path | None,
+    plot: Path | None, *, name: str, strict: bool, json: bool, quiet: bool,
 ) -> Callable[[], int]:  # fmt: skip
     """Plan, prune, prove, save; what is left to do is to tell it, on the stdout of the document. Without `out`: a dry run."""
     import paredown
@@ -228,7 +325,7 @@ def _carried_out(
         return partial(_candidates, program, json=json, quiet=quiet)
     coupling = paredown.couple(program, strict=strict)
     cost = paredown.examine(program, strict=strict, model=name)
-    plan = choice.plan(found, coupling, cost)
+    plan = choice.plan(found, coupling, cost, source)
     asked = Asked(
         found=found,
         coupling=coupling,
@@ -248,7 +345,7 @@ def _carried_out(
             counted, notes = paredown.examine(paredown.capture(tried.module, program.inputs, train=False)), tried.notes
         return partial(asked.dry_run, counted, notes)
     say("prune and prove", quiet=quiet or json)
-    level = paredown.prune(program, plan, realiser=realiser, seed=seed)
+    level = choice.carried_out(program, plan, before, source, realiser)
     result = level if before is None else paredown.compose(before, level, seed=seed)
     figure = (
         None if plot is None else paredown.mask_picture(level)

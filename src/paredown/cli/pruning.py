@@ -111,6 +111,7 @@ class Asked:
                 "plot": None if plot is None else str(plot),
                 "simulated": None if sizes is None else simulated(sizes),
                 "masks": _described(result.plan),
+                "fits": {n: {"before": f.before, "after": f.after} for n, f in level.fits.items()},
                 "notes": [*self._told(), *level.notes],
             }
             emit(document)
@@ -121,6 +122,7 @@ class Asked:
             *self._tables(level.plan),
             _before_after([*rows, ("file bytes", dense, size)]),
             f"proof: error {proof.max_error:.2g} at output scale {proof.scale:.2g} ({proof.mode}); realiser: {result.realiser}",
+            *_answered(level),
             *([] if sizes is None else [f"Simulated. {sizes}"]),
             *self._notes(),
             *(f"note: {n}" for n in level.notes),
@@ -229,6 +231,16 @@ def dense_file_bytes(state: Mapping[str, Tensor], digest: str) -> int:
         at = end
     text = jsonlib.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + at
+
+
+def _answered(level: Pruned) -> list[str]:
+    """What an update gained, over all layers."""
+    if not level.fits:
+        return []
+    before, after = (sum(getattr(f, n) for f in level.fits.values()) / len(level.fits) for n in ("before", "after"))
+    return [
+        f"update: error of a layer's outputs {before:.3g} → {after:.3g} of their spread (mean of {len(level.fits)})"
+    ]
 
 
 def _before_after(rows: list[tuple[str, int, int]]) -> Any:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from paredown.errors import RejectedError, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from paredown.plan import Plan
     from paredown.program import Program
     from paredown.prune import Pruned
 
@@ -23,11 +26,15 @@ class Loaded:
     program: Program
     weights: str
     """ "given" or "random"."""
+    masks: Plan | None = None
+    """Of torch.nn.utils.prune, where MODEL came with some and they were asked for."""
+    told: tuple[str, ...] = ()
+    """What else was done to it before the command began."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person must know: random weights first, then what the capture changed."""
-        return (*((RANDOM,) if self.weights == "random" else ()), *self.program.notes)
+        return (*((RANDOM,) if self.weights == "random" else ()), *self.program.notes, *self.told)
 
 
 def loaded(
@@ -41,8 +48,12 @@ def loaded(
     threads: int | None = None,
     device: str | None = None,
     seed: int = 0,
+    take_masks: bool = False,
 ) -> Loaded:
-    """The model of a command, captured on the CPU with a dynamic batch. Random weights come from the seed."""
+    """The model of a command, captured on the CPU with a dynamic batch. Random weights come from the seed.
+
+    With `take_masks` the masks of torch.nn.utils.prune that it comes with are not only folded, but handed on.
+    """
     refuse_device(device)
     use_threads(threads)
     from paredown.models import load_model, parse_input
@@ -57,7 +68,36 @@ def loaded(
         from paredown.prune import load
 
         network, given = load(existing_folder(pruned, "--pruned"), network, inputs), True
-    return Loaded(name=model, program=capture(network, inputs, train=train), weights="given" if given else "random")
+    masks = None
+    if take_masks:
+        network, masks = _with_masks(network)
+    program = capture(network, inputs, train=train)
+    return Loaded(name=model, program=program, weights="given" if given else "random", masks=masks)
+
+
+def _with_masks(network: nn.Module) -> tuple[nn.Module, Plan | None]:
+    """The model without reparametrization and its masks; as it is where it has none that prune anything."""
+    from paredown.prune import take_over
+    from paredown.prune.given import torch_masks
+
+    if all(kept.all() for kept in torch_masks(network).values()):
+        return network, None
+    return take_over(network)
+
+
+def taken_over(found: Loaded) -> tuple[Loaded, Pruned]:
+    """The masks that MODEL came with, carried out and proven: the next level starts from them."""
+    import dataclasses
+
+    from paredown.program import capture
+    from paredown.prune import prune
+
+    assert found.masks is not None  # the caller looked
+    before = prune(found.program, found.masks)
+    zeros = sum(m.kept.size - m.num_kept for m in found.masks.masks.values())
+    told = f"took over the masks of torch.nn.utils.prune that MODEL came with: {zeros:,} zeros in {len(found.masks.masks)} weights"
+    program = capture(before.module, found.program.inputs)
+    return dataclasses.replace(found, program=program, masks=None, told=(told, *before.notes)), before
 
 
 def continued(found: Loaded, folder: Path) -> tuple[Loaded, Pruned]:

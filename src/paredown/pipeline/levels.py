@@ -64,7 +64,7 @@ def one_level(
 def _told(way: Way, here: Here, tuned: Pruned, plan: Plan) -> dict[str, Any]:
     """What a record says of a level."""
     known = {"budget", "reached", "blocked_by", "criterion", "allocation", "granularity", "density", "schedule"}
-    known |= {"method", "choice", "remain", "regularize"}
+    known |= {"method", "choice", "remain", "regularize", "update"}
     return {
         "removed": [_removed(s, plan) for s in here.coupling.spaces] if plan.keep else [],
         "realiser": tuned.realiser,

@@ -27,6 +27,7 @@ from paredown.prune.accumulate import READINGS
 from paredown.prune.gates import Gates
 from paredown.prune.job import below_the_living
 from paredown.prune.movement import LEARNT
+from paredown.prune.obs import check_obs, obs_on_plan
 from paredown.prune.regularize import Growing, Regularize, Slimming
 from paredown.prune.schedule import Regrowth, Schedule, named_schedule
 from paredown.prune.sparsify import check_sparsify
@@ -88,10 +89,25 @@ class Way:
         chosen_there = asked.schedule != "one-shot" if self.cut.masked else asked.regularize != "none"
         return chosen_there or asked.criterion in IN_TRAINING
 
+    @property
+    def updates(self) -> bool:
+        """Whether the weights that stay answer for those that a mask takes."""
+        at_once = self.cut.masked and self.level.factorize is None and not self.in_training
+        return at_once and self.recipe.prune.update != "none"
+
     def check(self) -> None:
         """Raises UsageError for what does not fit together, before any work."""
+        if self.updates:
+            options = {"block": 128, "damping": 0.01, **self.recipe.prune.update_options}
+            check_obs(self.cut, True, num_batches=self.recipe.prune.score_batches, **options)  # type: ignore[arg-type]
         if not self.in_training:
             return
+        if self.cut.masked and self.recipe.prune.update != "none":
+            msg = (
+                "prune.update must be used with masks that are chosen at once: schedule one-shot and a criterion of the table. Got "
+                f"schedule {self.recipe.prune.schedule!r} and criterion {self.recipe.prune.criterion!r}."
+            )
+            raise UsageError(msg)
         if self.task.train is not None or self.task.step is None or self.task.train_batches is None:
             msg = (
                 f"prune.schedule, prune.regularize and criteria such as {', '.join(IN_TRAINING)} must be used with a task's step and "
@@ -118,12 +134,14 @@ class Way:
             return self._modules(here)
         asked = self.recipe.prune
         scores = self._scores(here)
-        return allocate(
+        plan = allocate(
             here.coupling, scores, here.cost, self._amount(here), target=self.recipe.target,
             allocation=asked.allocation, normalize=asked.normalize, include=asked.include, exclude=asked.exclude,
             floor=asked.floor, align=None if self.cut.masked else asked.align,
             sensitivity=self._sensitivity(here, scores) if asked.allocation in MEASURED else None,
         )  # fmt: skip
+        update = {"update": {"verb": asked.update, **asked.update_options}} if self.updates else {}
+        return dataclasses.replace(plan, made_by={**plan.made_by, **update})
 
     def foreseen(self, here: Here) -> Plan | None:
         """The plan by the model as it is now. Where a training will choose, its amounts hold, not which cells or units.
@@ -143,10 +161,22 @@ class Way:
 
     def carried_out(self, here: Here, plan: Plan) -> Pruned:
         """The plan on the model, proven."""
+        if self.updates:
+            return self._updated(here, plan)
         options: dict[str, Any] = {"realiser": self.recipe.prune.realiser, "seed": self.recipe.seed}
         if not plan.ranks:
             return prune(here.program, plan, **options)
         return factorize(here.program, plan, batches=self._inputs() if self._reads_data else None, **options)
+
+    def _updated(self, here: Here, plan: Plan) -> Pruned:
+        """The masks with the update of obs. Its sweep chooses anew only where no earlier level holds zeros."""
+        asked, own = self.recipe.prune, self.task.step is None or self.task.train_batches is None
+        options: dict[str, Any] = dict(asked.update_options)
+        return obs_on_plan(
+            here.program, plan, self._inputs if own else self._batches, step=None if own else self.task.step,
+            choose=asked.criterion == "obs" and self.cut.kind in ("element", "n:m") and not here.masks,
+            num_batches=asked.score_batches, **options,
+        )  # fmt: skip
 
     def budget(self) -> Budget:
         """The amounts of the level, as they are written."""
@@ -317,11 +347,19 @@ def check_ways(recipe: Recipe, task: Task) -> None:
     for key, given, serves, what in (
         ("schedule", asked.schedule != "one-shot", of_masks, "masks"),
         ("schedule_options", bool(asked.schedule_options), of_masks, "masks"),
+        ("update", asked.update != "none", of_masks, "masks"),
+        (
+            "update_options",
+            bool(asked.update_options),
+            of_masks if asked.update != "none" else [],
+            "masks and an update",
+        ),
         ("regularize", asked.regularize != "none", of_units, "channels or heads"),
     ):
         if given and not serves:
             msg = f"prune.{key} must be used with a level of {what}. Got {getattr(asked, key)!r}, and no such level."
             raise UsageError(msg)
+    _refuse_unknown(asked.update_options, ["block", "damping"], "prune.update_options")
     for way in ways:
         way.check()
 

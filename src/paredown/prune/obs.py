@@ -17,10 +17,10 @@ from paredown.couple.trace import op_name
 from paredown.errors import NothingToDo, RejectedError, UsageError
 from paredown.granularity import Granularity
 from paredown.plan import Mask, Plan
-from paredown.program import Program
+from paredown.program import Program, capture
 from paredown.prune.nouns import Fit, Pruned
 from paredown.prune.prove import own_move
-from paredown.prune.remove import prune
+from paredown.prune.remove import compose, prune
 from paredown.prune.sweep import Swept, swept
 from paredown.score.patterns import maskable
 from paredown.statistics.inputs import InputStatistics, Sums, input_statistics
@@ -74,7 +74,7 @@ def obs(
     (64, True)
     """
     cut = Granularity.parse(granularity)
-    _check(cut, masks, block, damping, num_batches)
+    check_obs(cut, masks, block, damping, num_batches)
     nothing = Coupling(spaces=(), pinned=(), unknown_ops={})
     names = [n for n in maskable(program, nothing, include, exclude) if masks is None or n in masks]
     uses = find_uses(program, names)
@@ -96,14 +96,65 @@ def obs(
     return _finished(program, state, Plan(keep={}, masks=walk.found, made_by=made_by), walk.fits, notes)
 
 
-def _check(cut: Granularity, masks: object, block: int, damping: float, num_batches: int) -> None:
+def obs_on_plan(
+    program: Program,
+    plan: Plan,
+    batches: Batches,
+    *,
+    choose: bool = False,
+    step: Step | None = None,
+    block: int = 128,
+    damping: float = 0.01,
+    num_batches: int = 16,
+) -> Pruned:
+    """Carry out a plan of masks with the update of `obs`: what stays answers for what leaves.
+
+    With `choose` (element, N:M) the plan says only how many weights of each layer leave, and the sweep which. Masks of
+    weights that no sweep can update are carried out as they are, and `notes` name them. The result's plan has the masks
+    that were carried out and the `made_by` of the plan given. Options, errors and source as in `obs`.
+
+    >>> from paredown.program import capture
+    >>> net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> x = torch.randn(64, 16) @ torch.randn(16, 16)
+    >>> kept = net[0].weight.abs() > 0.1
+    >>> plan = Plan(keep={}, masks={"0.weight": Mask.of(kept.numpy(), "element")})
+    >>> done = obs_on_plan(capture(net, x), plan, lambda: [x])
+    >>> bool(((done.module[0].weight != 0) == kept).all()), done.plan == plan
+    (True, True)
+    """
+    if not plan.masks or plan.keep or plan.drop_modules or plan.ranks:
+        msg = "obs_on_plan must be given a plan of masks alone. Got one that removes, leaves out or factorizes, or without masks."
+        raise UsageError(msg)
+    cut = Granularity.parse(next(iter(plan.masks.values())).granularity) if choose else None
+    swept_names, notes = _sites(program, list(plan.masks), find_uses(program, list(plan.masks)), cut)
+    amounts: dict[str, Any] = {"masks": {n: plan.masks[n] for n in swept_names}}
+    if cut is not None:
+        amounts = {"density": {n: plan.masks[n].density for n in swept_names}, "granularity": cut}
+    done = obs(program, batches, step=step, block=block, damping=damping, num_batches=num_batches, **amounts)
+    rest = {n: m for n, m in plan.masks.items() if n not in done.plan.masks}
+    fits, notes = done.fits, tuple(n.replace("stays dense", "is masked without an update") for n in notes)
+    if rest:
+        second = prune(capture(done.module, program.inputs), Plan(keep={}, masks=rest), condense=False)
+        done = compose(done, second)
+    masks = {n: done.plan.masks[n] for n in plan.masks}
+    made = Plan(keep={}, masks=masks, made_by=plan.made_by)
+    return dataclasses.replace(done, plan=made, fits=fits, notes=notes)
+
+
+def check_obs(cut: Granularity, masks: object, block: int, damping: float, num_batches: int) -> None:
+    """Raises UsageError for options of `obs` that cannot be, before any work."""
     if masks is None and cut.kind not in ("element", "n:m"):
         msg = f"granularity must be element or N:M for obs. Got {cut}. Choose blocks with score and allocate, and pass their masks=…."
         raise UsageError(msg)
     rules = [
-        ("block", isinstance(block, int) and block >= 1, "an integer ≥ 1", block),
+        ("block", isinstance(block, int) and not isinstance(block, bool) and block >= 1, "an integer ≥ 1", block),
         ("num_batches", isinstance(num_batches, int) and num_batches >= 1, "an integer ≥ 1", num_batches),
-        ("damping", math.isfinite(damping) and damping >= 0, "a finite number ≥ 0", damping),
+        (
+            "damping",
+            isinstance(damping, int | float) and math.isfinite(damping) and damping >= 0,
+            "a finite number ≥ 0",
+            damping,
+        ),
     ]
     for name, holds, rule, value in rules:
         if not holds:

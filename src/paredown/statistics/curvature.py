@@ -59,7 +59,8 @@ def _factor(gram: Tensor, damping: float) -> Tensor:
     for factor in _TRIES:
         lower, info = torch.linalg.cholesky_ex(damped(gram, max(damping, 1e-6 if factor > 1 else 0.0) * factor))
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return lower
+            found: Tensor = lower
+            return found
     msg = "a Gram matrix must be positive definite once damped. Got one that is not. Look for NaN in the batches."
     raise RejectedError(msg)
 
