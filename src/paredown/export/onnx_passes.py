@@ -23,18 +23,19 @@ MOVES = (
 _ALL = {"pads": 0, "strides": 1, "dilations": 1}
 
 
-def tidy(model: ir.Model) -> None:
-    """All rewrites that hold for float and quantized graphs; no name changes."""
+def tidy(model: ir.Model, *, on_codes: bool = True) -> None:
+    """All rewrites that hold for float and quantized graphs; no name changes. Without `on_codes`, none that computes on codes."""
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.ClearMetadataAndDocStringPass()(model)
     pools(model)
     for _ in range(10):  # every round can only shrink the graph; chains of views need a few
-        changed = [drop_requantize(model), move_on_codes(model), drop_clamps(model)]
+        changed = [drop_requantize(model), *((move_on_codes(model), drop_clamps(model)) if on_codes else ())]
         common.IdentityEliminationPass()(model)
         common.RemoveUnusedNodesPass()(model)
         if not any(changed):
             break
-    integer_biases(model)
+    if on_codes:
+        integer_biases(model)
     common.DeduplicateInitializersPass(size_limit=1 << 40)(model)
     own_zero_points(model)
     common.CommonSubexpressionEliminationPass()(model)
