@@ -34,7 +34,7 @@ class Hazard:
     unknown: str = ""
     """An op that has no rule."""
     norms: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Norm module without weights → parameter axis whose kept indices it follows."""
+    """Norm or Statistic without weights → parameter axis whose kept indices it follows."""
     stochastic: bool = False
     """Whether train mode differs from run to run."""
     zero_writes: bool = False
@@ -61,6 +61,22 @@ class Net(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.run(self, x)
+
+
+class Statistic(nn.Module):
+    """A statistic over the channels, as code of one's own takes it. `leaving`: those that an oracle does not take."""
+
+    def __init__(self, take: Callable[[Tensor], Any], *, axis: int = 1, first: int = 0) -> None:
+        """`first` is the position of the writer's first channel along the axis."""
+        super().__init__()
+        self.take, self.axis, self.first = take, axis, first
+        self.leaving: frozenset[int] = frozenset()
+
+    def forward(self, x: Tensor) -> Any:
+        if self.leaving:
+            kept = [i for i in range(x.shape[self.axis]) if i - self.first not in self.leaving]
+            x = x.index_select(self.axis, torch.tensor(kept))
+        return self.take(x)
 
 
 def image(batch: int) -> Inputs:
@@ -134,4 +150,5 @@ def healthy(model: nn.Module, seed: int = 0) -> nn.Module:
 import hazards_attention  # noqa: E402, F401
 import hazards_elements  # noqa: E402, F401
 import hazards_images  # noqa: E402, F401
+import hazards_statistics  # noqa: E402, F401
 import hazards_tokens  # noqa: E402, F401

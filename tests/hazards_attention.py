@@ -354,6 +354,156 @@ def einsum() -> nn.Module:
     return Net(run, w=nn.Parameter(torch.zeros(5, 7)), q=nn.Linear(7, 4), k=nn.Linear(7, 4), head=nn.Linear(7, 3))
 
 
+@hazard(tokens, free=4 + 5, zero_writes=True)
+def shared_key_value() -> nn.Module:
+    """Multi-query attention: one key and one value for all heads, so that a channel of them leaves every head."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = m.q(x).view(b, n, 3, 4).transpose(1, 2)
+        k, v = m.k(x)[:, None], m.v(x)[:, None]
+        w = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
+        return m.head((w @ v).transpose(1, 2).reshape(b, n, -1))
+
+    return Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 4), v=nn.Linear(5, 5), head=nn.Linear(15, 3))
+
+
+def _positions(first: bool) -> nn.Module:
+    """Positions along rows and columns of a map of 2 × 3 tokens, each read from a table that all heads share."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        q, k, v = (p(x).view(b, 6, 3, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
+        rows = m.rows[torch.arange(2)[:, None] - torch.arange(2) + 1]
+        columns = m.columns[torch.arange(3)[:, None] - torch.arange(3) + 2]
+        if first:
+            p = q.reshape(b * 3, 2, 3, 4)
+            up = torch.einsum("bhwc,hkc->bhwk", p, rows)[..., None]
+            bias = (up + torch.einsum("bhwc,wkc->bhwk", p, columns)[..., None, :]).reshape(b, 3, 6, 6)
+            return m.head(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(b, 6, -1))
+        w = (q @ k.transpose(-2, -1) * 0.5).view(b, -1, 2, 3, 2, 3)
+        p = q.reshape(b, -1, 2, 3, 4)
+        w = w + torch.einsum("byhwc,hkc->byhwk", p, rows)[..., None]
+        w = w + torch.einsum("byhwc,wkc->byhwk", p, columns)[..., None, :]
+        return m.head((w.view(b, -1, 6, 6).softmax(-1) @ v).transpose(1, 2).reshape(b, 6, -1))
+
+    return Net(
+        run,
+        q=nn.Linear(5, 12),
+        k=nn.Linear(5, 12),
+        v=nn.Linear(5, 12),
+        head=nn.Linear(12, 3),
+        rows=nn.Parameter(torch.zeros(3, 4)),
+        columns=nn.Parameter(torch.zeros(5, 4)),
+    )
+
+
+@hazard(tokens, free=3, because=("contracted with a constant",))
+def positions_after_the_scores() -> nn.Module:
+    """MViT: heads are whole before they meet the tables, which stay."""
+    return _positions(first=False)
+
+
+@hazard(tokens, free=4 + 4, zero_writes=True)
+def positions_before_the_scores() -> nn.Module:
+    """SAM: heads meet the tables first, hidden in the batch axis, and lose the same channels as they."""
+    return _positions(first=True)
+
+
+@hazard(tokens, free=3)
+def rotary_constant() -> nn.Module:
+    """Rotary positions from numbers: each pair of channels has its own angle, so that only whole heads leave."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, 3, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
+        cosine = (torch.arange(12).reshape(6, 2) / 16).repeat(1, 2).to(x.dtype)
+
+        def turned(t: Tensor) -> Tensor:
+            return t * cosine + torch.cat([-t[..., 2:], t[..., :2]], -1) * (1 - cosine)
+
+        return m.head(F.scaled_dot_product_attention(turned(q), turned(k), v).transpose(1, 2).reshape(b, n, -1))
+
+    return Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 12), v=nn.Linear(5, 12), head=nn.Linear(12, 3))
+
+
+@hazard(tokens, free=2 + 4, zero_writes=True)
+def rotary_pairs() -> nn.Module:
+    """Rotary positions of neighbours, from a saved table that all heads share: a pair leaves every head and the table."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, 3, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
+
+        def turned(t: Tensor) -> Tensor:
+            beside = torch.stack([-t[..., 1::2], t[..., ::2]], -1).reshape(t.shape)
+            return t * m.table + beside * (1 - m.table)
+
+        w = (turned(q) @ turned(k).transpose(-2, -1) * 0.5).softmax(-1)
+        return m.head((w @ v).transpose(1, 2).reshape(b, n, -1))
+
+    net = Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 12), v=nn.Linear(5, 12), head=nn.Linear(12, 3))
+    net.register_buffer("table", random(6, 4))
+    return net
+
+
+@hazard(free=3 + 5, because=("every n-th channel",))
+def every_second_channel() -> nn.Module:
+    """Every second channel is taken, of six and of five: pairs leave whole; five have no pairs."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, z = m.a(x), m.b(x)
+        return m.even(y[:, ::2]) * m.odd(y[:, 1::2]) + m.third(z[:, ::2]) + m.last(F.relu(m.c(x)))
+
+    return Net(
+        run,
+        a=conv(3, 6),
+        b=conv(3, 5),
+        c=conv(3, 5),
+        even=conv(3, 3),
+        odd=conv(3, 3),
+        third=conv(3, 3),
+        last=conv(5, 3),
+    )
+
+
+@hazard(tokens, free=7)
+def no_prefix_tokens() -> nn.Module:
+    """Tokens that get no position are put in front of the others; there are none."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.head(torch.cat([x[:, :0], F.gelu(x[:, 0:])], 1))
+
+    return Net(run, a=nn.Linear(5, 7), head=nn.Linear(7, 3))
+
+
+@hazard(tokens, free=7 + 4, because=("rows and columns of a product", "einsum"), zero_writes=True)
+def einsum_forms() -> nn.Module:
+    """A weight for each channel, an outer product (pinned), a product over two axes that both differ (pinned)."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = torch.einsum("bnc,c->bnc", m.a(x), m.scale)
+        pairs = torch.einsum("bi,bj->bij", m.b(x).sum(1), m.c(x).sum(1))
+        sums = torch.einsum("bnc,mnc->bm", m.d(x), m.table)
+        hidden = torch.einsum("nbc,c->bn", m.e(x).transpose(0, 1), m.vector)
+        return m.head(y).sum(1) + m.other(pairs.flatten(1)) + sums + hidden.sum(1, keepdim=True)
+
+    return Net(
+        run,
+        a=nn.Linear(5, 7),
+        b=nn.Linear(5, 2),
+        c=nn.Linear(5, 3),
+        d=nn.Linear(5, 5),
+        e=nn.Linear(5, 4),
+        scale=nn.Parameter(torch.zeros(7)),
+        vector=nn.Parameter(torch.zeros(4)),
+        table=nn.Parameter(torch.zeros(3, 6, 5)),
+        head=nn.Linear(7, 3),
+        other=nn.Linear(6, 3),
+    )
+
+
 @hazard(tokens, free=8, zero_writes=True)
 def bilinear_product() -> nn.Module:
     """Two towers compared by a dot product: a channel leaves both."""

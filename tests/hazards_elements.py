@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from hazards import Net, conv, hazard, random
+from hazards import Net, Statistic, conv, hazard, random
 
 # -------------------------------------------------------------------------------------------- element-wise and in place
 
@@ -189,7 +189,7 @@ def expanded_gate() -> nn.Module:
     return Net(run, gate=conv(3, 1), a=conv(3, 6), b=conv(3, 5), head=conv(6, 3), other=conv(5, 3))
 
 
-@hazard()
+@hazard(norms={"mean": ("c.weight", 0)})
 def patches_unfolded() -> nn.Module:
     """im2col and col2im around a linear layer; channels as rows of a linear over positions."""
 
@@ -197,9 +197,17 @@ def patches_unfolded() -> nn.Module:
         x = m.a(x)
         y = m.b(F.unfold(x, 2, stride=2).transpose(1, 2)).transpose(1, 2)
         y = F.fold(y, (8, 8), 2, stride=2)
-        return m.head(F.relu(y)) + m.rows(m.c(x).flatten(2)).mean((1, 2))[:, None, None, None]
+        return m.head(F.relu(y)) + m.mean(m.rows(m.c(x).flatten(2)))[:, None, None, None]
 
-    return Net(run, a=conv(3, 4), b=nn.Linear(16, 20), head=conv(5, 3), c=conv(4, 5), rows=nn.Linear(64, 3))
+    return Net(
+        run,
+        a=conv(3, 4),
+        b=nn.Linear(16, 20),
+        head=conv(5, 3),
+        c=conv(4, 5),
+        rows=nn.Linear(64, 3),
+        mean=Statistic(lambda x: x.mean((1, 2))),
+    )
 
 
 @hazard(stochastic=True, free=11)
@@ -284,16 +292,6 @@ def sorted_channels() -> nn.Module:
 
 
 @hazard()
-def cbam() -> nn.Module:
-    def run(m: Any, x: Tensor) -> Tensor:
-        x = m.stem(x)
-        gate = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-        return m.head(x * torch.sigmoid(m.gate(gate)))
-
-    return Net(run, stem=conv(3, 6), gate=conv(2, 1), head=conv(6, 3))
-
-
-@hazard()
 def local_channel_attention() -> nn.Module:
     """ECA: a 1-D convolution along the channel axis."""
 
@@ -312,16 +310,6 @@ def gram_matrix() -> nn.Module:
         return m.head((y @ y.transpose(1, 2) / 64).flatten(1)) + m.other(m.b(x)).mean((2, 3))
 
     return Net(run, a=conv(3, 6), b=conv(3, 6), head=nn.Linear(36, 3), other=conv(6, 3))
-
-
-@hazard()
-def normalised_channels() -> nn.Module:
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.a(x)
-        y = (y - y.mean(1, keepdim=True)) / torch.sqrt(y.var(1, keepdim=True) + 1e-5)
-        return m.head(F.normalize(m.b(y), dim=1))
-
-    return Net(run, a=conv(3, 6), b=conv(6, 5), head=conv(5, 3))
 
 
 @torch.library.custom_op("paredown_tests::swap_pairs", mutates_args=())
@@ -432,9 +420,10 @@ def norm_over_feature_map() -> nn.Module:
     return nn.Sequential(conv(3, 6), nn.LayerNorm([6, 8, 8]), nn.ReLU(), conv(6, 3))
 
 
-@hazard()
+@hazard(norms={"mean": ("head.weight", 0)})
 def cosine_similarity() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
-        return F.cosine_similarity(m.a(x), m.b(x), dim=1) + m.head(m.c(x)).mean(1)
+        return F.cosine_similarity(m.a(x), m.b(x), dim=1) + m.mean(m.head(m.c(x)))
 
-    return Net(run, a=conv(3, 6), b=conv(3, 6), c=conv(3, 5), head=conv(5, 3))
+    mean = Statistic(lambda x: x.mean(1))
+    return Net(run, a=conv(3, 6), b=conv(3, 6), c=conv(3, 5), head=conv(5, 3), mean=mean)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
-from hazards import HAZARDS, Hazard, built
+from hazards import HAZARDS, Hazard, Statistic, built
 from paredown.couple import Coupling, couple
 from paredown.plan import Plan
 from paredown.program import Program, capture
@@ -26,12 +26,51 @@ Removed = Mapping[int, Any]
 """Space number → unit numbers."""
 
 
-@functools.cache
 def captured(name: str) -> tuple[Program, Coupling]:
+    """A hazard and its coupling, made once for all tests of a process: both are immutable, and `changed` looks."""
+    _TAKEN.add(name)
+    return _captured(name)
+
+
+@functools.cache
+def _captured(name: str) -> tuple[Program, Coupling]:
     args, kwargs = HAZARDS[name].inputs(2)
+    before = digest(built(name))
     program = capture(built(name), {"args": args, "kwargs": kwargs})
+    assert digest(built(name)) == before, "the user's model must stay as it was"
     with within(10):
-        return program, couple(program)
+        coupling = couple(program)
+    _PRINTS[name] = _print_of(program)
+    return program, coupling
+
+
+_TAKEN: set[str] = set()
+_PRINTS: dict[str, str] = {}
+
+
+def changed(name: str = "") -> list[str]:
+    """Those of `name` and the hazards taken since the last call that are no longer what came from capture."""
+    taken = sorted((_TAKEN | {name}) & _PRINTS.keys())
+    _TAKEN.clear()
+    return [name for name in taken if _PRINTS[name] != _print_of(_captured(name)[0])]
+
+
+def _print_of(program: Program) -> str:
+    """Everything that a verb could change by mistake: state, both graphs, the copied module, inputs."""
+    out = hashlib.sha256(digest(program.module).encode())
+    for name, tensor in program.state.items():
+        out.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode() + _bytes(tensor))
+    for graph in filter(None, (program.eval_graph, program.train_graph)):
+        out.update(graph.graph_module.code.encode())
+        for node in graph.graph.nodes:
+            out.update(f"{node.name} {node.target} {node.args} {node.kwargs} {sorted(node.meta)}".encode())
+    for leaf in pytree.tree_leaves(program.inputs):
+        out.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+    return out.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 @contextmanager
@@ -94,6 +133,8 @@ def zeroed(model: nn.Module, coupling: Coupling, removed: Removed, hazard: Hazar
         if leaving and isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, MaskedNorm(module, leaving))
+        elif leaving and isinstance(module, Statistic):
+            module.leaving = frozenset(leaving)
     return model
 
 
@@ -205,9 +246,7 @@ def digest(model: nn.Module) -> str:
     out = hashlib.sha256()
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         out.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad} {id(tensor)}".encode())
-        out.update(
-            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        )
+        out.update(_bytes(tensor))
     for name, module in model.named_modules():
         hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
         out.update(

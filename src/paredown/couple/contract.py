@@ -144,13 +144,14 @@ def contract(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: 
     """out[l, i, k] = Σ_j a[l, i, j] · b[l, j, k] for ids.
 
     Where ids vary along the leading axes (heads), each row l lives or dies as a whole. Without heads, j is tied
-    between the operands, and i and k go through.
+    between the operands, and i and k go through. An operand that all heads share (one key for all of them) has no
+    heads of its own: see _shared.
     """
     lead = tuple(shape[:-2])
+    a, b = (t.reshape((1,) * (len(shape) - t.dim()) + tuple(t.shape)) for t in (a, b))
     a, b = trace.forest.canon(a), trace.forest.canon(b)
-    for one, other in ((a, b), (b, a)):  # one constant per head pins the heads
-        if not bool((one != FIXED).any()):
-            _constant_rows(trace, one, other)
+    a, b = _shared(trace, a, b, -1)
+    b, a = _shared(trace, b, a, -2)
     i, j, k = a.shape[-2], a.shape[-1], b.shape[-1]
     a, b = tidy(a.expand(*lead, i, j)), tidy(b.expand(*lead, j, k))
     num_lead = len(lead)
@@ -159,12 +160,30 @@ def contract(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: 
     return _single(trace, a, b, shape, name, reader)
 
 
-def _constant_rows(trace: Trace, one: Tensor, other: Tensor) -> None:
-    dims = max(one.dim(), other.dim())
-    for axis in varying(other):
-        at = axis - other.dim()
-        if at < -2 and -at <= one.dim() and one.shape[at] > 1 and dims:
-            trace.pin(other, "a constant for each head")
+def _shared(trace: Trace, mine: Tensor, other: Tensor, summed: int) -> tuple[Tensor, Tensor]:
+    """Heads of `mine` that all meet one and the same `other`.
+
+    Where that is a constant for each head, no head may leave, and where it is one set of channels for all heads, the
+    channels summed over leave from every head alike: either way heads are tied position by position (lockstep). Only
+    where they are whole already they stay free, and what they share stays.
+    """
+    for axis in [x for x in varying(mine) if x < mine.dim() - 2]:
+        across = varying(other)
+        if axis in across:
+            continue
+        if not across and bool((other != FIXED).any()):  # one unit in all: it could only leave with everything
+            trace.pin(other, "shared by all heads")
+            other = fixed(other.shape)
+        if not across and other.shape[axis] == 1:
+            continue
+        if not across or mine.dim() + summed in varying(mine):
+            why = "one operand for all heads" if across else "a constant for each head"
+            trace.tie(mine, mine.narrow(axis, 0, 1), why)
+            mine, other = trace.forest.canon(mine), trace.forest.canon(other)
+        else:
+            trace.pin(other, "shared by all heads")
+            other = fixed(other.shape)
+    return mine, other
 
 
 def _whole_rows(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str) -> Tensor:
@@ -195,12 +214,10 @@ def _inner(ids: Tensor) -> Tensor:
 
 def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: Reader) -> Tensor:
     num = len(shape) - 2
-    mixed = any(len([x for x in varying(t) if x >= num]) > 1 for t in (a, b))
-    if mixed:
-        trace.pin(a, "a product over mixed channels")
-        trace.pin(b, "a product over mixed channels")
-        return fixed(shape)
-    left, right = along(a, a.dim() - 1), along(b, b.dim() - 2)
+    a, b = _unmixed(trace, a, num), _unmixed(trace, b, num + 1)
+    # An operand whose channels do not lie along the summed axis (rows that go through) keeps it whole.
+    left = along(a, a.dim() - 1) if num + 1 in varying(a) else fixed(a.shape[-1:])
+    right = along(b, b.dim() - 2) if num in varying(b) else fixed(b.shape[-2:-1])
     if num + 1 in varying(a) or num in varying(b):
         trace.tie(left, right, "contracted with a constant")
         trace.summed[reader.node] = Summed(operand=reader.operand, axis=reader.axis, ids=left)
@@ -216,6 +233,14 @@ def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: R
     if columns is not None:
         return laid(columns, len(shape) - 1, shape)
     return fixed(shape)
+
+
+def _unmixed(trace: Trace, ids: Tensor, across: int) -> Tensor:
+    """Channels along the axis that is summed over only: where they vary along the other one as well they are tied."""
+    if len([x for x in varying(ids) if x >= ids.dim() - 2]) > 1:
+        trace.tie(ids, ids.narrow(across, 0, 1), "a product over mixed channels")
+        ids = trace.forest.canon(ids)
+    return ids
 
 
 def _attention(node: fx.Node, trace: Trace) -> Any:
@@ -244,39 +269,59 @@ def _attention(node: fx.Node, trace: Trace) -> Any:
 
 
 def _einsum(node: fx.Node, trace: Trace) -> Any:
-    """Two operands, one summed letter: a linear layer, or permuted into a matrix product."""
+    """Two operands: a linear layer, or out[batch, row, column] = Σ_summed left · right, permuted into a matrix product.
+
+    Letters beyond one row and one column are batch letters of which the other operand has one position.
+    """
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
     shape = result(node).shape
     if len(operands) != 2 or "." in equation or "->" not in equation:
         return unknown(node, trace)
     left, right, out = equation.replace("->", ",").split(",")
-    batch = [c for c in out if c in left and c in right]
-    rows, columns = [c for c in out if c in left and c not in right], [c for c in out if c in right and c not in left]
     summed = [c for c in left if c in right and c not in out]
-    whole = {*left, *right} == {*batch, *rows, *columns, *summed}
-    if len({*left}) != len(left) or len({*right}) != len(right) or not whole or len(columns) > 1 or len(summed) != 1:
+    if any(len({*t}) != len(t) for t in (left, right, out)) or {*left, *right} != {*out, *summed}:
         return unknown(node, trace)
-    if not batch and columns and len(right) == 2 and _is_matrix(trace, operands[1]):
+    columns = [c for c in out if c not in left]
+    if len(summed) == len(columns) == 1 and len(right) == 2 and _is_matrix(trace, operands[1]):
         ids = trace.of(operands[0])
         read = trace.vector(ids, left.index(summed[0]), "features of a product")
         trace.read(operands[1], right.index(summed[0]), read, "read by a product")
         wrote = trace.weight(operands[1], right.index(columns[0]), "write")
         return laid(wrote, out.index(columns[0]), shape)
-    if len(rows) > 1 or (rows and columns and not batch and len(left) > 2):
+    a, b = (trace.forest.canon(trace.of(o)) for o in operands)
+    along_a, along_b = [left[x] for x in varying(a)], [right[x] for x in varying(b)]
+    sums = [c for c in summed if c in along_a or c in along_b]
+    if len(sums) > 1:
         return unknown(node, trace)
-    a, b = trace.of(operands[0]), trace.of(operands[1])
-    size = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
-    one = a.permute([left.index(c) for c in (*batch, *rows, *summed)])
-    two = b.permute([right.index(c) for c in (*batch, *summed, *columns)])
-    one = one if rows else one.unsqueeze(-2)
-    two = two if columns else two.unsqueeze(-1)
-    lead = tuple(size[c] for c in batch)
-    reader = Reader(node, operands[0], left.index(summed[0]))
-    product = contract(trace, one, two, (*lead, one.shape[-2], two.shape[-1]), node.name, reader)
-    product = product if columns else product.squeeze(-1)
-    product = product if rows else product.squeeze(-1 if not columns else -2)
-    have = [*batch, *rows, *columns]
-    return tidy(product.permute([have.index(c) for c in out]))
+    row = _one([c for c in out if c not in right], along_a, "0")
+    column = _one(columns, along_b, "1")
+    batch = [c for c in out if c not in (row, column)]
+    one, two = _ordered(a, left, [*batch, row, *sums]), _ordered(b, right, [*batch, *sums, column])
+    one, two = (one, two) if sums else (one.unsqueeze(-1), two.unsqueeze(-2))
+    size = dict(zip(out, shape, strict=True))
+    lead = [*(size[c] for c in batch), size.get(row, 1), size.get(column, 1)]
+    reader = Reader(node, operands[0], left.index(sums[0]) if sums else -1)
+    product = contract(trace, one, two, lead, node.name, reader)
+    have = [*batch, row, column]
+    return tidy(product.permute([have.index(c) for c in [*out, *(c for c in have if c not in out)]]).reshape(shape))
+
+
+def _one(letters: list[str], varying_letters: list[str], none: str) -> str:
+    """The letter whose channels go through as a row or column: one along which they vary, else the last."""
+    return next((c for c in letters if c in varying_letters), letters[-1] if letters else none)
+
+
+def _ordered(ids: Tensor, have: str, want: list[str]) -> Tensor:
+    """Axes in the wanted order; of letters that are not wanted the first position, for those that are not there an axis of 1."""
+    letters = list(have)
+    for letter in [c for c in have if c not in want]:
+        ids = ids.select(letters.index(letter), 0)
+        letters.remove(letter)
+    ids = ids.permute([letters.index(c) for c in want if c in letters])
+    for place, letter in enumerate(want):
+        if letter not in letters:
+            ids = ids.unsqueeze(place)
+    return ids
 
 
 RULES = {

@@ -60,6 +60,7 @@ def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
     dims = max(a.dim(), b.dim())
     a, b = (t.reshape((1,) * (dims - t.dim()) + tuple(t.shape)) if t.dim() < dims else t for t in (a, b))
     a, b = _released(a, b, trace), _released(b, a, trace)
+    a, b = _whole(a, b, trace), _whole(b, a, trace)
     shape = torch.broadcast_shapes(a.shape, b.shape)
     one, two = compact(a), compact(b)
     trace.forest.unite(one, two)
@@ -78,4 +79,16 @@ def _released(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
     if stretched and bool((t != FIXED).any()) and not varying(t):
         trace.pin(t, "one channel is broadcast over many")
         return fixed(t.shape)
+    return t
+
+
+def _whole(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
+    """`t` tied along the axes of a constant (a rotary table) that all rows share: then only whole rows (heads) leave."""
+    across = varying(t)
+    along = [d for d in across if other.shape[d] > 1]
+    if bool((other != FIXED).any()) or not along or along == across:
+        return t
+    for axis in along:
+        trace.tie(t, t.narrow(axis, 0, 1), "a constant as long as the channels is combined with them")
+        t = trace.forest.canon(t)
     return t

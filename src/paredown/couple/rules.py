@@ -7,6 +7,7 @@ rule pins every id that reaches it; so the answer is sound whatever the op does.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor, fx
@@ -69,15 +70,47 @@ def _prelu(node: fx.Node, trace: Trace) -> Any:
 
 
 def _reduce(node: fx.Node, trace: Trace) -> Any:
-    """Reductions: over channels they tie what is reduced together (a head), or pin a whole channel axis."""
+    """Reductions: over a channel axis they run over the survivors; heads are tied whole; what cannot shrink pins."""
     if any(a.name == "other" for a in schema(node).arguments):
         return _nary(node, trace)  # max(a, b)
     ids = trace.forest.canon(trace.of(node.args[0]))
     dims, keep = _reduced(node, ids)
-    ids = reduce_rows(ids, dims, f"{node.target} over the channels", trace)
+    if _shrinks(node) and _over_channels(ids, dims, trace):
+        ids = _over_survivors(node, ids, dims, trace)
+    else:
+        ids = reduce_rows(ids, dims, f"{node.target} over the channels", trace)
     for axis in sorted(dims, reverse=True):
         ids = ids.narrow(axis, 0, 1) if keep else ids.select(axis, 0)
     return pytree.tree_map(lambda o: tidy(ids.expand(o.shape)) if isinstance(o, Tensor) else o, result(node))
+
+
+def _shrinks(node: fx.Node) -> bool:
+    """Whether the reduction has a meaning over fewer channels: it gives no positions along them (argmax, max's indices)."""
+    name = schema(node).name.removeprefix("aten::")
+    if name in ("max", "min"):
+        values_only = (u.target is operator.getitem and (u.args[1] == 0 or not u.users) for u in node.users)
+        return isinstance(result(node), Tensor) or all(values_only)
+    return name in _STATISTICS
+
+
+def _over_channels(ids: Tensor, dims: list[int], trace: Trace) -> bool:
+    """Whether a reduced axis is that of the channels, and no other one is: not the parts of a head, not tokens."""
+    across = varying(ids)
+    rest = [a for a in across if a not in dims]
+    if not rest:
+        return len(rest) < len(across)
+    return any(_holds_channels(ids, a, trace) for a in across if a in dims) and not any(
+        _holds_channels(ids, a, trace) for a in rest
+    )
+
+
+def _over_survivors(node: fx.Node, ids: Tensor, dims: list[int], trace: Trace) -> Tensor:
+    """A statistic over the channels, as a norm written out by hand takes it: of those that are left. Nothing leaves with it."""
+    for axis in [a for a in varying(ids) if a not in dims]:
+        trace.tie(ids, ids.narrow(axis, 0, 1), "reduced at every position")
+        ids = trace.forest.canon(ids)
+    trace.norms[node] = ids
+    return fixed(ids.shape)
 
 
 def reduce_rows(ids: Tensor, dims: list[int], reason: str, trace: Trace) -> Tensor:
@@ -153,14 +186,15 @@ def _last_norm(node: fx.Node, trace: Trace) -> Any:
 
 def _is_split(ids: Tensor, first: int, trace: Trace) -> bool:
     """Whether a leading axis holds channels of the same weight as the normalised one: heads, not tokens."""
-    for axis in range(first):
-        if axis in varying(ids):
-            small = compact(ids)
-            a, b = small.narrow(axis, 0, 1), small.narrow(axis, 1, 1)
-            origin_a, origin_b = trace.forest.origins(a.contiguous()), trace.forest.origins(b.contiguous())
-            if bool(((origin_a == origin_b) & (origin_a > 0) & (a != b)).any()):
-                return True
-    return False
+    return any(_holds_channels(ids, axis, trace) for axis in range(first) if axis in varying(ids))
+
+
+def _holds_channels(ids: Tensor, axis: int, trace: Trace) -> bool:
+    """Whether the first two positions along an axis are different channels of one weight."""
+    small = compact(ids)
+    a, b = small.narrow(axis, 0, 1), small.narrow(axis, 1, 1)
+    origin_a, origin_b = trace.forest.origins(a.contiguous()), trace.forest.origins(b.contiguous())
+    return bool(((origin_a == origin_b) & (origin_a > 0) & (a != b)).any())
 
 
 def _group_norm(node: fx.Node, trace: Trace) -> Any:
@@ -223,7 +257,7 @@ _UNARY = (
 _NARY = (
     "add add_ sub sub_ mul mul_ div div_ rsub pow pow_ floor_divide remainder fmod maximum minimum atan2 where masked_fill masked_fill_ "
     "eq ne lt le gt ge eq_ ne_ logical_and logical_or logical_xor bitwise_and bitwise_or addcmul addcmul_ addcdiv addcdiv_ lerp lerp_ "
-    "expand_as view_as copy_ copy true_divide true_divide_ __and__ __or__ xlogy hypot"
+    "expand_as copy_ copy true_divide true_divide_ __and__ __or__ xlogy hypot"
 ).split()
 _SHAPE = (
     "view reshape squeeze unsqueeze expand cat concat split split_with_sizes tensor_split flatten unflatten stack repeat repeat_interleave "
@@ -233,6 +267,8 @@ _MOVED = "permute transpose t numpy_T swapdims adjoint mT".split()
 _REDUCE = (
     "mean sum amax amin prod var std var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin max min any all median count_nonzero nansum"
 ).split()
+_STATISTICS = "mean sum amax amin var std var_mean std_mean norm linalg_vector_norm logsumexp".split()
+"""Reductions that are taken over the channels that are left."""
 _SOFTMAX = "softmax log_softmax _softmax _log_softmax cumsum cumprod sort topk kthvalue argsort".split()
 _POOL = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
@@ -277,6 +313,8 @@ def _table() -> dict[str, Rule]:
             "operator.getitem": shape.getitem,
             "slice": shape.slice,
             "chunk": shape.chunk,
+            "reshape_as": shape.like_another,
+            "view_as": shape.like_another,
             "roll": shape.kept_whole,
             "embedding": shape.embedding,
             "unfold": shape.unfold,

@@ -122,6 +122,15 @@ def _operand(node: fx.Node, trace: Trace) -> Any:
     return trace.ids[node]
 
 
+def like_another(node: fx.Node, trace: Trace) -> Any:
+    """x.reshape_as(other), x.view_as(other): only the shape of other is read, so its channels must leave as x's do."""
+    shape_of: Any = node.args[1]
+    other = trace.of(shape_of)
+    out = trace.forest.canon(trace.of(node.args[0]).reshape(other.shape))
+    trace.tie(out, other, "reshaped to the shape of another tensor")
+    return tidy(out)
+
+
 def picked(node: fx.Node, trace: Trace) -> Any:
     """select, unbind: the number of results is fixed, so the axis must not shrink."""
     source: Any = node.args[0]
@@ -141,11 +150,17 @@ def kept_whole(node: fx.Node, trace: Trace) -> Any:
 
 
 def slice(node: fx.Node, trace: Trace) -> Any:
-    """x[start:end:step]: with a step over channels they are pinned."""
+    """x[start:end:step]: x[0::2] and x[1::2] take the same places of every pair, so that whole pairs may leave."""
     ids = trace.of(node.args[0])
-    axis, step = args_of(node, "dim", "step")
+    axis, start, end, step = args_of(node, "dim", "start", "end", "step")
     if step not in (None, 1):
-        trace.later(ids, int(axis or 0), ids, "every n-th channel is taken")
+        axis, length = int(axis or 0) % ids.dim(), ids.shape[int(axis or 0)]
+        if length % step == 0 and 0 <= (start or 0) < step and (end is None or end >= length):
+            groups = trace.forest.canon(ids).unflatten(axis, (length // step, step))
+            if {axis, axis + 1} & set(varying(tidy(groups))):
+                trace.tie(groups, groups.narrow(axis + 1, 0, 1), "every n-th channel is taken")
+        else:
+            trace.later(ids, axis, ids, "every n-th channel is taken")
     return executed(node, trace)
 
 

@@ -99,9 +99,9 @@ def _unflatten(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
 
 def _slice(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
     ids = _ids(node.args[0], removal)
-    axis, start, end = args_of(node, "dim", "start", "end")
+    axis, start, end, step = args_of(node, "dim", "start", "end", "step")
     alive = removal.survivors(ids, int(axis or 0) % ids.dim())
-    if bool(alive.all()):
+    if bool(alive.all()) or step not in (None, 1):  # x[1::2]: whole pairs leave, the place in each stays
         return
     count = len(alive)
     for name, bound in (("start", start), ("end", end)):

@@ -218,7 +218,8 @@ def _masked_sums(gm: fx.GraphModule, removal: Removal) -> dict[fx.Node, tuple[fx
 
 
 class _Masked(fx.Interpreter):
-    """Runs a graph with norms over the survivors of their axis, and products that do not read removed channels."""
+    """Runs a graph with norms and statistics over the survivors of their axis, and products that do not read removed
+    channels."""
 
     def __init__(
         self, gm: fx.GraphModule, norms: Mapping[fx.Node, Tensor], sums: Mapping[fx.Node, tuple[fx.Node, Tensor]]
@@ -239,7 +240,22 @@ class _Masked(fx.Interpreter):
         if alive is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return _masked_norm(n, alive, args, kwargs)
+        if op_name(n) in _NORMS:
+            return _masked_norm(n, alive, args, kwargs)
+        target: Any = n.target
+        return target(_survivors(args[0], alive), *args[1:], **kwargs)
+
+
+_NORMS = ("layer_norm", "rms_norm", "group_norm")
+
+
+def _survivors(x: Tensor, alive: Tensor) -> Tensor:
+    """What a statistic over the channels is taken of: the operand without the positions that leave."""
+    for axis in range(x.dim()):
+        stays = alive.movedim(axis, 0).reshape(alive.shape[axis], -1).any(1)
+        if not bool(stays.all()):
+            x = x.index_select(axis, stays.nonzero().flatten())
+    return x
 
 
 def _masked_norm(node: fx.Node, alive: Tensor, args: Any, kwargs: Any) -> Tensor:

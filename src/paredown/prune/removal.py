@@ -41,7 +41,9 @@ class Removal:
         )
 
     def shape(self, ids: Tensor) -> list[int]:
-        """The shape after removal."""
+        """The shape after removal. An empty tensor (no prefix tokens) has no ids to tell: as it was."""
+        if not ids.numel():
+            return list(ids.shape)
         alive = self.alive(ids)
         out = []
         for axis in range(ids.dim()):
@@ -54,7 +56,7 @@ class Removal:
     def survivors(self, ids: Tensor, axis: int) -> Tensor:
         """Which positions along an axis survive. Shape [length], bool."""
         alive = self.alive(ids)
-        if alive.shape[axis] != ids.shape[axis]:
+        if alive.shape[axis] != ids.shape[axis] or not ids.numel():
             return torch.ones(ids.shape[axis], dtype=torch.bool)
         return alive.movedim(axis, 0).reshape(ids.shape[axis], -1).any(1)
 
