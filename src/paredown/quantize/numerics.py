@@ -184,7 +184,7 @@ def grid_of(
         filled = rows.numel() != values.numel()
         counted = rows_of(torch.ones_like(values, dtype=torch.float32), granularity, axis, group) if filled else rows
         count = counted.sum(1) if filled else torch.full((rows.shape[0],), float(rows.shape[1]))
-        mean = rows.abs().sum(1) / count
+        mean = (rows.abs().sum(1, dtype=torch.float64) / count).float()
         scales, zeros = torch.where(mean > 0, mean, 1.0).clamp_min(1e-30), torch.zeros(rows.shape[0])
     else:
         low, high = weight_range(bits)
