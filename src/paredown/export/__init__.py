@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -28,13 +28,15 @@ def export(
     *,
     target: str | None = None,
     opset: int = 18,
+    accuracy_level: Literal[0, 4] = 0,
 ) -> Artifact:
-    """Write the file that a runtime executes: ONNX, float32 or int8 (QDQ), with the batch free where the program's is.
+    """Write the file that a runtime executes: ONNX, float32 or on integer codes, with the batch free where the program's is.
 
     `thing` is a Program, a Pruned, a Quantized, or (module, inputs). Integer codes are written as they are in
     `Quantized.weights`, never computed again. The bytes depend on nothing but `thing` and the versions of torch and
     onnxscript, and hold no path, user name or stack trace. Weights above 1.9 GB go to a side file, listed in
-    `Artifact.files`. Files appear whole or not at all.
+    `Artifact.files`. Files appear whole or not at all. `accuracy_level` says how 4-bit weights are multiplied: 0 in
+    float32, 4 in int8 with a range per row and 32 inputs, which is faster on some machines and less exact.
 
     Raises UsageError (target, opset), RejectedError (ops without a translation, listed before conversion), MissingError
     (onnx, onnxscript), ResourceError (the path cannot be written).
@@ -54,7 +56,13 @@ def export(
     if path.is_dir():
         msg = f"path must be a file to write. Got the folder {path}. Add a name such as model.onnx."
         raise UsageError(msg)
-    return runtime.write(_floating(thing), path, target=table, opset=opset)  # type: ignore[no-any-return]
+    more: dict[str, Any] = {}
+    if accuracy_level:
+        if accuracy_level != 4 or not isinstance(thing, Quantized) or thing.scheme != "w4":
+            msg = f"accuracy_level must be 0, or 4 for a network that is w4. Got {accuracy_level!r}."
+            raise UsageError(msg)
+        more = {"accuracy_level": accuracy_level}
+    return runtime.write(_floating(thing), path, target=table, opset=opset, **more)  # type: ignore[no-any-return]
 
 
 def check(

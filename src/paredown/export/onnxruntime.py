@@ -23,16 +23,18 @@ from paredown.export.session import STRUCTURE, leaf_names, open_session, predict
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
 from paredown.quantize.nouns import Quantized
+from paredown.quantize.schemes import DYNAMIC
 from paredown.records import whole_file
 from paredown.target import Target
 
 SPLIT_BYTES = 1_900_000_000
 """Above this many bytes of weights they go to a side file: one protobuf message holds 2 GiB at most."""
-FLOAT_TOLERANCE = 1e-4
+TOLERANCES = {"fp32": 1e-4, "w4": 1e-3}
+"""Scheme → largest error, in parts of the output scale. Where activations are rounded, the cosine decides instead."""
 COSINE = 0.999
 
 
-def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int) -> Artifact:
+def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int, accuracy_level: int = 0) -> Artifact:
     """Convert, tidy, name and write; the files appear whole or not at all."""
     limits = target.limits
     if isinstance(opset, bool) or not isinstance(opset, int) or not limits["opset"] <= opset <= limits["opset_max"]:
@@ -43,6 +45,8 @@ def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int)
         program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
         model = _converted(program, opset)
         names = _parameter_names(thing, model)
+        if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
+            names = _onnx_dynamic().lower(model, names, accuracy_level)
         _polish(model, program, names, quantized)
     files = _write_files(model, path)
     return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else "fp32")
@@ -61,7 +65,14 @@ def _exported(quantized: Quantized) -> ExportedProgram:
         names = _argument_names(quantized)
         shapes = {**dict(zip(names, pytree.tree_map(free, args), strict=False)), **pytree.tree_map(free, kwargs)}
     with torch.no_grad():
-        return torch.export.export(quantized.module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(quantized.module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return _onnx_dynamic().marked(program) if quantized.scheme in DYNAMIC else program
+
+
+def _onnx_dynamic() -> Any:
+    from paredown.export import onnx_dynamic
+
+    return onnx_dynamic
 
 
 def _argument_names(quantized: Quantized) -> list[str]:
@@ -188,8 +199,8 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         msg = "check must have at least one sample. Got 0 batches."
         raise RejectedError(msg)
     int8_nodes, float_nodes = inspect_optimized(artifact)
-    floating = artifact.scheme == "fp32"
-    within = far.error <= FLOAT_TOLERANCE * far.scale if floating else far.cosine >= COSINE
+    tolerance = None if _rounds_activations(artifact) else TOLERANCES.get(artifact.scheme)
+    within = far.error <= tolerance * far.scale if tolerance else far.cosine >= COSINE
     check = Check(
         max_error=far.error,
         scale=far.scale,
@@ -199,11 +210,21 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         holds=within and far.finite,
     )
     if strict and not check.holds:
-        rule = f"within {FLOAT_TOLERANCE:g} of the output scale" if floating else f"cosine ≥ {COSINE}"
+        rule = f"within {tolerance:g} of the output scale" if tolerance else f"cosine ≥ {COSINE}"
         got = f"an error of {far.error:.3g} at scale {far.scale:.3g}, cosine {far.cosine:.6f}"
         msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got {got}{'' if far.finite else ', NaN or infinity'}."
         raise VerificationError(msg, evidence=check)
     return check
+
+
+def _rounds_activations(artifact: Artifact) -> bool:
+    """Whether a 4-bit file asks for products in int8 (accuracy_level 4), which the simulation leaves in float."""
+    if artifact.scheme != "w4":
+        return False
+    import onnx
+
+    nodes = onnx.load(str(artifact.path), load_external_data=False).graph.node
+    return any(a.name == "accuracy_level" and a.i == 4 for n in nodes for a in n.attribute)
 
 
 def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
@@ -258,6 +279,8 @@ def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, .
     for node in model.graph.node:
         kind = _kind_of_output(node, kinds)
         kinds |= dict.fromkeys(node.output, kind)
+        if node.op_type == "DynamicQuantizeLinear":
+            kinds[node.output[1]] = "other"  # a scale, which only joins those of the weights
         label = f"{node.op_type}: {node.name or (node.output[0] if node.output else '')}"
         if (
             node.op_type in _INT8_OPS
@@ -271,9 +294,12 @@ def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, .
 
 
 _FLOATS, _CODES = (1, 10, 11, 16), (2, 3)  # onnx.TensorProto: FLOAT, FLOAT16, DOUBLE, BFLOAT16; UINT8, INT8
-_EDGES = ("QuantizeLinear", "DequantizeLinear", "Constant")
+_EDGES = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant")
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
-_INT8_OPS = ("QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "ConvInteger", "QAttention")
+_INT8_OPS = (
+    *("QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "ConvInteger", "QAttention"),
+    *("DynamicQuantizeLSTM", "MatMulNBits"),
+)
 _FLOAT_RESULT = ("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _OTHER_RESULT = (
     "Shape",
@@ -297,7 +323,7 @@ def _kind_of_output(node: Any, kinds: Mapping[str, str]) -> str:
         return "float"
     if node.op_type == "QGemm":
         return "code" if len(node.input) > 8 and node.input[8] else "float"
-    if node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear"):
+    if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") or node.op_type.startswith("QLinear"):
         return "code"
     if node.op_type in _OTHER_RESULT:
         return "other"

@@ -20,6 +20,8 @@ class Scheme:
     """Of an activation's code; 16 and 32 stand for floating point."""
     activations: Literal["float", "static", "dynamic"] = "float"
     """Static: ranges from calibration. Dynamic: each tensor's own range at run time."""
+    group: int | None = None
+    """Neighbours along a weight's inputs that share a scale; None: a whole output channel."""
     levels: Literal["integer", "ternary", "binary"] = "integer"
     """Ternary codes are -1, 0, 1 and binary ones -1, 1, with one scale per group."""
 
@@ -45,7 +47,7 @@ _TABLE = (
     Scheme(name="fp16", weight_bits=16, activation_bits=16),
     Scheme(name="int8", weight_bits=8, activation_bits=8, activations="static"),
     Scheme(name="int8-dynamic", weight_bits=8, activation_bits=8, activations="dynamic"),
-    Scheme(name="w4", weight_bits=4, activation_bits=32),
+    Scheme(name="w4", weight_bits=4, activation_bits=32, group=32),
     Scheme(name="w4a8", weight_bits=4, activation_bits=8, activations="static"),
     Scheme(name="w4a4", weight_bits=4, activation_bits=4, activations="static"),
     Scheme(name="w2", weight_bits=2, activation_bits=32),
@@ -53,6 +55,8 @@ _TABLE = (
     Scheme(name="binary", weight_bits=1, activation_bits=32, levels="binary"),
 )
 SCHEMES: Mapping[str, Scheme] = {s.name: s for s in _TABLE}
+DYNAMIC = tuple(s.name for s in _TABLE if s.activations == "dynamic" or s.group)
+"""Schemes that need no calibration data (see quantize.dynamic)."""
 
 
 def scheme_named(name: str) -> Scheme:

@@ -6,6 +6,7 @@ import collections
 import hashlib
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_n
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import bias_floor
 from paredown.quantize.rounding import round_layers
-from paredown.quantize.schemes import SCHEMES, Scheme, scheme_named
+from paredown.quantize.schemes import DYNAMIC, SCHEMES, Scheme, scheme_named
 from paredown.target import Target, named
 
 STATIC = tuple(s.name for s in SCHEMES.values() if s.activations == "static")
@@ -36,7 +37,7 @@ def quantize(
     tuned: Pruned | Program,
     *,
     target: str = "onnxruntime-x86",
-    calibrate: Batches,
+    calibrate: Batches | None = None,
     scheme: str = "int8",
     observer: str = "mse",
     num_samples: int | None = None,
@@ -51,6 +52,8 @@ def quantize(
     values; another one as "percentile=99.9"), "mse" (least squared error) or "entropy" (TensorRT's; not for outputs of
     sigmoid or softmax), the last three from a streaming histogram. Batch norm is folded first. Works on a user's own
     module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its weights change.
+
+    "int8-dynamic" and "w4" need no samples and leave no range to choose: see quantize.dynamic.
 
     `calibrate` holds inputs (no labels): an iterable, or a function that returns one, of tensors, tuples of arguments
     or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
@@ -67,6 +70,11 @@ def quantize(
     >>> sorted(small.weights), small.weights["0.weight"].codes.dtype
     (['0.weight', '3.weight'], torch.int8)
     """
+    if scheme in DYNAMIC:
+        return _without_data(tuned, target, scheme, calibrate, repair)
+    if calibrate is None:
+        msg = f"quantize must be given calibrate=…, inputs like those the network will see, for the scheme {scheme_named(scheme).name}. Got none."
+        raise UsageError(msg)
     table = _checked(target, scheme, observer, num_samples, repair)
     program = _recaptured(tuned)
     graph = program.eval_graph.module(check_guards=False)
@@ -93,11 +101,26 @@ def quantize(
     )
 
 
+def _without_data(tuned: Any, target: str, scheme: str, calibrate: Batches | None, repair: Sequence[str]) -> Quantized:
+    """The schemes that need no samples (see quantize.dynamic)."""
+    from paredown.quantize.dynamic import quantize_dynamic
+
+    if repair:
+        msg = f"repair must be empty for the scheme {scheme}, which reads no samples. Got repair={list(repair)}."
+        raise UsageError(msg)
+    if not named(target).name.startswith("onnxruntime"):
+        msg = f"target must be one of ONNX Runtime for the scheme {scheme}. Got {target!r}."
+        raise UsageError(msg)
+    quantized = quantize_dynamic(_recaptured(tuned), target=target, scheme=scheme_named(scheme))
+    unread = () if calibrate is None else (f"calibration: {scheme} reads no samples, those given were not used",)
+    return replace(quantized, notes=(*quantized.notes, *unread))
+
+
 def _checked(target: str, scheme: str, observer: str, num_samples: int | None, repair: Sequence[str]) -> Target:
     table = named(target)
     if scheme not in STATIC:
         later = " It is a scheme of paredown, but this version cannot produce it yet." if scheme in SCHEMES else ""
-        msg = f"scheme must be one of {', '.join(STATIC)}. Got {scheme!r}.{later}"
+        msg = f"scheme must be one of {', '.join((*STATIC, *DYNAMIC))}. Got {scheme!r}.{later}"
         raise UsageError(msg)
     unknown = [r for r in repair if r not in REPAIRS]
     if isinstance(repair, str) or unknown:
