@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import paredown as pare
 from hazards import HAZARDS, built
+from oracle import captured
 from paredown.couple import Coupling, couple
 from paredown.errors import NothingToDo, UsageError, VerificationError
 from paredown.plan import Mask, Plan
@@ -162,10 +163,9 @@ def heads(coupling: Coupling) -> Any:
 @pytest.mark.parametrize("name", HEADS)
 def test_masked_heads_leave_physically(name: str) -> None:
     """nn.MultiheadAttention, fused and separate q, k, v as in timm, and groups of heads that share keys (GQA)."""
-    args, kwargs = HAZARDS[name].inputs(2)
-    net = built(name)
-    program = capture(net, {"args": args, "kwargs": kwargs})
-    space = heads(couple(program))
+    net, (args, kwargs) = built(name), HAZARDS[name].inputs(2)
+    program, coupling = captured(name)
+    space = heads(coupling)
     cells = {}
     for f in space.footprints:
         if program.state[f.parameter].dim() >= 2:
@@ -227,9 +227,7 @@ def test_cells_that_a_removal_tears_are_called_single_weights() -> None:
 
 @pytest.mark.parametrize("name", ["mha", "fused_qkv", "grouped_query"])
 def test_heads_chosen_by_score_leave_and_channels_stay(name: str) -> None:
-    args, kwargs = HAZARDS[name].inputs(2)
-    program = capture(built(name), {"args": args, "kwargs": kwargs})
-    coupling = couple(program)
+    program, coupling = captured(name)
     scores = pare.score(program, coupling, "l1", granularity="head")
     small = prune(program, pare.allocate(coupling, scores, pare.examine(program), pare.Budget(channels=0.5)))
     space = heads(coupling)
