@@ -262,14 +262,78 @@ def pruning_mask() -> nn.Module:
     return model
 
 
-@hazard()
+class _Rows(Statistic):
+    """The rows of a weight standardised by a batch norm, as scaled weight standardisation does."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(torch.relu)
+        self.gain = nn.Parameter(torch.ones(rows, 1, 1, 1))
+
+    def forward(self, w: Tensor) -> Tensor:
+        gain = (self.gain * 0.7).view(-1)
+        if not self.leaving:
+            rows = w.reshape(1, w.shape[0], -1)
+            return F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=1e-6).reshape_as(w)
+        kept = w[:, [i for i in range(w.shape[1]) if i not in self.leaving]].flatten(1)
+        var, mean = torch.var_mean(kept, 1, correction=0)
+        return (w - mean[:, None, None, None]) * (gain / torch.sqrt(var + 1e-6))[:, None, None, None]
+
+
+@hazard(
+    free=5 + 6 + 7,
+    norms={"mean": ("a.weight", 1), "spread": ("a.weight", 1), "rows": ("b.weight", 1)},
+    zero_writes=True,
+)
 def standardised_weight() -> nn.Module:
+    """Weights are standardised at every call, by hand (for two convolutions) and by a batch norm: over the inputs that are left."""
+
     def run(m: Any, x: Tensor) -> Tensor:
         w = m.a.weight
-        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
-        return m.head(F.relu(F.conv2d(m.stem(x), w, m.a.bias, padding=1)))
+        w = (w - m.mean(w)) / (m.spread(w) + 1e-5)
+        x = F.relu(F.conv2d(m.stem(x), w, m.a.bias, padding=1) + F.conv2d(m.other(x), w, padding=1))
+        return m.head(F.relu(F.conv2d(x, m.rows(m.b.weight), m.b.bias, padding=1)))
 
-    return Net(run, stem=conv(3, 5), a=conv(5, 6), head=conv(6, 3))
+    return Net(
+        run,
+        stem=conv(3, 5),
+        other=conv(3, 5),
+        a=conv(5, 6),
+        b=conv(6, 7),
+        head=conv(7, 3),
+        mean=Statistic(lambda w: w.mean((1, 2, 3), keepdim=True)),
+        spread=Statistic(lambda w: w.std((1, 2, 3), keepdim=True)),
+        rows=_Rows(7),
+    )
+
+
+@hazard(free=4 + 4, norms={"rows": ("a.weight", 1), "again": ("b.weight", 1)}, zero_writes=True)
+def standardised_groups() -> nn.Module:
+    """The same of a grouped and of a depthwise convolution."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(m.stem(x), m.rows(m.a.weight), padding=1, groups=2))
+        return m.head(F.relu(F.conv2d(x, m.again(m.b.weight), padding=1, groups=8)))
+
+    return Net(
+        run, stem=conv(3, 8), a=conv(8, 8, groups=2, bias=False), b=conv(8, 8, groups=8, bias=False), head=conv(8, 3),
+        rows=_Rows(8), again=_Rows(8),
+    )  # fmt: skip
+
+
+@hazard(free=4, because=("a weight that is computed from all of its parameter", "conv2d"))
+def weights_that_stay() -> nn.Module:
+    """Divided by the largest of the whole weight; and a weight that also goes somewhere else."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = F.conv2d(m.a(x), m.b.weight / m.b.weight.square().sum().sqrt(), padding=1)
+        w = m.d.weight * 2.0
+        z = F.conv2d(m.c(x), w, padding=1) + w.square().mean()
+        return m.head(F.relu(y)) + m.other(F.relu(z)) + m.last(F.relu(m.e(x)))
+
+    return Net(
+        run, a=conv(3, 5), b=conv(5, 6, bias=False), c=conv(3, 5), d=conv(5, 6, bias=False), e=conv(3, 4),
+        head=conv(6, 3), other=conv(6, 3), last=conv(4, 3),
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- no rule

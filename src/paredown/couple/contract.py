@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from paredown.couple.computed import follow
 from paredown.couple.ids import FIXED, along, fixed, laid, tidy, varying
 from paredown.couple.operand import args_of, merge, result, schema, unknown
 from paredown.couple.trace import Summed, Trace
@@ -15,6 +16,8 @@ from paredown.couple.trace import Summed, Trace
 
 def _conv(node: fx.Node, trace: Trace) -> Any:
     source, weight, bias, groups = args_of(node, "input", "weight", "bias", "groups")
+    made = trace.computed.get(weight)
+    weight = weight if made is None else made.parameter
     if weight not in trace.parameters:
         return unknown(node, trace)
     shape = result(node).shape
@@ -22,6 +25,9 @@ def _conv(node: fx.Node, trace: Trace) -> Any:
     read = trace.vector(trace.of(source), axis, "channels of a convolution")
     wrote = trace.weight(weight, 0, "write")
     _grouped(trace, weight, 1, read, wrote, int(groups))
+    if made is not None:  # what leaves is read by no weight that could be zeroed: by a computed one
+        trace.summed[node] = Summed(operand=source, axis=axis, ids=read)
+        follow(made, trace)
     _bias(trace, bias, wrote)
     return laid(wrote, axis, shape)
 

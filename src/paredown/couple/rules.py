@@ -152,12 +152,23 @@ def _softmax(node: fx.Node, trace: Trace) -> Any:
 
 def _channel_norm(node: fx.Node, trace: Trace) -> Any:
     """batch_norm, instance_norm: every channel on its own; parameters and statistics follow it."""
-    ids = trace.of(node.args[0])
+    ids = trace.forest.canon(trace.of(node.args[0]))
+    if varying(ids) and 1 not in varying(ids) and node.args[3] is None:
+        return _row_norm(node, ids, trace)
     channels = trace.vector(ids, 1, "channels of a norm")
     for operand in node.args[1:5]:
         if isinstance(operand, fx.Node):
             trace.tie(trace.of(operand), channels, "norm over a fixed channel")
     return trace.forest.canon(ids)
+
+
+def _row_norm(node: fx.Node, ids: Tensor, trace: Trace) -> Tensor:
+    """batch_norm as a way to standardise the rows of a weight: what leaves are entries of every row."""
+    for operand in node.args[1:5]:
+        if isinstance(operand, fx.Node):
+            trace.pin(trace.of(operand), "norm over a fixed channel")
+    trace.norms[node] = ids
+    return ids
 
 
 def _last_norm(node: fx.Node, trace: Trace) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from paredown.couple.computed import Computed, find
 from paredown.couple.ids import FIXED, IdForest, along, compact, fixed, tidy, varying
 from paredown.couple.space import Role
 from paredown.program import Program, placeholder_names, source_line
@@ -85,6 +86,12 @@ class Trace:
         self.norms: dict[fx.Node, Tensor] = {}
         """Norms over a channel axis: ids of what is normalised together."""
         self.summed: dict[fx.Node, Summed] = {}
+        self.computed: dict[fx.Node, Computed] = {}
+        """Weights of convolutions that are computed from a parameter of their shape."""
+        self.lanes: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        """What lies between: ids of the channels that such a weight writes, and of those that it reads."""
+        self.instead: dict[fx.Node, Tensor] = {}
+        """Ids of parameters while a lane is run."""
         self._tables: list[Tensor] = []
         self._chunks: list[Tensor] = []
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
@@ -112,6 +119,8 @@ class Trace:
         """The id tensor of an operand; a parameter becomes raw (an id for each element)."""
         if not isinstance(node, fx.Node):
             return fixed(())
+        if node in self.instead:
+            return self.instead[node]
         seen = self.parameters.get(node)
         if seen is None:
             value = self.ids[node]
@@ -207,9 +216,17 @@ class Trace:
 
         names = placeholder_names(graph)
         for node in graph.graph.nodes:
-            self.node = node
             if node.op == "placeholder":
                 self._placeholder(node, names.get(node.name))
+        made = find(graph.graph, self.parameters)
+        self.computed |= made
+        later = {n for one in made.values() for n in one.between}
+        for node in graph.graph.nodes:
+            self.node = node
+            if node in later:
+                self.ids[node] = None  # see computed.follow
+            elif node.op == "placeholder":
+                continue
             elif node.op == "output":
                 self._pin_outputs(node)
             elif node.op == "call_function":

@@ -64,8 +64,9 @@ def _sizes(argument: str) -> Rewrite:
     """view, reshape, expand: each size becomes what survives along its axis; symbolic ones are scaled."""
 
     def rewrite(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
-        ids = _ids(node, removal)
-        new, old = removal.shape(ids), list(ids.shape)
+        lanes = removal.trace.lanes.get(node) or (_ids(node, removal),)
+        new = [min(sizes) for sizes in zip(*(removal.shape(ids) for ids in lanes), strict=True)]
+        old = list(lanes[0].shape)
         if new != old:
             _set(copied, argument, _scaled(copied, args_of(copied, argument)[0], old, new))
 
@@ -140,6 +141,8 @@ def _convolution(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
 def conv_groups(node: fx.Node, removal: Removal) -> int | None:
     """The new number of groups of a convolution, None where it stays: depthwise ones lose groups."""
     source, weight, groups = args_of(node, "input", "weight", "groups")
+    made = removal.trace.computed.get(weight)
+    weight = weight if made is None else made.parameter
     if int(groups) == 1 or weight not in removal.trace.parameters:
         return None
     shape = removal.trace.parameters[weight].shape

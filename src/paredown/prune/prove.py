@@ -242,11 +242,25 @@ class _Masked(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if op_name(n) in _NORMS:
             return _masked_norm(n, alive, args, kwargs)
+        if op_name(n) == "batch_norm":
+            return _masked_rows(n, alive, args, kwargs)
         target: Any = n.target
         return target(_survivors(args[0], alive), *args[1:], **kwargs)
 
 
 _NORMS = ("layer_norm", "rms_norm", "group_norm")
+
+
+def _masked_rows(node: fx.Node, alive: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """batch_norm with the statistics of the survivors of each row, from the definition. x: [1, rows, entries]."""
+    given = dict(zip((a.name for a in schema(node).arguments), args, strict=False)) | kwargs
+    x: Tensor = args[0]
+    kept = _survivors(x, alive).transpose(0, 1).flatten(1)
+    mean, variance = kept.mean(1), kept.var(1, correction=0)
+    view = (1, -1) + (1,) * (x.dim() - 2)
+    out = (x - mean.reshape(view)) / torch.sqrt(variance + given["eps"]).reshape(view)
+    out = out * given["weight"].reshape(view) if given.get("weight") is not None else out
+    return out + given["bias"].reshape(view) if given.get("bias") is not None else out
 
 
 def _survivors(x: Tensor, alive: Tensor) -> Tensor:
