@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--stage", choices=("choose", "choose-elements", "tables", "scratch", "show"), default="tables")
     parser.add_argument("--table", default="", help="only this table")
+    parser.add_argument("--criterion", default="", help="only this criterion")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -242,6 +243,8 @@ def main() -> None:
         done = {json.dumps({k: r[k] for k in Cell.__dataclass_fields__}, sort_keys=True) for r in rows}
         for cell in cells(given.stage, given.seeds):
             if json.dumps(cell.key(), sort_keys=True) in done or given.table not in ("", cell.table):
+                continue
+            if given.criterion not in ("", cell.criterion):
                 continue
             row = run(cell, given.data, given.out)
             with journal.open("a") as file:

@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from paredown.quantize import Packed as Packed
     from paredown.quantize import Quantized as Quantized
     from paredown.quantize import quantize as quantize
+    from paredown.quantize import spare as spare
+    from paredown.quantize import train_quantized as train_quantized
     from paredown.records import Measured as Measured
     from paredown.records import Record as Record
     from paredown.report import mask_picture as mask_picture
@@ -115,7 +117,7 @@ _ROOMS = {
         "sparsify",
         "take_over",
     ),
-    "quantize": ("Packed", "Quantized", "quantize"),
+    "quantize": ("Packed", "Quantized", "quantize", "spare", "train_quantized"),
     "records": ("Measured", "Record"),
     "report": ("mask_picture",),
     "score": ("Scores", "score"),
@@ -191,8 +193,10 @@ __all__ = [
     "score",
     "score_depth",
     "sensitivity",
+    "spare",
     "sparsify",
     "take_over",
+    "train_quantized",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from paredown.quantize.decompose import op_name
-from paredown.quantize.observe import PerChannel, observer_named
-from paredown.quantize.schemes import Scheme
+from paredown.quantize.observe import WEIGHT_OBSERVERS, observer_named
+from paredown.quantize.schemes import Scheme, weight_range
+from paredown.score.patterns import matches
 from paredown.target import Target
 
 KEY = "quantization_annotation"
@@ -31,38 +33,64 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
     and pool, flatten, pad and concatenation keep the scale of their inputs.
     """
 
-    def __init__(self, target: Target, observer: str, scheme: Scheme) -> None:
-        unsigned = target.activation_dtype == "uint8"
-        levels = 2**scheme.activation_bits
-        self.target = target
-        self.activation = QuantizationSpec(
+    def __init__(
+        self,
+        target: Target,
+        observer: str,
+        scheme: Scheme,
+        weights: str = "channel",
+        float_layers: Sequence[str] = (),
+    ) -> None:
+        self.target, self.observer, self.weights = target, observer, weights
+        self.activation = self._activation(scheme.activation_bits)
+        self.weight = self._weight(*scheme.weight_range)
+        self.end_bits = scheme.end_bits
+        self.coarse = scheme.activation_bits < 8
+        self.ends: frozenset[fx.Node] = frozenset()
+        self.wanted: dict[fx.Node, QuantizationSpec] = {}
+        """What an op that only moves values was given: an end may want more bits than the rest."""
+        self.float_layers = tuple(float_layers)
+
+    def _activation(self, bits: int) -> QuantizationSpec:
+        unsigned, levels = self.target.activation_dtype == "uint8", 2**bits
+        return QuantizationSpec(
             dtype=torch.uint8 if unsigned else torch.int8,
             quant_min=0 if unsigned else -levels // 2,
             quant_max=levels - 1 if unsigned else levels // 2 - 1,
             qscheme=torch.per_tensor_affine,
-            observer_or_fake_quant_ctr=observer_named(observer),
+            observer_or_fake_quant_ctr=observer_named(self.observer),
         )
-        low, high = scheme.weight_range
-        self.weight = QuantizationSpec(
+
+    def _weight(self, low: int, high: int) -> QuantizationSpec:
+        return QuantizationSpec(
             dtype=torch.int8,
             quant_min=low,
             quant_max=high,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
-            observer_or_fake_quant_ctr=PerChannel,
+            observer_or_fake_quant_ctr=WEIGHT_OBSERVERS[self.weights],
         )
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Write the annotations."""
         nodes = [n for n in model.graph.nodes if n.op == "call_function"]
+        if self.end_bits is not None:
+            weighted = [n for n in nodes if self.target.ops.get(op_name(n)) == "weighted" and is_constant(n.args[1])]
+            self.ends = ends_of(weighted)
         for node in nodes:
             self._compute(node)
+        for node in reversed(nodes):
+            if self._idle_fusion(node):
+                del node.meta[KEY]
         for node in nodes:
             if self._moves(node) and any(_is_quantized(x) for x in _inputs(node)):
                 self._share(node)
         for node in reversed(nodes):
             if self._moves(node) and any(_wants(user, node) for user in _readers(node)):
-                self._share(node)
+                self._share(node, self._wish(node))
+        if self.target.float_results:
+            for node in reversed(nodes):
+                _drop_unread(node, keeps_inputs=self.target.ops.get(op_name(node)) in ("weighted", "matmul"))
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -76,8 +104,14 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             _put(node, {}, self.activation)
         elif any(isinstance(v, fx.Node) for v in node.kwargs.values()) or "alpha" in node.kwargs:
             return  # PT2E cannot annotate tensors that are passed by keyword; x + 2·y is two ops in the runtime
+        elif self._stays_float(node):
+            return
         elif kind == "weighted" and is_float(args[0]) and is_constant(args[1]):
-            _put(node, {args[0]: self.activation, args[1]: self.weight}, self._output(node, name))
+            activation, weight = self.activation, self.weight
+            if node in self.ends and self.end_bits is not None:
+                activation = self._activation(self.end_bits)
+                weight = self._weight(*weight_range(self.end_bits))
+            _put(node, {args[0]: activation, args[1]: weight}, self._output(node, name))
         elif (
             kind in ("binary", "matmul")
             and len(args) == 2
@@ -88,6 +122,26 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         elif kind == "lookup" and is_float(args[0]):
             _put(node, {args[0]: self.activation}, self._output(node, ""))
 
+    def _idle_fusion(self, node: fx.Node) -> bool:
+        """An activation function between two ops in float: codes there would cost and gain nothing."""
+        if KEY not in node.meta or op_name(node) not in self.target.fusions:
+            return False
+        before = node.args[0]
+        if isinstance(before, fx.Node) and KEY in before.meta:
+            return False
+        waiting, seen = list(node.users), set()
+        while waiting:
+            user = waiting.pop()
+            if KEY in user.meta:
+                return False
+            if user not in seen and (self._moves(user) or user.target is operator.getitem):
+                seen.add(user)
+                waiting += list(user.users)
+        return True
+
+    def _stays_float(self, node: fx.Node) -> bool:
+        return bool(self.float_layers) and matches(layer_names(node), self.float_layers)
+
     def _output(self, node: fx.Node, name: str) -> Any:
         """None where the next op is fused, and behind a last linear layer, whose kernel can return float."""
         users = list(node.users)
@@ -97,16 +151,24 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             return None
         return self.activation
 
+    def _wish(self, node: fx.Node) -> QuantizationSpec:
+        """The finest spec that a reader of a moving op asks for."""
+        asked = [s for user in _readers(node) if (s := self.wanted.get(user, _spec(user, node))) is not None]
+        return max(asked, key=lambda s: s.quant_max - s.quant_min, default=self.activation)
+
     def _moves(self, node: fx.Node) -> bool:
         if KEY in node.meta or self.target.ops.get(op_name(node)) != "shared":
             return False
+        if self.coarse and op_name(node) in _AVERAGES:
+            return False  # a mean of coarse codes is finer than they are
         if op_name(node) in ("pad", "constant_pad_nd") and _pad_value(node) != 0:
             return False
         inputs = _inputs(node)
         return bool(inputs) and all(is_float(x) for x in inputs)
 
-    def _share(self, node: fx.Node) -> None:
-        inputs = _inputs(node)
+    def _share(self, node: fx.Node, spec: QuantizationSpec | None = None) -> None:
+        inputs, spec = _inputs(node), spec or self.activation
+        self.wanted[node] = spec
         first = SharedQuantizationSpec((inputs[0], node))
         parts = (
             [u for u in node.users if u.target is operator.getitem]
@@ -114,9 +176,46 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             else []
         )
         specs: dict[Any, Any] = {x: first for x in inputs if x is not inputs[0]}  # a concatenation has one scale
-        _put(node, {inputs[0]: self.activation, **specs}, None if parts else first)
+        _put(node, {inputs[0]: spec, **specs}, None if parts else first)
         for part in parts:
             _put(part, {}, first)
+
+
+_AVERAGES = ("avg_pool2d", "adaptive_avg_pool2d")
+
+
+def ends_of(weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
+    """The layers that no other layer comes before, and those that none comes behind."""
+    layers = set(weighted)
+
+    def reaches(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
+        seen, waiting = {start}, list(step(start))
+        while waiting:
+            node = waiting.pop()
+            if node in layers:
+                return True
+            if node not in seen:
+                seen.add(node)
+                waiting += step(node)
+        return False
+
+    return frozenset(
+        n for n in weighted if not reaches(n, lambda m: m.all_input_nodes) or not reaches(n, lambda m: list(m.users))
+    )
+
+
+def _spec(user: fx.Node, node: fx.Node) -> QuantizationSpec | None:
+    """What an annotated op asks of one input, where it is a spec of its own."""
+    asked = user.meta[KEY].input_qspec_map.get(node) if KEY in user.meta else None
+    return asked if isinstance(asked, QuantizationSpec) else None
+
+
+def layer_names(node: fx.Node) -> list[str]:
+    """What a pattern may call an op: the parameters that it reads, and its module."""
+    names = [str(a.target) for a in node.all_input_nodes if a.op == "get_attr"]
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]).removeprefix("L['self'].").removeprefix("L['self']") if stack else ""
+    return [*names, *((path,) if path else ())]
 
 
 def is_float(value: Any) -> bool:
@@ -152,6 +251,16 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 def _is_quantized(node: fx.Node) -> bool:
     return KEY in node.meta and node.meta[KEY].output_qspec is not None
+
+
+def _drop_unread(node: fx.Node, *, keeps_inputs: bool) -> None:
+    """Leave a result in float that nothing reads as codes; an op that only joins or moves floats has no codes at all then."""
+    if KEY not in node.meta or any(_wants(user, node) for user in _readers(node)):
+        return
+    node.meta[KEY].output_qspec = None
+    fused = any(KEY in user.meta and user.target is not operator.getitem for user in node.users)
+    if not keeps_inputs and not fused:
+        del node.meta[KEY]
 
 
 def _wants(user: fx.Node, node: fx.Node) -> bool:

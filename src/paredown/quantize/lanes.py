@@ -55,6 +55,8 @@ class Changes:
     scales: dict[str, Tensor] = field(default_factory=dict)
     """By observer: scales of those grids."""
     biases: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Scale and zero point by observer: found once, because a search over ranges is slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,22 +115,37 @@ def _layer(prepared: fx.GraphModule, node: fx.Node, source: fx.Node, weight: fx.
     )
 
 
-class _Lane(Run):
+class Lane(Run):
     """The prepared graph on one call. Without changes observers hand on what they get; with them they round it."""
 
-    def __init__(self, prepared: fx.GraphModule, flat: list[Any], changes: Changes | None) -> None:
+    def __init__(
+        self,
+        prepared: fx.GraphModule,
+        flat: list[Any],
+        changes: Changes | None,
+        skipped: frozenset[str] = frozenset(),
+    ) -> None:
+        """`skipped` are observers that hand on what they get in the quantized lane, too."""
         super().__init__(prepared, flat)
-        self._changes = changes
+        self._changes, self._skipped = changes, skipped
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An observer, or a module of the user's."""
         observer = fetch(self.module, str(target))  # type: ignore[arg-type]
         if not hasattr(observer, "calculate_qparams"):
             return super().call_module(target, args, kwargs)
-        if self._changes is None or (isinstance(observer, PerChannel) and str(target) in self._changes.scales):
+        if (
+            self._changes is None
+            or str(target) in self._skipped
+            or (isinstance(observer, PerChannel) and str(target) in self._changes.scales)
+        ):
             return args[0]
-        return fake_quantize(args[0], observer)
+        if str(target) not in self._changes.parameters:
+            self._changes.parameters[str(target)] = observer.calculate_qparams()
+        return fake_quantize(args[0], observer, self._changes.parameters[str(target)])
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor of the graph, or what it was changed to."""
         if self._changes is not None:
             for held in (self._changes.weights, self._changes.biases):
                 if str(target) in held:
@@ -139,14 +156,14 @@ class _Lane(Run):
 def walk(prepared: fx.GraphModule, calls: Sequence[Inputs], changes: Changes, visit: Visit) -> None:
     """Both lanes from their inputs to their outputs; at each layer `visit` may change its tensors before it is run.
 
-    When `visit` is called, `lanes.whole.env[layer.node]` is what the layer gives in float and
-    `lanes.coded.env[layer.source]` what it will read. Afterwards the graph has what `changes` holds.
+    When `visit` is called, `lanes.whole.env[layer.node]` is what the layer gives in float, `lanes.coded.env[layer.source]`
+    what it will read, and `lanes.whole.env[layer.source]` what it reads in float. Afterwards the graph has what `changes` holds.
     """
     lanes = []
     for call in calls:
         flats = [pytree.tree_leaves(pytree.tree_map(_cloned, call)) for _ in range(2)]
         lanes.append(
-            Lanes(whole=_Lane(prepared, flats[0], None), coded=_Lane(prepared, flats[1], changes)),
+            Lanes(whole=Lane(prepared, flats[0], None), coded=Lane(prepared, flats[1], changes)),
         )
     layers = {layer.node: layer for layer in layers_of(prepared)}
     with torch.no_grad():
@@ -154,12 +171,13 @@ def walk(prepared: fx.GraphModule, calls: Sequence[Inputs], changes: Changes, vi
             if node.op == "output":
                 break
             for lane in lanes:
-                lane.whole.next(node)
+                lane.whole.env[node] = lane.whole.run_node(node)
             if node in layers:
                 visit(layers[node], lanes)
                 for lane in lanes:  # the weight was read before it was changed
                     _reread(lane.coded, layers[node])
             for lane in lanes:
+                lane.whole.drop_after(node)
                 lane.coded.next(node)
     apply(prepared, changes)
 
@@ -171,7 +189,7 @@ def plain_lanes(
     if not wanted:
         return
     for call in calls:
-        run = _Lane(prepared, pytree.tree_leaves(pytree.tree_map(_cloned, call)), None)
+        run = Lane(prepared, pytree.tree_leaves(pytree.tree_map(_cloned, call)), None)
         with torch.no_grad():
             for node in prepared.graph.nodes:
                 if node.op == "output":

@@ -25,6 +25,9 @@ class Scheme:
     levels: Literal["integer", "ternary", "binary"] = "integer"
     """Ternary codes are -1, 0, 1 and binary ones -1, 1, with one scale per group."""
 
+    end_bits: int | None = None
+    """Of weights and inputs of the first and the last layers, where those are not to go below; None: as all others."""
+
     @property
     def weight_range(self) -> tuple[int, int]:
         """Smallest and largest code of a weight. Eight bits leave out -128, so that products of two codes cannot saturate.
@@ -49,7 +52,7 @@ _TABLE = (
     Scheme(name="int8-dynamic", weight_bits=8, activation_bits=8, activations="dynamic"),
     Scheme(name="w4", weight_bits=4, activation_bits=32, group=32),
     Scheme(name="w4a8", weight_bits=4, activation_bits=8, activations="static"),
-    Scheme(name="w4a4", weight_bits=4, activation_bits=4, activations="static"),
+    Scheme(name="w4a4", weight_bits=4, activation_bits=4, activations="static", end_bits=8),
     Scheme(name="w2", weight_bits=2, activation_bits=32),
     Scheme(name="ternary", weight_bits=2, activation_bits=32, levels="ternary"),
     Scheme(name="binary", weight_bits=1, activation_bits=32, levels="binary"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import copy
+import difflib
 import hashlib
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -20,13 +22,16 @@ from paredown.quantize.batches import Batches, each, finite_rows, length, rows, 
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import bias_floor
-from paredown.quantize.rounding import round_layers
-from paredown.quantize.schemes import DYNAMIC, SCHEMES, Scheme, scheme_named
+from paredown.quantize.schemes import DYNAMIC, SCHEMES, scheme_named
+from paredown.score.patterns import matches
 from paredown.target import Target, named
 
+if TYPE_CHECKING:
+    from paredown.quantize.annotate import TableQuantizer
+
 STATIC = tuple(s.name for s in SCHEMES.values() if s.activations == "static")
-REPAIRS = ("gptq",)
-"""What may be done to the codes after calibration, in this order."""
+REPAIRS = ("equalize", "smooth", "gptq", "adaround", "bias", "bias-fast")
+"""What may be done against the rounding, in this order: the first two before calibration, the others after it."""
 Owners = dict[tuple[str, int], str]
 """(name of a node, which of its inputs) → the parameter that this input is."""
 FEW = 32
@@ -42,6 +47,8 @@ def quantize(
     observer: str = "mse",
     num_samples: int | None = None,
     repair: Sequence[str] = (),
+    weights: Literal["channel", "tensor"] = "channel",
+    float_layers: Sequence[str] = (),
 ) -> Quantized:
     """Static quantization for a runtime: integer weights per output channel, integer activations per tensor.
 
@@ -57,8 +64,11 @@ def quantize(
 
     `calibrate` holds inputs (no labels): an iterable, or a function that returns one, of tensors, tuples of arguments
     or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
-    `repair` names what is done against the rounding: "gptq" (see quantize.rounding) chooses codes layer after layer by
-    what they do to its output; it keeps the samples and their activations in memory.
+    `repair` names what is done against the rounding, in whatever order they are given: "equalize" and "smooth" move
+    ranges between layers without changing the function, "gptq" or "adaround" choose codes layer after layer by what they
+    do to its output, "bias" or "bias-fast" give back the means. They keep the samples and their activations in memory.
+    `weights` "tensor" has one scale per weight. `float_layers` are patterns (fnmatch) of parameters or modules that
+    stay in float.
 
     Raises UsageError (scheme, target, observer, repair), RejectedError (no samples, samples that do not fit, a network that
     is quantized already), MissingError (torchao), VerificationError (the prepared graph computes something else).
@@ -71,52 +81,146 @@ def quantize(
     (['0.weight', '3.weight'], torch.int8)
     """
     if scheme in DYNAMIC:
-        return _without_data(tuned, target, scheme, calibrate, repair)
+        return _without_data(tuned, target, scheme, calibrate, repair, weights, float_layers)
     if calibrate is None:
         msg = f"quantize must be given calibrate=…, inputs like those the network will see, for the scheme {scheme_named(scheme).name}. Got none."
         raise UsageError(msg)
-    table = _checked(target, scheme, observer, num_samples, repair)
-    program = _recaptured(tuned)
-    graph = program.eval_graph.module(check_guards=False)
-    prepared, owners = _prepared(graph, table, observer, scheme_named(scheme), program)
-    stayed = tuple(_stayed_float(prepared, table))
-    calls: list[Inputs] | None = [] if repair else None
-    notes = _calibrated(prepared, calibrate, num_samples, program, calls)
-    _keep_biases(prepared, table)
-    if "gptq" in repair:
-        round_layers(prepared, calls or [])
-    with quiet("torchao"):
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
-        converted = convert_pt2e(prepared)
-        _slim(converted)
-    return Quantized(
-        module=converted,
-        program=program,
-        scheme=scheme,
-        target=target,
-        inputs=program.inputs,
-        weights=dict(_packed(converted, owners, scheme_named(scheme).weight_bits)),
-        notes=(*program.notes, *notes, *stayed),
-    )
+    base = calibrated(
+        tuned, target=target, calibrate=calibrate, scheme=scheme, observer=observer, num_samples=num_samples,
+        repair=repair, weights=weights, float_layers=float_layers,
+    )  # fmt: skip
+    return converted(base, base.prepared)
 
 
-def _without_data(tuned: Any, target: str, scheme: str, calibrate: Batches | None, repair: Sequence[str]) -> Quantized:
+def _without_data(
+    tuned: Any,
+    target: str,
+    scheme: str,
+    calibrate: Batches | None,
+    repair: Sequence[str],
+    weights: str,
+    float_layers: Sequence[str],
+) -> Quantized:
     """The schemes that need no samples (see quantize.dynamic)."""
     from paredown.quantize.dynamic import quantize_dynamic
 
-    if repair:
-        msg = f"repair must be empty for the scheme {scheme}, which reads no samples. Got repair={list(repair)}."
+    if repair or weights != "channel":
+        msg = f"repair must be empty and weights 'channel' for the scheme {scheme}, which reads no samples. Got repair={list(repair)}, weights={weights!r}."
         raise UsageError(msg)
     if not named(target).name.startswith("onnxruntime"):
         msg = f"target must be one of ONNX Runtime for the scheme {scheme}. Got {target!r}."
         raise UsageError(msg)
-    quantized = quantize_dynamic(_recaptured(tuned), target=target, scheme=scheme_named(scheme))
+    quantized = quantize_dynamic(
+        _recaptured(tuned), target=target, scheme=scheme_named(scheme), float_layers=float_layers
+    )
     unread = () if calibrate is None else (f"calibration: {scheme} reads no samples, those given were not used",)
     return replace(quantized, notes=(*quantized.notes, *unread))
 
 
-def _checked(target: str, scheme: str, observer: str, num_samples: int | None, repair: Sequence[str]) -> Target:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """A network with its ranges found and its repairs done: what conversion or quantization-aware training starts from."""
+
+    prepared: fx.GraphModule
+    """The float graph, batch norm folded, with an observer at every value that will be codes."""
+    program: Program
+    owners: Owners
+    scheme: str
+    target: str
+    notes: tuple[str, ...]
+
+    def parameter_of(self, observer: fx.Node) -> str:
+        """The parameter behind a weight's observer, by the name that it has in the user's model."""
+        readers = ((u.name, u.all_input_nodes.index(observer)) for u in observer.users)
+        return next((self.owners[r] for r in readers if r in self.owners), str(observer.args[0].target))  # type: ignore[union-attr]
+
+
+def calibrated(
+    tuned: Pruned | Program,
+    *,
+    target: str,
+    calibrate: Batches,
+    scheme: str = "int8",
+    observer: str = "mse",
+    num_samples: int | None = None,
+    repair: Sequence[str] = (),
+    weights: str = "channel",
+    float_layers: Sequence[str] = (),
+) -> Calibrated:
+    """The first half of `quantize`, with its options and errors: everything but the conversion to codes."""
+    table = _checked(target, scheme, observer, num_samples, repair, weights)
+    program = _recaptured(tuned)
+    graph = program.eval_graph.module(check_guards=False)
+    with quiet("torchao"):
+        from paredown.quantize.annotate import TableQuantizer
+
+        quantizer = TableQuantizer(table, observer, scheme_named(scheme), weights, float_layers)
+    prepared, owners = _prepared(graph, quantizer, program)
+    stayed = tuple(_stayed_float(prepared, table))
+    calls: list[Inputs] | None = [] if repair else None
+    notes = _calibrated(prepared, calibrate, num_samples, program, calls)
+    _repaired(prepared, table, calls or [], repair)
+    return Calibrated(
+        prepared=prepared,
+        program=program,
+        owners=owners,
+        scheme=scheme,
+        target=target,
+        notes=(*program.notes, *notes, *stayed),
+    )
+
+
+def converted(base: Calibrated, prepared: fx.GraphModule) -> Quantized:
+    """The second half: codes in place of observers. `prepared` is the graph of `base`, or what training made of it; it stays."""
+    with quiet("torchao"):
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        module = convert_pt2e(copy.deepcopy(prepared))
+        _slim(module)
+    return Quantized(
+        module=module,
+        program=base.program,
+        scheme=base.scheme,
+        target=base.target,
+        inputs=base.program.inputs,
+        weights=dict(_packed(module, base.owners)),
+        notes=base.notes,
+    )
+
+
+def _repaired(prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], repair: Sequence[str]) -> None:
+    """The repairs in their order, whatever order they were asked for in."""
+    from paredown.quantize.bias import correct_biases
+    from paredown.quantize.equalize import equalize, smooth
+    from paredown.quantize.rounding import METHODS, round_layers
+
+    if {"equalize", "smooth"} & set(repair):
+        if "equalize" in repair:
+            equalize(prepared, calls)
+        if "smooth" in repair:
+            smooth(prepared, calls)
+        _reset(prepared)
+        for args, kwargs in calls:  # ranges have moved
+            with torch.no_grad():
+                prepared(*args, **kwargs)
+    _keep_biases(prepared, table)
+    for method in METHODS:
+        if method in repair:
+            round_layers(prepared, calls, method=method)
+    if "bias" in repair or "bias-fast" in repair:
+        correct_biases(prepared, calls, full="bias" in repair)
+
+
+def _reset(prepared: fx.GraphModule) -> None:
+    for module in prepared.modules():
+        reset: Any = getattr(module, "reset", None)
+        if reset is not None:
+            reset()
+
+
+def _checked(
+    target: str, scheme: str, observer: str, num_samples: int | None, repair: Sequence[str], weights: str
+) -> Target:
     table = named(target)
     if scheme not in STATIC:
         later = " It is a scheme of paredown, but this version cannot produce it yet." if scheme in SCHEMES else ""
@@ -128,19 +232,33 @@ def _checked(target: str, scheme: str, observer: str, num_samples: int | None, r
             f"repair must be a list of {', '.join(REPAIRS)}. Got {repair if isinstance(repair, str) else unknown[0]!r}."
         )
         raise UsageError(msg)
+    for one, other in (("gptq", "adaround"), ("adaround", "bias"), ("bias", "bias-fast")):
+        if one in repair and other in repair:
+            msg = (
+                f"repair must not hold both {one!r} and {other!r}: each does the work of the other. Got {list(repair)}."
+            )
+            raise UsageError(msg)
+    if weights not in ("channel", "tensor"):
+        msg = f"weights must be 'channel' or 'tensor'. Got {weights!r}."
+        raise UsageError(msg)
     if num_samples is not None and num_samples < 1:
         msg = f"num_samples must be ≥ 1, or None for all. Got {num_samples}."
         raise UsageError(msg)
+    require_torchao()
+    from paredown.quantize.observe import observer_named
+
+    observer_named(observer)
+    return table
+
+
+def require_torchao() -> None:
+    """Raises MissingError where torchao cannot be imported."""
     try:
         with quiet("torchao"):
             importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
     except ImportError as error:
         msg = "quantize must have torchao. It is not installed. Run: pip install 'paredown[quant]'."
         raise MissingError(msg) from error
-    from paredown.quantize.observe import observer_named
-
-    observer_named(observer)
-    return table
 
 
 def _recaptured(tuned: Any) -> Program:
@@ -160,19 +278,15 @@ def _recaptured(tuned: Any) -> Program:
     return program
 
 
-def _prepared(
-    graph: fx.GraphModule, table: Target, observer: str, scheme: Scheme, program: Program
-) -> tuple[fx.GraphModule, Owners]:
+def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program) -> tuple[fx.GraphModule, Owners]:
     """The graph with observers in it, which must still compute the same function, and whose parameter each op reads."""
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-
-    from paredown.quantize.annotate import TableQuantizer
 
     args, kwargs = program.inputs
     with torch.no_grad():
         before = tensors_of(graph(*_cloned(args), **_cloned(kwargs)))
     with quiet("torchao"):
-        decompose(graph, table.decompositions)
+        decompose(graph, quantizer.target.decompositions)
         free_batch_norms(graph)
         owners = {
             (node.name, i): str(x.target)
@@ -180,12 +294,11 @@ def _prepared(
             for i, x in enumerate(node.all_input_nodes)
             if x.op == "get_attr"
         }
-        prepared = prepare_pt2e(graph, TableQuantizer(table, observer, scheme))
+        _refuse_unknown(graph, quantizer.float_layers)
+        prepared = prepare_pt2e(graph, quantizer)
     with torch.no_grad():
         after = tensors_of(prepared(*_cloned(args), **_cloned(kwargs)))
-    for module in prepared.modules():
-        if hasattr(module, "reset"):
-            module.reset()
+    _reset(prepared)
     for a, b in zip(before, after, strict=True):
         scale = float(a.double().abs().max()) if a.numel() else 0.0
         error = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
@@ -195,6 +308,17 @@ def _prepared(
                 msg + " An op that changes its input in place may be the cause: write it without the underscore."
             )
     return prepared, owners
+
+
+def _refuse_unknown(graph: fx.GraphModule, patterns: Sequence[str]) -> None:
+    from paredown.quantize.annotate import layer_names
+
+    known = {n for node in graph.graph.nodes if node.op == "call_function" for n in layer_names(node)}
+    for pattern in patterns:
+        if not matches(known, [pattern]):
+            near = difflib.get_close_matches(pattern, known, 3) or sorted(known)[:3]
+            msg = f"float_layers must match parameters or modules of the network. Got {pattern!r}, which matches none; there are {', '.join(near)}."
+            raise UsageError(msg)
 
 
 def _calibrated(
@@ -324,7 +448,7 @@ def _slim(converted: fx.GraphModule) -> None:
     converted.recompile()
 
 
-def _packed(converted: fx.GraphModule, owners: Owners, bits: int) -> Iterator[tuple[str, Packed]]:
+def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Packed]]:
     """The codes by the parameter's name; a constant that is computed from others by the name PT2E gave it."""
     ops = torch.ops.quantized_decomposed
     done: set[str] = set()
@@ -348,10 +472,16 @@ def _packed(converted: fx.GraphModule, owners: Owners, bits: int) -> Iterator[tu
                 codes=codes,
                 scales=scales.float(),
                 zero_points=zeros.long(),
-                bits=bits if per_channel else 8,
+                bits=_bits(node) if per_channel else 8,
                 axis=int(node.args[3]) if per_channel else None,
             ),
         )
+
+
+def _bits(dequantize: fx.Node) -> int:
+    """Bits of the codes that a dequantize reads: its smallest and largest code say it."""
+    low, high = (int(a) for a in dequantize.args[4:6])  # type: ignore[arg-type]
+    return int(high - low).bit_length()
 
 
 def _holder(node: fx.Node, position: int) -> bool:

@@ -24,9 +24,14 @@ class Run(fx.Interpreter):
         super().__init__(body)
         self.args_iter = iter(flat)
 
-    def next(self, node: fx.Node) -> None:
-        """Run one node."""
+    def next(self, node: fx.Node, *, keep: bool = False) -> None:
+        """Run one node; `keep` drops nothing after it."""
         self.env[node] = self.run_node(node)
+        if not keep:
+            self.drop_after(node)
+
+    def drop_after(self, node: fx.Node) -> None:
+        """Drop the values that no node behind this one uses."""
         for used in self.user_to_last_uses.get(node, ()):
             del self.env[used]
 

@@ -1,0 +1,288 @@
+"""Culprits: the fewest layers that must stay in float for the metric to hold, found without quantizing anew for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from paredown.errors import NothingToDo
+from paredown.program import Inputs, Program
+from paredown.prune.nouns import Pruned
+from paredown.quantize.batches import Batches, each, rows, tensors_of
+from paredown.quantize.decompose import fetch, op_name
+from paredown.quantize.lanes import Changes, Lane, Layer, layers_of
+from paredown.quantize.nouns import Quantized
+from paredown.quantize.observe import PerChannel
+from paredown.quantize.static import Calibrated, calibrated, converted, quantize
+from paredown.target import named
+
+SAMPLES = 64
+"""Of the calibration data that layers are ranked on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    """A layer, or the layers around a value, and what their rounding does to the network's output."""
+
+    layers: tuple[str, ...]
+    """Their weights, by the names that the user's model has for them."""
+    share: float
+    """Of the squared error of the output on calibration samples that goes away when they alone are in float."""
+    extra_bytes: int
+    """What their weights take more in float32 than in codes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spared:
+    """The network with the fewest layers in float that meets the bound, by the simulation."""
+
+    quantized: Quantized
+    float_layers: tuple[str, ...]
+    ranking: tuple[Culprit, ...]
+    """All that was considered, the most harmful first."""
+    value: float
+    """The metric with those layers in float, as simulated."""
+    before: float
+    """The metric with every layer in codes, as simulated."""
+    tried: int
+    """Evaluations of the metric."""
+    extra_bytes: int
+    """What the file is larger by: *estimated* from the weights."""
+
+
+def spare(
+    tuned: Pruned | Program,
+    *,
+    evaluate: Callable[[Callable[..., Any]], float],
+    meets: Callable[[float], bool],
+    calibrate: Batches,
+    target: str = "onnxruntime-x86",
+    most: int | None = None,
+    **options: Any,
+) -> Spared:
+    """Quantize, and put the fewest layers back to float for which `meets(evaluate(predict))`.
+
+    Runtimes run a layer on codes only where its inputs and its output are codes, so a value is in float only when every
+    layer around it is. Layers, and the layers around each such value, are ranked by what the output's squared error on
+    calibration samples loses when they are in float. The smallest prefix of the ranking that meets the bound is found by doubling and bisection;
+    then each of its layers is put back into codes if the bound still holds without it. `evaluate` is given
+    `predict(*inputs)` and must not see test data: it chooses. `options` are those of `quantize`; `most` bounds the layers.
+
+    >>> from paredown.program import capture
+    >>> net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 8)
+    >>> wanted = net(x).detach()
+    >>> off = lambda predict: float((predict(x) - wanted).abs().max())
+    >>> spare(capture(net, x[:2]), evaluate=off, meets=lambda v: v < 1.0, calibrate=[x]).float_layers
+    ()
+
+    Raises NothingToDo where even all layers (or `most`) in float do not meet the bound, with the value they reach; and what
+    `quantize` raises.
+    """
+    base = calibrated(tuned, target=target, calibrate=calibrate, **options)
+    layers = named_layers(base)
+    values: dict[frozenset[str], float] = {}
+
+    def value_of(chosen: Sequence[str]) -> float:
+        key = frozenset(chosen)
+        if key not in values:
+            values[key] = float(evaluate(Mixed(base, key)))
+        return values[key]
+
+    before = value_of(())
+    ranking = rank(base, calibrate) if not meets(before) else ()
+    order = list(dict.fromkeys(n for c in ranking if c.share > 0 for n in c.layers))
+    order += [n for c in ranking for n in c.layers if n not in order and len(c.layers) == 1]
+    order = order[:most]
+    chosen: list[str] = []
+    if not meets(before):
+        count = _smallest_prefix(order, lambda part: meets(value_of(part)))
+        if count is None:
+            reached = value_of(order)
+            msg = f"a few layers in float must be enough to meet the bound. Got {reached:.6g} with {len(order)} of {len(layers)} layers in float, {before:.6g} with none."
+            raise NothingToDo(msg)
+        chosen = _without_idle(order[:count], lambda part: meets(value_of(part)))
+    done = quantize(tuned, target=target, calibrate=calibrate, float_layers=chosen, **options) if chosen else None
+    return Spared(
+        quantized=done or converted(base, base.prepared),
+        float_layers=tuple(chosen),
+        ranking=ranking,
+        value=value_of(chosen),
+        before=before,
+        tried=len(values),
+        extra_bytes=sum(_extra_bytes(base, layers[n]) for n in chosen),
+    )
+
+
+def _smallest_prefix(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> int | None:
+    """How many of the first must be taken, by doubling and bisection; None where all are not enough."""
+    high = 1
+    while not holds(order[:high]):
+        if high >= len(order):
+            return None
+        high = min(2 * high, len(order))
+    low = high // 2  # fails, or is nothing
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(order[:middle]) else (middle, high)
+    return high
+
+
+def _without_idle(chosen: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> list[str]:
+    kept = list(chosen)
+    for layer in reversed(chosen):
+        rest = [x for x in kept if x != layer]
+        if holds(rest):
+            kept = rest
+    return kept
+
+
+class Mixed:
+    """`predict` of the calibrated network as it would be quantized, some layers in float."""
+
+    def __init__(self, base: Calibrated, float_layers: frozenset[str], changes: Changes | None = None) -> None:
+        self._prepared = base.prepared
+        self._changes = changes or Changes()
+        self._spec = base.program.eval_graph.call_spec.out_spec
+        self._skipped = skipped(base, float_layers)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own structure; CPU float32 tensors."""
+        flat = pytree.tree_leaves((args, kwargs))
+        with torch.no_grad():
+            run = Lane(self._prepared, flat, self._changes, self._skipped)
+            for node in self._prepared.graph.nodes:
+                if node.op == "output":
+                    found = pytree.tree_map(lambda v: run.env[v] if isinstance(v, fx.Node) else v, node.args[0])
+                    break
+                run.next(node, keep=any(u.op == "output" for u in node.users))
+        leaves = pytree.tree_leaves(found)
+        return pytree.tree_unflatten(leaves, self._spec)
+
+
+def skipped(base: Calibrated, float_layers: frozenset[str]) -> frozenset[str]:
+    """The observers that are gone when these layers are in float: of their weights, and of values that only they make and read."""
+    gone = {x.observer for name, x in named_layers(base).items() if name in float_layers}
+    for observer, (makers, readers) in _values(base).items():
+        if makers and readers and makers | readers <= float_layers:
+            gone.add(observer)
+    return frozenset(gone)
+
+
+def named_layers(base: Calibrated) -> dict[str, Layer]:
+    """Layers by the name of their weight in the user's model."""
+    return {base.parameter_of(x.use.weight): x for x in layers_of(base.prepared)}
+
+
+OTHER = "\0"
+"""Stands for a maker or reader that is no layer: an addition, an input, an output."""
+
+
+def _values(base: Calibrated) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
+    """Observers of activations, each with the layers that make the value and those that read it."""
+    names = {x.node: n for n, x in named_layers(base).items()}
+    passing = {*named(base.target).fusions, *(op for op, kind in named(base.target).ops.items() if kind == "shared")}
+    found: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+    for node in base.prepared.graph.nodes:
+        observer: Any = fetch(base.prepared, str(node.target)) if node.op == "call_module" else None
+        if observer is None or isinstance(observer, PerChannel) or not hasattr(observer, "calculate_qparams"):
+            continue
+        makers = _ends([node.args[0]], lambda n: n.all_input_nodes[:1], names, passing)
+        readers = _ends(list(node.users), lambda n: list(n.users), names, passing)
+        old = found.get(str(node.target), (frozenset[str](), frozenset[str]()))
+        found[str(node.target)] = (old[0] | makers, old[1] | readers)
+    return found
+
+
+def _ends(
+    start: list[fx.Node], step: Callable[[fx.Node], list[fx.Node]], names: dict[fx.Node, str], passing: set[str]
+) -> frozenset[str]:
+    """The layers that a value comes from or goes to, through observers and ops that a runtime fuses or that only move values."""
+    ends: set[str] = set()
+    waiting, seen = list(start), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in names:
+            ends.add(names[node])
+        elif node.op == "call_module" or op_name(node) in passing:
+            waiting += step(node)
+        else:
+            ends.add(OTHER)
+    return frozenset(ends)
+
+
+def rank(base: Calibrated, calibrate: Batches) -> tuple[Culprit, ...]:
+    """What may be put in float, by what it does to the output, the most harmful first.
+
+    That is every layer alone (its weight), and the layers around every value that only layers make and read.
+    """
+    calls = _some(calibrate)
+    shared = Changes()
+
+    def outputs(predict: Callable[..., Any]) -> list[Tensor]:
+        return [
+            t.double() for args, kwargs in calls for t in tensors_of(predict(*args, **kwargs)) if t.is_floating_point()
+        ]
+
+    wanted = outputs(_Float(base))
+    scale = [max(float(t.square().mean()), 1e-30) for t in wanted]
+
+    def error(float_layers: frozenset[str]) -> float:
+        got = outputs(Mixed(base, float_layers, shared))
+        return sum(float((a - b).square().mean()) / s for a, b, s in zip(got, wanted, scale, strict=True))
+
+    layers = named_layers(base)
+    whole = max(error(frozenset()), 1e-30)
+    groups = {frozenset({n}): None for n in layers}
+    groups |= {m | r: None for m, r in _values(base).values() if m and r and OTHER not in m | r}
+    found = [
+        Culprit(
+            layers=tuple(sorted(group)),
+            share=(whole - error(group)) / whole,
+            extra_bytes=sum(_extra_bytes(base, layers[n]) for n in group),
+        )
+        for group in groups
+    ]
+    return tuple(sorted(found, key=lambda c: (-c.share, len(c.layers))))
+
+
+def _extra_bytes(base: Calibrated, layer: Layer) -> int:
+    bits = 4 if getattr(fetch(base.prepared, layer.observer), "quant_max", 127) < 127 else 8
+    return fetch(base.prepared, layer.weight).numel() * (32 - bits) // 8
+
+
+class _Float:
+    """`predict` of the prepared graph in float."""
+
+    def __init__(self, base: Calibrated) -> None:
+        self._graph: nn.Module = base.prepared
+        self._observers = {n for n, m in base.prepared.named_modules() if hasattr(m, "calculate_qparams")}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert isinstance(self._graph, fx.GraphModule)
+        run = Lane(self._graph, pytree.tree_leaves((args, kwargs)), None)
+        with torch.no_grad():
+            for node in self._graph.graph.nodes:
+                if node.op == "output":
+                    return pytree.tree_map(lambda v: run.env[v] if isinstance(v, fx.Node) else v, node.args[0])
+                run.next(node, keep=any(u.op == "output" for u in node.users))
+        return None
+
+
+def _some(calibrate: Batches) -> list[Inputs]:
+    found: list[Inputs] = []
+    left = SAMPLES
+    for batch in each(calibrate):
+        part: Any = rows(batch, slice(0, left))
+        found.append(part)
+        left -= max(1, len(next(iter(tensors_of(part)))))
+        if left <= 0:
+            break
+    return found

@@ -1,0 +1,240 @@
+"""Quantization-aware training: the calibrated network trained on with its rounding in place, steps learned along."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e import ObserverBase
+
+from paredown.errors import RejectedError
+from paredown.plan import Mask
+from paredown.program import Program, quiet
+from paredown.prune.nouns import Pruned
+from paredown.quantize.batches import Batches
+from paredown.quantize.decompose import fetch
+from paredown.quantize.nouns import Quantized
+from paredown.quantize.observe import PerChannel
+from paredown.quantize.static import Calibrated, calibrated, converted
+from paredown.train import fit
+from paredown.train.distil import Distil
+from paredown.train.loop import Hook, Progress, Training
+from paredown.train.task import Step
+
+LEARN_STEPS = 0.75
+"""Share of the training after which steps stay as they are."""
+MOST = 0.02
+"""Of itself that a step may move at one update: with few weights to a channel its gradient is noise, and it would reach 0."""
+
+
+class LearnedStep(ObserverBase):  # type: ignore[misc]
+    """Rounds what passes, on a grid whose step is trained (LSQ).
+
+        x̂ = s · (round(clip(x / s + z, qmin, qmax)) - z),   gradient of s scaled by g = 1 / √(N · qmax)
+
+    The gradient passes through round as through the identity; outside the range x gets none and s gets ±qmax (Esser et al.
+    2020, arXiv 1902.08153, equations 1 to 5). N is how many values share the step: of a channel for weights, of one
+    sample for activations. z stays as calibrated. We differ in where s starts, at the calibrated step, and in how far
+    one update may take it (`MOST`).
+    """
+
+    def __init__(self, observer: Any, keep: Tensor | None = None) -> None:
+        super().__init__(dtype=observer.dtype)
+        self.quant_min, self.quant_max, self.qscheme = observer.quant_min, observer.quant_max, observer.qscheme
+        scale, zero_point = observer.calculate_qparams()
+        self.scale = nn.Parameter(scale.detach().clone().float())
+        self.register_buffer("zero_point", zero_point.detach().clone())
+        self.register_buffer("keep", keep)
+        if hasattr(observer, "ch_axis"):
+            self.ch_axis = observer.ch_axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x rounded."""
+        x = x if self.keep is None else x * self.keep
+        share = x.numel() / max(self.scale.numel(), 1) / (1 if self.scale.dim() else max(x.shape[0], 1))
+        gain = (max(share, 1.0) * max(self.quant_max, 1)) ** -0.5
+        scale = self.scale.clamp_min(1e-12)
+        scale = scale * gain + (scale - scale * gain).detach()
+        zero_point = self.zero_point
+        if scale.dim():
+            shape = [1] * x.dim()
+            shape[self.ch_axis] = -1
+            scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+        place = (x / scale + zero_point).clamp(self.quant_min, self.quant_max)
+        rounded: Tensor = ((torch.round(place) - place).detach() + place - zero_point) * scale
+        return rounded
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int64)."""
+        return self.scale.detach().clamp_min(1e-12).clone(), self.zero_point.clone()
+
+
+class Rehearsal(nn.Module):
+    """The prepared graph as a module that can be trained: `train()` and `eval()` do nothing to an exported graph."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def train(self, mode: bool = True) -> Rehearsal:
+        """Only the flag: batch norm is folded, dropout is not in the graph."""
+        self.training = mode
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model is called."""
+        return self.graph(*args, **kwargs)
+
+
+def train_quantized(
+    tuned: Pruned | Program,
+    train_batches: Callable[[], Any],
+    *,
+    step: Step,
+    calibrate: Batches,
+    target: str = "onnxruntime-x86",
+    scheme: str = "int8",
+    observer: Literal["minmax", "mse"] = "mse",
+    num_samples: int | None = None,
+    repair: Sequence[str] = (),
+    weights: Literal["channel", "tensor"] = "channel",
+    float_layers: Sequence[str] = (),
+    epochs: int = 3,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    teacher: nn.Module | None = None,
+    distil: Distil | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    max_steps: int | None = None,
+) -> Quantized:
+    """Quantization-aware training: `quantize`, then epochs of training with every rounding in the forward pass.
+
+    Starts from the calibrated (and, with `repair`, rounded) network; batch norm is folded and frozen, dropout is left
+    out. Weights, biases and steps (see LearnedStep) are trained by the one training loop (`fit`: SGD, cosine); after three quarters
+    of the steps the grids stay as they are. Steps and biases have no weight decay. Zeros of a mask stay zeros.
+    `step(model, batch) -> loss` and `teacher`, `distil`, `checkpoint`, `progress` as for `fit`; with a teacher `distil` is
+    "kl" unless said otherwise. The codes of the result are those that the last forward pass used.
+
+    Raises what `quantize` and `fit` raise.
+
+    >>> from paredown.program import capture
+    >>> net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 8)
+    >>> batches = [(x, (x[:, 0] > 0).long())]
+    >>> step = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+    >>> small = train_quantized(capture(net, x[:2]), lambda: batches, step=step, calibrate=[x], scheme="w4a8", epochs=1)
+    >>> {name: packed.bits for name, packed in small.weights.items()}
+    {'0.weight': 4, '2.weight': 4}
+    """
+    base = calibrated(
+        tuned, target=target, calibrate=calibrate, scheme=scheme, observer=observer, num_samples=num_samples,
+        repair=repair, weights=weights, float_layers=float_layers,
+    )  # fmt: skip
+    rehearsal = Rehearsal(learnable(base, masks_of(tuned)))
+    fitted = fit(
+        rehearsal,
+        train_batches,
+        step,
+        epochs=epochs,
+        optimizer=_optimizer(lr, momentum, weight_decay),
+        seed=seed,
+        device=device,
+        teacher=teacher,
+        distil="none" if teacher is None else distil or "kl",
+        hooks=[_steady_steps(epochs)],
+        checkpoint=checkpoint,
+        progress=progress,
+        max_steps=max_steps,
+    )
+    assert isinstance(fitted.module, Rehearsal)
+    return finished(base, fitted.module.graph)
+
+
+def masks_of(tuned: Pruned | Program) -> Mapping[str, Mask]:
+    """The masks of a plan, by parameter."""
+    return tuned.plan.masks if isinstance(tuned, Pruned) else {}
+
+
+def learnable(base: Calibrated, masks: Mapping[str, Mask]) -> fx.GraphModule:
+    """A copy of the prepared graph whose observers are learned steps and whose weights can be trained."""
+    with quiet("torchao"):
+        graph = copy.deepcopy(base.prepared)
+    made: dict[int, LearnedStep] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_module":
+            continue
+        observer: Any = fetch(graph, str(node.target))
+        if isinstance(observer, LearnedStep) or not hasattr(observer, "calculate_qparams"):
+            continue
+        keep = None
+        if isinstance(observer, PerChannel):
+            owner = base.parameter_of(node)
+            keep = _kept(masks[owner], fetch(graph, str(node.args[0].target))) if owner in masks else None
+        if id(observer) not in made:
+            made[id(observer)] = LearnedStep(observer, keep)
+        graph.add_submodule(str(node.target), made[id(observer)])
+    for parameter in graph.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    graph.recompile()
+    return graph
+
+
+def _kept(mask: Mask, weight: Tensor) -> Tensor:
+    kept = torch.from_numpy(mask.kept.copy())
+    if kept.shape != weight.shape:
+        msg = f"a mask must have the shape of its weight. Got {tuple(kept.shape)} for {tuple(weight.shape)}."
+        raise RejectedError(msg)
+    return kept.to(weight.dtype)
+
+
+def finished(base: Calibrated, graph: fx.GraphModule) -> Quantized:
+    """The trained graph with its codes fixed."""
+    with torch.no_grad():
+        for node in graph.graph.nodes:
+            held: Any = fetch(graph, str(node.target)) if node.op == "call_module" else None
+            if isinstance(held, LearnedStep) and held.keep is not None:
+                weight = fetch(graph, str(node.args[0].target))
+                weight.data = weight.detach() * held.keep
+        for parameter in graph.parameters():
+            parameter.requires_grad_(False)
+    return converted(base, graph)
+
+
+def _optimizer(lr: float, momentum: float, weight_decay: float) -> Callable[[Any], torch.optim.Optimizer]:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        held = list(parameters)
+        groups = [
+            {"params": [p for p in held if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in held if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=momentum)
+
+    return make
+
+
+def _steady_steps(epochs: int) -> Hook:
+    """Steps move by two hundredths at most, and not at all in the last quarter: weights settle on a grid that stands still."""
+    before: dict[LearnedStep, Tensor] = {}
+
+    def after_backward(training: Training) -> None:
+        rest = training.step >= LEARN_STEPS * training.steps * epochs
+        for module in training.module.modules():
+            if isinstance(module, LearnedStep):
+                before[module] = module.scale.detach().clone()
+                if rest:
+                    module.scale.grad = None
+
+    def after_step(training: Training) -> None:
+        del training
+        with torch.no_grad():
+            for module, scale in before.items():
+                module.scale.clamp_(scale * (1 - MOST), scale * (1 + MOST))
+
+    return Hook(name="steady steps", after_backward=after_backward, after_step=after_step)

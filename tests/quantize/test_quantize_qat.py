@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import deploy_nets
+
+pytest.importorskip("torchao")
+
+from paredown.export import check, export
+from paredown.plan import Mask, Plan
+from paredown.program import capture
+from paredown.prune import prune
+from paredown.quantize import quantize
+from paredown.quantize.observe import MinMax, PerChannel
+from paredown.quantize.qat import LearnedStep, Rehearsal, learnable, train_quantized
+from paredown.quantize.static import calibrated
+
+
+def observer(values: Tensor, low: int = 0, high: int = 15) -> LearnedStep:
+    seen = MinMax(dtype=torch.uint8, quant_min=low, quant_max=high, qscheme=torch.per_tensor_affine)
+    seen(values)
+    return LearnedStep(seen)
+
+
+def test_gradients_are_those_of_the_paper() -> None:
+    x = torch.tensor([[-1.0, 0.26, 0.52, 1.31, 9.0]], requires_grad=True)
+    step = observer(torch.tensor([0.0, 3.0]))  # s = 0.2, z = 0, codes 0 … 15
+    out = step(x)
+    assert torch.allclose(
+        out, torch.tensor([[0.0, 0.2, 0.6, 1.4, 3.0]])
+    )  # by hand: 1.3 and 2.6 steps, 6.55 rounds to 7
+    out.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+    inside = (1 - 1.3) + (3 - 2.6) + (7 - 6.55)  # round(v) - v
+    expected = (0 + inside + 15) / np.sqrt(5 * 15)  # times g = 1 / √(N · qmax)
+    assert step.scale.grad is not None and float(step.scale.grad) == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_have_one_step_per_channel_and_masked_ones_no_gradient() -> None:
+    weight = torch.tensor([[0.53, -1.0, 0.2], [4.3, 2.1, -8.0]], requires_grad=True)
+    seen = PerChannel(dtype=torch.int8, qscheme=torch.per_channel_symmetric, ch_axis=0, quant_min=-8, quant_max=7)
+    seen(weight)
+    keep = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    step = LearnedStep(seen, keep)
+    out = step(weight)
+    out.sum().backward()
+    assert out[0, 1] == 0 and weight.grad is not None and weight.grad[0, 1] == 0
+    assert step.scale.shape == (2,) and step.scale.grad is not None and bool((step.scale.grad != 0).all())
+
+
+def task(seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """A small trained network on a task that four bits hurt: which of five prototypes an image is nearest to."""
+    torch.manual_seed(seed)
+    net, _ = deploy_nets.made("residual")
+    prototypes = torch.randn(10, 1, 8, 8)
+    y = torch.randint(0, 10, (1024,))
+    x = prototypes[y] + 1.2 * torch.randn(1024, 1, 8, 8)
+    data = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 768, 64)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    net.train()
+    for _ in range(6):
+        for a, b in data:
+            optimizer.zero_grad()
+            F.cross_entropy(net(a), b).backward()
+            optimizer.step()
+    return net.eval(), data, x[768:], y[768:]
+
+
+def step(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_training_recovers_what_four_bits_cost_and_the_codes_are_those_trained() -> None:
+    net, data, x, y = task()
+    program, images = capture(net, x[:2]), [a for a, _ in data]
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    options: dict[str, Any] = {"calibrate": images, "scheme": "w4a4"}
+    plain = quantize(program, **options)
+    trained = train_quantized(program, lambda: data, step=step, epochs=3, lr=0.01, teacher=net, **options)
+
+    def loss(quantized: Any) -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(quantized.module(x), y))
+
+    with torch.no_grad():
+        dense = float(F.cross_entropy(net(x), y))
+    assert loss(plain) > dense + 0.05  # there is something to recover
+    assert loss(trained) < dense + 0.5 * (loss(plain) - dense)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    bits = {n: p.bits for n, p in trained.weights.items() if p.axis is not None}
+    assert bits.pop("stem.weight") == 8 and bits.pop("head.weight") == 8 and set(bits.values()) == {4}
+
+
+def test_what_was_trained_is_what_is_converted() -> None:
+    net, data, x, _ = task()
+    program, images = capture(net, x[:2]), [a for a, _ in data]
+    seen: dict[str, Any] = {}
+
+    def spy(model: nn.Module, batch: Any) -> Tensor:
+        seen["model"] = model
+        return step(model, batch)
+
+    trained = train_quantized(program, lambda: data, step=spy, epochs=1, lr=0.01, calibrate=images, scheme="w4a8")
+    rehearsal = seen["model"]
+    assert isinstance(rehearsal, Rehearsal)
+    with torch.no_grad():
+        rehearsed, converted = rehearsal(x), trained.module(x)
+    assert float((rehearsed - converted).abs().max()) <= 0.02 * float(
+        converted.abs().max()
+    )  # a step of rounding at most
+    steps = {n: m for n, m in rehearsal.graph.named_modules() if isinstance(m, LearnedStep) and m.scale.dim()}
+    assert len(steps) == len(trained.weights) == 6
+    for m in steps.values():
+        scales, _ = m.calculate_qparams()
+        assert any(torch.equal(p.scales, scales) for p in trained.weights.values())
+    for name, weight in rehearsal.graph.named_parameters():
+        packed = trained.weights.get(name)
+        if packed is not None:
+            wanted = torch.round(weight / packed.scales.reshape(-1, *[1] * (weight.dim() - 1)))
+            assert torch.equal(packed.codes.float(), wanted.clamp(-8, 7))
+
+
+def test_masks_stay(tmp_path: Any) -> None:
+    net, data, x, _ = task()
+    kept = np.ones(tuple(net.get_parameter("blocks.1.c.weight").shape), dtype=bool)
+    kept[::2] = False
+    kept[1::2, 3] = False
+    small = prune(capture(net, x[:2]), Plan(keep={}, masks={"blocks.1.c.weight": Mask.of(kept, "element")}))
+    trained = train_quantized(small, lambda: data, step=step, epochs=1, lr=0.02, calibrate=[a for a, _ in data])
+    codes = trained.weights["blocks.1.c.weight"].codes.numpy()
+    assert not codes[~kept].any() and (codes[kept] != 0).mean() > 0.9
+    checked = check(export(trained, tmp_path / "net.onnx"), trained, [x[:8]])
+    assert checked.holds
+
+
+def test_steps_rest_at_the_end_and_zero_epochs_change_nothing() -> None:
+    net, data, x, _ = task()
+    program, images = capture(net, x[:2]), [a for a, _ in data]
+    steps: list[float] = []
+
+    def spy(model: nn.Module, batch: Any) -> Tensor:
+        steps.append(float(next(m for m in model.modules() if isinstance(m, LearnedStep)).scale.sum()))
+        return step(model, batch)
+
+    train_quantized(program, lambda: data, step=spy, epochs=2, lr=0.02, calibrate=images)
+    assert len(set(steps[:18])) > 9 and len(set(steps[19:])) == 1
+    idle = train_quantized(program, lambda: data, step=step, epochs=0, calibrate=images)
+    plain = quantize(program, calibrate=images)
+    assert all(torch.equal(idle.weights[n].codes, p.codes) for n, p in plain.weights.items())
+
+
+def test_learnable_leaves_its_base_alone() -> None:
+    net, data, x, _ = task()
+    base = calibrated(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[a for a, _ in data])
+    with torch.no_grad():
+        before = base.prepared(x)
+        rounded = learnable(base, {})(x)
+        assert torch.equal(base.prepared(x), before) and not torch.equal(rounded, before)
+    assert not any(isinstance(m, LearnedStep) for m in base.prepared.modules())
