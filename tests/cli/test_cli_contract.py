@@ -33,6 +33,7 @@ OPTIONS = {
     ],
     "init": ["quiet"],
     "measure": "baseline input json quiet runs samples seconds threads".split(),
+    "numerics": [*COMMON, "calibrate", "input", "observer", "out", "overwrite"],
     "prune": [
         *COMMON,
         *"align allocation batches calibrate channels criterion data density drop dry-run exclude floor granularity".split(),

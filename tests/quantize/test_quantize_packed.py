@@ -220,9 +220,9 @@ def _wrong(change: dict[str, Any]) -> dict[str, Any]:
 def test_a_file_that_lies_is_refused(tmp_path: Path, header: Any) -> None:
     tensors = {"w.codes": torch.zeros(2, dtype=torch.uint8), "w.scales": torch.ones(2)}
     path = tmp_path / "w.safetensors"
-    save_file(tensors, path, metadata={"paredown.packed": json.dumps(_wrong({}))})
+    save_file(tensors, path, metadata={"paredown_packed": json.dumps(_wrong({}))})
     assert load_packed(path)["w"].codes.shape == (2, 2)  # what is wrong below is wrong because of the change
-    save_file(tensors, path, metadata=None if header is None else {"paredown.packed": json.dumps(header)})
+    save_file(tensors, path, metadata=None if header is None else {"paredown_packed": json.dumps(header)})
     with pytest.raises(RejectedError):
         load_packed(path)
     path.write_bytes(b"no safetensors")

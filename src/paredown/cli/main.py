@@ -36,6 +36,7 @@ COMMANDS = {
     "paredown.cli.factorize:factorize": "Replace layers by low-rank chains, with a proof; train the result with your own loop.",
     "paredown.cli.init:init": "Write recipe.yaml and task.py: a small example that runs as it is, with marks where your own model goes.",
     "paredown.cli.measure:measure": "Bytes, latency (with its spread) and memory of a file, measured in its runtime on this machine.",
+    "paredown.cli.numerics:numerics": "What quantization costs, as a page: casts, mapping, granularity, bits, and the noise in every layer of a model.",
     "paredown.cli.prune:prune": "Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.",
     "paredown.cli.quantize:quantize": "Static INT8: calibrate on your samples, export, and check the file in its runtime.",
     "paredown.cli.report:report": "Write report.html of a run from records.jsonl alone, and print the verdict.",

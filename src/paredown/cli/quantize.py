@@ -66,7 +66,7 @@ def quantize(
             threads=threads,
             device=device,
         )
-        batches = _random(found.program) if read is None else as_batches(read, found.program, "--calibrate")
+        batches = random_batches(found.program) if read is None else as_batches(read, found.program, "--calibrate")
         say("quantize", quiet=quiet or json)
         quant = paredown.quantize(
             found.program, target=target, calibrate=batches, observer=observer, num_samples=samples
@@ -181,7 +181,7 @@ def _fitting(array: Any, example: Any, name: str, option: str) -> Any:
     return torch.from_numpy(native).to(example.dtype)
 
 
-def _random(program: Program) -> list[Any]:
+def random_batches(program: Program) -> list[Any]:
     """32 samples of seeded noise in the form of the example inputs; integers repeat the example."""
     import torch
     from torch import Tensor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from paredown.errors import MissingError, NothingToDo, RejectedError, UsageError
-from paredown.program import Program
+from paredown.program import Program, quiet
 from paredown.quantize.batches import Batches, each, finite_rows, length, rows
 from paredown.quantize.decompose import fetch, op_name
 from paredown.quantize.histogram import StreamingHistogram, finite
@@ -232,7 +232,8 @@ def activation_noise(
     """
     _refuse(bits, ("tensor",))
     try:
-        from paredown.quantize.observe import observer_named
+        with quiet("torchao"):
+            from paredown.quantize.observe import observer_named
     except ImportError as error:
         msg = "observers must have torchao. It is not installed. Run: pip install 'paredown[quant]'."
         raise MissingError(msg) from error

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paredown.errors import RejectedError, UsageError
 from paredown.quantize.nouns import Packed
 from paredown.records import whole_file
 
-KEY, VERSION = "paredown.packed", 1
+KEY, VERSION = "paredown_packed", 1
 """Of the description in the header."""
 TRITS = 5
 """Ternary codes in a byte: 3⁵ = 243 ≤ 256, so 1.6 bits each."""
@@ -94,10 +95,11 @@ def unpack_codes(
         want = packed_length(count, bits, levels)
         msg = f"packed codes of the shape {shape} must be {want} bytes (uint8). Got {data.dtype} {tuple(raw.shape)}."
         raise UsageError(msg)
+    if levels == "ternary" and raw.size and raw.max() >= 3**TRITS:
+        msg = f"a byte of {TRITS} ternary codes must be below {3**TRITS}. Got {raw.max()}."
+        raise UsageError(msg)
+    unsigned: NDArray[Any]
     if levels == "ternary":
-        if raw.size and raw.max() >= 3**TRITS:
-            msg = f"a byte of {TRITS} ternary codes must be below {3**TRITS}. Got {raw.max()}."
-            raise UsageError(msg)
         unsigned = (raw[:, None] // (3 ** np.arange(TRITS)) % 3).reshape(-1)[:count]
     else:
         width = 1 if levels == "binary" else bits

@@ -36,7 +36,7 @@ def render(records: list[Record]) -> str:
 
 
 @functools.cache
-def _template() -> Any:
+def _template(name: str = "page.html") -> Any:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -44,7 +44,7 @@ def _template() -> Any:
         raise MissingError(msg) from error
     loader = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return env.get_template("page.html")
+    return env.get_template(name)
 
 
 def write_report(folder: str | Path) -> Path:
