@@ -159,16 +159,21 @@ def prune(
             model, input, weights=weights, strip_prefix=strip_prefix, threads=threads, device=device, seed=seed,
             take_masks=pruned is None,
         )  # fmt: skip
-        before = None
-        if pruned is not None:
-            found, before = continued(found, pruned)
-        elif found.masks is not None and masks != MODEL_MASKS:
-            found, before = taken_over(found)
+        found, before = _earlier(found, pruned, masks)
         tell = _carried_out(
             choice, found, before, source, realiser, None if dry_run else out, plot, name=model, strict=strict, json=json,
             quiet=quiet,
         )  # fmt: skip
     return tell()
+
+
+def _earlier(found: Loaded, pruned: Path | None, masks: Path | None) -> tuple[Loaded, Pruned | None]:
+    """What was pruned before, which this level starts from: in a folder, or by masks that MODEL came with."""
+    if pruned is not None:
+        return continued(found, pruned)
+    if found.masks is not None and masks != MODEL_MASKS:
+        return taken_over(found)
+    return found, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

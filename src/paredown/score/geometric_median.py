@@ -19,6 +19,8 @@ from paredown.score.reduce import left_out
 
 Floats = NDArray[np.float64]
 KINDS = ("row", "column")
+_ROWS = 64
+"""Of a block at least: smaller products are slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +55,15 @@ def geometric_median_cells(
 
 
 def _products(rows: Tensor) -> Floats:
-    """Inner products of all rows, float64. NumPy sees that both factors are one matrix and works out one half of them."""
-    wide = rows.double().numpy()
-    return np.asarray(wide @ wide.T)
+    """Inner products of all rows, float64. Each pair is multiplied once but for those of a block of rows."""
+    wide = rows.double()
+    found = torch.empty(len(wide), len(wide), dtype=torch.float64)
+    step = max(_ROWS, -(-len(wide) // 8))
+    for start in range(0, len(wide), step):
+        part = wide[start : start + step] @ wide[start:].T
+        found[start : start + step, start:] = part
+        found[start:, start : start + step] = part.T
+    return np.asarray(found.numpy())
 
 
 def _distances(products: Floats) -> UnitScores:
