@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -128,6 +129,7 @@ class Attention(nn.Module):
         return self.two(torch.relu(self.one(y)))  # type: ignore[no-any-return]
 
 
+@functools.cache
 def attention() -> tuple[pare.Program, Tensor]:
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     return pare.capture(Attention(), x), x
@@ -256,7 +258,7 @@ def test_plans_that_do_not_fit_are_refused() -> None:
 
 
 def test_weights_with_nan_are_refused() -> None:
-    program, _ = attention()
+    program, _ = attention.__wrapped__()  # one of its own
     with torch.no_grad():
         program.state["one.weight"][0, 0] = torch.nan  # after capture, which refuses it too
     with pytest.raises(RejectedError, match=r"weights of one.weight must be finite"):
@@ -330,14 +332,22 @@ def pruned(program: pare.Program, share: float) -> pare.Pruned:
     )
 
 
+@functools.cache
+def dense() -> pare.Program:
+    return pare.capture(Small(), IMAGES)
+
+
+@functools.cache
 def factorized(realiser: Realiser) -> pare.Pruned:
-    return pare.factorize(pare.capture(Small(), IMAGES), plan_of(**RANKS), realiser=realiser)
+    return pare.factorize(dense(), plan_of(**RANKS), realiser=realiser)
 
 
+@functools.cache
 def pruned_then_factorized(realiser: Realiser) -> pare.Pruned:
-    return pare.factorize(pruned(pare.capture(Small(), IMAGES), 0.5), plan_of(**RANKS), realiser=realiser)
+    return pare.factorize(pruned(dense(), 0.5), plan_of(**RANKS), realiser=realiser)
 
 
+@functools.cache
 def pruned_factorized_and_pruned(realiser: Realiser) -> pare.Pruned:
     first = pruned_then_factorized(realiser)
     return pare.compose(first, pruned(pare.capture(first.module, IMAGES), 0.6))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hazards import HAZARDS, Net, built, conv, fresh, random
-from oracle import digest, distance, floats, plain, run, scale
+from oracle import captured as shared
+from oracle import changed, digest, distance, floats, plain, run, scale
 from paredown.errors import CaptureError, RejectedError
 from paredown.program import GraphModel, Program, capture, placeholder_names
 
@@ -56,11 +57,9 @@ def test_a_fixed_batch_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_captured_graphs_compute_what_the_module_computes(name: str) -> None:
-    hazard, model = HAZARDS[name], fresh(name)
+    hazard, model = HAZARDS[name], built(name)
+    program, _ = shared(name)  # where it is asserted that capture leaves the model alone
     before = digest(model)
-    args, kwargs = hazard.inputs(2)
-    program = capture(model, {"args": args, "kwargs": kwargs})
-    assert digest(model) == before
     captured = graph_model(program)
     for batch in (2, 3) if program.batch == "dynamic" else (2,):
         inputs = hazard.inputs(batch)
@@ -90,15 +89,45 @@ def test_modes_and_counters_are_left_alone(training: bool) -> None:
 
 
 def test_nothing_is_shared_with_the_users_model() -> None:
-    model = fresh("residual")
-    program = capture(model, random(2, 3, 8, 8))
+    model, (program, _) = built("residual"), shared("residual")
     theirs = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert not theirs & {t.data_ptr() for t in program.state.values()}
     assert not theirs & {t.data_ptr() for t in program.module.parameters()}
 
 
+@pytest.mark.parametrize("name", ["residual", "fused_qkv", "group_norm", "dropouts"])
+def test_the_graphs_are_those_of_torch_export(name: str) -> None:
+    """Also where torch remembers the shapes that ops gave, as it does outside of these tests (conftest.py)."""
+    program, _ = shared(name)
+    for training, graph in ((False, program.eval_graph), (True, program.train_graph)):
+        args, model = program.inputs.args, fresh(name).train(training)
+        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=True):
+            other = torch.export.export(model, args, dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        assert graph is not None
+        assert graph.graph_module.code == other.graph_module.code
+        for mine, theirs in zip(graph.graph.nodes, other.graph.nodes, strict=True):
+            assert str(mine.meta.get("val")) == str(theirs.meta.get("val")), mine
+
+
+def test_a_change_of_what_tests_share_is_noticed() -> None:
+    """Each test is followed by this look (conftest.py): programs are captured once for all tests of a net."""
+    program, _ = shared("residual")
+    tensor, node = program.state["stem.weight"], next(iter(program.eval_graph.graph.nodes))
+    before = tensor.detach().clone()
+    assert changed("residual") == []
+    with torch.no_grad():
+        tensor[0] += 1e-3
+    assert changed("residual") == ["residual"]
+    with torch.no_grad():
+        tensor.copy_(before)
+    node.meta["note"] = 1
+    assert changed("residual") == ["residual"]
+    del node.meta["note"]
+    assert changed("residual") == []
+
+
 def test_tied_names_share_one_tensor() -> None:
-    program = capture(fresh("tied_convolutions"), random(2, 3, 8, 8))
+    program, _ = shared("tied_convolutions")
     assert program.state["2.weight"].data_ptr() == program.state["4.weight"].data_ptr()
     model = graph_model(program)
     assert model.get_parameter("2.weight") is model.get_parameter("4.weight")
@@ -107,8 +136,7 @@ def test_tied_names_share_one_tensor() -> None:
 
 def test_every_placeholder_has_its_name_in_the_state() -> None:
     for name in ("residual", "buffers_added", "dropouts", "window_attention"):
-        args, _ = HAZARDS[name].inputs(2)
-        program = capture(fresh(name), args)
+        program, _ = shared(name)
         for graph in (program.eval_graph, program.train_graph):
             assert graph is not None
             assert set(placeholder_names(graph).values()) <= set(program.state)
@@ -146,7 +174,7 @@ def test_a_copy_moves_alone() -> None:
 def test_a_captured_model_can_be_captured_again_with_a_free_batch() -> None:
     for name in ("residual", "dict_output", "keyword_inputs", "several_inputs", "auxiliary_head"):
         args, kwargs = HAZARDS[name].inputs(2)
-        first = graph_model(capture(fresh(name), {"args": args, "kwargs": kwargs}))
+        first = graph_model(shared(name)[0])
         program = capture(first, {"args": args, "kwargs": kwargs})
         assert program.batch == "dynamic"
         assert set(program.state) == set(first.state_dict())
@@ -156,8 +184,7 @@ def test_a_captured_model_can_be_captured_again_with_a_free_batch() -> None:
 
 
 def test_a_head_of_train_mode_only_is_in_the_train_graph() -> None:
-    program = capture(fresh("auxiliary_head"), random(2, 3, 8, 8))
-    model = graph_model(program)
+    model = graph_model(shared("auxiliary_head")[0])
     assert isinstance(model(random(3, 3, 8, 8)), Tensor)
     out, aux = model.train()(random(3, 3, 8, 8))
     assert (out.shape, aux.shape) == ((3, 3, 8, 8), (3, 2, 8, 8))
@@ -187,7 +214,7 @@ def test_keyword_inputs_in_any_order_and_outputs_in_their_structure() -> None:
 def test_other_sizes_and_flags_than_the_captured_ones_are_refused(name: str) -> None:
     """Sizes are constants in the graph: a mean over 64 pixels would be taken of 100."""
     args, kwargs = HAZARDS[name].inputs(2)
-    model = graph_model(capture(fresh(name), {"args": args, "kwargs": kwargs}))
+    model = graph_model(shared(name)[0])
     larger = [torch.cat([a, a], -1) for a in args]
     with pytest.raises(RejectedError, match="as captured"):
         model(*larger, **kwargs)

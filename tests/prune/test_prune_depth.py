@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import paredown as pare
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.plan import Mask, Plan
-from paredown.program import GraphModel, capture
+from paredown.program import GraphModel, Program, capture
 from paredown.prune import compose, depth_candidates, drop_lowest, load, prune, save, score_depth
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -118,6 +119,13 @@ def example(kind: type[Any]) -> Tensor:
     return torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1)) if kind is Encoder else X
 
 
+@functools.cache
+def captured(kind: type[Any]) -> tuple[Any, Program]:
+    """A net and its program; no test changes either."""
+    net = made(kind)
+    return net, capture(net, example(kind))
+
+
 CASES = [
     (Net, ("blocks.0",), (0,), "module"),
     (Net, ("blocks.2", "blocks.1"), (1, 2), "module"),
@@ -136,9 +144,9 @@ CASES = [
 def test_the_rest_computes_as_if_the_modules_were_not_called(
     kind: type[Any], paths: tuple[str, ...], left_out: tuple[int, ...], fits: str, realiser: Any, tmp_path: Path
 ) -> None:
-    net, x = made(kind), example(kind)
-    before = {n: t.clone() for n, t in net.state_dict().items()}
-    small = prune(capture(net, x), Plan(keep={}, drop_modules=paths), realiser=realiser)
+    (net, program), x = captured(kind), example(kind)
+    before = {n: t.clone() for n, t in made(kind).state_dict().items()}
+    small = prune(program, Plan(keep={}, drop_modules=paths), realiser=realiser)
     assert small.realiser == ("graph" if realiser == "graph" else fits)
     assert small.proof.shown == ("depth",) and small.proof.moved > 0
     with torch.no_grad():
@@ -160,7 +168,7 @@ def test_the_rest_computes_as_if_the_modules_were_not_called(
 
 def test_the_module_realiser_says_why_it_does_not_fit() -> None:
     with pytest.raises(VerificationError, match=r"nn\.Identity in the place of blocks\.0\. Got .*Identity"):
-        prune(capture(made(Asking), X), Plan(keep={}, drop_modules=("blocks.0",)), realiser="module")
+        prune(captured(Asking)[1], Plan(keep={}, drop_modules=("blocks.0",)), realiser="module")
 
 
 @pytest.mark.parametrize(
@@ -175,11 +183,11 @@ def test_the_module_realiser_says_why_it_does_not_fit() -> None:
 )
 def test_modules_that_cannot_be_left_out_are_refused(path: str, match: str) -> None:
     with pytest.raises(UsageError, match=match):
-        prune(capture(made(Net), X), Plan(keep={}, drop_modules=(path,)))
+        prune(captured(Net)[1], Plan(keep={}, drop_modules=(path,)))
 
 
 def test_a_model_rebuilt_from_graphs_knows_no_modules() -> None:
-    first = prune(capture(made(Net), X), Plan(keep={}, drop_modules=("blocks.0",)), realiser="graph")
+    first = prune(captured(Net)[1], Plan(keep={}, drop_modules=("blocks.0",)), realiser="graph")
     assert isinstance(first.module, GraphModel)
     program = capture(first.module, X)
     assert depth_candidates(program) == ()
@@ -188,8 +196,7 @@ def test_a_model_rebuilt_from_graphs_knows_no_modules() -> None:
 
 
 def test_depth_then_channels_then_masks_in_one_plan_and_in_levels(tmp_path: Path) -> None:
-    net = made(Net)
-    program = capture(net, X)
+    _, program = captured(Net)
     shallow = prune(program, Plan(keep={}, drop_modules=("blocks.1",)))
     second = capture(shallow.module, X)
     coupling = pare.couple(second)
@@ -213,7 +220,7 @@ def test_depth_then_channels_then_masks_in_one_plan_and_in_levels(tmp_path: Path
 
 def test_channels_then_depth(tmp_path: Path) -> None:
     """The plan of both levels names channels of a module that leaves: carried out at once it gives the same bits."""
-    program = capture(made(Net), X)
+    _, program = captured(Net)
     coupling = pare.couple(program)
     plan = pare.allocate(
         coupling, pare.score(program, coupling, "l1"), pare.examine(program), pare.Budget(channels=0.5)
@@ -227,7 +234,7 @@ def test_channels_then_depth(tmp_path: Path) -> None:
 
 
 def test_a_shallow_model_is_loaded_in_another_process(tmp_path: Path) -> None:
-    small = prune(capture(made(Net), X), Plan(keep={}, drop_modules=("blocks.1",)))
+    small = prune(captured(Net)[1], Plan(keep={}, drop_modules=("blocks.1",)))
     save(small, tmp_path)
     torch.save(X, tmp_path / "x.pt")
     code = (
@@ -245,8 +252,7 @@ def test_a_shallow_model_is_loaded_in_another_process(tmp_path: Path) -> None:
 
 
 def test_candidates_are_the_innermost_residual_blocks_with_what_they_cost() -> None:
-    net = made(Net)
-    program = capture(net, X)
+    net, program = captured(Net)
     found = depth_candidates(program)
     assert [c.path for c in found] == ["blocks.0", "blocks.1", "blocks.2"]
     block = net.blocks[0]
@@ -260,14 +266,14 @@ def test_candidates_are_the_innermost_residual_blocks_with_what_they_cost() -> N
         whole = pare.examine(program)
         assert whole.macs - shrunk.macs == candidate.macs
         assert whole.parameters - shrunk.parameters == candidate.parameters
-    shared = {c.path: c for c in depth_candidates(capture(made(Twice), X))}
+    shared = {c.path: c for c in depth_candidates(captured(Twice)[1])}
     assert shared["blocks.0"].macs == 3 * shared["blocks.1"].macs
 
 
 def test_block_influence_is_one_minus_the_mean_cosine_over_channels() -> None:
-    net = made(Net)
+    net, program = captured(Net)
     batches = [X, X[:2] * 2]
-    found = score_depth(capture(net, X), batches)
+    found = score_depth(program, batches)
     sums = {i: [0.0, 0] for i in range(3)}
     with torch.no_grad():
         for batch in batches:
@@ -291,13 +297,13 @@ def test_block_influence_is_one_minus_the_mean_cosine_over_channels() -> None:
 
 def test_measured_loss_is_that_of_the_model_without_the_module() -> None:
     for kind in (Net, Asking, Twice, Encoder):
-        net, x = made(kind), example(kind)
+        (net, program), x = captured(kind), example(kind)
 
         def loss(model: nn.Module, batch: Tensor) -> Tensor:
             return model(batch).square().mean()
 
-        before = {n: t.clone() for n, t in net.state_dict().items()}
-        found = score_depth(capture(net, x), [x, x[:2]], by="loss", loss=loss)
+        before = {n: t.clone() for n, t in made(kind).state_dict().items()}
+        found = score_depth(program, [x, x[:2]], by="loss", loss=loss)
         assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
         assert len(found) >= 2
         for path, score in found.items():
@@ -309,7 +315,7 @@ def test_measured_loss_is_that_of_the_model_without_the_module() -> None:
 
 
 def test_the_lowest_leave_first_and_bad_requests_are_refused() -> None:
-    program = capture(made(Net), X)
+    _, program = captured(Net)
     scores = {"blocks.0": 0.2, "blocks.1": 0.1, "blocks.2": 0.1}
     assert drop_lowest(scores, remain=2).drop_modules == ("blocks.2",)
     assert drop_lowest(scores, remain=1).drop_modules == ("blocks.1", "blocks.2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from typing import Any
@@ -57,14 +58,20 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def program(model: nn.Module | None = None) -> Program:
-    return capture(model or net(), torch.zeros(2, 3, 8, 8), train=False)
+def program(model: nn.Module) -> Program:
+    return capture(model, torch.zeros(2, 3, 8, 8), train=False)
+
+
+@functools.cache
+def usual() -> Program:
+    """The network as it is; no test changes it."""
+    return program(net())
 
 
 def scored(criterion: str, given: Program | None = None, **options: Any) -> Scores:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bn_scale says that the second space has no batch norm
-        return score(given or program(), coupling(), criterion, batches=batches(), loss=loss, **options)
+        return score(given or usual(), coupling(), criterion, batches=batches(), loss=loss, **options)
 
 
 def state_hash(model: nn.Module) -> str:
@@ -77,7 +84,7 @@ def state_hash(model: nn.Module) -> str:
 @pytest.mark.parametrize("criterion", TABLE)
 @pytest.mark.parametrize("group", ["write", "all"])
 def test_contract_of_every_criterion(criterion: str, group: Any) -> None:
-    given = program()
+    given = usual()
     before = state_hash(given.module)
     first, again = (scored(criterion, given, group=group) for _ in range(2))
     assert set(first.by_space) == {"first", "second"}
@@ -125,7 +132,7 @@ def test_norms_by_hand(criterion: str, power: int) -> None:
 
 def test_bn_scale_by_hand_and_its_fallback_is_loud() -> None:
     with pytest.warns(UserWarning, match="falls back to l1.*second"):
-        found = score(program(), coupling(), "bn_scale")
+        found = score(usual(), coupling(), "bn_scale")
     np.testing.assert_allclose(found.by_space["first"], net()[1].weight.detach().abs().numpy())
     np.testing.assert_allclose(found.by_space["second"], scored("l1").by_space["second"])
     assert "second" in found.notes[0]
@@ -155,9 +162,9 @@ def test_taylor_reads_num_batches_and_the_module_it_is_given() -> None:
             taken.append(1)
             yield batches()[0]
 
-    score(program(), coupling(), "taylor", batches=endless(), loss=loss, num_batches=2)
+    score(usual(), coupling(), "taylor", batches=endless(), loss=loss, num_batches=2)
     assert len(taken) == 2
-    other = score(program(), coupling(), "taylor", batches=batches(), loss=loss, module=net(1))
+    other = score(usual(), coupling(), "taylor", batches=batches(), loss=loss, module=net(1))
     assert not np.allclose(other.by_space["first"], scored("taylor").by_space["first"])
 
 
@@ -202,11 +209,11 @@ def test_normalized_scores_have_mean_one() -> None:
 )
 def test_wrong_use_is_refused(options: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
-        score(program(), coupling(), **options)
+        score(usual(), coupling(), **options)
 
 
 def test_nan_scores_name_the_layer() -> None:
-    given = program()
+    given = program(net())
     given.state["3.weight"].data[2] = float("nan")
     with pytest.raises(RejectedError, match="second"):
         score(given, coupling(), "l1")
