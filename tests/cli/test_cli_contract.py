@@ -39,7 +39,7 @@ OPTIONS = {
         *"align allocation batches calibrate channels criterion data density drop dry-run exclude floor granularity".split(),
         *"include input macs masks out overwrite parameters plot realiser seed strict target task update".split(),
     ],
-    "quantize": [*COMMON, "calibrate", "input", "observer", "out", "overwrite", "samples", "target"],
+    "quantize": [*COMMON, "calibrate", "input", "observer", "out", "overwrite", "samples", "scheme", "target"],
     "report": ["json", "quiet"],
 }
 

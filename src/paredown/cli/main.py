@@ -38,7 +38,7 @@ COMMANDS = {
     "paredown.cli.measure:measure": "Bytes, latency (with its spread) and memory of a file, measured in its runtime on this machine.",
     "paredown.cli.numerics:numerics": "What quantization costs, as a page: casts, mapping, granularity, bits, and the noise in every layer of a model.",
     "paredown.cli.prune:prune": "Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.",
-    "paredown.cli.quantize:quantize": "Static INT8: calibrate on your samples, export, and check the file in its runtime.",
+    "paredown.cli.quantize:quantize": "Quantize to 8 or 4 bits, with samples where the scheme needs them; export, and check the file in its runtime.",
     "paredown.cli.report:report": "Write report.html of a run from records.jsonl alone, and print the verdict.",
 }
 """Where a command is, and the first line of its docstring: a list of commands needs none of their modules."""

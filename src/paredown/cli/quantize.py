@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from paredown.program import Program
 
 _OUT = Parameter(name="--out", help="The file to write, as model.onnx.")
+NO_DATA = ("int8-dynamic", "w4")
+"""Schemes that need no samples (quantize.schemes.DYNAMIC, which would load torch); samples that are given check the file."""
 RANDOM_SAMPLES = "CALIBRATED ON RANDOM NUMBERS: the ranges are not those of your data. For a try of size and speed only, never to ship."
 
 
@@ -29,6 +31,10 @@ def quantize(
     calibrate: Annotated[
         str | None, Parameter(help=".npz or .npy of inputs, samples along the first axis; or the word random.")
     ] = None,
+    scheme: Annotated[
+        Literal["int8", "w4a8", "w4a4", "int8-dynamic", "w4"],
+        Parameter(help="Bits of weights and activations; int8-dynamic and w4 (weights alone) need no --calibrate."),
+    ] = "int8",
     observer: Annotated[
         Literal["mse", "minmax", "moving-average", "percentile", "entropy"],
         Parameter(help="How the range of an activation is chosen."),
@@ -44,15 +50,15 @@ def quantize(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Static INT8: calibrate on your samples, export, and check the file in its runtime."""
-    if calibrate is None:
+    """Quantize to 8 or 4 bits, with samples where the scheme needs them; export, and check the file in its runtime."""
+    if calibrate is None and scheme not in NO_DATA:
         msg = (
             "quantize must be given --calibrate FILE.npz with inputs of the kind that the model will see. Got none; paredown "
             "does not invent them. To try size and speed alone: --calibrate random."
         )
         raise UsageError(msg)
     check_out_file(out, {"weights": weights, "model": model.rpartition(":")[0]}, overwrite=overwrite)
-    read = None if calibrate == "random" else arrays(Path(calibrate), "--calibrate")
+    read = None if calibrate in (None, "random") else arrays(Path(str(calibrate)), "--calibrate")
     with only_document(json):
         import paredown
 
@@ -69,14 +75,22 @@ def quantize(
         batches = random_batches(found.program) if read is None else as_batches(read, found.program, "--calibrate")
         say("quantize", quiet=quiet or json)
         quant = paredown.quantize(
-            found.program, target=target, calibrate=batches, observer=observer, num_samples=samples
+            found.program,
+            target=target,
+            scheme=scheme,
+            calibrate=None if scheme in NO_DATA else batches,
+            observer=observer,
+            num_samples=samples,
         )
         say("export and check", quiet=quiet or json)
         artifact = paredown.export(quant, out)
         checked = paredown.check(artifact, quant, batches)
-    notes = [*((RANDOM_SAMPLES,) if read is None else ()), *found.notes, *quant.notes]
+    source = "none" if scheme in NO_DATA else "random" if read is None else "given"
+    notes = [*((RANDOM_SAMPLES,) if source == "random" else ()), *found.notes, *quant.notes]
+    share = quant.coverage
     facts = {
-        "calibrated_on": "random" if read is None else "given",
+        "calibrated_on": source,
+        **({"coverage": {"macs": share.macs, "weights": share.weights}} if share else {}),
         "weights": found.weights,
         "notes": list(dict.fromkeys(notes)),
     }

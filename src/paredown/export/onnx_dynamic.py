@@ -34,7 +34,7 @@ def marked(program: ExportedProgram) -> ExportedProgram:
         ops.code_rows.default: _mark_rows,
         ops.dynamic_lstm.default: _mark_lstm,
     }
-    return program.run_decompositions(table)  # type: ignore[arg-type]
+    return program.run_decompositions(table)  # type: ignore[no-any-return]
 
 
 def _mark_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -70,8 +70,9 @@ def _mark_lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
-    attributes = {"layers": num_layers, "directions": 2 if bidirectional else 1, "batch_first": int(batch_first)}
-    width = h.shape[2] * attributes["directions"]
+    directions = 2 if bidirectional else 1
+    attributes: dict[str, Any] = {"layers": num_layers, "directions": directions, "batch_first": int(batch_first)}
+    width = h.shape[2] * directions
     return tuple(
         torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::Lstm",

@@ -168,8 +168,9 @@ def _lstm(work: _Work, node: fx.Node) -> str | None:
     per = 4 if biased else 2
     if len(parameters) != per * count * (2 if both else 1):
         return "the runtime's kernel has no projections"
-    tensors = [_constant(work.graph, p) for p in parameters]
-    if any(t is None or t.dtype != torch.float32 for t in tensors):
+    found = [_constant(work.graph, p) for p in parameters]
+    tensors = [t for t in found if t is not None and t.dtype == torch.float32]
+    if len(tensors) < len(parameters):
         return "its weights are computed, or not in float32"
     matrices = [i for i in range(len(parameters)) if i % per < 2]
     held = [_held(work, node, parameters[i], tensors[i], transposed=False) for i in matrices]
