@@ -17,7 +17,7 @@ from paredown.quantize.batches import Batches, each, rows, tensors_of
 from paredown.quantize.decompose import fetch, op_name
 from paredown.quantize.lanes import Changes, Lane, Layer, layers_of
 from paredown.quantize.nouns import Quantized
-from paredown.quantize.observe import PerChannel
+from paredown.quantize.numerics import observes_weight
 from paredown.quantize.static import Calibrated, calibrated, converted, quantize
 from paredown.target import named
 
@@ -189,7 +189,7 @@ def _values(base: Calibrated) -> dict[str, tuple[frozenset[str], frozenset[str]]
     found: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
     for node in base.prepared.graph.nodes:
         observer: Any = fetch(base.prepared, str(node.target)) if node.op == "call_module" else None
-        if observer is None or isinstance(observer, PerChannel) or not hasattr(observer, "calculate_qparams"):
+        if observer is None or observes_weight(observer) or not hasattr(observer, "calculate_qparams"):
             continue
         makers = _ends([node.args[0]], lambda n: n.all_input_nodes[:1], names, passing)
         readers = _ends(list(node.users), lambda n: list(n.users), names, passing)

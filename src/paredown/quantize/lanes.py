@@ -17,8 +17,7 @@ from torch.utils import _pytree as pytree
 from paredown.couple.operand import args_of
 from paredown.program import Inputs
 from paredown.quantize.decompose import fetch, op_name
-from paredown.quantize.numerics import fake_quantize
-from paredown.quantize.observe import PerChannel
+from paredown.quantize.numerics import fake_quantize, observes_weight
 from paredown.statistics.sequential import Run
 from paredown.statistics.uses import CONVOLUTIONS, Use, window_of
 
@@ -80,7 +79,7 @@ def layers_of(prepared: fx.GraphModule) -> Iterator[Layer]:
         if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "call_module":
             continue
         holder = weight.args[0]
-        if not isinstance(fetch(prepared, str(weight.target)), PerChannel) or getattr(holder, "op", "") != "get_attr":
+        if not observes_weight(fetch(prepared, str(weight.target))) or getattr(holder, "op", "") != "get_attr":
             continue
         if len(weight.users) > 1 or len(holder.users) > 1:  # type: ignore[union-attr]
             continue
@@ -137,7 +136,7 @@ class Lane(Run):
         if (
             self._changes is None
             or str(target) in self._skipped
-            or (isinstance(observer, PerChannel) and str(target) in self._changes.scales)
+            or (observes_weight(observer) and str(target) in self._changes.scales)
         ):
             return args[0]
         if str(target) not in self._changes.parameters:

@@ -235,3 +235,8 @@ def levels_of(grid: Grid, row: int = 0) -> tuple[float, ...]:
     step = 2 if grid.bits == 1 and grid.mapping == "symmetric" else 1
     codes = torch.arange(grid.quant_min, grid.quant_max + 1, step)
     return tuple(dequantize_codes(codes, grid.scales[row], grid.zero_points[row]).tolist())
+
+
+def observes_weight(observer: Any) -> bool:
+    """Whether an observer is one of a weight (quantize.observe.PerChannel), told without importing torchao."""
+    return hasattr(observer, "ch_axis") and hasattr(observer, "floor")

@@ -225,6 +225,8 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
     overflowing. `fixed` are scales that a repair has chosen; the weight lies on their grid.
     """
 
+    one_scale = False
+
     def __init__(
         self,
         dtype: torch.dtype,
@@ -263,6 +265,8 @@ class PerChannelOneScale(PerChannel):
 
     PT2E hands `ch_axis` on only to classes with PerChannel in their name.
     """
+
+    one_scale = True
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Equal scales (float32) and zero points (int64, all 0), shape [channels]."""

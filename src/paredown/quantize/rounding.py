@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +14,6 @@ from paredown.errors import RejectedError
 from paredown.program import Inputs
 from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Changes, Lanes, Layer, walk
-from paredown.quantize.observe import PerChannel, PerChannelOneScale
 from paredown.statistics.inputs import inputs_of
 
 RATIOS = torch.linspace(1.0, 0.4, 61, dtype=torch.float64)
@@ -212,8 +212,7 @@ def round_layers(
     changes, found = Changes(), {}
 
     def visit(layer: Layer, lanes: Sequence[Lanes]) -> None:
-        observer = fetch(prepared, layer.observer)
-        assert isinstance(observer, PerChannel)
+        observer: Any = fetch(prepared, layer.observer)
         weight = fetch(prepared, layer.weight).detach()
         rows = weight.double().reshape(layer.groups, weight.shape[0] // layer.groups, -1)
         parts = _rounded(rows, _moments(layer, lanes, rows), observer, layer.bias is not None, method, ridge)
@@ -258,7 +257,7 @@ def _moments(layer: Layer, lanes: Sequence[Lanes], rows: Tensor) -> list[Moments
 
 
 def _rounded(
-    rows: Tensor, sums: Sequence[Moments], observer: PerChannel, with_bias: bool, method: str, ridge: float
+    rows: Tensor, sums: Sequence[Moments], observer: Any, with_bias: bool, method: str, ridge: float
 ) -> list[Rounded]:
     """One result per group of the layer. rows [groups, out, K]."""
     low, high = observer.quant_min, observer.quant_max
@@ -266,7 +265,7 @@ def _rounded(
     wanted = [fitted(w, gram, cross, ridge) for w, (gram, cross) in zip(rows, seen, strict=True)]
     floors = [None] * len(rows) if observer.floor is None else list(observer.floor.double().reshape(rows.shape[:2]))
     scales = [best_scales(w, gram, low, high, f) for w, (gram, _), f in zip(wanted, seen, floors, strict=True)]
-    if isinstance(observer, PerChannelOneScale):
+    if observer.one_scale:
         largest = torch.stack(scales).max()
         scales = [largest.expand_as(s) for s in scales]
     found = []

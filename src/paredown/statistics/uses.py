@@ -227,6 +227,7 @@ def _convolution(node: fx.Node, places: dict[fx.Node, tuple[str, Any]], program:
 
 
 def window_of(node: fx.Node, kernel: tuple[int, ...]) -> tuple[Window, ...]:
+    """How a convolution with that kernel walks, axis by axis."""
     stride, padding, dilation = args_of(node, "stride", "padding", "dilation")
     strides, dilations = _per_axis(stride, len(kernel)), _per_axis(dilation, len(kernel))
     if isinstance(padding, str):
