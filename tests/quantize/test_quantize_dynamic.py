@@ -181,3 +181,14 @@ def test_options_that_do_not_apply_are_refused() -> None:
         quantize(program, scheme="w4", target="tpu")
     unread = quantize(program, scheme="int8-dynamic", calibrate=[torch.randn(4, 8)])
     assert any("reads no samples" in n for n in unread.notes)
+
+
+def test_layers_that_are_asked_for_stay_float() -> None:
+    program = made(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)), 2, 32)
+    quantized = quantize(program, scheme="w4", float_layers=["0", "4.weight"])
+    assert list(quantized.weights) == ["2.weight"]
+    assert any(n.startswith("linear stays float (2×") and n.endswith("asked for") for n in quantized.notes)
+    with pytest.raises(UsageError, match="matches none"):
+        quantize(program, scheme="w4", float_layers=["9.*"])
+    with pytest.raises(UsageError, match="weights 'channel'"):
+        quantize(program, scheme="w4", weights="tensor")

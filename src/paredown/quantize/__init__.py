@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paredown.quantize.nouns import Packed, Quantized
+from paredown.quantize.nouns import Coverage, Packed, Quantized
 from paredown.quantize.numerics import affine, bias_floor, dequantize_codes, quantize_codes, symmetric
 from paredown.quantize.schemes import SCHEMES, Scheme
 from paredown.quantize.static import quantize, require_torchao
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMES",
+    "Coverage",
     "Culprit",
     "Packed",
     "Quantized",
