@@ -371,9 +371,10 @@ def _runtimes(replies: Mapping[str, Reply]) -> Iterator[Finding]:
         if name not in TARGETS:
             yield Finding(name=name, state="missing", found="not in this version of paredown; nothing to install")
             continue
-        needs = [p for p in PACKAGES if p.extra in ("quant", "onnx") and "error" in replies[p.module]]
+        extras, wanted = ("quant", *TARGETS[name].extras), ("torchao", *TARGETS[name].modules)
+        needs = [p for p in PACKAGES if p.module in wanted and "error" in replies[p.module]]
         found = f"needs {', '.join(p.name for p in needs)}" if needs else "export, check and measure work here"
-        fix = "pip install 'paredown[quant,onnx]'" if needs else ""
+        fix = f"pip install 'paredown[{','.join(extras)}]'" if needs else ""
         yield Finding(name=name, state="missing" if needs else "ok", found=found, fix=fix)
 
 

@@ -253,8 +253,8 @@ def test_no_samples_is_refused_before_anything_is_written(nothing: object) -> No
 def test_wrong_requests_say_what_is_right(residual: tuple[nn.Module, programs.Program, Quantized]) -> None:
     net, program, quantized = residual
     x = [torch.randn(4, 1, 8, 8)]
-    with pytest.raises(UsageError, match=r"openvino-x86.*cannot export to it yet"):
-        quantize(program, calibrate=x, target="openvino-x86")
+    with pytest.raises(UsageError, match=r"litert.*cannot export to it yet"):
+        quantize(program, calibrate=x, target="litert")
     with pytest.raises(UsageError, match=r"w2.*cannot produce it yet"):
         quantize(program, calibrate=x, scheme="w2")
     with pytest.raises(UsageError, match="observer must be"):

@@ -21,7 +21,7 @@ NO_QUALITY = "quality: a file knows no metric; `paredown compress` measures it t
 
 
 def measure(
-    file: Annotated[Path, Parameter(help="An .onnx file.")],
+    file: Annotated[Path, Parameter(help="An .onnx file, or an .xml file of OpenVINO with its .bin beside it.")],
     /,
     *,
     samples: Annotated[Path | None, Parameter(help=".npz or .npy of inputs, samples along the first axis.")] = None,
@@ -68,8 +68,10 @@ def measure(
 
 def _artifact(path: Path) -> Artifact:
     """A file and its side files, as it stands on disk."""
+    if path.suffix.lower() == ".xml":
+        return _openvino_artifact(path)
     if path.suffix.lower() != ".onnx":
-        msg = f"measure must be given an .onnx file. Got {str(path)!r}."
+        msg = f"measure must be given an .onnx or an .xml file. Got {str(path)!r}."
         raise UsageError(msg)
     from paredown.examine import examine_onnx
     from paredown.export import Artifact
@@ -77,6 +79,18 @@ def _artifact(path: Path) -> Artifact:
     cost = examine_onnx(path)
     scheme = "int8" if {"QuantizeLinear", "DequantizeLinear"} & set(cost.ops) else "fp32"
     return Artifact(files=tuple(path.parent / name for name in cost.files), target="onnxruntime-x86", scheme=scheme)
+
+
+def _openvino_artifact(path: Path) -> Artifact:
+    from paredown.export import Artifact
+
+    side = path.with_suffix(".bin")
+    for file in (path, side):
+        if not file.is_file():
+            msg = f"measure must be given an .xml file of OpenVINO with its .bin beside it. {str(file)!r} is no file."
+            raise UsageError(msg)
+    scheme = "int8" if 'type="FakeQuantize"' in path.read_text(encoding="utf-8", errors="replace") else "fp32"
+    return Artifact(files=(path, side), target="openvino-x86", scheme=scheme)
 
 
 def _batches(read: dict[str, Any], artifact: Artifact) -> list[Any]:

@@ -16,9 +16,12 @@ from paredown.program import Program, capture
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches
 from paredown.quantize.nouns import Quantized
-from paredown.target import named
+from paredown.target import TARGETS, named
 
-RUNTIMES: Mapping[str, str] = {"onnxruntime-x86": "paredown.export.onnxruntime"}
+RUNTIMES: Mapping[str, str] = {
+    "onnxruntime-x86": "paredown.export.onnxruntime",
+    "openvino-x86": "paredown.export.openvino",
+}
 """Target → the module that writes its files and opens what the runtime makes of them."""
 
 
@@ -28,9 +31,13 @@ def export(
     *,
     target: str | None = None,
     opset: int = 18,
+    scheme: Literal["fp32", "fp16"] = "fp32",
     accuracy_level: Literal[0, 4] = 0,
 ) -> Artifact:
     """Write the file that a runtime executes: ONNX, float32 or on integer codes, with the batch free where the program's is.
+
+    For OpenVINO a .xml file with a .bin beside it, made of the same graph; `scheme` "fp16" halves the weights of a float
+    network there.
 
     `thing` is a Program, a Pruned, a Quantized, or (module, inputs). Integer codes are written as they are in
     `Quantized.weights`, never computed again. The bytes depend on nothing but `thing` and the versions of torch and
@@ -57,6 +64,12 @@ def export(
         msg = f"path must be a file to write. Got the folder {path}. Add a name such as model.onnx."
         raise UsageError(msg)
     more: dict[str, Any] = {}
+    if scheme != "fp32":
+        if scheme != "fp16" or isinstance(thing, Quantized) or "float16" not in table.dtypes:
+            able = ", ".join(t.name for t in TARGETS.values() if "float16" in t.dtypes)
+            msg = f"scheme must be 'fp32', or 'fp16' for a float network and {able}. Got {scheme!r} for {table.name}."
+            raise UsageError(msg)
+        more = {"scheme": scheme}
     if accuracy_level:
         if accuracy_level != 4 or not isinstance(thing, Quantized) or thing.scheme != "w4":
             msg = f"accuracy_level must be 0, or 4 for a network that is w4. Got {accuracy_level!r}."
@@ -74,7 +87,7 @@ def check(
 ) -> Check:
     """Run the file in its runtime on real samples, at their batch size and at 1, and compare with PyTorch.
 
-    float32 holds where max |runtime - torch| ≤ 1e-4 · max |torch|. int8 holds where the cosine of every output tensor
+    float32 holds where max |runtime - torch| ≤ 1e-4 · max |torch|, fp16 where it is ≤ 1e-2 of it. int8 holds where the cosine of every output tensor
     is ≥ 0.999 against `reference`, which should be the Quantized that was exported: single steps of rounding
     differ between the two and propagate, so the maximum error says little there. Also opens the runtime's own optimised
     graph and lists what runs in int8 and what computes in float.
@@ -86,13 +99,15 @@ def check(
 
 
 def _runtime(target: str) -> Any:
-    for library in ("onnx", "onnxscript", "onnxruntime"):
+    table = named(target)
+    for library in table.modules:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            msg = f"the target {target} must have {library}. It cannot be imported ({error}). Run: pip install 'paredown[onnx]'."
+            extra = library if library in table.extras else table.extras[0]
+            msg = f"the target {target} must have {library}. It cannot be imported ({error}). Run: pip install 'paredown[{extra}]'."
             raise MissingError(msg) from error
-    return importlib.import_module(RUNTIMES[named(target).name])
+    return importlib.import_module(RUNTIMES[table.name])
 
 
 def _floating(thing: Any) -> Program | Quantized:

@@ -13,7 +13,7 @@ class Artifact:
     files: tuple[Path, ...]
     target: str
     scheme: str
-    """ "fp32" or "int8"."""
+    """ "fp32", "fp16" or "int8"."""
 
     @property
     def path(self) -> Path:
@@ -41,3 +41,5 @@ class Check:
     float_nodes: tuple[str, ...]
     """ "op: name" of those that compute in float."""
     holds: bool
+    notes: tuple[str, ...] = ()
+    """What the runtime does differently on this machine than elsewhere."""

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
-from paredown.export.session import STRUCTURE, leaf_names, open_session, predictor, skeleton
+from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
 from paredown.quantize.nouns import Quantized
@@ -40,6 +40,13 @@ def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int,
     if isinstance(opset, bool) or not isinstance(opset, int) or not limits["opset"] <= opset <= limits["opset_max"]:
         msg = f"opset must be an integer from {limits['opset']} to {limits['opset_max']} for {target.name}. Got {opset!r}."
         raise UsageError(msg)
+    model = onnx_model(thing, opset, accuracy_level=accuracy_level)
+    files = write_files(model, path)
+    return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else "fp32")
+
+
+def onnx_model(thing: Program | Quantized, opset: int, *, accuracy_level: int = 0, on_codes: bool = True) -> Any:
+    """The network as an `onnx_ir.Model`, named and tidy. `on_codes`: ops that only move values do so on codes, biases are int32."""
     quantized = isinstance(thing, Quantized)
     with quiet("onnxscript", "onnx_ir"):
         program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
@@ -47,9 +54,8 @@ def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int,
         names = _parameter_names(thing, model)
         if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
             names = _onnx_dynamic().lower(model, names, accuracy_level)
-        _polish(model, program, names, quantized)
-    files = _write_files(model, path)
-    return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else "fp32")
+        _polish(model, program, names, quantized, on_codes)
+    return model
 
 
 def _exported(quantized: Quantized) -> ExportedProgram:
@@ -136,12 +142,12 @@ def _parameter_names(thing: Program | Quantized, model: Any) -> dict[str, str]:
     return found
 
 
-def _polish(model: Any, program: ExportedProgram, names: Mapping[str, str], quantized: bool) -> None:
+def _polish(model: Any, program: ExportedProgram, names: Mapping[str, str], quantized: bool, on_codes: bool) -> None:
     from paredown.export import onnx_passes
 
     _name_edges(model, program)
     held = {model.graph.initializers[k]: name for k, name in names.items()}
-    onnx_passes.tidy(model)
+    onnx_passes.tidy(model, on_codes=on_codes)
     left = {str(v.name): held[v] for v in model.graph.initializers.values() if v in held}
     onnx_passes.shorten(model, left, keep_weights=not quantized)
 
@@ -164,7 +170,7 @@ def _name_edges(model: Any, program: ExportedProgram) -> None:
                 value.shape[axis] = free.setdefault(dim.value, "batch" if first else f"axis{len(free)}")
 
 
-def _write_files(model: Any, path: Path) -> tuple[Path, ...]:
+def write_files(model: Any, path: Path) -> tuple[Path, ...]:
     """One file, or two where the weights are too large for one."""
     import onnx_ir as ir
 
@@ -190,14 +196,7 @@ def _write_files(model: Any, path: Path) -> tuple[Path, ...]:
 
 def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: bool) -> Check:
     """Run the file on the samples, at their batch and at batch 1, against PyTorch."""
-    runtime, torch_side = predictor(artifact), predictor(reference)
-    far = _Distance()
-    for batch in each(samples):
-        for part in [batch] if length(batch) == 1 else [batch, rows(batch, slice(0, 1))]:
-            far.add(tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference))
-    if not far.outputs:
-        msg = "check must have at least one sample. Got 0 batches."
-        raise RejectedError(msg)
+    far = distance(predictor(artifact), reference, samples)
     int8_nodes, float_nodes = inspect_optimized(artifact)
     tolerance = None if _rounds_activations(artifact) else TOLERANCES.get(artifact.scheme)
     within = far.error <= tolerance * far.scale if tolerance else far.cosine >= COSINE
@@ -227,6 +226,18 @@ def _rounds_activations(artifact: Artifact) -> bool:
     return any(a.name == "accuracy_level" and a.i == 4 for n in nodes for a in n.attribute)
 
 
+def distance(runtime: Predict, reference: Any, samples: Batches) -> Distance:
+    """How far a file is from PyTorch on the samples, at their batch and at batch 1. Raises RejectedError without samples."""
+    torch_side, far = predictor(reference), Distance()
+    for batch in each(samples):
+        for part in [batch] if length(batch) == 1 else [batch, rows(batch, slice(0, 1))]:
+            far.add(tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference))
+    if not far.outputs:
+        msg = "check must have at least one sample. Got 0 batches."
+        raise RejectedError(msg)
+    return far
+
+
 def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
     """PyTorch's outputs; a program with a fixed batch is asked with its own batch only."""
     program = reference.program if isinstance(reference, Quantized) else reference
@@ -239,7 +250,7 @@ def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
     return tensors_of(predict(*part[0], **part[1]))
 
 
-class _Distance:
+class Distance:
     """How far outputs are from the reference, over all of them: nothing but four numbers is kept."""
 
     def __init__(self) -> None:

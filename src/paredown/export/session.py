@@ -1,4 +1,4 @@
-"""An ONNX file in ONNX Runtime, and `predict`: the same call for a file and for a PyTorch module."""
+"""A file in its runtime, and `predict`: the same call for a file and for a PyTorch module."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError
 from paredown.export.artifact import Artifact
+from paredown.export.openvino_session import STRUCTURE
+from paredown.export.openvino_session import Session as OpenVINOSession
 from paredown.program import Program
 from paredown.prune.nouns import Pruned
-from paredown.quantize.batches import length, rows, tensors_of
+from paredown.quantize.batches import tensors_of
 from paredown.quantize.nouns import Quantized
 
 Predict = Callable[..., Any]
 PRECISE = ("session.x64quantprecision", "1")
 """Session option of ONNX Runtime. On x86 without VNNI its uint8 × int8 products saturate at 16 bit unless it is set (a cosine
 of 0.96 to 0.99 instead of 1 was measured); with VNNI, and elsewhere, it changes nothing."""
-STRUCTURE = "outputs"
-"""Key of the file's metadata that holds the structure of its outputs, where it is not one tensor."""
 
 
 class Fields(dict[str, Any]):
@@ -44,10 +44,13 @@ pytree.register_pytree_node(
 
 
 def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None) -> Any:
-    """An ONNX Runtime session on the CPU with that many threads; `optimized` is where the runtime's own graph is written.
+    """A session on the CPU with that many threads: OpenVINO's for an .xml file, ONNX Runtime's for any other.
 
-    Raises MissingError where ONNX Runtime is missing or older than the file, RejectedError where it refuses the file.
+    `optimized` is where ONNX Runtime's own graph is written. Raises MissingError where the runtime is missing or older
+    than the file, RejectedError where it refuses the file.
     """
+    if path.suffix.lower() == ".xml":
+        return OpenVINOSession(path, threads=threads)
     try:
         import onnxruntime
     except ImportError as error:
@@ -83,7 +86,7 @@ def predictor(thing: Artifact | Program | Pruned | Quantized | nn.Module, *, thr
     torch.Size([3, 2])
     """
     if isinstance(thing, Artifact):
-        return _of_file(thing, threads)
+        return answering(open_session(thing.path, threads=threads))
     module = thing if isinstance(thing, nn.Module) else thing.module
     frozen = isinstance(thing, Quantized)
 
@@ -109,10 +112,10 @@ def _plain(value: Any) -> Any:
     return value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
 
 
-def _of_file(artifact: Artifact, threads: int) -> Predict:
-    session = open_session(artifact.path, threads=threads)
+def answering(session: Any) -> Predict:
+    """`predict` of an open session."""
     wanted = session.get_inputs()
-    meta = session.get_modelmeta().custom_metadata_map
+    meta = session.metadata if isinstance(session, OpenVINOSession) else session.get_modelmeta().custom_metadata_map
     structure = json.loads(meta[STRUCTURE]) if STRUCTURE in meta else 0
     fixed = next((i.shape[0] for i in wanted if i.shape and isinstance(i.shape[0], int)), None)
     if any(i.shape and isinstance(i.shape[0], str) for i in wanted):
@@ -203,4 +206,14 @@ def _built(structure: Any, leaves: list[Tensor]) -> Any:
     return None if structure is None else tuple(_built(v, leaves) for v in structure)
 
 
-__all__ = ["Fields", "Predict", "as_feed", "leaf_names", "length", "open_session", "predictor", "rows", "skeleton"]
+__all__ = [
+    "STRUCTURE",
+    "Fields",
+    "Predict",
+    "answering",
+    "as_feed",
+    "leaf_names",
+    "open_session",
+    "predictor",
+    "skeleton",
+]

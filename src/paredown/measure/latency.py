@@ -43,9 +43,9 @@ def latency(
     measured = {}
     for name in names:
         what = f"median, low–high is the 10th–90th percentile; {threads} thread, {_WARM} warm-up runs, {groups[name]} run(s) per reading"
-        measured[name] = _spread(
-            times[name], what + (", in turns with the other file" if len(names) > 1 else ""), machine
-        )
+        note = getattr(sessions[name], "note", "")
+        what += (", in turns with the other file" if len(names) > 1 else "") + (f"; {note}" if note else "")
+        measured[name] = _spread(times[name], what, machine)
     if len(names) > 1:
         measured["ratio"] = _ratio(np.asarray(times[names[1]]), np.asarray(times[names[0]]), machine)
     return measured

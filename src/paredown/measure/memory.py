@@ -1,4 +1,4 @@
-"""Peak memory of a process that does nothing but run one ONNX file: python -m paredown.measure.memory FILE [SHAPES].
+"""Peak memory of a process that does nothing but run one file, .onnx or .xml: python -m paredown.measure.memory FILE [SHAPES].
 
 SHAPES is JSON, {"input": [[1, 3, 8, 8], "float32"]}; without it every free axis is 1. Prints one JSON object. Nothing of
 paredown or torch is imported here, so that the reading is of the runtime alone.
@@ -10,6 +10,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _TYPES = {
@@ -29,6 +30,14 @@ def peak_bytes() -> int:
 
 def run(path: str, shapes: dict[str, Any], threads: int = 1) -> dict[str, int]:
     """Load the file, run it five times on zeros; {"after_import_bytes", "peak_bytes"}."""
+    infer, before = (_openvino if path.lower().endswith(".xml") else _onnxruntime)(path, shapes, threads)
+    for _ in range(5):
+        infer()
+    return {"after_import_bytes": before, "peak_bytes": peak_bytes()}
+
+
+def _onnxruntime(path: str, shapes: dict[str, Any], threads: int) -> tuple[Callable[[], Any], int]:
+    """(one run, peak bytes after the import)."""
     import numpy as np
     import onnxruntime
 
@@ -42,9 +51,28 @@ def run(path: str, shapes: dict[str, Any], threads: int = 1) -> dict[str, int]:
         free = [d if isinstance(d, int) else 1 for d in value.shape], _TYPES.get(value.type, "float32")
         shape, kind = shapes.get(value.name, free)
         feed[value.name] = np.zeros(shape, kind)
-    for _ in range(5):
-        session.run(None, feed)
-    return {"after_import_bytes": before, "peak_bytes": peak_bytes()}
+    return lambda: session.run(None, feed), before
+
+
+def _openvino(path: str, shapes: dict[str, Any], threads: int) -> tuple[Callable[[], Any], int]:
+    """(one run, peak bytes after the import)."""
+    import numpy as np
+    import openvino
+
+    before = peak_bytes()
+    core = openvino.Core()
+    model = core.read_model(path)
+    feed = {}
+    for value in model.inputs:
+        free = [d.get_length() if d.is_static else 1 for d in value.get_partial_shape()]
+        shape, kind = shapes.get(value.any_name, (free, value.get_element_type().to_dtype()))
+        feed[value.any_name] = np.zeros(shape, kind)
+    model.reshape({name: list(array.shape) for name, array in feed.items()})
+    pinned = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+    # As in the sessions that measure.
+    compiled = core.compile_model(model, "CPU", {**pinned, "INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    return lambda: request.infer(feed), before
 
 
 def main(arguments: list[str]) -> int:

@@ -22,7 +22,7 @@ from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
 from paredown.target import named
 from paredown.train import Metric, Task, task_from_module
 
-_VERSIONS = ("paredown", "torch", "torchao", "onnx", "onnxruntime", "onnxscript", "numpy")
+_VERSIONS = ("paredown", "torch", "torchao", "onnx", "onnxruntime", "onnxscript", "openvino", "numpy")
 
 
 def compress(

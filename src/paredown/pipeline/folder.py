@@ -99,8 +99,8 @@ def _clear(path: Path) -> None:
     """Delete what a run makes, and nothing else."""
     for name in MADE:
         (path / name).unlink(missing_ok=True)
-    for model in path.glob("*.onnx*"):
-        model.unlink()
+    for model in (*path.glob("*.onnx*"), *(f for x in path.glob("*.xml") for f in (x, x.with_suffix(".bin")))):
+        model.unlink(missing_ok=True)
     steps = path / STEPS
     if steps.is_dir():
         for file in steps.iterdir():

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from paredown.export.openvino_session import PRECISION
 from paredown.export.session import PRECISE
 from paredown.program import Program
 
@@ -20,12 +21,14 @@ def input_of(program: Program) -> dict[str, Any]:
 
 
 def snippet(file: str, normalisation: str, program: Program) -> str:
-    """Python text that loads the file in ONNX Runtime and runs it on one sample of the right shape."""
+    """Python text that loads the file in its runtime and runs it on one sample of the right shape."""
     tensors = [t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor)]
     shapes = [[1, *t.shape[1:]] if program.batch == "dynamic" else list(t.shape) for t in tensors]
     kinds = [str(t.dtype).removeprefix("torch.") for t in tensors]
     values = ", ".join(f"np.zeros({shape}, np.{kind})" for shape, kind in zip(shapes, kinds, strict=True))
     how = " ".join(normalisation.split()) or "bring your data to the form that the model was trained on"
+    if file.endswith(".xml"):
+        return _openvino(file, how, values)
     return "\n".join(
         [
             "import numpy as np",
@@ -40,5 +43,22 @@ def snippet(file: str, normalisation: str, program: Program) -> str:
             "outputs = session.run(None, dict(zip(names, inputs)))",
             "for o, value in zip(session.get_outputs(), outputs):",
             "    print(o.name, value.shape)",
+        ]
+    )
+
+
+def _openvino(file: str, how: str, values: str) -> str:
+    return "\n".join(
+        [
+            "import numpy as np",
+            "import openvino",
+            "",
+            f"options = {{'INFERENCE_PRECISION_HINT': {PRECISION!r}}}  # without it, bfloat16 where the processor can",
+            f"model = openvino.Core().compile_model({file!r}, 'CPU', options)",
+            f"# {how}",
+            f"inputs = [{values}]  # put your samples here",
+            "outputs = model(inputs)",
+            "for o in model.outputs:",
+            "    print(o.any_name, outputs[o].shape)",
         ]
     )

@@ -28,6 +28,7 @@ from paredown.program import Program, capture
 from paredown.prune import Pruned, save
 from paredown.quantize import Quantized, quantize
 from paredown.records import Measured, Record, whole_file
+from paredown.target import named
 from paredown.train import check_roles
 from paredown.train.task import seed_all
 
@@ -174,7 +175,7 @@ def _stage_float(
 ) -> None:
     """Export in float32, check, measure."""
     run.say(f"{name}: export and check")
-    artifact = export(thing, run.folder.path / f"{name}.onnx", target=run.recipe.target)
+    artifact = export(thing, _model_file(run, name), target=run.recipe.target)
     reference = thing if isinstance(thing, Program) else capture(thing.module, thing.program.inputs, train=False)
 
     def make() -> Record:
@@ -191,7 +192,7 @@ def _stage_float(
 def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantized, tuned: Pruned | None) -> None:
     """Export in int8, check against the simulation, measure."""
     run.say(f"{name}: export and check")
-    artifact = export(quantized, run.folder.path / f"{name}.onnx", target=run.recipe.target)
+    artifact = export(quantized, _model_file(run, name), target=run.recipe.target)
 
     def make() -> Record:
         checked = check(artifact, quantized, run.task.calibration_batches)
@@ -265,6 +266,7 @@ def _measured(
             "float_nodes": list(checked.float_nodes),
             "int8_nodes": list(checked.int8_nodes),
             "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},
+            **({"check_notes": list(checked.notes)} if checked.notes else {}),
             **_layers(cost),
             **details,
         },
@@ -273,6 +275,8 @@ def _measured(
 
 def _stripped(artifact: Artifact) -> Measured:
     """Bytes of the files without metadata: names of outputs that are a dict are all that exports carry."""
+    if artifact.path.suffix == ".xml":
+        return Measured(value=artifact.size_bytes, unit="B", protocol="stat: an .xml file carries no metadata to strip")
     import onnx
 
     model = onnx.load(artifact.path, load_external_data=False)
@@ -384,6 +388,11 @@ def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tup
     return (*by_stage.values(), record), details
 
 
+def _model_file(run: Run, stage: str) -> Path:
+    return run.folder.path / f"{stage}{named(run.recipe.target).suffix}"
+
+
 def _artifact(run: Run, stage: str) -> Artifact:
-    path = run.folder.path / f"{stage}.onnx"
-    return Artifact(files=(path,), target=run.recipe.target, scheme="int8" if stage == "int8" else "fp32")
+    path = _model_file(run, stage)
+    files = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+    return Artifact(files=files, target=run.recipe.target, scheme="int8" if stage == "int8" else "fp32")

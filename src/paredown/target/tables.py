@@ -28,11 +28,25 @@ class Target:
     """Channels are rounded to a multiple of this."""
     limits: Mapping[str, int] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
+    suffix: str = ".onnx"
+    """Ending of the name of the model file."""
+    extras: tuple[str, ...] = ("onnx",)
+    """Of paredown, in `pip install 'paredown[…]'`: what export, check and measure need."""
+    modules: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
+    """What these extras bring, by the name under which it is imported."""
+    float_results: bool = False
+    """Whether the int8 kernels can return float. If so, a value is quantized only where an op reads its codes."""
 
 
 def _kinds(**kinds: str) -> dict[str, str]:
     return {op: kind for kind, ops in kinds.items() for op in ops.split()}
 
+
+_MOVES = (
+    "max_pool1d max_pool2d max_pool3d avg_pool2d adaptive_avg_pool2d flatten unflatten view reshape _unsafe_view permute transpose t "
+    "numpy_T swapaxes movedim squeeze unsqueeze slice select narrow pad constant_pad_nd cat concat stack expand expand_as repeat tile "
+    "split split_with_sizes chunk unbind tensor_split roll flip index_select pixel_shuffle pixel_unshuffle upsample_nearest2d"
+)
 
 # What ONNX Runtime 1.23–1.32 runs in 8 bits on the CPU: QLinearConv, QGemm, QLinearAdd, QLinearMul, QLinearSigmoid,
 # QLinearLeakyRelu, QLinearGlobalAveragePool, and any op that only moves values, on uint8 tensors as they are.
@@ -42,11 +56,24 @@ _ORT_X86 = _kinds(
     weighted="conv1d conv2d conv3d linear",
     binary="add add_ mul mul_",
     lookup="sigmoid sigmoid_ leaky_relu leaky_relu_",
-    shared=(
-        "max_pool1d max_pool2d max_pool3d avg_pool2d adaptive_avg_pool2d flatten unflatten view reshape _unsafe_view permute transpose t "
-        "numpy_T swapaxes movedim squeeze unsqueeze slice select narrow pad constant_pad_nd cat concat stack expand expand_as repeat tile "
-        "split split_with_sizes chunk unbind tensor_split roll flip index_select pixel_shuffle pixel_unshuffle upsample_nearest2d"
-    ),
+    shared=_MOVES,
+)
+
+# What OpenVINO 2026.4 runs in 8 bits on the CPU: convolutions (with groups too), FullyConnected, element-wise addition and
+# multiplication, pools, means over height and width, concatenation, and what only moves values. Its layers take any
+# element-wise activation, sum and requantization into themselves, so that an activation is left whole and its result is
+# quantized: hard-swish as x · hardsigmoid(x) was five nodes in float, one of them a reference kernel, and is none this way.
+# Tokens need no reshaping in front of a linear layer. Attention products, softmax, normalization and GELU stay float.
+_OPENVINO_X86 = _kinds(
+    weighted="conv1d conv2d conv3d linear",
+    binary="add add_ mul mul_",
+    shared=_MOVES,
+)
+_IDENTITIES = ("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy")
+_CLAMPS = ("relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_")
+_CURVES = (
+    *("sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "hardswish", "hardswish_", "silu", "silu_"),
+    *("leaky_relu", "leaky_relu_", "elu", "elu_", "gelu", "mish", "tanh", "tanh_"),
 )
 
 TARGETS: Mapping[str, Target] = {
@@ -55,13 +82,27 @@ TARGETS: Mapping[str, Target] = {
         activation_dtype="uint8",
         ops=_ORT_X86,
         dtypes=("float32", "uint8", "int8"),
-        fusions=("relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_"),
+        fusions=_CLAMPS,
         decompositions=(
-            *("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy"),
+            *_IDENTITIES,
             *("hardswish", "hardswish_", "silu", "silu_", "mean", "linear", "view", "_unsafe_view"),
         ),
         alignment=8,
         limits={"opset": 18, "opset_max": 23},
+    ),
+    "openvino-x86": Target(
+        name="openvino-x86",
+        activation_dtype="uint8",
+        ops=_OPENVINO_X86,
+        dtypes=("float32", "float16", "uint8", "int8"),
+        fusions=(*_CLAMPS, *_CURVES),
+        decompositions=(*_IDENTITIES, "mean", "view", "_unsafe_view"),
+        alignment=8,
+        limits={"opset": 18, "opset_max": 20},
+        suffix=".xml",
+        extras=("onnx", "openvino"),
+        modules=("onnx", "onnxscript", "openvino"),
+        float_results=True,
     ),
 }
 

@@ -1,0 +1,397 @@
+"""OpenVINO files (.xml and .bin) for its CPU plugin: made of the same ONNX graph, tidied; and what the plugin makes of them.
+
+Quantized values are one FakeQuantize each, weights int8 codes with a scale per channel: the form that the plugin's own
+quantizer writes. Codes are those of `Quantized.weights`.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paredown.errors import UsageError, VerificationError
+from paredown.export.artifact import Artifact, Check
+from paredown.export.onnxruntime import COSINE, Distance, distance, onnx_model, write_files
+from paredown.export.openvino_session import PRECISION, Session
+from paredown.export.session import answering, as_feed
+from paredown.program import Inputs, Program
+from paredown.quantize.batches import Batches, each
+from paredown.quantize.nouns import Quantized
+from paredown.quantize.schemes import DYNAMIC
+from paredown.records import whole_file
+from paredown.target import Target
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
+"""Scheme → largest error, in parts of the output scale. fp16 rounds weights to 11 bits, which is 5e-4 each."""
+Array = NDArray[Any]
+
+
+def write(
+    thing: Program | Quantized, path: Path, *, target: Target, opset: int, scheme: Literal["fp32", "fp16"] = "fp32"
+) -> Artifact:
+    """Convert, tidy, name and write; both files appear whole or not at all."""
+    import openvino
+
+    if path.suffix.lower() != target.suffix:
+        msg = f"a file for {target.name} must have a name that ends in {target.suffix}. Got {path.name!r}."
+        raise UsageError(msg)
+    limits = target.limits
+    if isinstance(opset, bool) or not isinstance(opset, int) or not limits["opset"] <= opset <= limits["opset_max"]:
+        msg = f"opset must be an integer from {limits['opset']} to {limits['opset_max']} for {target.name}. Got {opset!r}."
+        raise UsageError(msg)
+    if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
+        msg = f"scheme must be one with static activations for {target.name}. Got {thing.scheme!r}. Quantize with scheme='int8'."
+        raise UsageError(msg)
+    graph = onnx_model(thing, opset, on_codes=False)
+    kept = {str(n.name) for n in graph.graph} | ({str(n) for n in graph.graph.initializers} & _parameters(thing))
+    with tempfile.TemporaryDirectory() as folder:
+        model = openvino.Core().read_model(str(write_files(graph, Path(folder) / "model.onnx")[0]))
+        tidy(model, kept)
+        files = _write(model, path, half=scheme == "fp16")
+    return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else scheme)
+
+
+def _parameters(thing: Program | Quantized) -> set[str]:
+    return set(thing.state) if isinstance(thing, Program) else set()
+
+
+def _write(model: Any, path: Path, *, half: bool) -> tuple[Path, ...]:
+    """Save beside `path`, take the converter's version and the indentation out, and move both files into place."""
+    import openvino
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    side = path.with_suffix(".bin")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+        saved = Path(folder) / "model.xml"
+        openvino.save_model(model, str(saved), compress_to_fp16=half)
+        text = _compact(saved)
+        with whole_file(side) as temporary:
+            saved.with_suffix(".bin").replace(temporary)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return (path, side)
+
+
+def _compact(saved: Path) -> str:
+    net = ET.parse(saved).getroot()
+    for element in net.iter():
+        element.tail = None
+        element.text = element.text if (element.text or "").strip() else None
+    notes = net.find("rt_info")
+    for info in [] if notes is None else list(notes):
+        if info.tag != "framework":
+            notes.remove(info)  # type: ignore[union-attr]
+    if notes is not None and not len(notes):
+        net.remove(notes)
+    return '<?xml version="1.0"?>' + ET.tostring(net, encoding="unicode")
+
+
+# --------------------------------------------------------------------------------------------------------------- tidy
+
+
+def tidy(model: Any, kept: set[str]) -> None:
+    """Rewrite in place: one op per quantized value and per weight, none that rounds twice, the activations that have kernels."""
+    shared: dict[tuple[float, ...], Any] = {}
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind == "Multiply":
+            _fold_dequantize(node, shared)
+        elif kind == "HardSigmoid":
+            _fold_hard_sigmoid(node)
+    _drop_repeated(model)
+    _rename(model, kept)
+    model.validate_nodes_and_infer_types()
+
+
+def _fold_dequantize(node: Any, shared: dict[tuple[float, ...], Any]) -> None:
+    """(codes - zero) · scale: into the FakeQuantize that made the codes, or a weight as Convert and Multiply alone."""
+    import openvino.opset13 as ops
+
+    found = _dequantized(node)
+    if found is None:
+        return
+    convert, zero, scale = found
+    source = convert.input_value(0).get_node()
+    if source.get_type_name() == "Constant" and not zero.any():
+        constant = ops.constant(scale.astype(np.float32))
+        _replace(node, ops.multiply(convert, constant))
+    elif source.get_type_name() == "Convert" and source.input_value(0).get_node().get_type_name() == "FakeQuantize":
+        quantize = source.input_value(0).get_node()
+        ends = _ends(quantize)
+        if ends is None or zero.size != 1 or scale.size != 1:
+            return
+        z, s = float(zero.reshape(())), float(scale.reshape(()))
+        limits = [_scalar(v, shared) for v in (*ends[:2], *(float(np.float32((e - z) * s)) for e in ends[2:]))]
+        levels = int(quantize.get_attributes()["levels"])
+        _replace(node, ops.fake_quantize(quantize.input_value(0), *limits, levels))
+
+
+def _scalar(value: float, shared: dict[tuple[float, ...], Any]) -> Any:
+    import openvino.opset13 as ops
+
+    if (value,) not in shared:
+        shared[value,] = ops.constant(np.array(value, np.float32))
+    return shared[value,]
+
+
+def _dequantized(node: Any) -> tuple[Any, Array, Array] | None:
+    """(the Convert of the codes, zero point, scale) where a multiplication is the end of a dequantization."""
+    scale, inner = evaluated(node.input_value(1)), node.input_value(0).get_node()
+    zero: Array | None = np.zeros((), np.float32)
+    if inner.get_type_name() == "Subtract":
+        zero, inner = evaluated(inner.input_value(1)), inner.input_value(0).get_node()
+    if scale is None or zero is None or inner.get_type_name() != "Convert":
+        return None
+    codes = inner.input_value(0).get_element_type().get_type_name()
+    return (inner, zero, scale) if codes in ("i8", "u8") else None
+
+
+def evaluated(output: Any) -> Array | None:
+    """The array behind an output that is a constant, or one that was only converted or reshaped."""
+    node = output.get_node()
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return np.array(node.data)
+    if kind == "Convert":
+        array = evaluated(node.input_value(0))
+        return None if array is None else array.astype(node.get_element_type().to_dtype())
+    if kind in ("Reshape", "Unsqueeze", "Squeeze") and output.get_partial_shape().is_static:
+        array = evaluated(node.input_value(0))
+        return None if array is None else array.reshape(tuple(output.get_shape()))
+    return None
+
+
+def _fold_hard_sigmoid(node: Any) -> None:
+    """min(max(x/6 + 1/2, 0), 1) has a kernel under a name of its own; the general form runs in a reference kernel."""
+    import openvino.opset13 as ops
+
+    slope, shift = (evaluated(node.input_value(i)) for i in (1, 2))
+    if slope is None or shift is None or abs(float(slope) - 1 / 6) > 1e-6 or float(shift) != 0.5:
+        return
+    _replace(node, ops.hsigmoid(node.input_value(0)))
+
+
+def unpack_weights(model: Any) -> None:
+    """Every weight as the float32 array that its codes stand for: kernels for packed weights round activations by themselves."""
+    import openvino.opset13 as ops
+
+    for node in model.get_ordered_ops():
+        found = _dequantized(node) if node.get_type_name() == "Multiply" else None
+        codes = None if found is None else evaluated(found[0].input_value(0))
+        if found is not None and codes is not None:
+            _replace(node, ops.constant((codes.astype(np.float32) - found[1]) * found[2]))
+
+
+def _replace(old: Any, new: Any) -> None:
+    names = old.output(0).get_names()
+    for reader in old.output(0).get_target_inputs():
+        reader.replace_source_output(new.output(0))
+    new.output(0).get_tensor().set_names(names)
+    new.set_friendly_name(old.get_friendly_name())
+
+
+MOVES = (
+    *(
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "StridedSlice",
+        "Slice",
+        "Pad",
+        "Concat",
+        "Split",
+        "VariadicSplit",
+    ),
+    *("Gather", "Broadcast", "Tile", "MaxPool", "DepthToSpace", "SpaceToDepth", "Relu"),
+)
+"""Ops that put no value between two steps of a grid that has zero on it."""
+
+
+def _drop_repeated(model: Any) -> None:
+    """A FakeQuantize of values that are on its grid already rounds nothing."""
+    grids: dict[tuple[str, int], tuple[float, ...]] = {}
+
+    def key(output: Any) -> tuple[str, int]:
+        return output.get_node().get_name(), output.get_index()
+
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind == "FakeQuantize":
+            grid = _grid(node)
+            if grid is None:
+                continue
+            if grids.get(key(node.input_value(0))) == grid and not _is_output(node):
+                for reader in node.output(0).get_target_inputs():
+                    reader.replace_source_output(node.input_value(0))
+            grids[key(node.output(0))] = grid
+        elif kind in MOVES:
+            sources = node.input_values() if kind == "Concat" else [node.input_value(0)]
+            found = {grids.get(key(s)) for s in sources}
+            if len(found) == 1 and (one := found.pop()) is not None:
+                grids |= {key(o): one for o in node.outputs()}
+
+
+def _grid(node: Any) -> tuple[float, ...] | None:
+    """(levels, low, high) where what goes in and what comes out have the same ends."""
+    ends = _ends(node)
+    if ends is None:
+        return None
+    a, b, c, d = ends
+    close = abs(a - c) <= 1e-6 * (b - a) and abs(b - d) <= 1e-6 * (b - a)
+    return (float(node.get_attributes()["levels"]), c, d) if close else None
+
+
+def _ends(quantize: Any) -> tuple[float, float, float, float] | None:
+    """(low and high of the input, low and high of the output) of a FakeQuantize with one range for all."""
+    found = [evaluated(quantize.input_value(i)) for i in range(1, 5)]
+    values = [float(e.reshape(())) for e in found if e is not None and e.size == 1]
+    return (values[0], values[1], values[2], values[3]) if len(values) == 4 else None
+
+
+def _is_output(node: Any) -> bool:
+    return any(r.get_node().get_type_name() == "Result" for r in node.output(0).get_target_inputs())
+
+
+def _rename(model: Any, kept: set[str]) -> None:
+    """Names of layers and parameters stay; all others, which count up over a whole process, are numbered anew."""
+    counts: collections.Counter[str] = collections.Counter()
+    for node in model.get_ordered_ops():
+        kind, name = node.get_type_name(), str(node.get_friendly_name())
+        ends = kind in ("Parameter", "Result")
+        if not ends and name not in kept and name.partition("/")[0] not in kept:
+            node.set_friendly_name(f"{kind.lower()}_{counts[kind]}")
+            counts[kind] += 1
+        for output in node.outputs():
+            if not ends and not any(r.get_node().get_type_name() == "Result" for r in output.get_target_inputs()):
+                output.get_tensor().set_names(set())
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: bool) -> Check:
+    """Run the file on the samples, at their batch and at batch 1, against PyTorch; float32 wherever it is not int8."""
+    session, first = Session(artifact.path), list[dict[str, Any]]()
+
+    def noted() -> Iterator[dict[str, Any]]:
+        for args, kwargs in each(samples):
+            first[:] = first or [{"args": args, "kwargs": kwargs}]
+            yield {"args": args, "kwargs": kwargs}
+
+    far = distance(answering(session), reference, noted)
+    int8_nodes, float_nodes = executed(session, (first[0]["args"], first[0]["kwargs"]))
+    tolerance = TOLERANCES.get(artifact.scheme)
+    within, notes = _within(far, tolerance), [f"OpenVINO computed with INFERENCE_PRECISION_HINT={PRECISION}"]
+    notes += _changes_if_free(artifact, session, first, tolerance)
+    if not within and tolerance is None and not _has_int8_sums():
+        exact = distance(answering(Session(artifact.path, in_float=unpack_weights)), reference, first)
+        within = _within(exact, tolerance)
+        notes.append(_saturates(far, exact))
+    check = Check(
+        max_error=far.error,
+        scale=far.scale,
+        cosine=far.cosine,
+        int8_nodes=int8_nodes,
+        float_nodes=float_nodes,
+        holds=within,
+        notes=tuple(notes),
+    )
+    if strict and not check.holds:
+        rule = f"within {tolerance:g} of the output scale" if tolerance else f"cosine ≥ {COSINE}"
+        got = f"an error of {far.error:.3g} at scale {far.scale:.3g}, cosine {far.cosine:.6f}"
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got {got}{'' if far.finite else ', NaN or infinity'}. "
+        raise VerificationError(msg + " ".join(f"{n}." for n in notes[1:]), evidence=check)
+    return check
+
+
+def _within(far: Distance, tolerance: float | None) -> bool:
+    return far.finite and (far.error <= tolerance * far.scale if tolerance else far.cosine >= COSINE)
+
+
+def _changes_if_free(artifact: Artifact, session: Session, samples: Batches, tolerance: float | None) -> list[str]:
+    """A word of warning where the plugin computes something else when the free axes are left free."""
+    if not any(isinstance(d, str) for i in session.get_inputs() for d in i.shape):
+        return []
+    far = distance(answering(Session(artifact.path, free=True)), artifact, samples)
+    if _within(far, tolerance):
+        return []
+    return [
+        f"compiled with a free batch, OpenVINO answers otherwise (error {far.error:.3g} at scale {far.scale:.3g}, cosine "
+        f"{far.cosine:.6f}): fix the shape first, with model.reshape, as is done here"
+    ]
+
+
+def _has_int8_sums() -> bool:
+    """Whether the processor sums products of 8 bits in 32 (VNNI, AMX). Without, OpenVINO's sums of two saturate at 16 bit."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return True  # not Linux: nothing is known, nothing is excused
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & words)
+
+
+def _saturates(far: Distance, exact: Distance) -> str:
+    return (
+        "this processor has no VNNI, so that OpenVINO's sums of uint8 × int8 saturate at 16 bit: cosine "
+        f"{far.cosine:.6f} here, {exact.cosine:.6f} with the same file executed in float "
+        "(LP_TRANSFORMS_MODE=NO, weights unpacked); "
+        "what is measured here is worse than where there is VNNI"
+    )
+
+
+_EDGES = ("Input", "Output", "Parameter", "Result", "Const", "Constant", "Reorder", "Convert", "ShapeOf", "MemoryInput")
+_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
+_NUMBERED = re.compile(r"[a-z]+\d*_\d+")
+"""Names that `tidy` gives."""
+_INVENTED = re.compile(r"[A-Za-z]+\d*_\d+.*|Constant\w*")
+"""Those, and names that OpenVINO counts up over a whole process: they would differ from run to run."""
+_CODES, _FLOATS = ("u8", "i8"), ("f32", "bf16", "f16")
+
+
+def executed(session: Session, sample: Inputs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """("type: name" in int8, "type: name" in float) of the graph that the CPU plugin runs, in its order.
+
+    Not listed: constants and what is computed of nothing but them, changes of layout or type, views, arithmetic on shapes,
+    and a FakeQuantize that turns floats into codes. One whose result is float again is listed: it costs and gains nothing.
+    """
+    compiled = session.request(as_feed(session.get_inputs(), *sample)).get_compiled_model()
+    int8_nodes, float_nodes, constants = [], [], set()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind, precision, result = (_text(info, k) for k in ("layerType", "runtimePrecision", "outputPrecisions"))
+        result = result.split(",")[0]
+        sources = [v.get_node().get_friendly_name() for v in node.input_values()]
+        if kind in ("Const", "Constant") or (sources and all(s in constants for s in sources)):
+            constants.add(node.get_friendly_name())
+            continue
+        if kind in (*_EDGES, *_VIEWS) or result not in (*_CODES, *_FLOATS):
+            continue
+        label = f"{kind}: {_name(node, info)}"
+        if kind == "FakeQuantize":
+            float_nodes += [label] if result in _FLOATS else []
+        elif precision in _CODES:
+            int8_nodes.append(label)
+        else:
+            float_nodes.append(label)
+    return tuple(int8_nodes), tuple(float_nodes)
+
+
+def _name(node: Any, info: Any) -> str:
+    """The layer's name without what the plugin added; of a fused node the first that is a layer's, of its own inventions none."""
+    parts = dict.fromkeys(n.split("/")[0] for n in _text(info, "originalLayersNames").split(",") if n)
+    named = [n for n in parts if not _INVENTED.fullmatch(n)]
+    numbered = [n for n in parts if _NUMBERED.fullmatch(n)]
+    return next(iter((*named, *numbered)), "of the plugin")
+
+
+def _text(info: Any, key: str) -> str:
+    return str(info[key].astype(str)) if key in info else ""

@@ -1,0 +1,124 @@
+"""An OpenVINO file on the CPU, called like an ONNX Runtime session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paredown.errors import MissingError, RejectedError
+
+PRECISION = "f32"
+"""INFERENCE_PRECISION_HINT. Unless it is set, OpenVINO computes what is not int8 in bfloat16 where the processor can, a float file too."""
+STRUCTURE = "outputs"
+"""Key of the file's metadata that holds the structure of its outputs, where it is not one tensor."""
+_KEPT = 4
+"""Shapes for which a compiled file is kept: each holds the weights once more."""
+_TYPES = {"f32": "tensor(float)", "f64": "tensor(double)", "i64": "tensor(int64)", "i32": "tensor(int32)"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """One input of a file: `shape` has text for an axis that is free, `type` is named as ONNX Runtime names it."""
+
+    name: str
+    shape: list[int | str]
+    type: str
+
+
+def settings(threads: int, *, in_float: bool = False) -> dict[str, Any]:
+    """What every session here sets: threads, one stream, float32. `in_float` keeps the plugin from making int8 layers."""
+    more = {"LP_TRANSFORMS_MODE": "NO"} if in_float else {}
+    pinned = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+    return {**pinned, "INFERENCE_PRECISION_HINT": PRECISION, **more}
+
+
+class Session:
+    """A file on the CPU, compiled once for every shape that it meets. Raises MissingError without OpenVINO, RejectedError where it refuses.
+
+    A free axis costs time at every call, and OpenVINO 2026.4 loses the bias of a convolution behind which a class token is
+    repeated over a free batch; `free` compiles such a file as it is all the same. `in_float` makes the weights of the model
+    that was read float, and the quantization is then executed in float.
+    """
+
+    note = f"INFERENCE_PRECISION_HINT={PRECISION}, NUM_STREAMS=1, compiled for the shape of the sample"
+
+    def __init__(
+        self, path: Path, *, threads: int = 1, free: bool = False, in_float: Callable[[Any], None] | None = None
+    ) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            msg = "running an .xml file must have OpenVINO. It is not installed. Run: pip install 'paredown[openvino]'."
+            raise MissingError(msg) from error
+        self._path, self._free = path, free
+        self._settings = settings(threads, in_float=in_float is not None)
+        self._core = openvino.Core()
+        with self._explained():
+            self._model = self._core.read_model(str(path))
+            if in_float is not None:
+                in_float(self._model)
+        self.metadata = _metadata(self._model)
+        self._inputs = [_input(value) for value in self._model.inputs]
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def get_inputs(self) -> list[Input]:
+        """The inputs in the order of the network's own."""
+        return self._inputs
+
+    def run(self, _: None, feed: Mapping[str, Any]) -> list[Any]:
+        """Outputs as arrays that are the caller's own."""
+        request = self.request(feed)
+        request.infer(dict(feed), share_inputs=True, share_outputs=True)
+        return [np.array(request.get_output_tensor(i).data) for i in range(len(self._model.outputs))]
+
+    def request(self, feed: Mapping[str, Any]) -> Any:
+        """The compiled file for the shapes of that feed."""
+        key = () if self._free else tuple(tuple(feed[i.name].shape) for i in self._inputs)
+        if key not in self._requests:
+            with self._explained():
+                model = self._model
+                if not self._free:
+                    model = model.clone()
+                    model.reshape({i.name: list(shape) for i, shape in zip(self._inputs, key, strict=True)})
+                compiled = self._core.compile_model(model, "CPU", self._settings)
+            if len(self._requests) >= _KEPT:
+                del self._requests[next(iter(self._requests))]
+            self._requests[key] = compiled.create_infer_request()
+        return self._requests[key]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = next((t for t in reversed(str(error).strip().splitlines()) if t.strip()), "no message")[:300]
+            msg = (
+                f"an .xml file must load in OpenVINO {_version()} and fit its inputs. Got {self._path.name}: {reason}."
+            )
+            raise RejectedError(msg) from error
+
+
+def _version() -> str:
+    import openvino
+
+    return str(openvino.__version__).partition("-")[0]
+
+
+def _input(value: Any) -> Input:
+    shape: list[int | str] = [d.get_length() if d.is_static else "?" for d in value.get_partial_shape()]
+    name = value.get_element_type().get_type_name()
+    return Input(name=value.any_name, shape=shape, type=_TYPES.get(name, f"tensor({name})"))
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    """What the ONNX graph said of its outputs' structure; OpenVINO keeps it under "framework"."""
+    place = ["framework", STRUCTURE]
+    return {STRUCTURE: str(model.get_rt_info(place).astype(str))} if model.has_rt_info(place) else {}
+
+
+__all__ = ["PRECISION", "STRUCTURE", "Input", "Session", "settings"]

@@ -1,0 +1,263 @@
+"""OpenVINO files: bytes, names, codes, int8 kernels, parity. Everything runs in the real OpenVINO."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deploy_nets
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("torchao")
+pytest.importorskip("openvino", reason="the target openvino-x86 needs openvino: pip install 'paredown[openvino]'")
+
+import openvino
+
+from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
+from paredown.export import Artifact, check, export, predictor
+from paredown.export.openvino import _has_int8_sums
+from paredown.export.session import open_session
+from paredown.measure import measure
+from paredown.program import Program, capture
+from paredown.quantize import Quantized, quantize
+
+OPENVINO = "openvino-x86"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    net: nn.Module
+    program: Program
+    quantized: Quantized
+    fp32: Artifact
+    int8: Artifact
+
+    def samples(self, batch: int = 5) -> list[dict[str, object]]:
+        torch.manual_seed(99)
+        return [deploy_nets.NETS[self.name][1](batch)]
+
+
+@pytest.fixture(scope="module", params=list(deploy_nets.NETS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    folder = tmp_path_factory.mktemp(request.param)
+    net, inputs = deploy_nets.made(request.param)
+    program = capture(net, inputs(2), train=False)
+    quantized = quantize(program, calibrate=[inputs(16) for _ in range(4)], target=OPENVINO)
+    fp32 = export(program, folder / "a.xml", target=OPENVINO)
+    yield Case(request.param, net, program, quantized, fp32, export(quantized, folder / "b.xml"))
+
+
+# What computes in float in the plugin's own graph; everything else that computes runs on codes.
+FLOAT = {
+    "residual": set(),
+    "mobile": set(),
+    "concat": set(),
+    "named": set(),
+    "vision": {
+        "MVN",
+        "Subgraph",
+        "Transpose",
+        "Split",
+        "Eltwise",
+        "Concatenation",
+    },  # which of them, the processor decides
+}
+
+
+def kinds(nodes: tuple[str, ...]) -> list[str]:
+    return [n.split(":")[0] for n in nodes]
+
+
+def test_float_file_equals_pytorch(case: Case) -> None:
+    result = check(case.fp32, case.net, case.samples())
+    assert result.holds
+    assert result.scale > 0.01
+    assert result.max_error <= 1e-5 * result.scale
+    assert result.int8_nodes == ()
+    assert "Convolution" in kinds(result.float_nodes)
+    assert any("f32" in note for note in result.notes)  # says in which precision it computed
+    assert [f.suffix for f in case.fp32.files] == [".xml", ".bin"]
+
+
+def test_int8_file_equals_the_simulation_and_runs_in_int8(case: Case) -> None:
+    result = check(case.int8, case.quantized, case.samples())
+    assert result.holds
+    if _has_int8_sums():
+        assert result.cosine >= 0.999
+    else:
+        assert result.cosine >= (0.999 if len(result.notes) == 1 else 0.98)
+    assert set(kinds(result.float_nodes)) <= FLOAT[case.name]
+    assert ("MVN" in kinds(result.float_nodes)) == (case.name == "vision")
+    found = kinds(result.int8_nodes)
+    layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in case.net.modules())
+    assert layers == found.count("Convolution") + found.count("FullyConnected")
+    assert not [n for n in result.int8_nodes if n[-1].isdigit() and "_" in n and "Constant" in n]
+
+
+def test_codes_in_the_file_are_the_codes_of_quantized(case: Case) -> None:
+    model = openvino.Core().read_model(case.int8.path)
+    stored = [np.array(n.data) for n in model.get_ops() if n.get_type_name() == "Constant"]
+    stored = [a for a in stored if a.dtype == np.int8]
+    expected = [p.codes.numpy() for p in case.quantized.weights.values() if p.codes.dtype == torch.int8]
+    assert len(stored) == len(expected) > 0
+    digests = sorted(a.tobytes() for a in stored)
+    assert digests == sorted(a.tobytes() for a in expected)
+    floats = [
+        n for n in model.get_ops() if n.get_type_name() == "Constant" and n.get_element_type() == openvino.Type.f32
+    ]
+    assert max(n.data.size for n in floats) < max(a.size for a in stored)  # no float weight beside its codes
+
+
+def test_no_trace_of_the_machine(case: Case) -> None:
+    words = [
+        str(Path.home()),
+        str(Path.cwd()),
+        getpass.getuser() + "/",
+        socket.gethostname(),
+        "site-packages",
+        "/tmp",
+        ".py",
+    ]
+    words += [openvino.__version__, "Runtime", "model.onnx"]
+    for artifact in (case.fp32, case.int8):
+        assert len(artifact.files) == 2
+        for file in artifact.files:
+            data = file.read_bytes()
+            assert len(data) > 300
+            assert [w for w in words if len(w) > 3 and w.encode() in data] == []
+
+
+_SCRIPT = """
+import sys, pathlib
+sys.path[:0] = sys.argv[1:3]
+import test_export_openvino
+test_export_openvino.write_both(pathlib.Path.cwd())
+"""
+
+
+def write_both(folder: Path) -> list[bytes]:
+    """The float and the int8 file of one network, made from nothing but seeds."""
+    net, inputs = deploy_nets.made("mobile")
+    torch.manual_seed(5)
+    program = capture(net, inputs(2), train=False)
+    quantized = quantize(program, calibrate=[inputs(32)], target=OPENVINO)
+    made = [export(t, folder / f"{i}.xml", target=OPENVINO) for i, t in enumerate((program, quantized))]
+    return [f.read_bytes() for artifact in made for f in artifact.files]
+
+
+def test_the_same_input_gives_the_same_bytes_here_and_in_another_process(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "some where else", "third")]
+    for folder in folders:
+        folder.mkdir()
+    first, again = write_both(folders[0]), write_both(folders[1])
+    assert first == again
+    command = [sys.executable, "-c", _SCRIPT, str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "123"}, check=True, cwd=folders[2])
+    assert [(folders[2] / f"{i}.{end}").read_bytes() for i in (0, 1) for end in ("xml", "bin")] == first
+
+
+@pytest.fixture(scope="module")
+def concat(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Program, Quantized, Artifact, Artifact]:
+    folder = tmp_path_factory.mktemp("concat")
+    net, inputs = deploy_nets.made("concat")
+    program = capture(net, inputs(2), train=False)
+    quantized = quantize(program, calibrate=[inputs(32)], target=OPENVINO)
+    fp32 = export(program, folder / "a.xml", target=OPENVINO)
+    return net, program, quantized, fp32, export(quantized, folder / "b.xml")
+
+
+def test_a_file_of_another_network_does_not_pass(
+    concat: tuple[nn.Module, Program, Quantized, Artifact, Artifact],
+) -> None:
+    *_, fp32, int8 = concat
+    other = deploy_nets.Concat().eval()
+    _, inputs = deploy_nets.made("concat")
+    for artifact in (fp32, int8):
+        with pytest.raises(VerificationError, match="must equal PyTorch") as caught:
+            check(artifact, other, [inputs(4)])
+        assert not caught.value.evidence.holds
+        assert not check(artifact, other, [inputs(4)], strict=False).holds
+
+
+def test_fp16_halves_the_weights(
+    tmp_path: Path, concat: tuple[nn.Module, Program, Quantized, Artifact, Artifact]
+) -> None:
+    net, program, _, fp32, _ = concat
+    half = export(program, tmp_path / "half.xml", target=OPENVINO, scheme="fp16")
+    assert half.scheme == "fp16"
+    assert half.files[1].stat().st_size <= 0.55 * fp32.files[1].stat().st_size
+    result = check(half, net, [deploy_nets.NETS["concat"][1](4)])
+    assert 0 < result.max_error <= 1e-2 * result.scale
+    with pytest.raises(UsageError, match="fp16"):
+        export(program, tmp_path / "a.onnx", scheme="fp16")
+
+
+def test_structure_and_batch_of_the_model_are_kept(tmp_path: Path) -> None:
+    net, inputs = deploy_nets.made("named")
+    predict = predictor(export((net, inputs(2)), tmp_path / "a.xml", target=OPENVINO))
+    for batch in (1, 7):
+        given = inputs(batch)
+        answer, expected = (f(*given["args"], **given["kwargs"]) for f in (predict, predictor(net)))
+        assert list(answer) == ["kind", "rest"]
+        torch.testing.assert_close(answer["kind"], expected["kind"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answer["rest"][1], expected["rest"][1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(RejectedError, match="image, table"):
+        predict(torch.zeros(2, 3, 8, 8))
+
+
+def test_measured_in_turns_with_a_file_of_another_runtime(
+    tmp_path: Path, concat: tuple[nn.Module, Program, Quantized, Artifact, Artifact]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    _, program, _, fp32, _ = concat
+    x = deploy_nets.NETS["concat"][1](6)
+    found = measure(fp32, [x], baseline=export(program, tmp_path / "a.onnx"), runs=10, seconds=1.0)
+    assert found["bytes"].value == sum(f.stat().st_size for f in fp32.files)
+    assert 0 < found["latency_ms"].value < 1000
+    assert found["speedup"].value == pytest.approx(found["baseline_latency_ms"].value / found["latency_ms"].value)
+    assert "INFERENCE_PRECISION_HINT=f32" in found["latency_ms"].protocol
+    assert "INFERENCE_PRECISION_HINT" not in found["baseline_latency_ms"].protocol
+    assert found["peak_memory_bytes"].value > found["after_import_memory_bytes"].value > 20e6
+
+
+def test_wrong_requests(tmp_path: Path, concat: tuple[nn.Module, Program, Quantized, Artifact, Artifact]) -> None:
+    _, program, quantized, *_ = concat
+    with pytest.raises(UsageError, match=r"ends in \.xml"):
+        export(quantized, tmp_path / "a.onnx")
+    with pytest.raises(UsageError, match="opset must be an integer"):
+        export(program, tmp_path / "a.xml", target=OPENVINO, opset=5)
+    with pytest.raises(UsageError, match="Quantize again"):
+        export(quantized, tmp_path / "a.onnx", target="onnxruntime-x86")
+    (tmp_path / "bad.xml").write_text("<net/>")
+    with pytest.raises(RejectedError, match="must load in OpenVINO"):
+        open_session(tmp_path / "bad.xml")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.xml"]
+
+
+def test_without_openvino_every_verb_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concat: tuple[nn.Module, Program, Quantized, Artifact, Artifact]
+) -> None:
+    _, program, _, fp32, _ = concat
+    x = [deploy_nets.NETS["concat"][1](2)]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for verb in (
+        lambda: export(program, tmp_path / "a.xml", target=OPENVINO),
+        lambda: check(fp32, program, x),
+        lambda: predictor(fp32),
+        lambda: measure(fp32, x),
+    ):
+        with pytest.raises(MissingError, match=r"pip install 'paredown\[openvino\]'"):
+            verb()
+    assert MissingError.exit_code == 8
