@@ -9,6 +9,7 @@ belongs to it is `paredown.prune.obs`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,11 +52,12 @@ def obs(source: Source, options: ObsOptions) -> Iterator[Elements]:
     weights = source.weights
     divisors = {}
     for name in list(seen):
-        statistics = seen.pop(name)  # a Gram matrix is the largest thing here: one inverse at a time
+        statistics = seen.pop(name)
         assert statistics.gram is not None
         kept = _diagonal(statistics.gram, options)
         shape = tuple(weights[name].shape)
-        divisors[name] = (statistics, kept, shape)
+        # A Gram matrix is the largest thing here: none is held longer than its inverse is worked out.
+        divisors[name] = (dataclasses.replace(statistics, gram=None), kept, shape)
 
     def saliency(name: str) -> Tensor:
         squares = weights[name].square()

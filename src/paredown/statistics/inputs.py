@@ -101,7 +101,11 @@ def input_statistics(
             sums[key] = Sums(name, uses[name], gram=gram, positions=positions_per_sample)
             sights += [Sight(node=u.source, look=partial(sums[key].add, u), reader=u.node) for u in uses[name]]
     observed(program, sights, batches, loss=loss, num_batches=num_batches, module=module)
-    return {name: sums[id(uses[name])].result(name) for name in names}
+    found: dict[int, InputStatistics] = {}
+    for name in names:
+        if id(uses[name]) not in found:
+            found[id(uses[name])] = sums.pop(id(uses[name])).result(name)
+    return {name: found[id(uses[name])] for name in names}
 
 
 def readable_uses(program: Program, names: Sequence[str]) -> dict[str, list[Use]]:
@@ -173,7 +177,7 @@ class Sums:
         self._count[blocks] += math.prod(windows.shape[2 : 2 + use.spatial]) * len(value)
 
     def result(self, name: str) -> InputStatistics:
-        """The means; raises RejectedError where nothing was seen or it is not finite."""
+        """The means; raises RejectedError where nothing was seen or it is not finite. To be called once: Σ x xᵀ becomes its mean."""
         if not bool(torch.isfinite(self._sums).all()):
             msg = (
                 f"activations must be finite. Got NaN or infinity at the input of {name}. Look for NaN in the batches."
@@ -185,7 +189,7 @@ class Sums:
             squared_norms=means[2],
             means=means[0],
             absolute_means=means[1],
-            gram=None if self._gram is None else self._gram / count[:, None, None],
+            gram=None if self._gram is None else self._gram.div_(count[:, None, None]),
             num_positions=int(self._count.max()),
             flipped=self._flipped,
         )
