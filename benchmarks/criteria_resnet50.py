@@ -1,61 +1,74 @@
 """What every criterion costs on ResNet-50 beyond its passes through the model: seconds and peak memory.
 
-    python benchmarks/criteria_resnet50.py [--granularity channel] [--criteria l1 taylor …] [--batch 2]
+    python benchmarks/criteria_resnet50.py [--granularity channel element] [--criteria l1 taylor …] [--batch 2]
 
-Each criterion runs in a process of its own on one thread; seconds are of the processor, which other programs do not stretch
-by much. "passes" is the same number of forward or backward passes
-without any criterion; "beyond" is the rest. Memory is the rise of the resident set's high-water mark during the call,
-as a multiple of the model's parameters plus the batch. Random weights: only cost is measured here.
+The model is captured once; each criterion then runs in a forked process of its own on one thread. Seconds are of the
+processor, which other programs do not stretch by much. "passes" is the time of as many forward or backward passes
+without any criterion; "score" is the rest of the scoring, "allocate" a global ranking of the scores. Memory is the rise of
+the resident set's high-water mark beyond that of the passes, as a multiple of the model's parameters plus the batch.
+Random weights: only cost is measured here. Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import ctypes
+import gc
 import json
-import subprocess
+import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GRADIENTS = {"taylor": 1, "taylor2": 0, "fisher": 0, "snip": 1}
-"""Backward passes per batch; 0: one per sample."""
-FORWARD = ("apoz", "mean_activation", "wanda", "obs")
+FORWARD = ("apoz", "mean_activation", "wanda", "obs", "refit")
+BACKWARD = ("taylor", "snip")
+PER_SAMPLE = ("taylor2", "fisher")
+DOUBLE = {"grasp": 1, "hessian_trace": 4}
+"""Products with a Hessian per batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """The captured model and one batch."""
+
+    model: Any
+    program: Any
+    coupling: Any
+    cost: Any
+    batch: Any
+
+    @property
+    def megabytes(self) -> float:
+        """Of parameters and batch."""
+        return (sum(p.numel() * 4 for p in self.model.parameters()) + self.batch[0].numel() * 4) / 2**20
 
 
 def main() -> None:
-    """One line per criterion."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """One line per criterion and granularity."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--criteria", nargs="*")
-    parser.add_argument("--granularity", default="channel")
+    parser.add_argument("--granularity", nargs="+", default=["channel"])
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measured(options.criteria[0], options.granularity, options.batch)))
-        return
+    here = captured(options.batch)
     from paredown.score import TABLE
 
-    print(
-        f"{'criterion':<18}{'total s':>9}{'passes s':>9}{'beyond s':>9}{'allocate s':>11}{'peak MB':>9}{'x model':>9}"
-    )
-    for criterion in options.criteria or TABLE:
-        command = [sys.executable, __file__, "--one", "--criteria", criterion, "--granularity", options.granularity]
-        done = subprocess.run([*command, "--batch", str(options.batch)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{criterion:<18}{done.stderr.strip().splitlines()[-1][:120]}")
-            continue
-        row = json.loads(done.stdout.strip().splitlines()[-1])
-        print(
-            f"{criterion:<18}{row['total']:>9.2f}{row['passes']:>9.2f}{row['total'] - row['passes']:>9.2f}"
-            f"{row['allocate']:>11.2f}{row['peak_mb']:>9.0f}{row['times']:>9.2f}",
-            flush=True,
-        )
+    heads = ("passes s", "score s", "allocate s", "beyond s", "peak MB", "x model")
+    print(f"{'criterion':<18}{'cells':<10}" + "".join(f"{h:>12}" for h in heads), flush=True)
+    for granularity in options.granularity:
+        for criterion in options.criteria or TABLE:
+            row = apart(lambda c=criterion, g=granularity: measured(here, c, g))
+            text = row.get("error") or "".join(f"{row[h]:>12.2f}" for h in heads)
+            print(f"{criterion:<18}{granularity:<10}{text}", flush=True)
 
 
-def measured(criterion: str, granularity: str, size: int) -> dict[str, float]:
-    """Seconds and memory of one criterion in this process."""
+def captured(size: int) -> Here:
+    """ResNet-50 with random weights and scales that differ."""
     import torch
 
     import paredown as pare
@@ -70,60 +83,109 @@ def measured(criterion: str, granularity: str, size: int) -> dict[str, float]:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     batch = (torch.randn(size, 3, 224, 224), torch.arange(size))
     program = pare.capture(model, batch[0], train=False)
-    coupling, cost = pare.couple(program), pare.examine(program)
-
-    def loss(net: Any, given: Any) -> Any:
-        return torch.nn.functional.cross_entropy(net(given[0]), given[1])
-
-    plain_s, plain_mb = plain(criterion, program.module, batch, loss)
-    given = {"batches": [batch], "loss": loss} if criterion in (*GRADIENTS, *FORWARD, "grasp", "hessian_trace") else {}
-    before = resident("VmRSS")
-    reset_peak()
-    began = time.process_time()
-    scores = pare.score(program, coupling, criterion, granularity=granularity, **given)
-    total = time.process_time() - began
-    peak = resident("VmHWM") - before - plain_mb
-    began = time.process_time()
-    budget = pare.Budget(density=0.2) if scores.by_cell else pare.Budget(macs=0.5)
-    if ":" in granularity:
-        pare.allocate(coupling, scores, cost)
-    else:
-        pare.allocate(coupling, scores, cost, budget, allocation="global")
-    allocated = time.process_time() - began
-    weights_mb = (sum(p.numel() * 4 for p in model.parameters()) + batch[0].numel() * 4) / 2**20
-    return {"total": total, "passes": plain_s, "allocate": allocated, "peak_mb": peak, "times": peak / weights_mb}
+    return Here(model=model, program=program, coupling=pare.couple(program), cost=pare.examine(program), batch=batch)
 
 
-def plain(criterion: str, model: Any, batch: Any, loss: Any) -> tuple[float, float]:
-    """Seconds and memory of the passes alone, the second time (the first warms up)."""
+def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns in a forked process: its memory is its own, and its peak starts low."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            found = work()
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"[:140]}
+        os.write(writer, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"error": "the process was killed"}
+
+
+def measured(here: Here, criterion: str, granularity: str) -> dict[str, float]:
+    """Seconds and memory of one criterion in this process."""
     import torch
 
+    import paredown as pare
+
+    calls = [0]
+
+    def loss(net: Any, given: Any) -> Any:
+        calls[0] += 1
+        return torch.nn.functional.cross_entropy(net(given[0]), given[1])
+
+    once, plain_mb = passes(here, criterion, loss)
+    reads = criterion in (*FORWARD, *BACKWARD, *PER_SAMPLE, *DOUBLE)
+    given = {"batches": [here.batch], "loss": loss} if reads else {}
+    calls[0], before = 0, settled()
+    began = time.process_time()
+    scores = pare.score(here.program, here.coupling, criterion, granularity=granularity, **given)
+    took = time.process_time() - began
+    spent = once * calls[0] if criterion in FORWARD else once  # refit goes over the batches several times
+    began = time.process_time()
+    if ":" in granularity:
+        pare.allocate(here.coupling, scores, here.cost)
+    else:
+        budget = pare.Budget(density=0.2) if scores.by_cell else pare.Budget(macs=0.5)
+        pare.allocate(here.coupling, scores, here.cost, budget, allocation="global")
+    allocated = time.process_time() - began
+    peak = resident("VmHWM") - before - plain_mb
+    return {
+        "passes s": spent, "score s": took - spent, "allocate s": allocated, "beyond s": took - spent + allocated,
+        "peak MB": peak, "x model": peak / here.megabytes,
+    }  # fmt: skip
+
+
+def passes(here: Here, criterion: str, loss: Any) -> tuple[float, float]:
+    """Seconds and memory of the passes alone, the second time (the first warms up)."""
+    model = copy.deepcopy(here.model) if criterion in ("grasp", "synflow") else here.program.module
+    if criterion == "grasp":
+        model.train()
+    if criterion == "synflow":
+        model.double()
     took, rise = 0.0, 0.0
-    backward = GRADIENTS.get(criterion)
-    if backward is None and criterion not in FORWARD:
-        return took, rise
-    one_by_one = [(batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(len(batch[0]))]
     for _ in range(2):
-        before = resident("VmRSS")
-        reset_peak()
+        before = settled()
         began = time.process_time()
-        for part in one_by_one if backward == 0 else [batch]:
-            if backward is None:
-                with torch.no_grad():
-                    loss(model, part)
-            else:
-                loss(model, part).backward()
+        through(here, criterion, model, loss)
         took = time.process_time() - began
-        grads = sum(p.numel() * 4 for p in model.parameters() if p.grad is not None) / 2**20
+        grads = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None) / 2**20
         for parameter in model.parameters():
             parameter.grad = None
         rise = max(resident("VmHWM") - before - grads, 0.0)
     return took, rise
 
 
-def reset_peak() -> None:
-    """Start the high-water mark anew (Linux)."""
+def through(here: Here, criterion: str, model: Any, loss: Any) -> None:
+    """The passes of one criterion over one batch, one forward pass where it makes several."""
+    import torch
+
+    images, labels = here.batch
+    if criterion in FORWARD:
+        with torch.no_grad():
+            loss(model, here.batch)
+    if criterion in (*BACKWARD, "grasp"):
+        loss(model, here.batch).backward()
+    if criterion in PER_SAMPLE:
+        for i in range(len(images)):
+            loss(model, (images[i : i + 1], labels[i : i + 1])).backward()
+    if criterion == "synflow":
+        model(torch.ones_like(images, dtype=torch.float64)).sum().backward()
+    if criterion in DOUBLE:
+        parameters = list(model.parameters())
+        slopes = torch.autograd.grad(loss(model, here.batch), parameters, create_graph=True)
+        for left in reversed(range(DOUBLE[criterion])):
+            torch.autograd.grad(sum(g.sum() for g in slopes), parameters, retain_graph=left > 0)
+
+
+def settled() -> float:
+    """The resident set in MiB once what was freed went back to the system; the high-water mark starts anew (Linux, glibc)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def resident(which: str) -> float:
@@ -135,4 +197,4 @@ def resident(which: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
