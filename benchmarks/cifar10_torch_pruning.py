@@ -71,7 +71,7 @@ def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
         yield from choices()
         return
     for seed in seeds:
-        for distil in ("kl", "none"):
+        for distil in ("kl", "none", "mse"):
             for fewer in (2.1, 2.6):
                 for tool, recipe, lr in (("paredown", OURS, OURS_LR), ("torch-pruning", THEIRS, THEIRS_LR)):
                     yield Cell(table="b", tool=tool, recipe=recipe, fewer=fewer, distil=distil, lr=lr, seed=seed)
@@ -97,6 +97,8 @@ def choices() -> Iterator[Cell]:
         yield Cell(tool="torch-pruning", recipe=THEIRS, fewer=2.1, lr=lr, **one)
     for lr in (0.0025, 0.005, 0.01, 0.02, 0.04):
         yield Cell(tool="paredown", recipe=OURS, fewer=2.1, lr=lr, **one)
+    for tool, recipe in (("paredown", OURS), ("torch-pruning", THEIRS)):
+        yield Cell(tool=tool, recipe=recipe, fewer=2.1, lr=0.01, **{**one, "distil": "mse"})
 
 
 # ------------------------------------------------------------------------------------------------------------ pruning
@@ -232,7 +234,7 @@ def run(cell: Cell, task: Any, folder: Path) -> dict[str, Any]:
         epochs=cell.epochs,
         lr=cell.lr,
         seed=cell.seed,
-        teacher=dense if cell.distil == "kl" else None,
+        teacher=None if cell.distil == "none" else dense,
         distil=cell.distil,  # type: ignore[arg-type]
     ).module
     module = reestimate_batch_norm(
