@@ -32,7 +32,7 @@ COMMANDS = {
     "paredown.cli.coverage:coverage": "Capture, couple, cut and prove each model in a process of its own; resumable; exit 6 where a result is unproven.",
     "paredown.cli.doctor:doctor": "Explain this environment: versions, processor, runtimes, what is broken and how to fix it.",
     "paredown.cli.examine:examine": "Parameters, MACs, bytes and activation memory, per layer and in total; MODEL may be an .onnx file too.",
-    "paredown.cli.quantize:export": "Write a float32 file, and check it in its runtime on the example input.",
+    "paredown.cli.quantize:export": "Write a file in floating point, and check it in its runtime on the example input.",
     "paredown.cli.factorize:factorize": "Replace layers by low-rank chains, with a proof; train the result with your own loop.",
     "paredown.cli.init:init": "Write recipe.yaml and task.py: a small example that runs as it is, with marks where your own model goes.",
     "paredown.cli.measure:measure": "Bytes, latency (with its spread) and memory of a file, measured in its runtime on this machine.",

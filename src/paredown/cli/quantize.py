@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from paredown.export import Artifact, Check
     from paredown.program import Program
 
-_OUT = Parameter(name="--out", help="The file to write, as model.onnx.")
+_OUT = Parameter(name="--out", help="The file to write, as model.onnx, or model.xml for openvino-x86.")
 NO_DATA = ("int8-dynamic", "w4")
 """Schemes that need no samples (quantize.schemes.DYNAMIC, which would load torch); samples that are given check the file."""
 RANDOM_SAMPLES = "CALIBRATED ON RANDOM NUMBERS: the ranges are not those of your data. For a try of size and speed only, never to ship."
@@ -105,6 +105,7 @@ def export(
     input: options.Input,
     out: Annotated[Path, _OUT],
     target: options.Target = "onnxruntime-x86",
+    scheme: Annotated[Literal["fp32", "fp16"], Parameter(help="fp16 halves the weights, for openvino-x86.")] = "fp32",
     opset: Annotated[int, Parameter(help="ONNX opset; older runtimes need a lower one.")] = 18,
     weights: options.Weights = None,
     strip_prefix: options.StripPrefix = None,
@@ -115,7 +116,7 @@ def export(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Write a float32 file, and check it in its runtime on the example input."""
+    """Write a file in floating point, and check it in its runtime on the example input."""
     check_out_file(out, {"weights": weights, "model": model.rpartition(":")[0]}, overwrite=overwrite)
     with only_document(json):
         import paredown
@@ -131,7 +132,7 @@ def export(
             device=device,
         )
         say("export and check", quiet=quiet or json)
-        artifact = paredown.export(found.program, out, target=target, opset=opset)
+        artifact = paredown.export(found.program, out, target=target, opset=opset, scheme=scheme)
         args, kwargs = found.program.inputs
         checked = paredown.check(artifact, found.program, [{"args": args, "kwargs": kwargs}])
     _told(artifact, checked, {"weights": found.weights, "notes": list(found.notes)}, json=json, quiet=quiet)
@@ -226,6 +227,7 @@ def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bo
                     "scale": checked.scale,
                     "cosine": checked.cosine,
                     "holds": checked.holds,
+                    "notes": list(checked.notes),
                 },
                 "int8_nodes": list(checked.int8_nodes),
                 "float_nodes": list(checked.float_nodes),
@@ -243,4 +245,8 @@ def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bo
         ("runs in int8", f"{len(checked.int8_nodes)} nodes of the runtime's own graph"),
         ("computes in float", ", ".join(checked.float_nodes[:10]) or "none"),
     ]
-    show(table(("", str(artifact.path)), rows, left=2), *(f"note: {n}" for n in facts["notes"]), quiet=quiet)
+    show(
+        table(("", str(artifact.path)), rows, left=2),
+        *(f"note: {n}" for n in (*facts["notes"], *checked.notes)),
+        quiet=quiet,
+    )

@@ -225,7 +225,7 @@ def _drop_repeated(model: Any) -> None:
 
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        if kind == "FakeQuantize":
+        if kind == "FakeQuantize" or _only_quantizes(info):
             grid = _grid(node)
             if grid is None:
                 continue
@@ -288,7 +288,7 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
             yield {"args": args, "kwargs": kwargs}
 
     far = distance(answering(session), reference, noted)
-    int8_nodes, float_nodes = executed(session, (first[0]["args"], first[0]["kwargs"]))
+    int8_nodes, float_nodes = executed(session, Inputs(first[0]["args"], first[0]["kwargs"]))
     tolerance = TOLERANCES.get(artifact.scheme)
     within, notes = _within(far, tolerance), [f"OpenVINO computed with INFERENCE_PRECISION_HINT={PRECISION}"]
     notes += _changes_if_free(artifact, session, first, tolerance)
@@ -376,13 +376,19 @@ def executed(session: Session, sample: Inputs) -> tuple[tuple[str, ...], tuple[s
         if kind in (*_EDGES, *_VIEWS) or result not in (*_CODES, *_FLOATS):
             continue
         label = f"{kind}: {_name(node, info)}"
-        if kind == "FakeQuantize":
+        if kind == "FakeQuantize" or _only_quantizes(info):
             float_nodes += [label] if result in _FLOATS else []
         elif precision in _CODES:
             int8_nodes.append(label)
         else:
             float_nodes.append(label)
     return tuple(int8_nodes), tuple(float_nodes)
+
+
+def _only_quantizes(info: Any) -> bool:
+    """Whether a node is made of nothing but FakeQuantize, under whatever name the plugin runs it."""
+    parts = [n for n in _text(info, "originalLayersNames").split(",") if n]
+    return bool(parts) and all(n.startswith("fakequantize_") for n in parts)
 
 
 def _name(node: Any, info: Any) -> str:
