@@ -225,7 +225,7 @@ def _drop_repeated(model: Any) -> None:
 
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        if kind == "FakeQuantize" or _only_quantizes(info):
+        if kind == "FakeQuantize":
             grid = _grid(node)
             if grid is None:
                 continue
