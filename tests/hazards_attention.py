@@ -354,20 +354,6 @@ def einsum() -> nn.Module:
     return Net(run, w=nn.Parameter(torch.zeros(5, 7)), q=nn.Linear(7, 4), k=nn.Linear(7, 4), head=nn.Linear(7, 3))
 
 
-@hazard(tokens, free=4 + 5, zero_writes=True)
-def shared_key_value() -> nn.Module:
-    """Multi-query attention: one key and one value for all heads, so that a channel of them leaves every head."""
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q = m.q(x).view(b, n, 3, 4).transpose(1, 2)
-        k, v = m.k(x)[:, None], m.v(x)[:, None]
-        w = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
-        return m.head((w @ v).transpose(1, 2).reshape(b, n, -1))
-
-    return Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 4), v=nn.Linear(5, 5), head=nn.Linear(15, 3))
-
-
 def _positions(first: bool) -> nn.Module:
     """Positions along rows and columns of a map of 2 × 3 tokens, each read from a table that all heads share."""
 
@@ -644,19 +630,19 @@ def einsum_heads() -> nn.Module:
     return Net(run, q=nn.Linear(5, 6), k=nn.Linear(5, 6), v=nn.Linear(5, 6), head=nn.Linear(6, 3))
 
 
-@hazard(tokens)
+@hazard(tokens, free=4 + 4 + 6, zero_writes=True)
 def multi_query() -> nn.Module:
-    """One key and value head for all queries."""
+    """One key and value head for all queries, so that a channel of them leaves every head."""
 
     def run(m: Any, x: Tensor) -> Tensor:
         b, n, _ = x.shape
-        q, k, v = m.q(x).view(b, n, 3, 2).transpose(1, 2), m.k(x)[:, None], m.v(x)[:, None]
+        q, k, v = m.q(x).view(b, n, 3, 4).transpose(1, 2), m.k(x)[:, None], m.v(x)[:, None]
         return m.head(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1)) + m.other(m.a(x))
 
     return Net(
         run,
-        q=nn.Linear(5, 6),
-        k=nn.Linear(5, 2),
+        q=nn.Linear(5, 12),
+        k=nn.Linear(5, 4),
         v=nn.Linear(5, 4),
         head=nn.Linear(12, 3),
         a=nn.Linear(5, 6),

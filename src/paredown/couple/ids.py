@@ -25,7 +25,8 @@ class IdForest:
         self._parent: Indices = np.zeros(1 << 12, dtype=np.int64)
         self._origin: NDArray[np.int32] = np.zeros(1 << 12, dtype=np.int32)
         self.size = 1
-        self._num_origins = 0
+        self._starts = [0]
+        """First id of each origin."""
 
     def fresh(self, count: int) -> Tensor:
         """New ids of one common origin (one parameter axis). Shape [count]."""
@@ -33,15 +34,22 @@ class IdForest:
         while end > len(self._parent):
             self._parent = np.concatenate([self._parent, np.zeros_like(self._parent)])
             self._origin = np.concatenate([self._origin, np.zeros_like(self._origin)])
-        self._num_origins += 1
+        self._origin[self.size : end] = len(self._starts)
+        self._starts.append(self.size)
         self._parent[self.size : end] = np.arange(self.size, end)
-        self._origin[self.size : end] = self._num_origins
         self.size = end
         return torch.arange(end - count, end)
 
     def origins(self, ids: Tensor) -> Tensor:
         """The origin number of each id, 0 for fixed ones. Same shape."""
         return torch.from_numpy(self._origin[ids.numpy()])
+
+    def whole(self, ids: Tensor) -> bool:
+        """Whether these are all channels of every parameter axis that they come from: no slice of them."""
+        mine = np.unique(self.find(np.unique(compact(ids).numpy())))
+        ends = [*self._starts[1:], self.size]
+        origins = [o for o in np.unique(self._origin[mine]).tolist() if o]
+        return all(np.isin(self.find(np.arange(self._starts[o], ends[o])), mine).all() for o in origins)
 
     def find(self, ids: Indices) -> Indices:
         """The root of every id. Same shape."""

@@ -76,8 +76,10 @@ def _reduce(node: fx.Node, trace: Trace) -> Any:
     ids = trace.forest.canon(trace.of(node.args[0]))
     dims, keep = _reduced(node, ids)
     if _shrinks(node) and _over_channels(ids, dims, trace):
-        ids = _over_survivors(node, ids, dims, trace)
-    else:
+        ids = _at_every_position(ids, dims, trace)
+        if trace.forest.whole(ids):  # of a slice nothing might be left
+            trace.norms[node], ids = ids, fixed(ids.shape)
+    if node not in trace.norms:
         ids = reduce_rows(ids, dims, f"{node.target} over the channels", trace)
     for axis in sorted(dims, reverse=True):
         ids = ids.narrow(axis, 0, 1) if keep else ids.select(axis, 0)
@@ -94,9 +96,11 @@ def _shrinks(node: fx.Node) -> bool:
 
 
 def _over_channels(ids: Tensor, dims: list[int], trace: Trace) -> bool:
-    """Whether a reduced axis is that of the channels, and no other one is: not the parts of a head, not tokens."""
+    """Whether a reduced axis is that of the channels, and no other one is: not heads or parts of them, not tokens."""
     across = varying(ids)
     rest = [a for a in across if a not in dims]
+    if trace.are_heads(ids):
+        return False
     if not rest:
         return len(rest) < len(across)
     return any(_holds_channels(ids, a, trace) for a in across if a in dims) and not any(
@@ -104,13 +108,12 @@ def _over_channels(ids: Tensor, dims: list[int], trace: Trace) -> bool:
     )
 
 
-def _over_survivors(node: fx.Node, ids: Tensor, dims: list[int], trace: Trace) -> Tensor:
-    """A statistic over the channels, as a norm written out by hand takes it: of those that are left. Nothing leaves with it."""
+def _at_every_position(ids: Tensor, dims: list[int], trace: Trace) -> Tensor:
+    """A statistic over the channels, as a norm written out by hand takes it, is taken of those that are left: the same at every token."""
     for axis in [a for a in varying(ids) if a not in dims]:
         trace.tie(ids, ids.narrow(axis, 0, 1), "reduced at every position")
         ids = trace.forest.canon(ids)
-    trace.norms[node] = ids
-    return fixed(ids.shape)
+    return ids
 
 
 def reduce_rows(ids: Tensor, dims: list[int], reason: str, trace: Trace) -> Tensor:

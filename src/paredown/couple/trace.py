@@ -187,6 +187,14 @@ class Trace:
         """If `ids` still vary along `axis` when all ties are known, pin `at_stake`."""
         self._fragile.append((compact(ids), axis % max(ids.dim(), 1), compact(at_stake), reason, self.where()))
 
+    def are_heads(self, ids: Tensor) -> bool:
+        """Whether some of these are rows that something tied whole."""
+        if not self.heads:
+            return False
+        heads = np.unique(np.concatenate([numbers(self.forest, head).ravel() for head in self.heads]))
+        mine = np.unique(numbers(self.forest, compact(ids)))
+        return bool(np.isin(mine[mine != FIXED], heads).any())
+
     def chunks(self, stacked: Tensor) -> None:
         """Pieces of one axis, stacked: kept equal where that leaves enough freedom."""
         self._chunks.append(compact(stacked))
