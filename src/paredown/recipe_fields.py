@@ -185,6 +185,15 @@ class Quantize(Strict):
     values, least squared error, or least KL divergence (not for outputs of sigmoid or softmax)."""
     samples: int | None = Field(default=None, ge=1)
     """Calibration samples at most; null takes all that the task gives."""
+    repair: list[Literal["equalize", "smooth", "gptq", "adaround", "bias", "bias-fast"]] = []
+    """What is done against the rounding: ranges moved between layers, codes chosen by what they do to the output, means given
+    back. The samples and their activations are kept in memory."""
+    float_layers: list[str] = []
+    """Patterns of parameters or modules that stay in float."""
+    epochs: int = Field(default=0, ge=0)
+    """Of quantization-aware training, from the calibrated network; 0 leaves it out. The dense network distils."""
+    lr: float = Field(default=0.01, gt=0)
+    """Learning rate of that training, falling to 0 as a cosine."""
 
 
 class DenseTwin(Strict):

@@ -25,7 +25,7 @@ OPTIONS = {
     "coverage": "channels family journal json limit memory onnx out quiet retry seconds threads".split(),
     "doctor": ["json"],
     "examine": [*COMMON, "by", "file", "input", "overwrite", "plot", "strict", "target-size"],
-    "export": [*COMMON, "input", "opset", "out", "overwrite", "target"],
+    "export": [*COMMON, "input", "opset", "out", "overwrite", "scheme", "target"],
     "factorize": [
         *COMMON,
         *"align allocation dry-run energy exclude floor include input macs method out overwrite parameters".split(),
@@ -39,7 +39,10 @@ OPTIONS = {
         *"align allocation batches calibrate channels criterion data density drop dry-run exclude floor granularity".split(),
         *"include input macs masks out overwrite parameters plot realiser seed strict target task update".split(),
     ],
-    "quantize": [*COMMON, "calibrate", "input", "observer", "out", "overwrite", "samples", "scheme", "target"],
+    "quantize": [
+        *COMMON,
+        *"calibrate float-layers input observer out overwrite repair samples scheme target".split(),
+    ],
     "report": ["json", "quiet"],
 }
 

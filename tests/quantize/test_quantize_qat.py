@@ -12,6 +12,7 @@ import deploy_nets
 
 pytest.importorskip("torchao")
 
+from paredown.errors import UsageError
 from paredown.export import check, export
 from paredown.plan import Mask, Plan
 from paredown.program import capture
@@ -163,3 +164,11 @@ def test_learnable_leaves_its_base_alone() -> None:
         rounded = learnable(base, {})(x)
         assert torch.equal(base.prepared(x), before) and not torch.equal(rounded, before)
     assert not any(isinstance(m, LearnedStep) for m in base.prepared.modules())
+
+
+def test_four_bit_activations_are_simulated_only(tmp_path: Any) -> None:
+    net, data, x, _ = task()
+    quantized = quantize(capture(net, x[:2]), calibrate=[a for a, _ in data[:2]], scheme="w4a4")
+    with pytest.raises(UsageError, match="simulated only"):
+        export(quantized, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())

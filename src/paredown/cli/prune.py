@@ -125,10 +125,8 @@ def prune(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.
-
-    Masks of torch.nn.utils.prune that MODEL comes with are a level of their own: what is asked for comes on top of them.
-    """
+    """Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress."""
+    # Masks of torch.nn.utils.prune that MODEL comes with are a level of their own: what is asked for comes on top of them.
     from paredown.budget import Budget
 
     budget = Budget(

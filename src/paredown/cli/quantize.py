@@ -32,7 +32,7 @@ def quantize(
         str | None, Parameter(help=".npz or .npy of inputs, samples along the first axis; or the word random.")
     ] = None,
     scheme: Annotated[
-        Literal["int8", "w4a8", "w4a4", "int8-dynamic", "w4"],
+        Literal["int8", "w4a8", "int8-dynamic", "w4"],
         Parameter(help="Bits of weights and activations; int8-dynamic and w4 (weights alone) need no --calibrate."),
     ] = "int8",
     observer: Annotated[
@@ -40,6 +40,13 @@ def quantize(
         Parameter(help="How the range of an activation is chosen."),
     ] = "mse",
     samples: Annotated[int | None, Parameter(help="Calibration samples at most.")] = None,
+    repair: Annotated[
+        list[Literal["equalize", "smooth", "gptq", "adaround", "bias", "bias-fast"]] | None,
+        Parameter(help="What is done against the rounding; may be given several times."),
+    ] = None,
+    float_layers: Annotated[
+        list[str] | None, Parameter(help="Patterns of parameters or modules that stay in float.")
+    ] = None,
     target: options.Target = "onnxruntime-x86",
     weights: options.Weights = None,
     strip_prefix: options.StripPrefix = None,
@@ -81,6 +88,8 @@ def quantize(
             calibrate=None if scheme in NO_DATA else batches,
             observer=observer,
             num_samples=samples,
+            repair=repair or (),
+            float_layers=float_layers or (),
         )
         say("export and check", quiet=quiet or json)
         artifact = paredown.export(quant, out)

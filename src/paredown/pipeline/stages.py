@@ -73,7 +73,7 @@ def run_stages(run: Run) -> Compressed:
             title = f"Pruned, level {number}, FP32"
             _stage_float(run, 10 + number, f"level-{number}", title, tuned, tuned.plan, details)
     last: Program | Pruned = tuned or program
-    quantized = _quantized(run, last)
+    quantized = _quantized(run, last, dense)
     _stage_int8(run, 50, "int8", "INT8", quantized, tuned)
     _twin(run, last)
     if tuned is not None:
@@ -318,17 +318,40 @@ def _key(run: Run, artifact: Artifact) -> str:
 # -------------------------------------------------------------------------------------------------- quantize, the twin
 
 
-def _quantized(run: Run, thing: Program | Pruned) -> Quantized:
+def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> Quantized:
     run.say("quantize")
     options = run.recipe.quantize
     seed_all(run.recipe.seed)
-    return quantize(
+    shared: dict[str, Any] = {
+        "target": run.recipe.target,
+        "calibrate": run.task.calibration_batches,
+        "scheme": options.scheme,
+        "observer": options.observer,
+        "num_samples": options.samples,
+        "repair": options.repair,
+        "float_layers": options.float_layers,
+    }
+    if not options.epochs:
+        return quantize(thing, **shared)
+    if run.task.step is None or run.task.train_batches is None:
+        msg = "quantize.epochs must have a step(model, batch) in the task module. Got a task that trains by itself. Set quantize.epochs to 0, or add step."
+        raise UsageError(msg)
+    from paredown.quantize.qat import train_quantized
+
+    name = "qat" if teacher is not None else "qat-twin"
+    return train_quantized(
         thing,
-        target=run.recipe.target,
-        calibrate=run.task.calibration_batches,
-        scheme=options.scheme,
-        observer=options.observer,
-        num_samples=options.samples,
+        run.task.train_batches,
+        step=run.task.step,
+        epochs=options.epochs,
+        lr=options.lr,
+        teacher=teacher,
+        distil=None if teacher is None else run.recipe.recover.distil,
+        seed=run.recipe.seed,
+        device=run.recipe.device,
+        checkpoint=run.folder.steps / f"{name}.safetensors",
+        progress=lambda p: run.on_training("train with rounding", p),
+        **shared,
     )
 
 
@@ -346,7 +369,7 @@ def _twin(run: Run, last: Program | Pruned) -> None:
         "progress": lambda p: run.on_training("train the dense twin", p),
     }
     twin = run.task.twin(sum(p.numel() for p in module.parameters()), **_accepted(run.task.twin, options))
-    quantized = _quantized(run, capture(twin, run.task.inputs(), train=False))
+    quantized = _quantized(run, capture(twin, run.task.inputs(), train=False), None)
     _stage_int8(run, 60, "twin-int8", "Equal-size dense network, INT8", quantized, None)
 
 

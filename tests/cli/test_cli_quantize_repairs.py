@@ -1,0 +1,45 @@
+"""paredown quantize: repairs, layers in float, four-bit weights with eight-bit activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torchao")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+SOURCE = """
+import torch
+from torch import nn
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+"""
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "own.py").write_text(SOURCE, encoding="utf-8")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 3, 8, 8)).astype(np.float32))
+    return ("quantize", f"{tmp_path / 'own.py'}:net", "--input", "2x3x8x8", "--calibrate", "x.npy")
+
+
+def test_repairs_and_layers_in_float(call, asked):
+    done = call(*asked, "--repair", "equalize", "--repair", "gptq", "--scheme", "w4a8", "--out", "a.onnx", "--json")
+    assert done.code == 0, done.err
+    assert done.json["check"]["holds"] and done.json["scheme"] == "w4a8" and not done.json["float_nodes"]
+    done = call(*asked, "--float-layers", "2.*", "--out", "b.onnx", "--json")
+    assert done.code == 0, done.err
+    assert any("Conv" in n for n in done.json["float_nodes"])
+
+
+def test_wrong_requests(call, asked):
+    done = call(*asked, "--float-layers", "7.*", "--out", "a.onnx")
+    assert (done.code, "matches none" in done.err) == (2, True)
+    done = call(*asked, "--repair", "gptq", "--repair", "adaround", "--out", "a.onnx")
+    assert (done.code, "must not hold both" in done.err) == (2, True)
