@@ -41,7 +41,7 @@ def hessian_trace(source: Source, options: HessianTraceOptions) -> Iterator[tupl
         vectors = [[_signs(p, generator) for p in gradients.distinct] for _ in range(options.probes)]
         for v, found in zip(vectors, gradients.hessian_products(batch, number, vectors), strict=True):
             for parameter, sign, product in zip(gradients.distinct, v, found, strict=True):
-                diagonal[id(parameter)].addcmul_(sign, product)
+                diagonal[id(parameter)].add_(product * sign)
             count += 1
 
     def curvature(name: str) -> Tensor:
@@ -51,8 +51,9 @@ def hessian_trace(source: Source, options: HessianTraceOptions) -> Iterator[tupl
 
 
 def _signs(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """±1 in a byte each: the vectors of all probes are held together."""
     draws = torch.randint(0, 2, tuple(parameter.shape), generator=generator, dtype=torch.int8)
-    return draws.to(parameter.dtype).mul_(2.0).sub_(1.0)
+    return draws.mul_(2).sub_(1)
 
 
 def finish(parts: Sequence[Any], size: Any, options: HessianTraceOptions) -> Any:
