@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import re
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -285,6 +286,16 @@ def _module(name: str, folder: Path) -> ModuleType:
             raise _failed(error, name) from error
 
 
+class _Fresh(importlib.machinery.SourceFileLoader):
+    """Reads the file as it is: bytecode from a cache may be that of an edit ago, and would be left in the user's folder."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The code of the file."""
+        path = self.get_filename(fullname)
+        code: CodeType = self.source_to_code(self.get_data(path), path)
+        return code
+
+
 def _module_of_file(path: Path) -> ModuleType:
     """A Python file under a private name, which its content decides, so that the same file is one module."""
     if not path.is_file():
@@ -300,7 +311,7 @@ def _module_of_file(path: Path) -> ModuleType:
     name = f"{parent}.{plain}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
     if spec is None or spec.loader is None:
         msg = f"a module must be a Python file. Got {str(path)!r}."
         raise UsageError(msg)

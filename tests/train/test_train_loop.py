@@ -192,7 +192,7 @@ sys.path.insert(0, {folder!r})
 import test_train_loop as t
 from paredown.train import Hook, fit
 import time
-slow = Hook(name="slow", after_step=lambda _: time.sleep(0.05))
+slow = Hook(name="slow", after_step=lambda _: time.sleep(0.2))  # not done before a loaded machine looks
 print("ready", flush=True)
 fit(t.net(), t.batches, t.step, epochs=8, checkpoint=Path({path!r}), hooks=[slow])
 """

@@ -95,16 +95,20 @@ def quantize(
         artifact = paredown.export(quant, out)
         checked = paredown.check(artifact, quant, batches)
     source = "none" if scheme in NO_DATA else "random" if read is None else "given"
+    _told(artifact, checked, _facts(found, quant, source), json=json, quiet=quiet)
+    return 0
+
+
+def _facts(found: Any, quant: Any, source: str) -> dict[str, Any]:
+    """What the document says beside the file and its check."""
     notes = [*((RANDOM_SAMPLES,) if source == "random" else ()), *found.notes, *quant.notes]
     share = quant.coverage
-    facts = {
+    return {
         "calibrated_on": source,
         **({"coverage": {"macs": share.macs, "weights": share.weights}} if share else {}),
         "weights": found.weights,
         "notes": list(dict.fromkeys(notes)),
     }
-    _told(artifact, checked, facts, json=json, quiet=quiet)
-    return 0
 
 
 def export(
