@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import getpass
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,38 +24,19 @@ pytest.importorskip("torchao")
 import onnx
 from onnx import numpy_helper
 
+from deploy_case import Case, case_of
 from paredown.errors import MissingError, RejectedError, ResourceError, UsageError, VerificationError
 from paredown.export import Artifact, Check, check, export
 from paredown.export import onnxruntime as runtime
 from paredown.plan import Plan
-from paredown.program import GraphModel, Program, capture
+from paredown.program import GraphModel, capture
 from paredown.prune.nouns import Proof, Pruned
-from paredown.quantize import Quantized, quantize
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    net: nn.Module
-    program: Program
-    quantized: Quantized
-    fp32: Artifact
-    int8: Artifact
-
-    def samples(self, batch: int = 5) -> list[dict[str, object]]:
-        torch.manual_seed(99)
-        return [deploy_nets.NETS[self.name][1](batch)]
+from paredown.quantize import quantize
 
 
 @pytest.fixture(scope="module", params=list(deploy_nets.NETS))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp(request.param)
-    net, inputs = deploy_nets.made(request.param)
-    program = capture(net, inputs(2))
-    quantized = quantize(program, calibrate=[inputs(16) for _ in range(4)])
-    yield Case(
-        request.param, net, program, quantized, export(program, folder / "a.onnx"), export(quantized, folder / "b.onnx")
-    )
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return case_of(request.param, tmp_path_factory.mktemp(request.param), "onnxruntime-x86", ".onnx")
 
 
 # What computes in float in the runtime's own graph, by op; everything else must run on codes.

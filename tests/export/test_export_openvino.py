@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import getpass
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ pytest.importorskip("openvino", reason="the target openvino-x86 needs openvino: 
 
 import openvino
 
+from deploy_case import Case, case_of
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.export import Artifact, check, export, predictor
 from paredown.export.openvino import _has_int8_sums
@@ -35,28 +34,9 @@ from paredown.quantize import Quantized, quantize
 OPENVINO = "openvino-x86"
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    net: nn.Module
-    program: Program
-    quantized: Quantized
-    fp32: Artifact
-    int8: Artifact
-
-    def samples(self, batch: int = 5) -> list[dict[str, object]]:
-        torch.manual_seed(99)
-        return [deploy_nets.NETS[self.name][1](batch)]
-
-
 @pytest.fixture(scope="module", params=list(deploy_nets.NETS))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp(request.param)
-    net, inputs = deploy_nets.made(request.param)
-    program = capture(net, inputs(2), train=False)
-    quantized = quantize(program, calibrate=[inputs(16) for _ in range(4)], target=OPENVINO)
-    fp32 = export(program, folder / "a.xml", target=OPENVINO)
-    yield Case(request.param, net, program, quantized, fp32, export(quantized, folder / "b.xml"))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return case_of(request.param, tmp_path_factory.mktemp(request.param), OPENVINO, ".xml")
 
 
 # What computes in float in the plugin's own graph; everything else that computes runs on codes.

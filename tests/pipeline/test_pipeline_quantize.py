@@ -1,6 +1,5 @@
 """What a recipe can ask of quantization: repairs, layers in float, training with rounding in place."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,9 @@ from paredown.pipeline.folder import RunFolder
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import _quantized
 from paredown.recipe import parse_recipe
-from paredown.train import Task, task_from_module
+from paredown.train import Task
 
 pytest.importorskip("torchao")
-FILE = Path(__file__).with_name("small_task.py")
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    spec = importlib.util.spec_from_file_location("small_task_of_quantize", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return task_from_module(module, data=None)
 
 
 def quantized(task: Task, out: Path, **asked: Any) -> tuple[pare.Quantized, torch.nn.Module, list[Any]]:

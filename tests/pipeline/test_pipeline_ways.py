@@ -1,7 +1,6 @@
 """Every way of pruning that a recipe can name: what leaves, by how much, and what is told of it."""
 
 import dataclasses
-import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -19,18 +18,7 @@ from paredown.pipeline.run import Run
 from paredown.pipeline.ways import check_ways
 from paredown.prune import obs
 from paredown.recipe import Recipe, parse_recipe
-from paredown.train import Task, task_from_module
-
-FILE = Path(__file__).with_name("small_task.py")
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    spec = importlib.util.spec_from_file_location("small_task_of_ways", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return task_from_module(module, data=None)
+from paredown.train import Task
 
 
 def recipe_of(**prune: Any) -> Recipe:

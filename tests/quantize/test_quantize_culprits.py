@@ -13,6 +13,7 @@ from paredown.errors import NothingToDo
 from paredown.program import capture
 from paredown.quantize import quantize
 from paredown.quantize.culprits import Mixed, _smallest_prefix, spare
+from paredown.quantize.lanes import Changes
 from paredown.quantize.static import calibrated
 
 
@@ -76,9 +77,9 @@ def test_the_rehearsal_equals_the_converted_network() -> None:
     base = calibrated(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[x])
     with torch.no_grad():
         real = quantize(capture(net, x[:2]), calibrate=[x]).module(x)
-        assert float((Mixed(base, frozenset())(x) - real).abs().max()) <= 0.02 * float(real.abs().max())
+        assert float((Mixed(base, frozenset(), Changes())(x) - real).abs().max()) <= 0.02 * float(real.abs().max())
         every = frozenset(f"layers.{i}.weight" for i in range(6)) | {"head.weight"}
-        whole = Mixed(base, every)(x)
+        whole = Mixed(base, every, Changes())(x)
     assert float((whole - net(x)).norm()) < 0.5 * float((real - net(x)).norm())  # its input is in codes still
 
 

@@ -16,8 +16,8 @@ from paredown.errors import UsageError
 from paredown.export import export, predictor
 from paredown.program import capture
 from paredown.quantize import quantize
-from paredown.quantize.numerics import symmetric_of_least_error
-from paredown.quantize.rounding import best_scales, fitted, gptq
+from paredown.quantize.numerics import scales_of_least_error, symmetric_of_least_error
+from paredown.quantize.rounding import fitted, gptq
 
 
 def layer(kind: str, seed: int, size: int = 256, tokens: int = 4096) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def test_dead_inputs_and_dead_rows_are_rounded_to_something_finite() -> None:
     weight, x = layer("white", 3, size=16, tokens=64)
     x[:, 4], weight[5] = 0.0, 0.0
     gram = x.T @ x / len(x)
-    scales = best_scales(weight, gram, -8, 7)
+    scales = scales_of_least_error(weight, -8, 7, gram=gram)
     codes = gptq(weight, gram, scales, -8, 7)
     assert bool(torch.isfinite(codes).all()) and bool((scales > 0).all()) and not codes[5].any()
 
@@ -89,13 +89,13 @@ def test_best_scales_lose_no_more_than_the_scale_that_holds_all() -> None:
     weight, x = layer("correlated", 5, size=64, tokens=512)
     gram = x.T @ x / len(x)
     whole = (torch.maximum(weight.amax(1) / 7, weight.amin(1) / -8)).float().double()
-    for scales in (best_scales(weight, gram, -8, 7),):
-        ours, theirs = (
-            lost(weight, torch.round(weight / s[:, None]).clamp(-8, 7) * s[:, None], x) for s in (scales, whole)
-        )
-        assert ours < theirs
+    scales = scales_of_least_error(weight, -8, 7, gram=gram)
+    ours, theirs = (
+        lost(weight, torch.round(weight / s[:, None]).clamp(-8, 7) * s[:, None], x) for s in (scales, whole)
+    )
+    assert ours < theirs
     floor = whole * 2
-    assert bool((best_scales(weight, gram, -8, 7, floor) >= floor.float()).all())
+    assert bool((scales_of_least_error(weight, -8, 7, gram=gram, floor=floor) >= floor.float()).all())
 
 
 def test_fitted_weights_answer_to_other_inputs() -> None:

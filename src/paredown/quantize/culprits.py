@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from paredown.errors import NothingToDo
@@ -15,7 +15,7 @@ from paredown.program import Inputs, Program
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches, each, rows, tensors_of
 from paredown.quantize.decompose import fetch, op_name
-from paredown.quantize.lanes import Changes, Lane, Layer, layers_of
+from paredown.quantize.lanes import Changes, Lane, Layer, cloned, layers_of
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.numerics import observes_weight
 from paredown.quantize.static import Calibrated, calibrated, converted, quantize
@@ -90,7 +90,7 @@ def spare(
     def value_of(chosen: Sequence[str]) -> float:
         key = frozenset(chosen)
         if key not in values:
-            values[key] = float(evaluate(Mixed(base, key)))
+            values[key] = float(evaluate(Mixed(base, key, Changes())))
         return values[key]
 
     before = value_of(())
@@ -142,26 +142,24 @@ def _without_idle(chosen: Sequence[str], holds: Callable[[Sequence[str]], bool])
 
 
 class Mixed:
-    """`predict` of the calibrated network as it would be quantized, some layers in float."""
+    """`predict` of the calibrated network as it would be quantized, some layers in float; all of it in float without changes."""
 
-    def __init__(self, base: Calibrated, float_layers: frozenset[str], changes: Changes | None = None) -> None:
-        self._prepared = base.prepared
-        self._changes = changes or Changes()
+    def __init__(self, base: Calibrated, float_layers: frozenset[str], changes: Changes | None) -> None:
+        self._prepared, self._changes = base.prepared, changes
         self._spec = base.program.eval_graph.call_spec.out_spec
         self._skipped = skipped(base, float_layers)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own structure; CPU float32 tensors."""
-        flat = pytree.tree_leaves((args, kwargs))
+        flat = pytree.tree_leaves(pytree.tree_map(cloned, (args, kwargs)))
+        run = Lane(self._prepared, flat, self._changes, self._skipped)
         with torch.no_grad():
-            run = Lane(self._prepared, flat, self._changes, self._skipped)
             for node in self._prepared.graph.nodes:
                 if node.op == "output":
-                    found = pytree.tree_map(lambda v: run.env[v] if isinstance(v, fx.Node) else v, node.args[0])
                     break
                 run.next(node, keep=any(u.op == "output" for u in node.users))
-        leaves = pytree.tree_leaves(found)
-        return pytree.tree_unflatten(leaves, self._spec)
+        found = pytree.tree_map(lambda v: run.env[v] if isinstance(v, fx.Node) else v, node.args[0])
+        return pytree.tree_unflatten(pytree.tree_leaves(found), self._spec)
 
 
 def skipped(base: Calibrated, float_layers: frozenset[str]) -> frozenset[str]:
@@ -231,7 +229,7 @@ def rank(base: Calibrated, calibrate: Batches) -> tuple[Culprit, ...]:
             t.double() for args, kwargs in calls for t in tensors_of(predict(*args, **kwargs)) if t.is_floating_point()
         ]
 
-    wanted = outputs(_Float(base))
+    wanted = outputs(Mixed(base, frozenset(), None))
     scale = [max(float(t.square().mean()), 1e-30) for t in wanted]
 
     def error(float_layers: frozenset[str]) -> float:
@@ -256,24 +254,6 @@ def rank(base: Calibrated, calibrate: Batches) -> tuple[Culprit, ...]:
 def _extra_bytes(base: Calibrated, layer: Layer) -> int:
     bits = 4 if getattr(fetch(base.prepared, layer.observer), "quant_max", 127) < 127 else 8
     return fetch(base.prepared, layer.weight).numel() * (32 - bits) // 8
-
-
-class _Float:
-    """`predict` of the prepared graph in float."""
-
-    def __init__(self, base: Calibrated) -> None:
-        self._graph: nn.Module = base.prepared
-        self._observers = {n for n, m in base.prepared.named_modules() if hasattr(m, "calculate_qparams")}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert isinstance(self._graph, fx.GraphModule)
-        run = Lane(self._graph, pytree.tree_leaves((args, kwargs)), None)
-        with torch.no_grad():
-            for node in self._graph.graph.nodes:
-                if node.op == "output":
-                    return pytree.tree_map(lambda v: run.env[v] if isinstance(v, fx.Node) else v, node.args[0])
-                run.next(node, keep=any(u.op == "output" for u in node.users))
-        return None
 
 
 def _some(calibrate: Batches) -> list[Inputs]:

@@ -32,7 +32,11 @@ class Layer:
     observer: str
     """Module of the prepared graph that gives the weight its scales."""
     bias: str | None
-    groups: int
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 for a linear layer."""
+        return self.use.groups
 
     @property
     def node(self) -> fx.Node:
@@ -110,7 +114,6 @@ def _layer(prepared: fx.GraphModule, node: fx.Node, source: fx.Node, weight: fx.
         weight=str(holder.target),
         observer=str(weight.target),
         bias=str(bias.target) if held else None,  # type: ignore[union-attr]
-        groups=int(groups),
     )
 
 
@@ -160,7 +163,7 @@ def walk(prepared: fx.GraphModule, calls: Sequence[Inputs], changes: Changes, vi
     """
     lanes = []
     for call in calls:
-        flats = [pytree.tree_leaves(pytree.tree_map(_cloned, call)) for _ in range(2)]
+        flats = [pytree.tree_leaves(pytree.tree_map(cloned, call)) for _ in range(2)]
         lanes.append(
             Lanes(whole=Lane(prepared, flats[0], None), coded=Lane(prepared, flats[1], changes)),
         )
@@ -188,14 +191,15 @@ def plain_lanes(
     if not wanted:
         return
     for call in calls:
-        run = Lane(prepared, pytree.tree_leaves(pytree.tree_map(_cloned, call)), None)
+        run = Lane(prepared, pytree.tree_leaves(pytree.tree_map(cloned, call)), None)
         with torch.no_grad():
             for node in prepared.graph.nodes:
                 if node.op == "output":
                     break
-                run.next(node)
+                run.env[node] = run.run_node(node)
                 if node in wanted:
-                    look(node, run.env[node] if node in run.env else run.run_node(node))
+                    look(node, run.env[node])
+                run.drop_after(node)
 
 
 def _reread(run: Run, layer: Layer) -> None:
@@ -215,5 +219,6 @@ def apply(prepared: fx.GraphModule, changes: Changes) -> None:
         observer.fixed = scales
 
 
-def _cloned(value: Any) -> Any:
+def cloned(value: Any) -> Any:
+    """A tensor of its own: graphs may write into their inputs."""
     return value.detach().clone() if isinstance(value, Tensor) else value

@@ -66,23 +66,39 @@ def symmetric(
     return scales if floor is None else torch.maximum(scales, floor)
 
 
+RATIOS = torch.linspace(1.0, 0.4, 61, dtype=torch.float64)
+"""Of the scale that holds the largest weight: those that are tried."""
+
+
 def symmetric_of_least_error(
-    weight: Tensor, axis: int, floor: Tensor | None = None, *, quant_min: int, quant_max: int, steps: int = 61
+    weight: Tensor, axis: int, floor: Tensor | None = None, *, quant_min: int, quant_max: int
 ) -> Tensor:
-    """Scales of least Σ (w - s·q)² per index of `axis`, among 1.0 to 0.4 of those of `symmetric`; float32, shape [channels].
+    """Scales of least Σ (w - s·q)² per index of `axis`, among `RATIOS` of those of `symmetric`; float32, shape [channels].
 
     Few levels want a scale that cuts the largest weights off; with eight bits it hardly differs.
     """
     rows = weight.detach().float().movedim(axis, 0).reshape(weight.shape[axis], -1)
-    whole = symmetric(weight, axis, quant_min=quant_min, quant_max=quant_max)
+    return scales_of_least_error(rows, quant_min, quant_max, floor=floor).float()
+
+
+def scales_of_least_error(
+    rows: Tensor, quant_min: int, quant_max: int, *, gram: Tensor | None = None, floor: Tensor | None = None
+) -> Tensor:
+    """Scales [out] of least error of rounding to the nearest: argmin over s of (w - ŵ) G (w - ŵ)ᵀ per row.
+
+    Tried: `RATIOS` of the scale that holds the row's largest weight. rows [out, K]; gram G [K, K] is the mean of x xᵀ, or
+    None for the identity. `floor` is the smallest scale allowed (see bias_floor). The result has the dtype of `rows` and is a
+    float32 value: scales are stored as such, so that codes must be rounded on what is stored.
+    """
+    whole = symmetric(rows, 0, quant_min=quant_min, quant_max=quant_max).to(rows.dtype)
     best, least = whole.clone(), torch.full_like(whole, torch.inf)
-    for ratio in torch.linspace(1.0, 0.4, steps).tolist():
+    for ratio in RATIOS.tolist():
         scales = whole * ratio if floor is None else torch.maximum(whole * ratio, floor)
-        codes = torch.round(rows / scales[:, None]).clamp(quant_min, quant_max)
-        errors = (rows - codes * scales[:, None]).square().sum(dim=1)
+        away = rows - scales[:, None] * torch.round(rows / scales[:, None]).clamp(quant_min, quant_max)
+        errors = (away if gram is None else away @ gram).mul(away).sum(dim=1)
         better = errors < least
         best, least = torch.where(better, scales, best), torch.where(better, errors, least)
-    return best
+    return best.float().to(rows.dtype)
 
 
 def bias_floor(bias: Tensor, activation_scale: float) -> Tensor:

@@ -204,7 +204,7 @@ def finished(base: Calibrated, graph: fx.GraphModule) -> Quantized:
                 weight.data = weight.detach() * held.keep
         for parameter in graph.parameters():
             parameter.requires_grad_(False)
-    return converted(base, graph)
+    return converted(base, copy.deepcopy(graph))  # the trained module stays what it is
 
 
 def _optimizer(lr: float, momentum: float, weight_decay: float) -> Callable[[Any], torch.optim.Optimizer]:

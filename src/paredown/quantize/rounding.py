@@ -14,10 +14,9 @@ from paredown.errors import RejectedError
 from paredown.program import Inputs
 from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Changes, Lanes, Layer, walk
+from paredown.quantize.numerics import scales_of_least_error
 from paredown.statistics.inputs import inputs_of
 
-RATIOS = torch.linspace(1.0, 0.4, 61, dtype=torch.float64)
-"""Of the scale that holds the largest weight: those that are tried."""
 SWEEPS = 4
 _ROWS = 65_536
 """Positions of a layer that are looked at, drawn with a fixed seed; more say nearly the same."""
@@ -175,24 +174,6 @@ def adaround(
 METHODS: Mapping[str, Callable[..., Tensor]] = {"gptq": gptq, "adaround": adaround}
 
 
-def best_scales(weight: Tensor, gram: Tensor, low: int, high: int, floor: Tensor | None = None) -> Tensor:
-    """Scales [out] of least output error of rounding to the nearest: argmin over s of (w - ŵ) G (w - ŵ)ᵀ per row.
-
-    Tried: `RATIOS` of the scale that holds the row's largest weight. weight [out, K], gram [K, K], float64. `floor` is
-    the smallest scale allowed (see bias_floor).
-    """
-    largest = torch.maximum(weight.amax(1) / high, weight.amin(1) / low).clamp_min(1e-30)
-    whole = torch.where(weight.abs().amax(1) > 0, largest, torch.full_like(largest, 1.0 / high))
-    best, least = whole.clone(), torch.full_like(whole, torch.inf)
-    for ratio in RATIOS:
-        scales = whole * ratio if floor is None else torch.maximum(whole * ratio, floor)
-        away = weight - scales[:, None] * torch.round(weight / scales[:, None]).clamp(low, high)
-        errors = ((away @ gram) * away).sum(1)
-        better = errors < least
-        best, least = torch.where(better, scales, best), torch.where(better, errors, least)
-    return best.float().double()  # a scale is stored in float32: round on what is stored
-
-
 def fitted(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """argmin ‖t - W' x‖² + λ ‖W' - W‖², λ = ridge · mean G_kk: what the layer should be on inputs that are quantized."""
     amount = max(ridge * float(gram.diagonal().mean()), 1e-12)
@@ -264,7 +245,10 @@ def _rounded(
     seen = [m.centred() if with_bias else m.plain() for m in sums]
     wanted = [fitted(w, gram, cross, ridge) for w, (gram, cross) in zip(rows, seen, strict=True)]
     floors = [None] * len(rows) if observer.floor is None else list(observer.floor.double().reshape(rows.shape[:2]))
-    scales = [best_scales(w, gram, low, high, f) for w, (gram, _), f in zip(wanted, seen, floors, strict=True)]
+    scales = [
+        scales_of_least_error(w, low, high, gram=gram, floor=f)
+        for w, (gram, _), f in zip(wanted, seen, floors, strict=True)
+    ]
     if observer.one_scale:
         largest = torch.stack(scales).max()
         scales = [largest.expand_as(s) for s in scales]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 import difflib
 import hashlib
 import importlib
@@ -171,11 +170,11 @@ def calibrated(
 
 
 def converted(base: Calibrated, prepared: fx.GraphModule) -> Quantized:
-    """The second half: codes in place of observers. `prepared` is the graph of `base`, or what training made of it; it stays."""
+    """The second half: codes in place of observers. `prepared`, the graph of `base` or what training made of it, is used up."""
     with quiet("torchao"):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        module = convert_pt2e(copy.deepcopy(prepared))
+        module = convert_pt2e(prepared)
         _slim(module)
     return Quantized(
         module=module,

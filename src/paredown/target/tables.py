@@ -59,11 +59,11 @@ _ORT_X86 = _kinds(
     shared=_MOVES,
 )
 
-# What OpenVINO 2026.4 runs in 8 bits on the CPU: convolutions (with groups too), FullyConnected, element-wise addition and
+# What OpenVINO 2026.4 was seen to run in 8 bits on a CPU with AVX2: convolutions (with groups too), FullyConnected, element-wise addition and
 # multiplication, pools, means over height and width, concatenation, and what only moves values. Its layers take any
 # element-wise activation, sum and requantization into themselves, so that an activation is left whole and its result is
 # quantized: hard-swish as x · hardsigmoid(x) was five nodes in float, one of them a reference kernel, and is none this way.
-# Tokens need no reshaping in front of a linear layer. Attention products, softmax, normalization and GELU stay float.
+# Tokens need no reshaping in front of a linear layer. Attention products, softmax and normalization stay float.
 _OPENVINO_X86 = _kinds(
     weighted="conv1d conv2d conv3d linear",
     binary="add add_ mul mul_",
