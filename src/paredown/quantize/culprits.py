@@ -73,6 +73,8 @@ def spare(
     then each of its layers is put back into codes if the bound still holds without it. `evaluate` is given
     `predict(*inputs)` and must not see test data: it chooses. `options` are those of `quantize`; `most` bounds the layers.
 
+    >>> import torch
+    >>> from torch import nn
     >>> from paredown.program import capture
     >>> net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 8)
     >>> wanted = net(x).detach()
