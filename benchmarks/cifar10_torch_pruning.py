@@ -82,7 +82,7 @@ def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
             )
     for seed in seeds:
         yield Cell(table="c", tool="paredown", recipe=WIDER, fewer=2.1, distil="kl", lr=OURS_LR, seed=seed)
-    yield Cell(table="long", tool="paredown", recipe=OURS, fewer=2.1, distil="kl", lr=LONG_LR, seed=0, epochs=30)
+    yield Cell(table="long", tool="paredown", recipe=OURS, fewer=2.1, distil="mse", lr=LONG_LR, seed=0, epochs=30)
 
 
 def choices() -> Iterator[Cell]:

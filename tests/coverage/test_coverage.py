@@ -45,6 +45,17 @@ def fixed():
 
 
 def dies():
+    with open(__file__ + ".started", "a") as file:
+        file.write("x")
+    os._exit(7)
+
+
+def fills():
+    return nn.Linear(100_000, 100_000)
+
+
+def orphans():
+    os.kill(os.getppid(), 9)
     os._exit(7)
 
 
@@ -123,15 +134,24 @@ def test_processes_end_by_themselves_or_are_stopped_and_the_journal_goes_on(nets
     seen: list[int] = []
     rows = sweep(models, journal=journal, limits=Limits(seconds=0.2), progress=lambda row, n: seen.append(n))
     assert seen == [0, 1]
-    assert rows[0] == ended[0]  # not run again: in 0.2 s it would have been a timeout
+    started = Path(nets + ".started")
+    assert rows[0] == ended[0]
+    assert len(started.read_text()) == 1  # not run again
     assert (rows[1]["status"], rows[1]["seconds"]) == ("timeout", 0.2)
     whole = [json.loads(line) for line in journal.read_text().splitlines() if not line.endswith('"sta')]
     assert [r["model"] for r in whole] == models
     assert sweep(models, journal=journal) == rows
     # other options make other rows, and a status can be asked for again
-    assert sweep(models[:1], journal=journal, channels=0.3, limits=Limits(seconds=0.2))[0]["status"] == "timeout"
-    again = sweep(models[:1], journal=journal, retry=("killed",), limits=Limits(seconds=0.2))
-    assert again[0]["status"] == "timeout"
+    assert sweep(models[:1], journal=journal, channels=0.3)[0]["status"] == "killed"
+    assert len(started.read_text()) == 2
+    assert sweep(models[:1], journal=journal, retry=("killed",))[0]["status"] == "killed"
+    assert len(started.read_text()) == 3
+
+
+def test_a_model_that_fills_memory_or_kills_the_server_is_marked_and_the_rest_goes_on(nets: str) -> None:
+    rows = sweep([f"{nets}:fills", f"{nets}:orphans", f"{nets}:Known"], limits=Limits(memory_bytes=8 * 10**9))
+    assert [r["status"] for r in rows] == ["not captured", "killed", "proven"]
+    assert "memory" in rows[0]["message"].lower()
 
 
 @pytest.mark.parametrize("channels", [0.0, 1.0, 2, -0.5])

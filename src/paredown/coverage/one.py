@@ -1,8 +1,6 @@
-"""One model in a process of its own: captured, coupled, cut in every space, proven; one JSON line on stdout.
+"""One model: captured, coupled, cut in every space, proven; a row that grows.
 
-    python -m paredown.coverage.one '{"model": "timm:resnet10t", "channels": 0.5, "export": false}'
-
-A model may crash the interpreter, fill memory or never end: the sweep kills the process and writes what happened.
+A model may crash the interpreter, fill memory or never end: `serve` runs this in a fork of its own.
 """
 
 from __future__ import annotations
@@ -185,11 +183,3 @@ def _parity(pruned: Pruned) -> dict[str, Any]:
 def _first(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:400] if lines else type(error).__name__
-
-
-def _print(row: dict[str, Any]) -> None:
-    print("\x1e" + json.dumps(row, allow_nan=True), flush=True)  # models print, too: a record separator marks our lines
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], _print)

@@ -1,4 +1,4 @@
-"""sweep: many models, each in its own process with a time and memory limit, journalled and resumable."""
+"""sweep: many models, each in a process of its own with a time and memory limit, journalled and resumable."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ def sweep(
     again = set(retry)
     known = {r["model"]: r for r in read_lines(journal) if r.get("options") == options and r.get("status") not in again}
     rows: list[Row] = []
+    server = _Server(threads)
     try:
         for number, model in enumerate(models):
             row = known.get(model)
             if row is None:
-                row = {**_run(model, options, limits, threads), "options": options}
+                row = {**_run(server, model, options, limits, threads), "options": options}
                 if journal is not None:
                     append_line(journal, row)
             rows.append(row)
@@ -67,34 +68,58 @@ def sweep(
     except KeyboardInterrupt as error:
         msg = f"stopped after {len(rows)} models. The same command with the same journal goes on."
         raise Interrupted(msg) from error
+    finally:
+        server.stop()
     return rows
 
 
-def _run(model: str, options: Mapping[str, Any], limits: Limits, threads: int) -> dict[str, Any]:
+class _Server:
+    """The process that forks for every model; started with the first, and again if it does not answer."""
+
+    def __init__(self, threads: int) -> None:
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.process: subprocess.Popen[str] | None = None
+
+    def rows(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """What the server answers, up to how the fork ended."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "paredown.coverage.serve"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace", env=self.environment,
+            )  # fmt: skip
+        given, answers = self.process.stdin, self.process.stdout
+        assert given is not None
+        assert answers is not None
+        given.write(json.dumps(request) + "\n")
+        given.flush()
+        for line in answers:
+            if line.startswith("\x1e"):
+                row = json.loads(line[1:])
+                yield row
+                if "ended" in row:
+                    return
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+
+
+def _run(server: _Server, model: str, options: Mapping[str, Any], limits: Limits, threads: int) -> dict[str, Any]:
     asked = {"model": model, "channels": options["channels"], "export": options["export"], "threads": threads}
-    command = [sys.executable, "-m", "paredown.coverage.one", json.dumps(asked)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    memory = limits.memory_bytes
-
-    def limit() -> None:  # runs in the child, before it becomes Python
-        import resource
-
-        if memory is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-
-    try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=limits.seconds, env=environment, preexec_fn=limit, check=False
-        )
-        out, ended = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        row = _last(error.stdout or b"") | {"model": model, "seconds": limits.seconds}
-        return _ended(row, "timeout", f"not done in {limits.seconds:g} s")
-    row = _last(out)
+    request = {"asked": asked, "seconds": limits.seconds, "memory_bytes": limits.memory_bytes}
+    row: dict[str, Any] = {}
+    end: dict[str, Any] = {"ended": None, "late": False, "tail": "the process that starts others ended"}
+    for answer in server.rows(request):
+        if "ended" in answer:
+            end = answer
+        else:
+            row = answer
     if row.pop("done", False):
         return row
-    tail = done.stderr.decode(errors="replace").strip().splitlines()
-    return _ended(row | {"model": model}, "killed", f"exit {ended}: {tail[-1][:300] if tail else ''}")
+    if end["late"]:
+        return _ended(row | {"model": model, "seconds": limits.seconds}, "timeout", f"not done in {limits.seconds:g} s")
+    return _ended(row | {"model": model}, "killed", f"exit {end['ended']}: {end['tail']}")
 
 
 def _ended(row: dict[str, Any], status: str, message: str) -> dict[str, Any]:
@@ -102,13 +127,6 @@ def _ended(row: dict[str, Any], status: str, message: str) -> dict[str, Any]:
     if row.get("status") == "proven":
         return row | {"parity": {"message": f"{status}: {message}"}}
     return row | {"status": status, "message": message}
-
-
-def _last(out: bytes) -> dict[str, Any]:
-    """The last row that the process wrote; partial where it was killed."""
-    rows = [line for line in out.decode(errors="replace").split("\n") if line.startswith("\x1e")]
-    found: dict[str, Any] = json.loads(rows[-1][1:]) if rows else {}
-    return found
 
 
 def _versions() -> dict[str, str | None]:
