@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from paredown.score import reduce
+from paredown.couple import couple
+from paredown.program import capture
+from paredown.score import reduce, score
 from paredown.score.reduce import share_of_larger
 from paredown.statistics.curvature import inverse_diagonal
 
@@ -52,3 +55,28 @@ def test_the_diagonal_of_an_inverse_is_that_of_the_whole(size: int) -> None:
     gram = x.T @ x / len(x)
     whole = np.linalg.inv(gram.numpy() + 0.01 * float(gram.diagonal().mean()) * np.eye(size))
     np.testing.assert_allclose(inverse_diagonal(gram, 0.01).numpy(), whole.diagonal(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_obs_from_fewer_positions_than_inputs_divides_by_the_same_diagonal(damping: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        net[0].bias[2] = -100.0
+    images = torch.randn(2, 3, 7, 7)
+    program = capture(net, images)
+    found = score(
+        program, couple(program), "obs", granularity="element", batches=[images], damping=damping,
+        positions_per_sample=None,
+    ).by_cell["2.weight"]  # fmt: skip
+    x = nn.functional.unfold(net[1](net[0](images)), 3).movedim(1, 2).flatten(0, 1).detach().double().numpy()
+    assert x.shape == (50, 72)
+    h = x.T @ x / len(x)
+    h[np.diag_indices(72)] += (h.diagonal() == 0) + max(damping, 1e-5) * h.diagonal().mean()
+    wanted = net[2].weight.detach().double().flatten(1).numpy() ** 2 / np.linalg.inv(h).diagonal()
+    dead = (x == 0).all(0)
+    assert dead[2 * 9 : 3 * 9].all()
+    wanted[:, dead] = 0.0
+    np.testing.assert_allclose(np.asarray(found).reshape(4, 72), wanted, rtol=1e-4)
+    fewer = score(program, couple(program), "obs", granularity="element", batches=[images], positions_per_sample=9)
+    assert not np.allclose(np.asarray(fewer.by_cell["2.weight"]), np.asarray(found), rtol=0.01)

@@ -168,3 +168,47 @@ def test_repair_refuses_what_it_cannot_do(tmp_path) -> None:
         program, coupling, units, distance="mse", batches=[images], amounts=[0.5], journal=log, repair=True
     )
     assert plain.increase != again.increase  # a journal of the one is not read as the other
+
+
+def damped_left_over(x: np.ndarray, w: np.ndarray, kept: list[int], damping: float) -> float:
+    """The same with λ‖W' - W‖² (W' is 0 where not kept), by lstsq on rows of x and of √λ I stacked; over mean ‖W x‖²."""
+    amount = np.sqrt(damping * (x**2).mean(0).mean() * len(x))
+    wide = np.concatenate([x, amount * np.eye(x.shape[1])])
+    y = wide @ w.T
+    fit = np.linalg.lstsq(wide[:, kept], y, rcond=None)[0]
+    return float(((y - wide[:, kept] @ fit) ** 2).sum() / ((x @ w.T) ** 2).sum())
+
+
+@pytest.mark.parametrize("at_once", [0.0, 0.3])
+def test_fewer_positions_than_inputs(at_once: float) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1)).eval()
+    with torch.no_grad():
+        net[0].bias.fill_(0.5)
+        net[0].bias[4] = -100.0  # a dead channel: inputs that are always 0
+    images = torch.randn(2, 3, 9, 9)
+    program = capture(net, images)
+    coupling = couple(program)
+    options = {"damping": 0.01, "at_once": at_once, "positions_per_sample": 1000}
+    found = score(program, coupling, "refit", batches=[images], **options).by_space["0.weight[0]"]
+    patches = nn.functional.unfold(net[1](net[0](images)), 3).movedim(1, 2).flatten(0, 1)
+    x, w = patches.detach().double().numpy(), net[2].weight.detach().double().flatten(1).numpy()
+    assert x.shape == (50, 108)  # 50 positions, 108 inputs
+    w[:, (x == 0).all(0)] = 0.0  # nothing is lost with what reads a dead channel
+    order = np.argsort(found, kind="stable")
+    assert order[0] == 4
+    assert found[4] == pytest.approx(0.0, abs=1e-9)
+
+    def without(units: list[int]) -> float:
+        kept = [k for k in range(108) if k // 9 not in units]
+        return damped_left_over(x, w, kept, 0.01)
+
+    if at_once:  # those that leave together have their costs added, not those of the pair: the first is exact
+        assert found[order[1]] == pytest.approx(without([4, int(order[1])]), rel=1e-6)
+        return
+    gone: list[int] = []
+    for unit in order.tolist()[:-1]:
+        rest = [u for u in range(12) if u not in gone]
+        assert unit == min(rest, key=lambda u: without([*gone, u]))  # the best one leaves, each time
+        gone.append(unit)
+        assert found[unit] == pytest.approx(without(gone), rel=1e-5, abs=1e-9)

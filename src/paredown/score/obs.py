@@ -23,7 +23,7 @@ from paredown.errors import UsageError
 from paredown.granularity import Granularity
 from paredown.score.nouns import Cells, Computed, Elements, Source
 from paredown.score.wanda import read_along_one_axis
-from paredown.statistics.curvature import inverse, inverse_diagonal, upper
+from paredown.statistics.curvature import inverse, inverse_diagonal, inverse_diagonal_of_rows, upper
 from paredown.statistics.inputs import InputStatistics, input_statistics
 
 KINDS = ("row", "column", "kernel", "block")
@@ -36,6 +36,8 @@ class ObsOptions:
     diagonal: Literal["inverse", "conditioned"] = "inverse"
     damping: float = 0.01
     """Added to the diagonal of H, as a share of its mean."""
+    positions_per_sample: int | None = 64
+    """Patches of a convolution that are looked at in each sample, at most; None looks at all."""
 
     def __post_init__(self) -> None:
         if self.diagonal not in ("inverse", "conditioned"):
@@ -44,20 +46,26 @@ class ObsOptions:
         if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
             msg = f"damping must be a finite number ≥ 0. Got {self.damping!r}."
             raise UsageError(msg)
+        most = self.positions_per_sample
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            msg = f"positions_per_sample must be an integer ≥ 1, or None for all. Got {most!r}."
+            raise UsageError(msg)
 
 
 def obs(source: Source, options: ObsOptions) -> Iterator[Elements]:
     """Element saliency w² / [H⁻¹]_jj; w² where inputs cannot be seen."""
-    seen = _seen(source)
+    seen = _seen(source, options, rows=options.diagonal == "inverse")
     weights = source.weights
     divisors = {}
     for name in list(seen):
         statistics = seen.pop(name)
-        assert statistics.gram is not None
-        kept = _diagonal(statistics.gram, options)
+        kept = _diagonal(statistics, options)
+        kept.masked_fill_(
+            statistics.squared_norms == 0, math.inf
+        )  # an input that is always 0: its weights cost nothing
         shape = tuple(weights[name].shape)
         # A Gram matrix is the largest thing here: none is held longer than its inverse is worked out.
-        divisors[name] = (dataclasses.replace(statistics, gram=None), kept, shape)
+        divisors[name] = (dataclasses.replace(statistics, gram=None, rows=None), kept, shape)
 
     def saliency(name: str) -> Tensor:
         squares = weights[name].square()
@@ -71,7 +79,7 @@ def obs(source: Source, options: ObsOptions) -> Iterator[Elements]:
 
 def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> dict[str, Cells]:
     """Cells that leave as a whole: tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) per weight of the cell, B its columns."""
-    seen = _seen(source)
+    seen = _seen(source, options, rows=False)
     found: dict[str, Cells] = {}
     for name, weight in source.weights.items():
         shape = tuple(weight.shape)
@@ -82,6 +90,7 @@ def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> 
             continue
         groups = len(statistics.gram)
         matrix = weight.detach().double().reshape(groups, shape[0] // groups, -1)
+        matrix = matrix * (statistics.squared_norms > 0)[:, None, :]
         per_row = torch.cat(
             [_blocks(matrix[g], statistics.gram[g], granularity, shape, options) for g in range(groups)]
         )
@@ -89,7 +98,7 @@ def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> 
     return found
 
 
-def _seen(source: Source) -> dict[str, InputStatistics]:
+def _seen(source: Source, options: ObsOptions, *, rows: bool) -> dict[str, InputStatistics]:
     names = read_along_one_axis(source, "obs")
     return input_statistics(
         source.program,
@@ -98,13 +107,18 @@ def _seen(source: Source) -> dict[str, InputStatistics]:
         loss=source.loss,
         num_batches=source.num_batches,
         module=source.module,
+        positions_per_sample=options.positions_per_sample,
+        rows=rows,
     )
 
 
-def _diagonal(gram: Tensor, options: ObsOptions) -> Tensor:
+def _diagonal(statistics: InputStatistics, options: ObsOptions) -> Tensor:
     """What w² is divided by. Shape [groups, K], float64."""
+    if statistics.rows is not None:
+        return torch.stack([inverse_diagonal_of_rows(one, options.damping) for one in statistics.rows])
+    assert statistics.gram is not None
     parts = []
-    for one in gram:
+    for one in statistics.gram:
         if options.diagonal == "inverse":
             parts.append(inverse_diagonal(one, options.damping))
         else:

@@ -28,7 +28,7 @@ from paredown.errors import UsageError
 from paredown.score.l2 import L2Options, l2
 from paredown.score.nouns import Source, UnitScores
 from paredown.score.reduce import unit_sums
-from paredown.statistics.curvature import inverse
+from paredown.statistics.curvature import damping_of, inverse
 from paredown.statistics.inputs import InputStatistics, input_statistics
 from paredown.statistics.readers import MOST_BYTES, Reader, readers
 
@@ -70,7 +70,7 @@ def refit(source: Source, options: RefitOptions) -> dict[str, UnitScores]:
         names = sorted({r.parameter for s in some for r in by_space[s.name]})
         seen = input_statistics(
             source.program, names, batches, loss=source.loss, num_batches=source.num_batches, module=source.module,
-            positions_per_sample=options.positions_per_sample,
+            positions_per_sample=options.positions_per_sample, rows=True,
         )  # fmt: skip
         for space in some:
             scores[space.name] = _eliminated(source, by_space[space.name], seen, len(space), options)
@@ -103,40 +103,86 @@ def _gram_bytes(weight: Tensor) -> int:
 
 
 class _Matrix:
-    """One reader's weight [out, K] and inverse Gram matrix [K, K] of one group, while units leave."""
+    """One reader's weight [out, K] while units leave, and the inverse [K, K] of the damped Gram matrix of one group."""
 
-    def __init__(self, reader: Reader, weight: Tensor, gram: Tensor, scales: Tensor, damping: float) -> None:
+    def __init__(self, reader: Reader, weight: Tensor, total: float, inverse_gram: Tensor) -> None:
         self._columns = reader.columns
-        self._weight = weight * scales[:, None]
-        self._total = max(float((self._weight @ gram * self._weight).sum()), 1e-30)
-        self._inverse = inverse(gram, damping)
-        self._stays = torch.ones(len(gram), dtype=torch.bool)
+        self._state = weight.T.contiguous()
+        """What changes when units leave, [K, …]; the first `out` numbers of each row are the column of the weight."""
+        self._out = len(weight)
+        self._total = max(total, 1e-30)
+        self._inverse = inverse_gram
+        self._stays = torch.ones(weight.shape[1], dtype=torch.bool)
 
     def costs(self, units: Tensor) -> Tensor:
         """Of each of these units alone. Shape [units], float64."""
         at = self._columns[units]
-        blocks = self._inverse[at[:, :, None], at[:, None, :]]
-        weights = self._weight[:, at].permute(1, 2, 0)
-        costs: Tensor = (torch.linalg.solve(blocks, weights) * weights).sum((1, 2)) / self._total
-        return costs
+        state = self._state[at]
+        weights = state[..., : self._out]
+        products = weights @ weights.transpose(1, 2)
+        costs: Tensor = torch.linalg.solve(self._blocks(at, state), products).diagonal(dim1=1, dim2=2).sum(1)
+        return costs / self._total
 
     def leave(self, units: Tensor) -> None:
         """Fit what is left to what these units wrote."""
         at = self._columns[units].flatten()
-        step = torch.linalg.solve(self._inverse[at[:, None], at], self._inverse[at])
-        self._weight.addmm_(self._weight[:, at], step, alpha=-1)
-        self._inverse.addmm_(self._inverse[:, at], step, alpha=-1)
+        rows = self._rows(at)
+        step = torch.linalg.solve(rows[:, at], rows)
+        self._state.addmm_(step.T, self._state[at], alpha=-1)
+        self._answer(at, step)
         self._stays[at] = False
         if int(self._stays.sum()) <= _SHRINK * len(self._stays):
-            self._shrink()
+            # Columns that left are read no more, and each step costs as much for them.
+            left = torch.nonzero(self._stays).flatten()
+            self._columns = torch.cumsum(self._stays, 0)[self._columns] - 1  # of units that left: any place
+            self._state = self._state[left]
+            self._shrink(left)
+            self._stays = self._stays[left]
 
-    def _shrink(self) -> None:
-        """Leave out the columns that left: they are read no more, and each step costs K² numbers per column."""
-        left = torch.nonzero(self._stays).flatten()
-        self._columns = torch.cumsum(self._stays, 0)[self._columns] - 1  # of units that left: any place
-        self._weight = self._weight[:, left]
+    def _blocks(self, at: Tensor, state: Tensor) -> Tensor:
+        """[H⁻¹]_BB of each unit, whose rows of the state are given. Shape [units, columns, columns]."""
+        return self._inverse[at[:, :, None], at[:, None, :]]
+
+    def _rows(self, at: Tensor) -> Tensor:
+        """[H⁻¹]_B,: of all these columns. Shape [columns, K]."""
+        return self._inverse[at]
+
+    def _answer(self, at: Tensor, step: Tensor) -> None:
+        self._inverse.addmm_(self._inverse[:, at], step, alpha=-1)
+
+    def _shrink(self, left: Tensor) -> None:
         self._inverse = self._inverse[left[:, None], left]
-        self._stays = self._stays[left]
+
+
+class _FewPositions(_Matrix):
+    """The same from fewer positions X than inputs: H⁻¹ = D - Xᵀ M X / λ, with M = (λ + X Xᵀ)⁻¹ and D = 1/λ.
+
+    M X changes as the weight does when columns leave, so both are one matrix, and no K × K matrix is made.
+    """
+
+    def __init__(self, reader: Reader, weight: Tensor, total: float, rows: Tensor, damping: float) -> None:
+        self._amount = damping_of(rows, damping)
+        held = rows @ rows.T + self._amount * torch.eye(len(rows), dtype=rows.dtype)
+        products = torch.cholesky_solve(rows, torch.linalg.cholesky(held))
+        super().__init__(reader, torch.cat([weight, products]), total, rows[:0])
+        self._out = len(weight)
+        self._x = rows.T.contiguous()
+        self._alone = torch.where((rows == 0).all(0), 1 / (1 + self._amount), 1 / self._amount)
+
+    def _blocks(self, at: Tensor, state: Tensor) -> Tensor:
+        products = state[..., self._out :].transpose(1, 2)
+        return torch.diag_embed(self._alone[at]) - self._x[at] @ products / self._amount
+
+    def _rows(self, at: Tensor) -> Tensor:
+        rows = self._x[at] @ self._state[:, self._out :].T / -self._amount
+        rows[torch.arange(len(at)), at] += self._alone[at]
+        return rows
+
+    def _answer(self, at: Tensor, step: Tensor) -> None:
+        """Nothing is left to do: M X is part of the state."""
+
+    def _shrink(self, left: Tensor) -> None:
+        self._x, self._alone = self._x[left], self._alone[left]
 
 
 def _eliminated(
@@ -161,10 +207,16 @@ def _eliminated(
 
 
 def _matrices(source: Source, reader: Reader, seen: InputStatistics, options: RefitOptions) -> Iterator[_Matrix]:
-    assert seen.gram is not None
-    groups = len(seen.gram)
+    groups = len(seen.squared_norms)
     weight = source.weights[reader.parameter].detach().double()
     weight = weight.reshape(groups, weight.shape[0] // groups, -1)
-    scales = reader.row_scales.reshape(groups, -1)
+    alive = seen.squared_norms > 0  # what reads an input that is always 0 costs nothing, though damping says otherwise
+    scaled = weight * reader.row_scales.reshape(groups, -1)[:, :, None] * alive[:, None, :]
     for g in range(groups):
-        yield _Matrix(reader, weight[g], seen.gram[g], scales[g], options.damping)
+        if seen.rows is not None:
+            total = float((scaled[g] @ seen.rows[g].T).square().sum())
+            yield _FewPositions(reader, scaled[g], total, seen.rows[g], options.damping)
+        else:
+            assert seen.gram is not None
+            total = float((scaled[g] @ seen.gram[g] * scaled[g]).sum())
+            yield _Matrix(reader, scaled[g], total, inverse(seen.gram[g], options.damping))

@@ -54,6 +54,26 @@ def inverse_diagonal(gram: Tensor, damping: float = 0.01) -> Tensor:
     return torch.cat(parts)
 
 
+def damping_of(rows: Tensor, damping: float) -> float:
+    """λ of H = XᵀX + λ for rows X [positions, K], positions < K: `damping` × mean(diag H), above 0 because XᵀX has no full rank."""
+    return max(damping, 10e-6) * float(rows.square().sum()) / rows.shape[1]
+
+
+def inverse_diagonal_of_rows(rows: Tensor, damping: float = 0.01) -> Tensor:
+    """`inverse_diagonal` of H = XᵀX from rows X [positions, K]: positions² × K steps and no K × K matrix. Shape [K], float64.
+
+    By Woodbury, H⁻¹ = (I - Xᵀ (λ + X Xᵀ)⁻¹ X) / λ; inputs that are always 0 have 1 + λ on the diagonal as in `damped`.
+
+    >>> x = torch.randn(3, 5).double()
+    >>> bool(torch.allclose(inverse_diagonal_of_rows(x), inverse_diagonal(x.T @ x)))
+    True
+    """
+    amount = damping_of(rows, damping)
+    lower = _factor(rows @ rows.T + amount * torch.eye(len(rows), dtype=rows.dtype), 0.0)
+    shares = torch.linalg.solve_triangular(lower, rows, upper=False).square_().sum(0)
+    return torch.where((rows == 0).all(0), 1 / (1 + amount), (1 - shares) / amount)
+
+
 def _factor(gram: Tensor, damping: float) -> Tensor:
     """L of the damped Gram matrix, which is raised where Cholesky fails (see `inverse`)."""
     for factor in _TRIES:

@@ -36,7 +36,9 @@ class InputStatistics:
     absolute_means: Tensor
     """Mean of |x|. Shape [groups, K], float64."""
     gram: Tensor | None
-    """Mean of x xᵀ. Shape [groups, K, K], float64; None where it was not asked for."""
+    """Mean of x xᵀ. Shape [groups, K, K], float64; None where it was not asked for or `rows` has it."""
+    rows: Tensor | None = None
+    """x / √positions, whose Gram matrix is `gram`. Shape [groups, positions, K], float64; where asked for and positions < K."""
     num_positions: int
     """Inputs x seen: samples × positions, of the group that saw most."""
     flipped: bool = False
@@ -68,6 +70,7 @@ def input_statistics(
     num_batches: int = 16,
     module: nn.Module | None = None,
     positions_per_sample: int | None = None,
+    rows: bool = False,
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of linear layers, products and convolutions, by parameter; one pass, nothing is kept.
 
@@ -77,7 +80,8 @@ def input_statistics(
     whole batches with `loss(model, batch)`. Linear layers and convolutions of any number of axes, groups, stride,
     padding and dilation, functional ones, transposed ones, products with a parameter on either side, and slices of a
     parameter (attention's input projections). `gram` asks for Σ x xᵀ, K² numbers. `module` gives other weights than the
-    captured ones. `positions_per_sample` bounds how many patches of a convolution are looked at in each sample, drawn with
+    captured ones. `rows`: fewer positions than inputs are given as they are instead of their Gram matrix, which is larger and
+    has no more rank. `positions_per_sample` bounds how many patches of a convolution are looked at in each sample, drawn with
     a fixed seed (neighbours say nearly the same, and Σ x xᵀ costs K² for each); None looks at all. Neither the program nor the module is changed.
 
     Raises UsageError (a name that the program does not have, or that no such layer reads) and RejectedError (no batch,
@@ -98,7 +102,7 @@ def input_statistics(
     for name in names:
         key = id(uses[name])  # names of one tied weight share their uses
         if key not in sums:
-            sums[key] = Sums(name, uses[name], gram=gram, positions=positions_per_sample)
+            sums[key] = Sums(name, uses[name], gram=gram, positions=positions_per_sample, rows=rows)
             sights += [Sight(node=u.source, look=partial(sums[key].add, u), reader=u.node) for u in uses[name]]
     observed(program, sights, batches, loss=loss, num_batches=num_batches, module=module)
     found: dict[int, InputStatistics] = {}
@@ -130,8 +134,13 @@ def readable_uses(program: Program, names: Sequence[str]) -> dict[str, list[Use]
 class Sums:
     """Streamed sums over the inputs of one parameter: Σ x, Σ |x|, Σ x² and, where asked for, Σ x xᵀ."""
 
-    def __init__(self, name: str, uses: Sequence[Use], *, gram: bool, positions: int | None = None) -> None:
+    def __init__(
+        self, name: str, uses: Sequence[Use], *, gram: bool, positions: int | None = None, rows: bool = False
+    ) -> None:
+        self._name = name
         self._positions = positions
+        whole = len(uses) == 1 and tuple(uses[0].rows) == (0, uses[0].width)
+        self._rows: list[Tensor] | None = [] if rows and gram and whole else None
         self._flipped = uses[0].flipped
         edges = [edge for use in uses for edge in use.rows]
         self._groups = uses[0].width // math.gcd(uses[0].width, *edges)
@@ -139,27 +148,43 @@ class Sums:
         self._length = uses[0].length
         self._count = torch.zeros(self._groups, dtype=torch.float64)
         self._sums = torch.zeros(3, self._groups, self._length, dtype=torch.float64)
-        square = (self._groups, self._length, self._length)
-        if gram and 8 * math.prod(square) > _GRAM_BYTES:
-            msg = f"Gram matrices must fit into {_GRAM_BYTES / 2**30:.0f} GiB. Got {8 * math.prod(square) / 2**30:.1f} GiB at {name}, which has {self._length} inputs. Leave it out."
+        self._asked = gram
+        self._gram = self._nothing() if gram and self._rows is None else None
+
+    def _nothing(self) -> Tensor:
+        size = 8 * self._groups * self._length**2
+        if size > _GRAM_BYTES:
+            msg = f"Gram matrices must fit into {_GRAM_BYTES / 2**30:.0f} GiB. Got {size / 2**30:.1f} GiB at {self._name}, which has {self._length} inputs. Leave it out."
             raise ResourceError(msg)
-        self._gram = torch.zeros(square, dtype=torch.float64) if gram else None
+        return torch.zeros(self._groups, self._length, self._length, dtype=torch.float64)
 
     def add(self, use: Use, value: Tensor) -> None:
         """All inputs of one use in one call of the model."""
         block = use.width // self._groups
         blocks = slice(use.rows[0] // block, use.rows[1] // block)
         repeats = (blocks.stop - blocks.start) // use.groups
-        if self._gram is None and use.spatial and not use.flipped:
+        if not self._asked and use.spatial and not use.flipped:
             self._add_over_samples(use, value, blocks, repeats)
             return
         for x in inputs_of(value, use, self._positions):  # [positions, groups of the use, K]
             parts = torch.stack([x.sum(0), x.abs().sum(0), x.square().sum(0)])
             self._sums[:, blocks] += parts.repeat_interleave(repeats, dim=1)
             self._count[blocks] += len(x)
-            if self._gram is not None:
+            if self._rows is not None:
+                self._keep(x.transpose(0, 1).repeat_interleave(repeats, dim=0))
+            elif self._gram is not None:
                 apart = x.transpose(0, 1)
                 self._gram[blocks] += (apart.transpose(1, 2) @ apart).repeat_interleave(repeats, dim=0)
+
+    def _keep(self, x: Tensor) -> None:
+        """Inputs [groups, positions, K] as they are, while there are fewer of them than K."""
+        assert self._rows is not None
+        self._rows.append(x)
+        if sum(r.shape[1] for r in self._rows) >= self._length:
+            self._gram = self._nothing()
+            for r in self._rows:
+                self._gram += r.transpose(1, 2) @ r
+            self._rows = None
 
     def _add_over_samples(self, use: Use, value: Tensor, blocks: slice, repeats: int) -> None:
         """Without products of two inputs the samples can be summed before the windows are laid out, and those as views."""
@@ -190,6 +215,7 @@ class Sums:
             means=means[0],
             absolute_means=means[1],
             gram=None if self._gram is None else self._gram.div_(count[:, None, None]),
+            rows=torch.cat(self._rows, dim=1) / count.sqrt()[:, None, None] if self._rows else None,
             num_positions=int(self._count.max()),
             flipped=self._flipped,
         )
