@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from paredown.export import export as export
     from paredown.factorize import choose_ranks as choose_ranks
     from paredown.factorize import factorize as factorize
+    from paredown.measure import Bundle as Bundle
+    from paredown.measure import Tolerance as Tolerance
+    from paredown.measure import bundle as bundle
+    from paredown.measure import import_results as import_results
     from paredown.measure import measure as measure
     from paredown.pipeline import Compressed as Compressed
     from paredown.pipeline.compress import compress as compress
@@ -95,7 +99,7 @@ _ROOMS = {
     "examine": ("Cost", "examine"),
     "export": ("Artifact", "Check", "check", "export"),
     "factorize": ("choose_ranks", "factorize"),
-    "measure": ("measure",),
+    "measure": ("Bundle", "Tolerance", "bundle", "import_results", "measure"),
     "pipeline": ("Compressed", "compress"),
     "plan": ("Mask", "Plan", "Rank"),
     "program": ("Program", "capture"),
@@ -130,6 +134,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "Artifact",
     "Budget",
+    "Bundle",
     "CaptureError",
     "Check",
     "Compressed",
@@ -160,11 +165,13 @@ __all__ = [
     "Sensitivity",
     "Space",
     "Target",
+    "Tolerance",
     "Unit",
     "UsageError",
     "VerificationError",
     "__version__",
     "allocate",
+    "bundle",
     "capture",
     "check",
     "choose_ranks",
@@ -178,6 +185,7 @@ __all__ = [
     "factorize",
     "foresee",
     "fresh",
+    "import_results",
     "keep_masks",
     "load",
     "load_pruned",

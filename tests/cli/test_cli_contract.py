@@ -20,6 +20,7 @@ from paredown.cli.main import COMMANDS, app, main
 INPUT = ("--input", "1x3x12x12")
 COMMON = "device json pruned quiet strip-prefix threads weights".split()
 OPTIONS = {
+    "bundle": "cosine golden json max-error out overwrite preprocessing quiet samples".split(),
     "compress": "device dry-run json out overwrite quiet set strict threads weights".split(),
     "couple": [*COMMON, "input", "strict"],
     "coverage": "channels family journal json limit memory onnx out quiet retry seconds threads".split(),
@@ -32,7 +33,7 @@ OPTIONS = {
         *"realiser seed strict target".split(),
     ],
     "init": ["quiet"],
-    "measure": "baseline input json quiet runs samples seconds threads".split(),
+    "measure": "baseline import input into json quiet runs samples seconds threads".split(),
     "numerics": [*COMMON, "calibrate", "input", "observer", "out", "overwrite"],
     "prune": [
         *COMMON,

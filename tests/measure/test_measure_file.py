@@ -108,9 +108,9 @@ def test_readings_take_turns_and_show_their_spread() -> None:
 
 
 def test_a_disturbed_run_says_so() -> None:
-    unsteady = latencies._spread([1.0] * 50 + [3.0] * 50, "median", "m")
+    unsteady = latencies.spread([1.0] * 50 + [3.0] * 50, "median", "m")
     assert "unsteady" in unsteady.protocol
-    assert "unsteady" not in latencies._spread([1.0, 1.01, 1.02] * 30, "median", "m").protocol
+    assert "unsteady" not in latencies.spread([1.0, 1.01, 1.02] * 30, "median", "m").protocol
 
 
 def test_the_memory_module_runs_by_itself(files: tuple[Artifact, Artifact]) -> None:

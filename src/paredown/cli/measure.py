@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from paredown.cli import options
 from paredown.cli.show import emit, only_document, show, table
-from paredown.cli.sources import arrays
+from paredown.cli.sources import arrays, existing_folder
 from paredown.errors import RejectedError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ NO_QUALITY = "quality: a file knows no metric; `paredown compress` measures it t
 
 
 def measure(
-    file: Annotated[Path, Parameter(help="An .onnx file, or an .xml file of OpenVINO with its .bin beside it.")],
+    file: Annotated[
+        Path,
+        Parameter(help="An .onnx file, or an .xml file of OpenVINO with its .bin beside it; a bundle for --import."),
+    ],
     /,
     *,
     samples: Annotated[Path | None, Parameter(help=".npz or .npy of inputs, samples along the first axis.")] = None,
@@ -30,17 +33,38 @@ def measure(
     threads: Annotated[int, Parameter(help="Threads of the runtime.")] = 1,
     runs: Annotated[int, Parameter(help="Readings at most, 5 or more.")] = 200,
     seconds: Annotated[float, Parameter(help="Time at most.")] = 10.0,
+    import_: Annotated[
+        Path | None,
+        Parameter(
+            name="--import",
+            help="results.json of a device that ran the bundle FILE: read back instead of measured here.",
+        ),
+    ] = None,
+    into: Annotated[
+        Path | None,
+        Parameter(help="With --import: folder of the run that made the model; its report shows the device."),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
     """Bytes, latency (with its spread) and memory of a file, measured in its runtime on this machine."""
+    if import_ is not None:
+        if samples is not None or input is not None or baseline is not None:
+            msg = "--import must stand without --samples, --input and --baseline: nothing is measured here. Got one of them."
+            raise UsageError(msg)
+        return imported(file, import_, into, json=json, quiet=quiet)
+    if into is not None:
+        msg = f"--into must come with --import results.json. Got {str(into)!r} alone."
+        raise UsageError(msg)
     if (samples is None) == (input is None):
         msg = f"measure must be given --samples FILE.npz or --input 1x3x224x224. Got {'neither' if samples is None else 'both'}."
         raise UsageError(msg)
+    from paredown.measure import artifact_at
+
     with only_document(json):
-        artifact, other = _artifact(file), None if baseline is None else _artifact(baseline)
+        artifact, other = artifact_at(file), None if baseline is None else artifact_at(baseline)
         if samples is not None:
-            batches = _batches(arrays(samples, "--samples"), artifact)
+            batches = file_batches(arrays(samples, "--samples"), artifact)
         else:
             from paredown.models import parse_input
 
@@ -61,39 +85,48 @@ def measure(
     else:
         titles = (str(file), "value", "unit", "low", "high", "badge")
         how = [f"{name}: {value.protocol}." for name, value in found.items() if value.protocol]
-        rows = [(name, *_figures(value)) for name, value in found.items()]
+        rows = [(name, *figures(value)) for name, value in found.items()]
         show(table(titles, rows), *how, f"not tested: {NO_QUALITY}", quiet=quiet)
     return 0
 
 
-def _artifact(path: Path) -> Artifact:
-    """A file and its side files, as it stands on disk."""
-    if path.suffix.lower() == ".xml":
-        return _openvino_artifact(path)
-    if path.suffix.lower() != ".onnx":
-        msg = f"measure must be given an .onnx or an .xml file. Got {str(path)!r}."
-        raise UsageError(msg)
-    from paredown.examine import examine_onnx
-    from paredown.export import Artifact
+def imported(file: Path, results: Path, into: Path | None, *, json: bool, quiet: bool) -> int:
+    """Read the results of a device, print them, and give them to a run."""
+    from paredown.measure import import_results
 
-    cost = examine_onnx(path)
-    scheme = "int8" if {"QuantizeLinear", "DequantizeLinear"} & set(cost.ops) else "fp32"
-    return Artifact(files=tuple(path.parent / name for name in cost.files), target="onnxruntime-x86", scheme=scheme)
+    record = import_results(results, file)
+    if into is not None:
+        from paredown.pipeline.folder import add_device
+
+        add_device(existing_folder(into, "--into"), record)
+    details = record.details
+    if json:
+        emit(
+            {
+                "schema": 1,
+                "file": str(file),
+                "stage": record.cell["stage"],
+                "device": record.environment["device"],
+                "runtime": record.environment["runtime"],
+                "threads": record.environment["threads"],
+                "measured": {name: dataclasses.asdict(value) for name, value in record.measured.items()},
+                **{key: details[key] for key in ("flags", "series", "golden", "model", "not_tested")},
+            }
+        )
+        return 0
+    rows = [(name, *figures(value)) for name, value in record.measured.items()]
+    notes = [f"{name}: {value.protocol}." for name, value in record.measured.items()]
+    show(
+        table((str(record.cell["title"]), "value", "unit", "low", "high", "badge"), rows),
+        *notes,
+        *(f"note: {flag}" for flag in details["flags"]),
+        *(f"not tested: {what}" for what in details["not_tested"]),
+        quiet=quiet,
+    )
+    return 0
 
 
-def _openvino_artifact(path: Path) -> Artifact:
-    from paredown.export import Artifact
-
-    side = path.with_suffix(".bin")
-    for file in (path, side):
-        if not file.is_file():
-            msg = f"measure must be given an .xml file of OpenVINO with its .bin beside it. {str(file)!r} is no file."
-            raise UsageError(msg)
-    scheme = "int8" if 'type="FakeQuantize"' in path.read_text(encoding="utf-8", errors="replace") else "fp32"
-    return Artifact(files=(path, side), target="openvino-x86", scheme=scheme)
-
-
-def _batches(read: dict[str, Any], artifact: Artifact) -> list[Any]:
+def file_batches(read: dict[str, Any], artifact: Artifact) -> list[Any]:
     """One batch of all samples, in the order of the file's inputs."""
     import torch
 
@@ -107,7 +140,9 @@ def _batches(read: dict[str, Any], artifact: Artifact) -> list[Any]:
     return [tuple(torch.from_numpy(read[n].astype(read[n].dtype.newbyteorder("="))) for n in order)]
 
 
-def _figures(value: Measured) -> tuple[str, ...]:
+def figures(value: Measured) -> tuple[str, ...]:
+    """Value, unit, both ends and badge as cells of a table."""
+
     def figure(number: float | None) -> str:
         return "" if number is None else f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
 

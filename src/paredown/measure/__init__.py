@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from paredown.errors import MissingError, RejectedError, ResourceError, UsageError
+from paredown.measure.bundle import Bundle, Tolerance, bundle, read_bundle
+from paredown.measure.imported import import_results
+from paredown.measure.kinds import artifact_at, feed_of, first_sample
 from paredown.measure.machine import machine, machine_text
 from paredown.measure.quality import evaluated, paired, summarize
 from paredown.records import Measured
@@ -54,7 +55,7 @@ def measure(
         raise UsageError(msg)
     where = machine_text()
     measured = dict(sizes(artifact.files, where))
-    sample = _first(samples)
+    sample = first_sample(samples)
     measured |= _latencies(artifact, baseline, sample, threads, runs, seconds, where)
     if memory:
         measured |= _memory(artifact, sample, threads, where)
@@ -81,29 +82,6 @@ def sizes(files: tuple[Path, ...], where: str = "") -> dict[str, Measured]:
     }
 
 
-def _first(samples: Batches) -> Any:
-    from paredown.quantize.batches import each, length, rows
-
-    for batch in each(samples):
-        if length(batch):
-            return rows(batch, slice(0, 1))
-    msg = "measure must have at least one sample. Got 0 batches."
-    raise RejectedError(msg)
-
-
-def _feed(session: Any, sample: Any) -> dict[str, Any]:
-    """Arrays for one run: one sample, repeated where the file's batch is fixed to more."""
-    from paredown.export.session import as_feed
-
-    wanted = session.get_inputs()
-    feed = as_feed(wanted, *sample)
-    for value in wanted:
-        fixed = value.shape[0] if value.shape and isinstance(value.shape[0], int) else None
-        if fixed and feed[value.name].shape[:1] == (1,) and fixed > 1:
-            feed[value.name] = np.repeat(feed[value.name], fixed, axis=0)
-    return feed
-
-
 def _latencies(
     artifact: Artifact, baseline: Artifact | None, sample: Any, threads: int, runs: int, seconds: float, where: str
 ) -> dict[str, Measured]:
@@ -112,7 +90,7 @@ def _latencies(
 
     files = {"this": artifact, **({"baseline": baseline} if baseline is not None else {})}
     sessions = {name: open_session(one.path, threads=threads) for name, one in files.items()}
-    feeds = {name: _feed(session, sample) for name, session in sessions.items()}
+    feeds = {name: feed_of(session, sample) for name, session in sessions.items()}
     found = latency(sessions, feeds, threads=threads, runs=runs, seconds=seconds, machine=where)
     names = {"this": "latency_ms", "baseline": "baseline_latency_ms", "ratio": "speedup"}
     return {names[k]: v for k, v in found.items()}
@@ -121,7 +99,7 @@ def _latencies(
 def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[str, Measured]:
     from paredown.export.session import open_session
 
-    feed = _feed(open_session(artifact.path, threads=threads), sample)
+    feed = feed_of(open_session(artifact.path, threads=threads), sample)
     shapes = {name: [list(a.shape), str(a.dtype)] for name, a in feed.items()}
     script = Path(__file__).with_name("memory.py")
     command = [sys.executable, "-P", str(script), str(artifact.path.resolve()), json.dumps(shapes), str(threads)]
@@ -149,4 +127,18 @@ def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[s
     }
 
 
-__all__ = ["evaluated", "machine", "machine_text", "measure", "paired", "sizes", "summarize"]
+__all__ = [
+    "Bundle",
+    "Tolerance",
+    "artifact_at",
+    "bundle",
+    "evaluated",
+    "import_results",
+    "machine",
+    "machine_text",
+    "measure",
+    "paired",
+    "read_bundle",
+    "sizes",
+    "summarize",
+]

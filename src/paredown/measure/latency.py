@@ -26,6 +26,27 @@ def latency(
     rounds or `seconds`, whichever comes first, but not before 5 rounds.
     """
     names = list(sessions)
+    times, groups = readings(sessions, feeds, runs=runs, seconds=seconds)
+    measured = {}
+    for name in names:
+        what = protocol(threads, groups[name]) + (", in turns with the other file" if len(names) > 1 else "")
+        note = getattr(sessions[name], "note", "")
+        measured[name] = spread(times[name], what + (f"; {note}" if note else ""), machine)
+    if len(names) > 1:
+        measured["ratio"] = ratio(np.asarray(times[names[1]]), np.asarray(times[names[0]]), machine)
+    return measured
+
+
+def protocol(threads: int, group: int) -> str:
+    """How a latency was taken, in words."""
+    return f"median, low–high is the 10th–90th percentile; {threads} thread, {_WARM} warm-up runs, {group} run(s) per reading"
+
+
+def readings(
+    sessions: dict[str, Any], feeds: dict[str, Any], *, runs: int, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """({name: milliseconds of every round}, {name: runs in one reading}) of sessions that take turns, as `latency` says."""
+    names = list(sessions)
     groups = {name: _group(sessions[name], feeds[name]) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -40,15 +61,7 @@ def latency(
     finally:
         if collecting:
             gc.enable()
-    measured = {}
-    for name in names:
-        what = f"median, low–high is the 10th–90th percentile; {threads} thread, {_WARM} warm-up runs, {groups[name]} run(s) per reading"
-        note = getattr(sessions[name], "note", "")
-        what += (", in turns with the other file" if len(names) > 1 else "") + (f"; {note}" if note else "")
-        measured[name] = _spread(times[name], what, machine)
-    if len(names) > 1:
-        measured["ratio"] = _ratio(np.asarray(times[names[1]]), np.asarray(times[names[0]]), machine)
-    return measured
+    return times, groups
 
 
 def _timed(session: Any, feed: Any, group: int) -> float:
@@ -64,7 +77,8 @@ def _group(session: Any, feed: Any) -> int:
     return max(1, math.ceil(_SHORTEST_S * 1e3 / max(fastest, 1e-6)))
 
 
-def _spread(times_ms: list[float], protocol: str, machine: str) -> Measured:
+def spread(times_ms: list[float], protocol: str, machine: str) -> Measured:
+    """Median and 10th–90th percentile; the protocol says so where they are far apart."""
     low, middle, high = (float(q) for q in np.percentile(times_ms, (10, 50, 90)))
     if high > 1.5 * low:
         protocol += f"; unsteady, p90 is {high / low:.1f} × p10: other load or throttling"
@@ -73,7 +87,7 @@ def _spread(times_ms: list[float], protocol: str, machine: str) -> Measured:
     )
 
 
-def _ratio(before: Any, after: Any, machine: str) -> Measured:
+def ratio(before: Any, after: Any, machine: str) -> Measured:
     """How many times faster than the baseline: ratio of medians, 95 % bootstrap interval over rounds (seed 0)."""
     picks = np.random.default_rng(0).integers(0, len(before), (2000, len(before)))
     ratios = np.median(before[picks], axis=1) / np.median(after[picks], axis=1)

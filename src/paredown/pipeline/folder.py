@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paredown.errors import ResourceError, UsageError
-from paredown.records import Record, sweep_stale, write_text
+from paredown.errors import RejectedError, ResourceError, UsageError
+from paredown.records import Record, append, sweep_stale, write_text
 
 RECIPE, RECORDS, STEPS, LOCK = "recipe.yaml", "records.jsonl", "steps", ".lock"
 MADE = (RECIPE, RECORDS, "report.html", "plan.json", "form.json", "model.safetensors")
@@ -106,6 +106,27 @@ def _clear(path: Path) -> None:
         for file in steps.iterdir():
             if file.is_file():
                 file.unlink()
+
+
+def add_device(path: Path, record: Record) -> None:
+    """Put what a device measured (`import_results`) into a run, in the place of its earlier one, and write the report anew.
+
+    Raises RejectedError where the device ran another model than those of the run.
+    """
+    from paredown.report import read_run, write_report
+
+    run, sums = read_run(path), set(record.details["model"].values())
+    if not any(r.details.get("digest") in sums for r in run.stages):
+        msg = f"the results must be of a file of the run. Got another model's: none of the run in {path} has the SHA-256 {min(sums)[:12]}…."
+        raise RejectedError(msg)
+    steps = path / STEPS
+    if any(steps.glob("[0-9][0-9]-*.json")):
+        kept = {"key": "imported", "record": json.loads(record.to_json())}
+        write_text(steps / f"85-{record.cell['stage']}.json", json.dumps(kept, sort_keys=True) + "\n")
+        RunFolder(path=path).write_records()
+    else:  # the run came here without its steps
+        append(path / RECORDS, record)
+    write_report(path)
 
 
 def key_of(*parts: Any) -> str:

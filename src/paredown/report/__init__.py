@@ -10,6 +10,7 @@ The records, one per stage and in order. cell = {"stage": NAME, "title": text, "
     level-1 …    pruned FP32 file after the recovery of each level
     int8         INT8 file of the last level
     twin-int8    INT8 file of a dense network of equal size, trained from scratch (may be absent)
+    device-…     what a device measured with a bundle, read back (may be absent)
     verdict      last
 
 Stages with a file carry plan_digest, and in `measured`: "bytes", "gzip_bytes", "stripped_bytes" (without metadata),
@@ -28,7 +29,7 @@ wherever it stands.
 """
 
 from paredown.report.document import report_json
-from paredown.report.page import render, write_report
+from paredown.report.page import read_run, render, write_report
 from paredown.report.pictures import mask_picture
 
-__all__ = ["mask_picture", "render", "report_json", "write_report"]
+__all__ = ["mask_picture", "read_run", "render", "report_json", "write_report"]

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from paredown.records import Record
-from paredown.report.reading import View, entry, figure, items, runtime, stage_name, text, threads, view
+from paredown.report.reading import (
+    View,
+    entry,
+    figure,
+    items,
+    runtime,
+    stage_name,
+    stage_of_device,
+    text,
+    threads,
+    view,
+)
 
 _TOLD = (("bytes", "size"), ("metric", "metric"), ("latency_ms", "latency"))
 
@@ -16,7 +27,7 @@ def report_json(records: list[Record]) -> dict[str, Any]:
     {"schema": 1, "verdict": {"target_met", "recommended", "not_tested"}, "rows": [{"stage", "file", "bytes", "gzip_bytes",
     "parameters", "macs", "metric": {"name", "unit", "value", "low", "high", "n", "badge"}, "latency_ms": {"median", "p10",
     "p90", "runtime", "threads", "badge"}, "float_nodes"}]}. The first row is the dense FP32 file and the last the
-    recommended one; where the dense file is the recommended one it stands in both places. Bytes, parameters and MACs are
+    recommended one, and "devices" is there where a device was imported; where the dense file is the recommended one it stands in both places. Bytes, parameters and MACs are
     exact integers, null where not measured; float_nodes is null where no check ran. Without a verdict "recommended" and
     "target_met" are null and the rows are the stages so far.
 
@@ -33,12 +44,27 @@ def report_json(records: list[Record]) -> dict[str, Any]:
             "not_tested": not_tested(run),
         },
         "rows": [_row(run, name, record) for name, record in _ordered(run)],
+        **({"devices": [_device(run, record) for record in run.devices]} if run.devices else {}),
+    }
+
+
+def _device(run: View, record: Record) -> dict[str, Any]:
+    """One device that was measured with a bundle."""
+    latency, error = figure(record, "latency_ms"), figure(record, "golden_max_error")
+    return {
+        "device": latency.machine,
+        "stage": stage_of_device(run, record),
+        "latency_ms": {"median": latency.value, "p10": latency.low, "p90": latency.high, "badge": latency.badge},
+        "golden_max_error": {"value": error.value, "n": error.n, "badge": error.badge},
+        "flags": [text(f, 300) for f in items(entry(record, "flags"))],
     }
 
 
 def not_tested(run: View) -> list[str]:
     """What the verdict says was not tested, and the figures that the stages lack."""
     told = [text(t, 300) for t in items(entry(run.verdict, "not_tested"))]
+    if run.devices:
+        told = [t for t in told if not t.startswith("latency on the phone")]
     for record in run.stages:
         lacking = [word for key, word in _TOLD if figure(record, key).value is None]
         if lacking:

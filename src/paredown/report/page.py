@@ -13,7 +13,7 @@ from paredown.records import Record
 from paredown.report import evidence, layers, masks
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
-from paredown.report.stages import HEADS, common_place, stage_rows, twin_rows
+from paredown.report.stages import HEADS, common_place, device_rows, stage_rows, twin_rows
 from paredown.report.verdict import verdict_strip
 from paredown.report.wording import mebibytes, megabytes, whole
 
@@ -58,6 +58,11 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+def read_run(folder: str | Path) -> View:
+    """The records of a run folder, sorted. Raises RejectedError where there is no journal or a line is no record."""
+    return view(_read(Path(folder) / "records.jsonl"))
+
+
 def _read(path: Path) -> list[Record]:
     if not path.is_file():
         msg = f"a report must have a records.jsonl. Got none at {path}. Run `paredown compress` into this folder first."
@@ -82,6 +87,7 @@ def _content(run: View) -> dict[str, Any]:
         "metric": run.metric,
         "stages": stage_rows(run),
         "place": common_place(run),
+        "devices": device_rows(run),
         "stages_csv": _stages_csv(run),
         "twin": twin_rows(run),
         "layers": layers.layer_table(run),

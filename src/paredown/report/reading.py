@@ -15,6 +15,8 @@ _UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u
 _MISSING = Measured(value=None, unit="", badge="not tested")
 _LARGEST = 1e30
 """No figure of a network is larger; a journal that says so (or NaN) is broken there."""
+DEVICE = "device-"
+"""How the stages begin that were measured elsewhere: they are no rows of the before/after table."""
 _BADGES = ("measured", "estimated", "not tested")
 
 
@@ -27,6 +29,8 @@ class View:
     verdict: Record | None
     stages: tuple[Record, ...]
     """Those with an exported file, in the order of the journal."""
+    devices: tuple[Record, ...] = ()
+    """What `paredown measure --import --into` read back of other devices."""
 
     def stage(self, name: str | None) -> Record | None:
         """The stage of this name."""
@@ -60,12 +64,13 @@ def view(records: list[Record]) -> View:
     by_name: dict[str, Record] = {}
     for record in records:
         by_name[stage_name(record)] = record
-    files = tuple(r for name, r in by_name.items() if name not in ("examine", "verdict"))
+    others = tuple(r for name, r in by_name.items() if name not in ("examine", "verdict"))
     return View(
         records=tuple(by_name.values()),
         examine=by_name.get("examine"),
         verdict=by_name.get("verdict"),
-        stages=files,
+        stages=tuple(r for r in others if not stage_name(r).startswith(DEVICE)),
+        devices=tuple(r for r in others if stage_name(r).startswith(DEVICE)),
     )
 
 
@@ -77,6 +82,12 @@ def stage_name(record: Record) -> str:
 def stage_title(record: Record) -> str:
     """What a person calls the stage."""
     return text(mapping(record.cell).get("title")) or stage_name(record)
+
+
+def stage_of_device(run: View, record: Record) -> str | None:
+    """The stage whose file ran on a device, by its SHA-256."""
+    sums = {text(v) for v in mapping(entry(record, "model")).values()}
+    return next((stage_name(r) for r in run.stages if text(entry(r, "digest")) in sums), None)
 
 
 def entry(record: Record | None, key: str) -> Any:

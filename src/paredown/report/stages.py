@@ -8,7 +8,18 @@ from typing import Any, Literal
 
 from paredown.records import Badge, Measured, Record
 from paredown.report.figures import Svg, bar, whisker
-from paredown.report.reading import View, entry, figure, items, runtime, stage_name, stage_title, text, threads
+from paredown.report.reading import (
+    View,
+    entry,
+    figure,
+    items,
+    runtime,
+    stage_name,
+    stage_of_device,
+    stage_title,
+    text,
+    threads,
+)
 from paredown.report.wording import difference, digits, interval, mebibytes, megabytes, quantity, times, whole
 
 Speed = Literal["faster", "slower", "same", "unknown"]
@@ -160,7 +171,7 @@ def latency(run: View, record: Record, *, say_place: bool = True) -> Cell:
         else "no spread"
     )
     pace, said = speed(run, record)
-    unsteady = "unsteady: other load or throttling" if "unsteady" in text(found.protocol, 400) else ""
+    unsteady = _unsteady(found)
     warning = "slower than the dense FP32 file: not recommended on latency grounds" if pace == "slower" else ""
     return cell(
         found, lambda v: f"{digits(v)} ms", ends, _place(record) if say_place else "", said, unsteady, warning=warning
@@ -196,6 +207,33 @@ def _memory(record: Record) -> Cell:
     peak, own = figure(record, "peak_memory_bytes"), figure(record, "memory_bytes")
     above = f"{megabytes(own.value)} above the bare runtime{_mark(own)}" if own.value is not None else ""
     return cell(peak, megabytes, mebibytes(peak.value) if peak.value is not None else "", above)
+
+
+def device_rows(run: View) -> list[dict[str, Any]]:
+    """One row per device that ran a bundle: its latency with the spread, and how far its outputs were from the golden ones."""
+    rows = []
+    for record in run.devices:
+        found, error, cosine = (figure(record, k) for k in ("latency_ms", "golden_max_error", "golden_cosine"))
+        ends = "no spread"
+        if found.low is not None and found.high is not None:
+            ends = f"p10–p90 {digits(found.low)} – {digits(found.high)} ms"
+        flags = [text(f, 300) for f in items(entry(record, "flags"))]
+        near = f"cosine {cosine.value:.6f}, {cosine.n} samples" if cosine.value is not None else ""
+        rows.append(
+            {
+                "title": stage_title(record),
+                "file": next(
+                    (text(entry(r, "file")) for r in run.stages if stage_name(r) == stage_of_device(run, record)), ""
+                ),
+                "latency": cell(found, lambda v: f"{digits(v)} ms", ends, *flags, warning=_unsteady(found)),
+                "golden": cell(error, digits, near),
+            }
+        )
+    return rows
+
+
+def _unsteady(found: Measured) -> str:
+    return "unsteady: other load or throttling" if "unsteady" in text(found.protocol, 400) else ""
 
 
 def _mark(*found: Measured) -> str:

@@ -1,0 +1,137 @@
+"""Kinds of model files, by the ending of their name: which files belong together, and which runtimes execute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paredown.errors import RejectedError, UsageError
+
+if TYPE_CHECKING:
+    from paredown.export.artifact import Artifact
+
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "executorch": "ExecuTorch", "litert": "LiteRT"}
+"""Runtimes as people call them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What is known of all files with one ending."""
+
+    target: str
+    runtimes: tuple[str, ...]
+    """Those that execute such a file, by the name of the Python module; the first is its own."""
+    read: Callable[[Path], tuple[tuple[Path, ...], str]]
+    """(the file and its side files, scheme), from what stands on disk."""
+    requires: Callable[[Path], dict[str, Any]]
+    """Versions of the format that a runtime must know, for a bundle's manifest."""
+    program: str = ""
+    """The runtime's own benchmark program for Android; "" where run_adb.sh knows none."""
+
+
+def artifact_at(path: str | Path) -> Artifact:
+    """A model file and its side files as an Artifact, as it stands on disk.
+
+    Raises UsageError for another ending, RejectedError for a file that cannot be read, MissingError without its library.
+    """
+    from paredown.export.artifact import Artifact
+
+    path = Path(path)
+    kind = kind_of(path)
+    files, scheme = kind.read(path)
+    return Artifact(files=files, target=kind.target, scheme=scheme)
+
+
+def kind_of(path: Path) -> Kind:
+    """The table's entry for a file. Raises UsageError where there is none."""
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        msg = f"a model file must end in one of {', '.join(KINDS)}. Got {str(path)!r}."
+        raise UsageError(msg)
+    return kind
+
+
+def _onnx(path: Path) -> tuple[tuple[Path, ...], str]:
+    from paredown.examine import examine_onnx
+
+    cost = examine_onnx(path)
+    ops = {op.rpartition("::")[2] for op in cost.ops}
+    marks = {
+        "w4": {"MatMulNBits"},
+        "int8-dynamic": {"DynamicQuantizeLinear"},
+        "int8": {"QuantizeLinear", "DequantizeLinear"},
+    }
+    scheme = next((name for name, known in marks.items() if known & ops), "fp32")
+    return tuple(path.parent / name for name in cost.files), scheme
+
+
+def _onnx_versions(path: Path) -> dict[str, Any]:
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    sets = {o.domain or "ai.onnx": int(o.version) for o in model.opset_import}
+    return {"ir_version": int(model.ir_version), "opsets": sets}
+
+
+def _openvino(path: Path) -> tuple[tuple[Path, ...], str]:
+    side = path.with_suffix(".bin")
+    for file in (path, side):
+        if not file.is_file():
+            msg = f"an .xml file of OpenVINO must have its .bin beside it. {str(file)!r} is no file."
+            raise UsageError(msg)
+    scheme = "int8" if 'type="FakeQuantize"' in path.read_text(encoding="utf-8", errors="replace") else "fp32"
+    return (path, side), scheme
+
+
+def _openvino_versions(path: Path) -> dict[str, Any]:
+    import re
+
+    found = re.search(r'<net[^>]*\bversion="(\d+)"', path.read_text(encoding="utf-8", errors="replace"))
+    return {"ir_version": int(found.group(1)) if found else None}
+
+
+KINDS: Mapping[str, Kind] = {
+    ".onnx": Kind(
+        target="onnxruntime-x86",
+        runtimes=("onnxruntime", "openvino"),
+        read=_onnx,
+        requires=_onnx_versions,
+        program="onnxruntime_perf_test",
+    ),
+    ".xml": Kind(target="openvino-x86", runtimes=("openvino",), read=_openvino, requires=_openvino_versions),
+}
+"""Ending of the name → kind of file."""
+
+
+# --------------------------------------------------------------------------------------------------------------- feeds
+
+
+def first_sample(samples: Any) -> Any:
+    """(args, kwargs) of the first sample. Raises RejectedError where there is none."""
+    from paredown.quantize.batches import each, length, rows
+
+    for batch in each(samples):
+        if length(batch):
+            return rows(batch, slice(0, 1))
+    msg = "measure must have at least one sample. Got 0 batches."
+    raise RejectedError(msg)
+
+
+def feed_of(session: Any, sample: Any) -> dict[str, Any]:
+    """Arrays for one run: one sample, repeated where the file's batch is fixed to more."""
+    from paredown.export.session import as_feed
+
+    wanted = session.get_inputs()
+    feed = as_feed(wanted, *sample)
+    for value in wanted:
+        fixed = value.shape[0] if value.shape and isinstance(value.shape[0], int) else None
+        if fixed and feed[value.name].shape[:1] == (1,) and fixed > 1:
+            feed[value.name] = np.repeat(feed[value.name], fixed, axis=0)
+    return feed
+
+
+__all__ = ["KINDS", "TITLES", "Kind", "artifact_at", "feed_of", "first_sample", "kind_of"]
