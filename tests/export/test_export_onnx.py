@@ -309,14 +309,37 @@ def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_file_newer_than_the_runtime_is_refused_with_the_way_out(tmp_path: Path) -> None:
     net, inputs = deploy_nets.made("residual")
     artifact = export((net, inputs(2)), tmp_path / "a.onnx")
-    model = onnx.load(artifact.path)
-    model.opset_import[0].version = 999
-    onnx.save(model, artifact.path)
-    with pytest.raises(MissingError, match="lower opset"):
-        check(artifact, net, [inputs(2)])
+    for change in ("opset", "format"):
+        model = onnx.load(artifact.path)
+        if change == "opset":
+            model.opset_import[0].version = 999
+        else:
+            model.ir_version = 99
+        newer = Artifact(files=(tmp_path / f"{change}.onnx",), target=artifact.target, scheme="fp32")
+        onnx.save(model, newer.path)
+        with pytest.raises(MissingError, match=r"lower opset=… \(--opset\)") as caught:
+            check(newer, net, [inputs(2)])
+        assert caught.value.exit_code == 8
+        assert "99" in str(caught.value)
     artifact.path.write_bytes(b"not a model")
     with pytest.raises(RejectedError, match="must load in ONNX Runtime"):
         check(artifact, net, [inputs(2)])
+
+
+def test_a_name_that_speaks_of_opsets_is_no_reason(tmp_path: Path) -> None:
+    path = tmp_path / "opset 999 ir version.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(RejectedError, match="must load in ONNX Runtime"):
+        check(Artifact(files=(path,), target="onnxruntime-x86", scheme="fp32"), nn.Identity(), [torch.zeros(1, 1)])
+
+
+@pytest.mark.parametrize("opset", [18, 19, 20, 21, 22, 23])
+def test_the_format_is_no_newer_than_the_opset_needs(opset: int, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    artifact = export((net, torch.zeros(2, 1, 4, 4)), tmp_path / "a.onnx", opset=opset)
+    model = onnx.load(artifact.path)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.ir_version == onnx.helper.find_min_ir_version_for(model.opset_import)
 
 
 @pytest.mark.parametrize("opset", [18, 21])

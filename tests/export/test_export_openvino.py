@@ -212,6 +212,18 @@ def test_measured_in_turns_with_a_file_of_another_runtime(
     assert found["peak_memory_bytes"].value > found["after_import_memory_bytes"].value > 20e6
 
 
+def test_a_file_newer_than_the_runtime_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    artifact = export((net, torch.zeros(2, 1, 4, 4)), tmp_path / "a.xml", target=OPENVINO)
+    text = artifact.path.read_text()
+    for old, new in (('version="11"', 'version="99"'), ('version="opset1"', 'version="opset99"')):
+        assert old in text
+        artifact.path.write_text(text.replace(old, new))
+        with pytest.raises(MissingError, match="Install a newer openvino") as caught:
+            open_session(artifact.path)
+        assert caught.value.exit_code == 8
+
+
 def test_wrong_requests(tmp_path: Path, concat: tuple[nn.Module, Program, Quantized, Artifact, Artifact]) -> None:
     _, program, quantized, *_ = concat
     with pytest.raises(UsageError, match=r"ends in \.xml"):

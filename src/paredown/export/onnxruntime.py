@@ -32,6 +32,9 @@ SPLIT_BYTES = 1_900_000_000
 TOLERANCES = {"fp32": 1e-4, "w4": 1e-3}
 """Scheme → largest error, in parts of the output scale. Where activations are rounded, the cosine decides instead."""
 COSINE = 0.999
+IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+"""Opset → the version of the file format that came with it. A newer one, as the exporter writes, would shut out the older
+runtimes that a lower opset is asked for."""
 
 
 def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int, accuracy_level: int = 0) -> Artifact:
@@ -55,6 +58,7 @@ def onnx_model(thing: Program | Quantized, opset: int, *, accuracy_level: int = 
         if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
             names = _onnx_dynamic().lower(model, names, accuracy_level)
         _polish(model, program, names, quantized, on_codes)
+    model.ir_version = IR_VERSIONS[opset]
     return model
 
 

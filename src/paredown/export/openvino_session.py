@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ PRECISION = "f32"
 """INFERENCE_PRECISION_HINT. Unless it is set, OpenVINO computes what is not int8 in bfloat16 where the processor can, a float file too."""
 STRUCTURE = "outputs"
 """Key of the file's metadata that holds the structure of its outputs, where it is not one tensor."""
+FORMAT = 11
+"""Newest version of the .xml format that OpenVINO 2025 and 2026 read."""
 _KEPT = 4
 """Shapes for which a compiled file is kept: each holds the weights once more."""
 _TYPES = {"f32": "tensor(float)", "f64": "tensor(double)", "i64": "tensor(int64)", "i32": "tensor(int32)"}
@@ -97,10 +100,23 @@ class Session:
             yield
         except Exception as error:
             reason = next((t for t in reversed(str(error).strip().splitlines()) if t.strip()), "no message")[:300]
+            if "unsupported opset" in reason or _format_version(self._path) > FORMAT:
+                msg = f"OpenVINO must be new enough for the file. Got version {_version()} for {self._path.name}: {reason}. "
+                raise MissingError(msg + "Install a newer openvino, or export again with the one that runs it.") from error
             msg = (
                 f"an .xml file must load in OpenVINO {_version()} and fit its inputs. Got {self._path.name}: {reason}."
             )
             raise RejectedError(msg) from error
+
+
+def _format_version(path: Path) -> int:
+    """What <net version="11"> says; 0 where the file is none of OpenVINO's."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            found = re.search(r'<net[^>]*\bversion="(\d{1,6})"', file.read(4096))
+    except OSError:
+        return 0
+    return int(found.group(1)) if found else 0
 
 
 def _version() -> str:

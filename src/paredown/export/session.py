@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ Predict = Callable[..., Any]
 PRECISE = ("session.x64quantprecision", "1")
 """Session option of ONNX Runtime. On x86 without VNNI its uint8 × int8 products saturate at 16 bit unless it is set (a cosine
 of 0.96 to 0.99 instead of 1 was measured); with VNNI, and elsewhere, it changes nothing."""
+
+
+_TOO_NEW = re.compile(r"unsupported model IR version|till opset|opset \d+ is under development", re.IGNORECASE)
+"""How ONNX Runtime says that it is older than a file."""
 
 
 class Fields(dict[str, Any]):
@@ -67,10 +72,11 @@ def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        if "opset" in reason.lower() or "ir version" in reason.lower():
+        said = str(error).strip().splitlines()[0].replace(str(path), path.name)
+        reason = said if len(said) < 400 else f"{said[:100]} … {said[-280:]}"
+        if _TOO_NEW.search(said):
             msg = f"ONNX Runtime must be new enough for the file. Got version {onnxruntime.__version__} for {path.name}: {reason}. "
-            raise MissingError(msg + "Export with a lower opset=…, or install a newer onnxruntime.") from error
+            raise MissingError(msg + "Export with a lower opset=… (--opset), or install a newer onnxruntime.") from error
         msg = f"an ONNX file must load in ONNX Runtime {onnxruntime.__version__}. Got {path.name}: {reason}."
         raise RejectedError(msg) from error
 
