@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from paredown.allocate import allocate as allocate
     from paredown.allocate import foresee as foresee
     from paredown.budget import Budget as Budget
+    from paredown.compare import Comparison as Comparison
+    from paredown.compare import compare as compare
     from paredown.couple import Coupling as Coupling
     from paredown.couple import Pinned as Pinned
     from paredown.couple import Space as Space
@@ -94,6 +96,7 @@ _ERRORS = (
 _ROOMS = {
     "allocate": ("Foreseen", "Latency", "Sensitivity", "allocate", "foresee"),
     "budget": ("Budget",),
+    "compare": ("Comparison", "compare"),
     "couple": ("Coupling", "Pinned", "Space", "Unit", "couple"),
     "errors": _ERRORS,
     "examine": ("Cost", "examine"),
@@ -137,6 +140,7 @@ __all__ = [
     "Bundle",
     "CaptureError",
     "Check",
+    "Comparison",
     "Compressed",
     "Cost",
     "Coupling",
@@ -175,6 +179,7 @@ __all__ = [
     "capture",
     "check",
     "choose_ranks",
+    "compare",
     "compose",
     "compress",
     "condense",

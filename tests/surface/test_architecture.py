@@ -35,6 +35,7 @@ TIERS = (
     "search curve",
     "sweep",
     "report",
+    "compare",
     "pipeline coverage",
     "doctor",
     "cli",

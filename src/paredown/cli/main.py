@@ -28,6 +28,7 @@ _NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)
 
 COMMANDS = {
     "paredown.cli.bundle:bundle": "Write a folder that runs a model on a phone or board over adb, ssh or there, with golden outputs to hold it to.",
+    "paredown.cli.compare:compare": "Lay runs or model files side by side, time them in every runtime at hand, and say which is the fastest.",
     "paredown.cli.compress:compress": "Take a trained model to a proven, measured INT8 file with a report; the same command continues a killed run.",
     "paredown.cli.couple:couple": "Which channels must live or die together, which are pinned and why, and the ops without a rule.",
     "paredown.cli.coverage:coverage": "Capture, couple, cut and prove each model in a process of its own; resumable; exit 6 where a result is unproven.",

@@ -94,6 +94,23 @@ def _openvino_versions(path: Path) -> dict[str, Any]:
     return {"ir_version": int(found.group(1)) if found else None}
 
 
+def _phone(path: Path) -> tuple[tuple[Path, ...], str]:
+    """A .pte or .tflite file: one that paredown wrote holds its scheme, as text."""
+    import re
+
+    data = path.read_bytes()
+    if data[4:8] not in (b"TFL3", *(b"ET%02d" % n for n in range(100))):
+        msg = f"a .pte or .tflite file must begin as such. Got {data[4:8]!r} in {str(path)!r}."
+        raise RejectedError(msg)
+    found = re.search(rb'"scheme":"([a-z0-9-]+)"', data)
+    return (path,), found.group(1).decode() if found else "fp32"
+
+
+def _phone_versions(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"identifier": file.read(8)[4:].decode("ascii", "replace")}
+
+
 KINDS: Mapping[str, Kind] = {
     ".onnx": Kind(
         target="onnxruntime-x86",
@@ -103,6 +120,8 @@ KINDS: Mapping[str, Kind] = {
         program="onnxruntime_perf_test",
     ),
     ".xml": Kind(target="openvino-x86", runtimes=("openvino",), read=_openvino, requires=_openvino_versions),
+    ".pte": Kind(target="executorch-xnnpack", runtimes=("executorch",), read=_phone, requires=_phone_versions),
+    ".tflite": Kind(target="litert", runtimes=("litert",), read=_phone, requires=_phone_versions),
 }
 """Ending of the name → kind of file."""
 

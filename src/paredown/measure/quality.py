@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paredown.errors import RejectedError
-from paredown.records import Measured
+from paredown.records import Measured, whole_file
 
 Values = NDArray[np.float64]
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
@@ -72,6 +74,27 @@ def summarize(values: Values | list[float] | float, unit: str = "", machine: str
         low, high, how = mean - half, mean + half, "95 % interval, mean ± 1.96 s/√n"
     spread = {"low": low, "high": high} if n >= 2 else {"low": None, "high": None}
     return Measured(value=mean, unit=unit, n=n, protocol=f"mean over samples; {how}", machine=machine, **spread)
+
+
+def keep_values(run: Path, stage: str, values: Values) -> None:
+    """Keep what `evaluate` returned for a stage of a run, one value per sample, so that another run can be paired with it."""
+    with whole_file(_values_file(run, stage)) as temporary, temporary.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def kept_values(run: Path, stage: str) -> Values | None:
+    """What `keep_values` kept; None where there is nothing, or nothing that is one finite number per sample."""
+    path = _values_file(run, stage)
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = isinstance(found, np.ndarray) and found.dtype == np.float64 and found.ndim == 1 and len(found)
+    return found if whole and bool(np.isfinite(found).all()) else None
+
+
+def _values_file(run: Path, stage: str) -> Path:
+    return run / "steps" / f"values-{re.sub(r'[^A-Za-z0-9-]', '_', stage)}.npy"
 
 
 def paired(before: Values | list[float], after: Values | list[float], unit: str = "", machine: str = "") -> Measured:

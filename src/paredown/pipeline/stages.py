@@ -18,6 +18,7 @@ from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
 from paredown.measure import evaluated, measure, paired, summarize
+from paredown.measure.quality import keep_values
 from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.folder import file_digest, key_of
 from paredown.pipeline.levels import one_level
@@ -29,7 +30,7 @@ from paredown.prune import Pruned, save
 from paredown.quantize import Quantized, quantize
 from paredown.records import Measured, Record, whole_file
 from paredown.target import named
-from paredown.train import check_roles
+from paredown.train import Roles, check_roles
 from paredown.train.task import seed_all
 
 PARITY = 0.2
@@ -78,7 +79,7 @@ def run_stages(run: Run) -> Compressed:
     _twin(run, last)
     if tuned is not None:
         save(tuned, run.folder.path)
-    records, verdict = _verdict(run, program, roles.warnings)
+    records, verdict = _verdict(run, program, roles)
     recommended = str(verdict["recommended"])
     result = Compressed(
         out=run.folder.path,
@@ -243,6 +244,8 @@ def _measured(
         seconds=options.seconds,
     )
     values = _metric(run, predictor(artifact))
+    if values.ndim:
+        keep_values(run.folder.path, name, values)
     if name == "dense":
         run.dense["values"] = values
     unit = run.task.metric.unit
@@ -376,7 +379,7 @@ def _twin(run: Run, last: Program | Pruned) -> None:
 # ------------------------------------------------------------------------------------------------------------- verdict
 
 
-def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tuple[Record, ...], dict[str, Any]]:
+def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ...], dict[str, Any]]:
     from paredown.records import read
 
     run.folder.write_records()
@@ -397,7 +400,8 @@ def _verdict(run: Run, program: Program, warnings: tuple[str, ...]) -> tuple[tup
         "normalisation": run.task.normalisation,
         "input": input_of(program),
         "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),
-        "warnings": [*warnings, *random_note(run)],
+        "warnings": [*roles.warnings, *random_note(run)],
+        "test_data": roles.test_digest,
     }
     record = run.folder.stage(
         90,

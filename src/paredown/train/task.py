@@ -198,6 +198,8 @@ class Roles:
     num_calibration: int
     num_choose: int | None
     num_test: int | None
+    test_digest: str | None = None
+    """SHA-256 over the hashes of all test samples, in any order; None where evaluate reads data of its own."""
     warnings: tuple[str, ...] = ()
 
 
@@ -254,6 +256,7 @@ def check_roles(task: Task) -> Roles:
         num_calibration=len(calibration or ()),
         num_choose=None if choose is None else len(choose),
         num_test=None if test is None else len(test),
+        test_digest=None if test is None else hashlib.sha256(b"".join(sorted(test))).hexdigest(),
         warnings=tuple(warnings),
     )
 

@@ -1,0 +1,156 @@
+"""paredown compare: runs or model files side by side, and which runtime is the fastest for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from paredown.cli import options
+from paredown.cli.measure import file_batches
+from paredown.cli.show import emit, only_document, show, table
+from paredown.cli.sources import arrays
+from paredown.errors import RejectedError, UsageError
+
+if TYPE_CHECKING:
+    from paredown.compare import Comparison
+    from paredown.records import Measured
+
+
+def compare(
+    *things: Annotated[Path, Parameter(help="Folders of runs, or model files (.onnx, .xml); two or more.")],
+    samples: Annotated[Path | None, Parameter(help=".npz or .npy of inputs to time with; default: noise.")] = None,
+    input: options.OptionalInput = None,
+    recorded: Annotated[
+        bool,
+        Parameter(negative="", show_default=False, help="Only what the runs recorded: nothing is timed now."),
+    ] = False,
+    threads: Annotated[int, Parameter(help="Threads of every runtime.")] = 1,
+    runs: Annotated[int, Parameter(help="Rounds at most, 5 or more.")] = 200,
+    seconds: Annotated[float, Parameter(help="Time at most.")] = 20.0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Lay runs or model files side by side, time them in every runtime at hand, and say which is the fastest."""
+    if samples is not None and input is not None:
+        msg = f"--samples must stand without --input. Got {str(samples)!r} and {input!r}."
+        raise UsageError(msg)
+    for thing in things:
+        if not thing.exists():
+            msg = f"what to compare must be folders of runs or model files. Got {str(thing)!r}, which does not exist."
+            raise RejectedError(msg)
+    with only_document(json):
+        import paredown
+
+        found = paredown.compare(
+            *things,
+            samples=_samples(things, samples, input),
+            recorded=recorded,
+            threads=threads,
+            runs=runs,
+            seconds=seconds,
+        )
+    if json:
+        emit(_document(found, given=samples is not None))
+        return 0
+    if found.runs:
+        show(_runs_table(found), *(d.said for d in found.differences), quiet=quiet)
+    if found.timings:
+        show(_timings_table(found), _verdict(found), quiet=quiet)
+    notes = (*(f"note: {n}" for n in found.notes), *(f"not tested: {n}" for n in found.not_tested))
+    show(*notes, quiet=quiet)
+    return 0
+
+
+def _samples(things: tuple[Path, ...], samples: Path | None, input: str | None) -> Any:
+    if input is not None:
+        from paredown.models import parse_input
+
+        return [parse_input(input)]
+    if samples is None:
+        return None
+    read = arrays(samples, "--samples")
+    first = next((t for t in things if t.is_file()), None)
+    if first is None:
+        import torch
+
+        return [tuple(torch.from_numpy(a.astype(a.dtype.newbyteorder("="))) for a in read.values())]
+    from paredown.measure import artifact_at
+
+    return file_batches(read, artifact_at(first))
+
+
+def _document(found: Comparison, *, given: bool) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "metric": dict(found.metric) or None,
+        "runs": [
+            {
+                **{k: getattr(r, k) for k in ("run", "stage", "file", "recommended")},
+                "figures": {k: dataclasses.asdict(v) for k, v in r.figures.items()},
+            }
+            for r in found.runs
+        ],
+        "differences": [dataclasses.asdict(d) for d in found.differences],
+        "samples": "given" if given else "random",
+        "timings": [dataclasses.asdict(t) for t in found.timings],
+        "fastest": found.fastest,
+        "as_fast": list(found.as_fast),
+        "notes": list(found.notes),
+        "not_tested": list(found.not_tested),
+    }
+
+
+def _runs_table(found: Comparison) -> Any:
+    titles = ("run / stage", "bytes", "gzip", "parameters", "MACs", found.metric.get("label", "metric"), "latency ms")
+    rows = [
+        (
+            f"{r.run}/{r.stage}{' *' if r.recommended else ''}",
+            *(_count(r.figures[k]) for k in ("bytes", "gzip_bytes", "parameters", "macs")),
+            _spread(r.figures["metric"]),
+            _spread(r.figures["latency_ms"]),
+        )
+        for r in found.runs
+    ]
+    return table(titles, rows)
+
+
+def _count(value: Measured) -> str:
+    return "not tested" if value.value is None else f"{value.value:,}"
+
+
+def _spread(value: Measured) -> str:
+    if value.value is None:
+        return "not tested"
+    ends = "" if value.low is None or value.high is None else f" ({value.low:.4g} – {value.high:.4g})"
+    mark = "" if value.badge == "measured" else f" {value.badge}"
+    return f"{value.value:.4g}{ends}{mark}"
+
+
+def _timings_table(found: Comparison) -> Any:
+    titles = ("file and runtime", "scheme", "bytes", "median ms (p10 – p90)", "× the fastest", "answers")
+    said = {"own": "own runtime", "same": "the same", "other": "DIFFER"}
+    rows = [
+        (
+            t.name,
+            t.scheme,
+            f"{t.bytes:,}",
+            _spread(t.latency_ms),
+            "fastest" if t.name == found.fastest else _spread(t.slowdown),
+            said[t.answers],
+        )
+        for t in found.timings
+    ]
+    return table(titles, rows, left=2)
+
+
+def _verdict(found: Comparison) -> str:
+    if found.fastest is None:
+        return "No runtime answers as it should: none is recommended."
+    best = f"Fastest on this machine (measured): {found.fastest}."
+    if found.as_fast:
+        best += f" Not told from it: {', '.join(found.as_fast)}."
+    wrong = [f"{t.name}: {t.note}" for t in found.timings if t.answers == "other"]
+    return "\n".join([best, *(f"Left out: {w}." for w in wrong)])

@@ -1,0 +1,218 @@
+"""Runs side by side, from their records alone: every file a row, every common stage a difference with its interval."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paredown.compare.nouns import FIGURES, Difference, RunRow
+from paredown.errors import RejectedError, UsageError
+from paredown.measure.quality import kept_values, paired
+from paredown.records import Measured, Record
+from paredown.report import read_run
+from paredown.report.reading import View, entry, figure, mapping, runtime, stage_name, stage_title, text, threads
+from paredown.report.wording import difference, digits, interval, whole
+
+_EXACT = ("bytes", "gzip_bytes", "parameters", "macs")
+_SAID = {"bytes": "bytes", "gzip_bytes": "bytes gzipped", "parameters": "parameters", "macs": "MACs"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run folder, read."""
+
+    name: str
+    folder: Path
+    view: View
+
+    @property
+    def test_data(self) -> str:
+        """Digest of the samples that the metric was measured on; "" where the task reads data of its own."""
+        return text(entry(self.view.verdict, "test_data"), 80)
+
+    def file(self, record: Record | None) -> Path | None:
+        """The file of a stage, where it is still there."""
+        name = text(entry(record, "file"))
+        path = self.folder / name
+        return path if name and Path(name).name == name and path.is_file() else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs, held to one metric and one test set. Raises UsageError and RejectedError, naming what differs."""
+    names = _short([str(f) for f in folders])
+    runs = []
+    for name, folder in zip(names, folders, strict=True):
+        run = Run(name=name, folder=folder, view=read_run(folder))
+        if not run.view.stages:
+            msg = f"a run must have at least one measured file. Got none in {str(folder)!r}. Run `paredown compress` into it first."
+            raise RejectedError(msg)
+        runs.append(run)
+    for other in runs[1:]:
+        _refuse_other_metric(runs[0], other)
+        _refuse_other_data(runs[0], other)
+    return runs
+
+
+def rows_of(run: Run) -> list[RunRow]:
+    """One row per file of a run, in the order of its journal."""
+    return [
+        RunRow(
+            run=run.name,
+            stage=stage_name(record),
+            title=stage_title(record),
+            file=text(entry(record, "file")),
+            recommended=stage_name(record) == run.view.recommended,
+            figures={key: figure(record, key) for key in FIGURES},
+        )
+        for record in run.view.stages
+    ]
+
+
+def differences(first: Run, second: Run) -> tuple[list[Difference], list[str]]:
+    """(differences stage by stage, notes) of two runs; of the recommended files first, where their stages differ."""
+    pairs: list[tuple[str, str]] = []
+    best = first.view.recommended, second.view.recommended
+    if best[0] and best[1] and best[0] != best[1]:
+        pairs.append((best[0], best[1]))
+    pairs += [(n, n) for n in map(stage_name, first.view.stages) if second.view.stage(n) is not None]
+    found: list[Difference] = []
+    notes: list[str] = []
+    for a, b in pairs:
+        one, other = first.view.stage(a), second.view.stage(b)
+        if one is None or other is None:
+            continue
+        found += _exact(first, one, second, other)
+        found += _metric(first, one, second, other, notes)
+        found += _latency(first, one, second, other, notes)
+    return found, list(dict.fromkeys(notes))
+
+
+# --------------------------------------------------------------------------------------------------- what may be compared
+
+
+def _short(paths: list[str]) -> list[str]:
+    """The last part of every path where that tells them apart, else the paths as they were given."""
+    last = [Path(p).resolve().name for p in paths]
+    if len({Path(p).resolve() for p in paths}) < len(paths):
+        msg = f"the things to compare must be different. Got one of them twice: {', '.join(paths)}."
+        raise UsageError(msg)
+    return last if len(set(last)) == len(last) else paths
+
+
+def _refuse_other_metric(first: Run, other: Run) -> None:
+    if mapping(entry(first.view.verdict, "metric")) and mapping(entry(other.view.verdict, "metric")):
+        a, b = first.view.metric, other.view.metric
+        wrong = [f"{k} {a[k]!r} and {b[k]!r}" for k in ("name", "unit", "goal") if a[k] != b[k]]
+        if wrong:
+            msg = f"runs must be of one metric to be compared. Got {'; '.join(wrong)} in {first.name} and {other.name}."
+            raise RejectedError(msg)
+        return
+    msg = f"runs must be finished to be compared. Got no verdict in {first.name if first.view.verdict is None else other.name}. Run `paredown compress` again: it continues."
+    raise RejectedError(msg)
+
+
+def _refuse_other_data(first: Run, other: Run) -> None:
+    counts = [{figure(r, "metric").n for r in run.view.stages} - {None} for run in (first, other)]
+    if first.test_data != other.test_data or counts[0] != counts[1]:
+        got = (
+            f"{sorted(map(str, counts[0]))} and {sorted(map(str, counts[1]))} samples" if counts[0] != counts[1] else ""
+        )
+        got = got or f"test data {first.test_data[:12] or 'unknown'} and {other.test_data[:12] or 'unknown'}"
+        msg = f"runs must be measured on the same test set to be compared. Got {got} in {first.name} and {other.name}."
+        raise RejectedError(msg)
+
+
+# ---------------------------------------------------------------------------------------------------------- differences
+
+
+def _names(first: Run, one: Record, second: Run, other: Record) -> tuple[str, str]:
+    return f"{first.name}/{stage_name(one)}", f"{second.name}/{stage_name(other)}"
+
+
+def _exact(first: Run, one: Record, second: Run, other: Record) -> list[Difference]:
+    """Sizes and counts: any difference is one."""
+    a, b = _names(first, one, second, other)
+    found = []
+    for key in _EXACT:
+        x, y = figure(one, key), figure(other, key)
+        if x.value is None or y.value is None or "estimated" in (x.badge, y.badge):
+            continue
+        change = Measured(value=y.value - x.value, unit=x.unit, protocol="exact, second - first")
+        better = None if x.value == y.value else b if y.value < x.value else a
+        said = (
+            f"{b} has {whole(abs(y.value - x.value))} {_SAID[key]} {'fewer' if y.value < x.value else 'more'} than {a}"
+        )
+        said = said if better else f"{b} has as many {_SAID[key]} as {a}"
+        found.append(Difference(what=key, first=a, second=b, change=change, better=better, said=said))
+    return found
+
+
+def _metric(first: Run, one: Record, second: Run, other: Record, notes: list[str]) -> list[Difference]:
+    """Paired where both runs kept a value per sample; else by whether the two intervals are apart."""
+    a, b = _names(first, one, second, other)
+    x, y = figure(one, "metric"), figure(other, "metric")
+    if x.value is None or y.value is None:
+        return []
+    unit, label = x.unit or first.view.metric["unit"], first.view.metric["name"]
+    change = _paired(first, one, second, other, unit, notes)
+    if change is not None and change.low is not None and change.high is not None:
+        apart = not change.low <= 0 <= change.high
+        how = f"{difference(float(change.value or 0), unit)}, paired interval {interval(change.low, change.high, unit, signed=True)}"
+    else:
+        change = Measured(value=y.value - x.value, unit=unit, protocol="second - first, not paired")
+        known = None not in (x.low, x.high, y.low, y.high)
+        apart = known and (y.low > x.high or x.low > y.high)  # type: ignore[operator]
+        how = f"{difference(y.value - x.value, unit)}, not paired; their intervals {'are apart' if apart else 'overlap' if known else 'are not known'}"
+    up = (change.value or 0) > 0
+    better = (b if up == (first.view.metric["goal"] == "max") else a) if apart and change.value else None
+    verdict = f"{better} is better" if better else "not distinguishable"
+    return [
+        Difference(
+            what="metric",
+            first=a,
+            second=b,
+            change=change,
+            better=better,
+            said=f"{label} of {b} against {a}: {how}: {verdict}",
+        )
+    ]
+
+
+def _paired(first: Run, one: Record, second: Run, other: Record, unit: str, notes: list[str]) -> Measured | None:
+    values = kept_values(first.folder, stage_name(one)), kept_values(second.folder, stage_name(other))
+    if values[0] is None or values[1] is None or values[0].shape != values[1].shape or not values[0].ndim:
+        return None
+    if not first.test_data:
+        notes.append(
+            "the runs do not say what their test data are (evaluate reads its own): samples are paired by their order"
+        )
+    return paired(values[0], values[1], unit)
+
+
+def _latency(first: Run, one: Record, second: Run, other: Record, notes: list[str]) -> list[Difference]:
+    """Of two schedules on one machine: told apart only where the 10th–90th percentiles are."""
+    a, b = _names(first, one, second, other)
+    x, y = figure(one, "latency_ms"), figure(other, "latency_ms")
+    if not x.value or not y.value:
+        return []
+    facts = [(f.machine, runtime(r), threads(r)) for f, r in ((x, one), (y, other))]
+    for what, p, q in zip(("machine", "runtime", "threads"), *facts, strict=True):
+        if p != q:
+            notes.append(f"latency of {a} and {b} is not compared: another {what} ({p or 'unknown'}; {q or 'unknown'})")
+            return []
+    known = None not in (x.low, x.high, y.low, y.high)
+    apart = known and (y.high < x.low or x.high < y.low)  # type: ignore[operator]
+    protocol = "median / median of two schedules, no interval"
+    change = Measured(value=x.value / y.value, unit="×", protocol=protocol, machine=x.machine, timing=True)
+    better = (b if y.value < x.value else a) if apart else None
+    verdict = f"{better} is faster" if better else "not distinguishable"
+    said = f"latency of {b} against {a}: {digits(y.value)} and {digits(x.value)} ms in two schedules: {verdict}"
+    return [Difference(what="latency_ms", first=a, second=b, change=change, better=better, said=said)]
+
+
+def files_of(run: Run) -> list[Path]:
+    """The dense file and the recommended one, where they are still in the folder."""
+    wanted: list[Any] = [run.view.stage("dense"), run.view.stage(run.view.recommended)]
+    return list(dict.fromkeys(p for p in (run.file(r) for r in wanted) if p is not None))
