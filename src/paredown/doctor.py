@@ -364,6 +364,7 @@ def _temporary() -> Finding:
 
 def _runtimes(replies: Mapping[str, Reply]) -> Iterator[Finding]:
     """Every target name: usable now, waiting for a package, or not in this version."""
+    from paredown.environments import is_ready
     from paredown.target import TARGETS
     from paredown.target.tables import KNOWN
 
@@ -373,9 +374,12 @@ def _runtimes(replies: Mapping[str, Reply]) -> Iterator[Finding]:
             continue
         extras, wanted = ("quant", *TARGETS[name].extras), ("torchao", *TARGETS[name].modules)
         needs = [p for p in PACKAGES if p.module in wanted and "error" in replies[p.module]]
-        found = f"needs {', '.join(p.name for p in needs)}" if needs else "export, check and measure work here"
-        fix = f"pip install 'paredown[{','.join(extras)}]'" if needs else ""
-        yield Finding(name=name, state="missing" if needs else "ok", found=found, fix=fix)
+        lacks = [p.name for p in needs] + ([] if is_ready(TARGETS[name]) else ["an environment of its own"])
+        found = f"needs {', '.join(lacks)}" if lacks else "export, check and measure work here"
+        fixes = ([f"pip install 'paredown[{','.join(extras)}]'"] if needs else []) + (
+            [] if is_ready(TARGETS[name]) else [f"paredown setup {name}"]
+        )
+        yield Finding(name=name, state="missing" if lacks else "ok", found=found, fix="; ".join(fixes))
 
 
 def _cpu_quota() -> float | None:

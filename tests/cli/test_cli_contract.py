@@ -46,6 +46,7 @@ OPTIONS = {
         *"calibrate float-layers input observer out overwrite repair samples scheme target".split(),
     ],
     "report": ["json", "quiet"],
+    "setup": ["json", "overwrite", "quiet"],
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from paredown.environments import python_of
 from paredown.errors import MissingError, UsageError
 from paredown.export.artifact import Artifact, Check
 from paredown.export.session import Predict, predictor
@@ -22,6 +23,8 @@ from paredown.target import TARGETS, named
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime-x86": "paredown.export.onnxruntime",
     "openvino-x86": "paredown.export.openvino",
+    "executorch-xnnpack": "paredown.export.executorch",
+    "litert": "paredown.export.litert",
 }
 """Target → the module that writes its files and opens what the runtime makes of them."""
 
@@ -105,6 +108,8 @@ def check(
 
 def _runtime(target: str) -> Any:
     table = named(target)
+    if table.environment:
+        python_of(table)
     for library in table.modules:
         try:
             importlib.import_module(library)

@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError
 from paredown.export.artifact import Artifact
+from paredown.export.child import RUNTIMES as CHILDREN
+from paredown.export.child import Session as ChildSession
 from paredown.export.openvino_session import STRUCTURE
 from paredown.export.openvino_session import Session as OpenVINOSession
 from paredown.program import Program
@@ -49,13 +51,17 @@ pytree.register_pytree_node(
 
 
 def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None) -> Any:
-    """A session on the CPU with that many threads: OpenVINO's for an .xml file, ONNX Runtime's for any other.
+    """A session on the CPU with that many threads: OpenVINO's for an .xml file, one of another process for .pte and .tflite.
+
+    ONNX Runtime's for any other.
 
     `optimized` is where ONNX Runtime's own graph is written. Raises MissingError where the runtime is missing or older
     than the file, RejectedError where it refuses the file.
     """
     if path.suffix.lower() == ".xml":
         return OpenVINOSession(path, threads=threads)
+    if path.suffix.lower() in CHILDREN:
+        return ChildSession(path, threads=threads)
     try:
         import onnxruntime
     except ImportError as error:
@@ -76,7 +82,9 @@ def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None)
         reason = said if len(said) < 400 else f"{said[:100]} … {said[-280:]}"
         if _TOO_NEW.search(said):
             msg = f"ONNX Runtime must be new enough for the file. Got version {onnxruntime.__version__} for {path.name}: {reason}. "
-            raise MissingError(msg + "Export with a lower opset=… (--opset), or install a newer onnxruntime.") from error
+            raise MissingError(
+                msg + "Export with a lower opset=… (--opset), or install a newer onnxruntime."
+            ) from error
         msg = f"an ONNX file must load in ONNX Runtime {onnxruntime.__version__}. Got {path.name}: {reason}."
         raise RejectedError(msg) from error
 
@@ -121,7 +129,7 @@ def _plain(value: Any) -> Any:
 def answering(session: Any) -> Predict:
     """`predict` of an open session."""
     wanted = session.get_inputs()
-    meta = session.metadata if isinstance(session, OpenVINOSession) else session.get_modelmeta().custom_metadata_map
+    meta = session.metadata if hasattr(session, "metadata") else session.get_modelmeta().custom_metadata_map
     structure = json.loads(meta[STRUCTURE]) if STRUCTURE in meta else 0
     fixed = next((i.shape[0] for i in wanted if i.shape and isinstance(i.shape[0], int)), None)
     if any(i.shape and isinstance(i.shape[0], str) for i in wanted):

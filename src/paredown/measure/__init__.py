@@ -102,7 +102,7 @@ def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[s
     feed = feed_of(open_session(artifact.path, threads=threads), sample)
     shapes = {name: [list(a.shape), str(a.dtype)] for name, a in feed.items()}
     script = Path(__file__).with_name("memory.py")
-    command = [sys.executable, "-P", str(script), str(artifact.path.resolve()), json.dumps(shapes), str(threads)]
+    command = [_python(artifact), "-P", str(script), str(artifact.path.resolve()), json.dumps(shapes), str(threads)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -125,6 +125,15 @@ def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[s
         "after_import_memory_bytes": reading(after, "after importing the runtime"),
         "memory_bytes": reading(peak - after, "peak minus after import"),
     }
+
+
+def _python(artifact: Artifact) -> str:
+    """The interpreter that has the file's runtime."""
+    from paredown.environments import python_of
+    from paredown.target import named
+
+    target = named(artifact.target)
+    return str(python_of(target)) if target.environment else sys.executable
 
 
 __all__ = [

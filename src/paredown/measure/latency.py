@@ -65,6 +65,8 @@ def readings(
 
 
 def _timed(session: Any, feed: Any, group: int) -> float:
+    if hasattr(session, "timed"):  # it runs in another process, whose clock leaves out the way there
+        return float(session.timed(feed, group))
     start = time.perf_counter_ns()
     for _ in range(group):
         session.run(None, feed)

@@ -1,4 +1,4 @@
-"""Peak memory of a process that does nothing but run one file, .onnx or .xml: python -m paredown.measure.memory FILE [SHAPES].
+"""Peak memory of a process that does nothing but run one file, .onnx, .xml, .pte or .tflite: python -m paredown.measure.memory FILE [SHAPES].
 
 SHAPES is JSON, {"input": [[1, 3, 8, 8], "float32"]}; without it every free axis is 1. Prints one JSON object. Nothing of
 paredown or torch is imported here, so that the reading is of the runtime alone.
@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _TYPES = {
@@ -30,7 +31,8 @@ def peak_bytes() -> int:
 
 def run(path: str, shapes: dict[str, Any], threads: int = 1) -> dict[str, int]:
     """Load the file, run it five times on zeros; {"after_import_bytes", "peak_bytes"}."""
-    infer, before = (_openvino if path.lower().endswith(".xml") else _onnxruntime)(path, shapes, threads)
+    others = {".xml": _openvino, ".pte": _executorch, ".tflite": _litert}
+    infer, before = others.get(Path(path).suffix.lower(), _onnxruntime)(path, shapes, threads)
     for _ in range(5):
         infer()
     return {"after_import_bytes": before, "peak_bytes": peak_bytes()}
@@ -73,6 +75,30 @@ def _openvino(path: str, shapes: dict[str, Any], threads: int) -> tuple[Callable
     compiled = core.compile_model(model, "CPU", {**pinned, "INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
     return lambda: request.infer(feed), before
+
+
+def _executorch(path: str, shapes: dict[str, Any], threads: int) -> tuple[Callable[[], Any], int]:
+    """(one run, peak bytes after the import)."""
+    import torch
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    before = peak_bytes()
+    _unsafe_reset_threadpool(threads)
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    feed = [torch.zeros(shape, dtype=getattr(torch, kind)) for shape, kind in shapes.values()]
+    return lambda: (method.execute(feed), program), before
+
+
+def _litert(path: str, shapes: dict[str, Any], threads: int) -> tuple[Callable[[], Any], int]:
+    """(one run, peak bytes after the import). Inputs are zeros already."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    before = peak_bytes()
+    interpreter = Interpreter(model_path=path, num_threads=threads)
+    interpreter.allocate_tensors()
+    return interpreter.invoke, before
 
 
 def main(arguments: list[str]) -> int:

@@ -147,7 +147,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         users = list(node.users)
         if len(users) == 1 and op_name(users[0]) in self.target.fusions:
             return None
-        if name == "linear" and all(_reaches_output(u) for u in users):
+        if name == "linear" and self.target.float_end and all(_reaches_output(u) for u in users):
             return None
         return self.activation
 

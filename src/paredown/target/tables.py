@@ -36,6 +36,14 @@ class Target:
     """What these extras bring, by the name under which it is imported."""
     float_results: bool = False
     """Whether the int8 kernels can return float. If so, a value is quantized only where an op reads its codes."""
+    float_end: bool = True
+    """Whether the int8 kernel of a last linear layer can return float, where others cannot."""
+    fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Op → smallest and largest value of its result, where its int8 kernel has one scale and takes no other."""
+    environment: tuple[str, ...] = ()
+    """Pinned packages that are installed apart, by `paredown setup`, because they conflict with others."""
+    own_modules: tuple[str, ...] = ()
+    """What these bring, by the name under which that environment imports it."""
 
 
 def _kinds(**kinds: str) -> dict[str, str]:
@@ -69,6 +77,28 @@ _OPENVINO_X86 = _kinds(
     binary="add add_ mul mul_",
     shared=_MOVES,
 )
+# What XNNPACK runs in 8 bits in ExecuTorch 1.5.1 (its partitioner's own list, STATIC_QUANT): both inputs and the one output of an
+# op must be codes, the last layer's too. No curve has an int8 kernel there: hard-swish, sigmoid, GELU and softmax are float between
+# two conversions inside the same delegate, and so are padding and pools other than maxima and global means. Hard-swish
+# is left whole: its parts would leave XNNPACK. expand, squeeze, select and layer norm are not XNNPACK's at all.
+_XNNPACK = _kinds(
+    weighted="conv1d conv2d linear",
+    binary="add add_ sub sub_ mul mul_",
+    shared="max_pool2d adaptive_avg_pool2d flatten view reshape permute transpose unsqueeze slice cat concat",
+)
+# What LiteRT 2.3 runs in 8 bits, in XNNPACK or in its own kernels: its converter makes an int8 op of everything that stands between
+# a dequantize and a quantize. Results of sigmoid, tanh and softmax have the one scale that its own kernels take.
+# Attention products and normalization stay float.
+_LITERT = _kinds(
+    weighted="conv1d conv2d linear",
+    binary="add add_ sub sub_ mul mul_",
+    lookup="sigmoid sigmoid_ tanh tanh_ hardswish hardswish_ leaky_relu leaky_relu_ gelu",
+    shared=_MOVES,
+)
+_LITERT_FIXED = {
+    **dict.fromkeys(("sigmoid", "sigmoid_", "softmax", "_softmax"), (0.0, 255 / 256)),
+    **dict.fromkeys(("tanh", "tanh_"), (-1.0, 127 / 128)),
+}
 _IDENTITIES = ("dropout", "dropout_", "feature_dropout", "alias", "detach", "contiguous", "clone", "lift_fresh_copy")
 _CLAMPS = ("relu", "relu_", "hardtanh", "hardtanh_", "relu6", "relu6_")
 _CURVES = (
@@ -103,6 +133,37 @@ TARGETS: Mapping[str, Target] = {
         extras=("onnx", "openvino"),
         modules=("onnx", "onnxscript", "openvino"),
         float_results=True,
+    ),
+    "executorch-xnnpack": Target(
+        name="executorch-xnnpack",
+        activation_dtype="int8",
+        ops=_XNNPACK,
+        dtypes=("float32", "int8"),
+        fusions=_CLAMPS,
+        decompositions=(*_IDENTITIES, "silu", "silu_", "mean", "view", "_unsafe_view"),
+        alignment=8,
+        suffix=".pte",
+        extras=(),
+        modules=(),
+        float_end=False,
+        environment=("torch==2.13.0", "executorch==1.5.1"),
+        own_modules=("executorch.exir", "executorch.runtime"),
+    ),
+    "litert": Target(
+        name="litert",
+        activation_dtype="int8",
+        ops=_LITERT,
+        dtypes=("float32", "float16", "int8"),
+        fusions=_CLAMPS,
+        decompositions=(*_IDENTITIES, "silu", "silu_", "mean", "view", "_unsafe_view"),
+        alignment=8,
+        suffix=".tflite",
+        extras=(),
+        modules=(),
+        float_end=False,
+        fixed=_LITERT_FIXED,
+        environment=("torch==2.13.0", "litert-torch==0.10.0", "ai-edge-quantizer==0.10.0", "ai-edge-litert==2.3.0"),
+        own_modules=("litert_torch", "ai_edge_quantizer", "ai_edge_litert.interpreter"),
     ),
 }
 

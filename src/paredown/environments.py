@@ -1,0 +1,175 @@
+"""Environments of their own: converters whose dependencies conflict with ours are installed apart, by `paredown setup TARGET`.
+
+One folder per target and set of pinned versions, under PAREDOWN_ENVIRONMENTS or ~/.cache/paredown/environments. Nothing in
+it is ever imported here: its Python runs the scripts in export/processes, which know nothing of paredown.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from paredown.errors import MissingError, ResourceError, UsageError
+from paredown.records import write_text
+from paredown.target import TARGETS, Target, named
+
+FOLDER = "PAREDOWN_ENVIRONMENTS"
+"""The variable that moves the folder of all environments."""
+READY = "ready.json"
+"""Written last: an environment without it was never finished and is never used."""
+_TOLD = re.compile(r"^(Collecting|Installing collected|Successfully installed|Building wheel)")
+
+
+def folder_of(target: Target) -> Path:
+    """Where the environment of a target is or would be: its name ends in a digest of the versions and of this Python.
+
+    >>> folder_of(named("litert")).name.startswith("litert-")
+    True
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    top = Path(os.environ.get(FOLDER) or Path(cache) / "paredown" / "environments").expanduser()
+    kind = (*target.environment, _constraints(target).read_text(encoding="utf-8"), platform.machine(), sys.platform)
+    digest = hashlib.sha256(json.dumps([*kind, *sys.version_info[:2]]).encode()).hexdigest()
+    return top / f"{target.name}-{digest[:12]}"
+
+
+def python_of(target: Target) -> Path:
+    """The Python of a target's environment. Raises MissingError with the command that makes it, where it is not there."""
+    folder = folder_of(target)
+    python = folder / "bin" / "python"
+    if not (folder / READY).is_file() or not python.exists():
+        msg = (
+            f"the target {target.name} must have its own environment ({', '.join(target.environment)}), because what it "
+            f"needs conflicts with other packages. There is none at {folder}. Run: paredown setup {target.name}"
+        )
+        raise MissingError(msg)
+    return python
+
+
+def is_ready(target: Target) -> bool:
+    """Whether the target's environment was made, or needs none."""
+    return not target.environment or (folder_of(target) / READY).is_file()
+
+
+def make(name: str, *, overwrite: bool = False, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Make the environment of a target: a venv of this Python with the pinned versions, imported once as a proof.
+
+    What is there already is left as it is, unless `overwrite`. Nothing unfinished is ever used: an interruption, a kill
+    or a failure leaves a folder without its mark, which the next call replaces. pip's own settings hold, as
+    PIP_INDEX_URL and PIP_EXTRA_INDEX_URL. `say` receives one line per step. Returns the folder.
+
+    Raises UsageError (a target that needs no environment), MissingError (packages that cannot be found or imported),
+    ResourceError (disk, or another process at it).
+    """
+    target = named(name)
+    if not target.environment:
+        own = ", ".join(t.name for t in TARGETS.values() if t.environment)
+        msg = f"setup must be given a target with an environment of its own: {own}. Got {name!r}. Run: pip install 'paredown[quant,{','.join(target.extras)}]'."
+        raise UsageError(msg)
+    folder = folder_of(target)
+    with _alone(folder):
+        if (folder / READY).is_file() and not overwrite:
+            say(f"{folder} is there already")
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            _installed(target, folder, say)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return folder
+
+
+def _installed(target: Target, folder: Path, say: Callable[[str], None]) -> None:
+    say(f"python -m venv {folder}")
+    _run([sys.executable, "-I", "-m", "venv", str(folder)], "a virtual environment must be made", say)
+    python = str(folder / "bin" / "python")
+    pip = [python, "-I", "-m", "pip", "install", "--no-input", "--progress-bar", "off", "--disable-pip-version-check"]
+    pinned = ["--constraint", str(_constraints(target)), *target.environment]
+    _run([*pip, *pinned], f"pip must install {', '.join(target.environment)}", say)
+    say("import what was installed, which compiles it")
+    names = [r.partition("==")[0] for r in target.environment]
+    text = _run(
+        [python, "-I", "-c", _PROOF, json.dumps(target.own_modules), json.dumps(names)],
+        f"what was installed for {target.name} must be importable",
+        say,
+    )
+    write_text(folder / READY, json.dumps({"versions": json.loads(text[-1])}, indent=1) + "\n")
+
+
+_PROOF = (
+    "import importlib, importlib.metadata as m, json, sys\n"
+    "[importlib.import_module(n) for n in json.loads(sys.argv[1])]\n"
+    "print('\\n' + json.dumps({n: m.version(n) for n in json.loads(sys.argv[2])}))"
+)
+
+
+def _run(command: Sequence[str], rule: str, say: Callable[[str], None]) -> list[str]:
+    """Run to the end; the last lines that it printed. Ends the child where this process is interrupted."""
+    last: collections.deque[str] = collections.deque(maxlen=20)
+    try:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )  # fmt: skip
+    except OSError as error:
+        msg = f"{rule}. {error.filename or command[0]} cannot be started: {error.strerror or error}."
+        raise MissingError(msg) from error
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.strip():
+                last.append(line.strip())
+            if _TOLD.match(line):
+                say(line.strip()[:100])
+        code = child.wait()
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+    if code:
+        lines = [*last] or ["no message"]
+        told = next((x for x in reversed(lines) if "error" in x.lower()), lines[-1]).removeprefix("ERROR: ")
+        full = any("No space left" in x or "Disk quota" in x for x in lines)
+        msg = f"{rule}. Got exit code {code}: {told[:400]}"
+        raise (ResourceError if full else MissingError)(msg)
+    return list(last)
+
+
+def _constraints(target: Target) -> Path:
+    """Versions of everything that comes along, as pip wants them."""
+    import paredown.target
+
+    return Path(paredown.target.__file__).parent / "constraints" / f"{target.name}.txt"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the environment's lock. Raises ResourceError where another process does, or the folder cannot be written."""
+    place = folder.parent / f".{folder.name}.lock"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = place.open("w")
+    except OSError as error:
+        msg = f"the folder of environments must be writable. Got {error.strerror or error} at {folder.parent}. Set {FOLDER} to another."
+        raise ResourceError(msg) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            msg = f"an environment must be made by one process at a time. Another one is at {folder}. Wait for it."
+            raise ResourceError(msg) from error
+        yield
+
+
+__all__ = ["FOLDER", "READY", "folder_of", "is_ready", "make", "python_of"]
