@@ -9,11 +9,13 @@ from __future__ import annotations
 import collections
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,7 @@ FOLDER = "PAREDOWN_ENVIRONMENTS"
 """The variable that moves the folder of all environments."""
 READY = "ready.json"
 """Written last: an environment without it was never finished and is never used."""
-_TOLD = re.compile(r"^(Collecting|Installing collected|Successfully installed|Building wheel)")
+_TOLD = re.compile(r"^(Collecting|Processing|Installing collected|Successfully installed|Building wheel)")
 
 
 def folder_of(target: Target) -> Path:
@@ -62,7 +64,7 @@ def is_ready(target: Target) -> bool:
     return not target.environment or (folder_of(target) / READY).is_file()
 
 
-def make(name: str, *, overwrite: bool = False, say: Callable[[str], None] = lambda line: None) -> Path:
+def make(target: Target | str, *, overwrite: bool = False, say: Callable[[str], None] = lambda line: None) -> Path:
     """Make the environment of a target: a venv of this Python with the pinned versions, imported once as a proof.
 
     What is there already is left as it is, unless `overwrite`. Nothing unfinished is ever used: an interruption, a kill
@@ -72,10 +74,10 @@ def make(name: str, *, overwrite: bool = False, say: Callable[[str], None] = lam
     Raises UsageError (a target that needs no environment), MissingError (packages that cannot be found or imported),
     ResourceError (disk, or another process at it).
     """
-    target = named(name)
+    target = named(target) if isinstance(target, str) else target
     if not target.environment:
         own = ", ".join(t.name for t in TARGETS.values() if t.environment)
-        msg = f"setup must be given a target with an environment of its own: {own}. Got {name!r}. Run: pip install 'paredown[quant,{','.join(target.extras)}]'."
+        msg = f"setup must be given a target with an environment of its own: {own}. Got {target.name!r}. Run: pip install 'paredown[quant,{','.join(target.extras)}]'."
         raise UsageError(msg)
     folder = folder_of(target)
     with _alone(folder):
@@ -93,9 +95,12 @@ def make(name: str, *, overwrite: bool = False, say: Callable[[str], None] = lam
 
 def _installed(target: Target, folder: Path, say: Callable[[str], None]) -> None:
     say(f"python -m venv {folder}")
-    _run([sys.executable, "-I", "-m", "venv", str(folder)], "a virtual environment must be made", say)
+    own = importlib.util.find_spec("pip") is not None  # ours can install there, which saves unpacking another one
+    venv = [sys.executable, "-I", "-m", "venv", *(["--without-pip"] if own else []), str(folder)]
+    _run(venv, "a virtual environment must be made", say)
     python = str(folder / "bin" / "python")
-    pip = [python, "-I", "-m", "pip", "install", "--no-input", "--progress-bar", "off", "--disable-pip-version-check"]
+    runner = [sys.executable, "-I", "-m", "pip", "--python", python] if own else [python, "-I", "-m", "pip"]
+    pip = [*runner, "install", "--no-input", "--progress-bar", "off", "--disable-pip-version-check"]
     pinned = ["--constraint", str(_constraints(target)), *target.environment]
     _run([*pip, *pinned], f"pip must install {', '.join(target.environment)}", say)
     say("import what was installed, which compiles it")
@@ -120,7 +125,8 @@ def _run(command: Sequence[str], rule: str, say: Callable[[str], None]) -> list[
     last: collections.deque[str] = collections.deque(maxlen=20)
     try:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         msg = f"{rule}. {error.filename or command[0]} cannot be started: {error.strerror or error}."
@@ -135,7 +141,9 @@ def _run(command: Sequence[str], rule: str, say: Callable[[str], None]) -> list[
         code = child.wait()
     finally:
         if child.poll() is None:
-            child.terminate()
+            os.killpg(
+                child.pid, signal.SIGKILL
+            )  # pip runs another pip: a signal to the first would leave the second at work
             child.wait()
     if code:
         lines = [*last] or ["no message"]

@@ -44,7 +44,7 @@ class Child:
         try:
             send(self._process.stdin, {"do": do, **question}, arrays)
             reply, results = receive(self._process.stdout)
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, BrokenPipeError, ValueError) as error:
             raise ResourceError(self._death(do)) from error
         except BaseException:
             self.close()  # half a message is on the way: nothing that comes later could be understood
@@ -73,7 +73,11 @@ class Child:
         self._said.close()
 
     def _death(self, do: str) -> str:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it lives, but what it said was no answer
+            self._process.kill()
+            code = self._process.wait()
         self._said.seek(0)
         lines = [x for x in self._said.read().decode(errors="replace").splitlines() if x.strip()] or ["no message"]
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

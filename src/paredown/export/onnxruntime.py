@@ -22,14 +22,14 @@ from paredown.export.artifact import Artifact, Check
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
-from paredown.quantize.nouns import Quantized
+from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.schemes import DYNAMIC
 from paredown.records import whole_file
 from paredown.target import Target
 
 SPLIT_BYTES = 1_900_000_000
 """Above this many bytes of weights they go to a side file: one protobuf message holds 2 GiB at most."""
-TOLERANCES = {"fp32": 1e-4, "w4": 1e-3}
+TOLERANCES = {"fp32": 1e-4, "w4": 1e-3, "w2": 1e-4, "ternary": 1e-4, "binary": 1e-4}
 """Scheme → largest error, in parts of the output scale. Where activations are rounded, the cosine decides instead."""
 COSINE = 0.999
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
@@ -43,13 +43,18 @@ def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int,
     if isinstance(opset, bool) or not isinstance(opset, int) or not limits["opset"] <= opset <= limits["opset_max"]:
         msg = f"opset must be an integer from {limits['opset']} to {limits['opset_max']} for {target.name}. Got {opset!r}."
         raise UsageError(msg)
-    model = onnx_model(thing, opset, accuracy_level=accuracy_level)
+    model = onnx_model(thing, opset, accuracy_level=accuracy_level, packed=True)
     files = write_files(model, path)
     return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else "fp32")
 
 
-def onnx_model(thing: Program | Quantized, opset: int, *, accuracy_level: int = 0, on_codes: bool = True) -> Any:
-    """The network as an `onnx_ir.Model`, named and tidy. `on_codes`: ops that only move values do so on codes, biases are int32."""
+def onnx_model(
+    thing: Program | Quantized, opset: int, *, accuracy_level: int = 0, on_codes: bool = True, packed: bool = False
+) -> Any:
+    """The network as an `onnx_ir.Model`, named and tidy. `on_codes`: ops that only move values do so on codes, biases are int32.
+
+    `packed`: codes of fewer than 8 bits are bytes that hold several (see onnx_packed).
+    """
     quantized = isinstance(thing, Quantized)
     with quiet("onnxscript", "onnx_ir"):
         program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
@@ -57,7 +62,8 @@ def onnx_model(thing: Program | Quantized, opset: int, *, accuracy_level: int = 
         names = _parameter_names(thing, model)
         if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
             names = _onnx_dynamic().lower(model, names, accuracy_level)
-        _polish(model, program, names, quantized, on_codes)
+        coded = thing.weights if packed and isinstance(thing, Quantized) else {}
+        _polish(model, program, names, quantized, on_codes, coded)
     model.ir_version = IR_VERSIONS[opset]
     return model
 
@@ -146,14 +152,22 @@ def _parameter_names(thing: Program | Quantized, model: Any) -> dict[str, str]:
     return found
 
 
-def _polish(model: Any, program: ExportedProgram, names: Mapping[str, str], quantized: bool, on_codes: bool) -> None:
-    from paredown.export import onnx_passes
+def _polish(
+    model: Any,
+    program: ExportedProgram,
+    names: Mapping[str, str],
+    quantized: bool,
+    on_codes: bool,
+    packed: Mapping[str, Packed],
+) -> None:
+    from paredown.export import onnx_packed, onnx_passes
 
     _name_edges(model, program)
     held = {model.graph.initializers[k]: name for k, name in names.items()}
     onnx_passes.tidy(model, on_codes=on_codes)
     left = {str(v.name): held[v] for v in model.graph.initializers.values() if v in held}
     onnx_passes.shorten(model, left, keep_weights=not quantized)
+    onnx_packed.pack_weights(model, {v: packed[name] for v, name in held.items() if name in packed})
 
 
 def _name_edges(model: Any, program: ExportedProgram) -> None:

@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from paredown.quantize.decompose import op_name
+from paredown.quantize.fixed import fix_results
 from paredown.quantize.observe import WEIGHT_OBSERVERS, observer_named
 from paredown.quantize.schemes import Scheme, weight_range
 from paredown.score.patterns import matches
@@ -91,6 +92,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         if self.target.float_results:
             for node in reversed(nodes):
                 _drop_unread(node, keeps_inputs=self.target.ops.get(op_name(node)) in ("weighted", "matmul"))
+        fix_results(nodes, self.target.fixed, self.activation)
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
