@@ -432,3 +432,20 @@ def test_quantize_takes_every_observer() -> None:
         assert not torch.equal(outputs[one], outputs[other]), (one, other)
     with pytest.raises(UsageError, match="observer must be one of minmax"):
         quantize(program, calibrate=batches, observer="max")
+
+
+def test_a_part_of_a_large_call_is_counted_for_the_whole() -> None:
+    torch.manual_seed(0)
+    x = torch.relu(torch.randn(1 << 21))  # of which every 64th is counted
+    x[5] = 40.0
+    part, all_ = StreamingHistogram(), StreamingHistogram(whole=True)
+    for seen in (part, all_):
+        for call in (x, x / 2):
+            seen.add(*finite(call))
+    assert (part.low, part.high) == (all_.low, all_.high) == (0.0, 40.0)  # these are of all values
+    for share in (0.6, 0.9, 0.99, 0.999):
+        assert part.quantile(share) == pytest.approx(all_.quantile(share), rel=0.05)
+    assert part.zeros + part.counts.sum() == pytest.approx(2 * x.numel(), rel=1e-3)
+    assert part.zeros == pytest.approx(all_.zeros, rel=0.02)
+    assert all_.zeros == 2 * int((x == 0).sum())
+    assert after("mse", x).range()[1] == pytest.approx(0.2 * 40.0)  # the least that is searched: one value does not decide

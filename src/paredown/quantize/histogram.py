@@ -10,6 +10,8 @@ from torch import Tensor
 from paredown.quantize.nouns import Histogram
 
 BINS = 2048
+_FEW_BITS = 15
+"""Of a call with 2¹⁶ values or more every k-th is counted, k times: 2¹⁵ to 2¹⁶ of them, from another start each call."""
 _SAFE_WIDTH = (1e-30, 1e38)
 """Widths of a range in which float32 finds the right bin; others are counted in float64."""
 
@@ -33,29 +35,38 @@ class StreamingHistogram:
     """Counts of the values other than 0, in 2048 equal bins of a range that contains 0 and everything seen.
 
     The range is that of the first values. Where later ones lie outside, it doubles to that side, and pairs of bins merge
-    exactly: a bin is never narrower than half of what the final range needs. Zeros are only counted.
+    exactly: a bin is never narrower than half of what the final range needs. Zeros are only counted. Of a large call a part is
+    counted for the whole, its smallest and largest value being those of all; `whole` counts every value.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
         self.low, self.high = 0.0, 0.0
         """Smallest and largest value seen, 0 included."""
         self.left, self.right = 0.0, 0.0
         """Ends of the bins."""
         self.counts = torch.zeros(BINS, dtype=torch.float64)
         self.zeros = 0
+        self.calls = 0
 
     def add(self, values: Tensor, low: float, high: float) -> None:
         """Count `values`, one row of finite float32, and their smallest and largest (see `finite`)."""
-        others = values[values != 0]
-        self.zeros += values.numel() - others.numel()
-        if not others.numel():
-            return
+        step = 1 if self.whole else max(1, values.numel() >> _FEW_BITS)
+        self.calls += 1
+        values = values[self.calls % step :: step]
+        zeros = values.numel() - int(values.count_nonzero())
+        self.zeros += zeros * step
         self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.low == self.high:
+            return
         self._widen()
         width = self.right - self.left
         if not _SAFE_WIDTH[0] < width < _SAFE_WIDTH[1]:
-            others = others.double()
-        self.counts += torch.histc(others, bins=BINS, min=self.left, max=self.right).double()
+            values = values.double()
+        counts = torch.histc(values, bins=BINS, min=self.left, max=self.right).double()
+        if zeros:  # picking the others out first takes longer than counting all
+            counts -= zeros * torch.histc(values.new_zeros(1), bins=BINS, min=self.left, max=self.right).double()
+        self.counts += counts * step
 
     def _widen(self) -> None:
         if self.left == self.right:

@@ -17,6 +17,7 @@ from paredown.quantize.numerics import (
     symmetric,
     symmetric_of_least_error,
 )
+from paredown.quantize.schemes import Levels
 
 _RATIOS = torch.linspace(1.0, 0.2, 81, dtype=torch.float64)
 
@@ -152,7 +153,7 @@ class Percentile(Ranged):
         """Between the two percentiles."""
         seen, cut = self.histogram, (100 - self.percentile) / 200
         if seen.counts.sum() == 0:
-            return 0.0, 0.0
+            return seen.low, seen.high
         low, high = min(0.0, seen.quantile(cut)), max(0.0, seen.quantile(1 - cut))
         return (low, high) if high > low else (seen.low, seen.high)
 
@@ -173,7 +174,7 @@ class Entropy(Ranged):
     def reset(self) -> None:
         """Forget what was seen."""
         self.low, self.high = 0.0, 0.0
-        self.histogram = StreamingHistogram()
+        self.histogram = StreamingHistogram(whole=True)  # one empty bin of the tail more makes the divergence infinite
 
     def look(self, values: Tensor, low: float, high: float) -> None:
         """Count absolute values."""
@@ -235,10 +236,12 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
         quant_min: int = WEIGHT_MIN,
         quant_max: int = WEIGHT_MAX,
         is_dynamic: bool = False,
+        levels: Levels = "integer",
         **_: Any,
     ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max, self.qscheme, self.ch_axis = quant_min, quant_max, qscheme, ch_axis
+        self.levels = levels
         self.weight: Tensor | None = None
         self.floor: Tensor | None = None
         self.fixed: Tensor | None = None
@@ -253,10 +256,18 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
         if self.weight is None:
             msg = "weight observer was never run"
             raise RuntimeError(msg)
-        find = symmetric if self.quant_max == WEIGHT_MAX else symmetric_of_least_error
         scales = self.fixed
-        if scales is None:
-            scales = find(self.weight, self.ch_axis, self.floor, quant_min=self.quant_min, quant_max=self.quant_max)
+        if scales is None and self.quant_max == WEIGHT_MAX:
+            scales = symmetric(self.weight, self.ch_axis, self.floor)
+        elif scales is None:
+            scales = symmetric_of_least_error(
+                self.weight,
+                self.ch_axis,
+                self.floor,
+                quant_min=self.quant_min,
+                quant_max=self.quant_max,
+                levels=self.levels,
+            )
         return scales, torch.zeros_like(scales, dtype=torch.int64)
 
 
