@@ -448,4 +448,6 @@ def test_a_part_of_a_large_call_is_counted_for_the_whole() -> None:
     assert part.zeros + part.counts.sum() == pytest.approx(2 * x.numel(), rel=1e-3)
     assert part.zeros == pytest.approx(all_.zeros, rel=0.02)
     assert all_.zeros == 2 * int((x == 0).sum())
-    assert after("mse", x).range()[1] == pytest.approx(0.2 * 40.0)  # the least that is searched: one value does not decide
+    assert after("mse", x).range()[1] == pytest.approx(
+        0.2 * 40.0
+    )  # the least that is searched: one value does not decide
