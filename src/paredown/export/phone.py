@@ -16,6 +16,7 @@ from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
 from paredown.export.child import child_of
 from paredown.export.onnxruntime import COSINE, distance
+from paredown.export.phone_passes import plain
 from paredown.export.session import predictor, skeleton
 from paredown.program import Program, quiet
 from paredown.quantize.batches import Batches, rows, tensors_of
@@ -34,6 +35,9 @@ def exported(thing: Program | Quantized) -> ExportedProgram:
     module = thing.module if isinstance(thing, Quantized) else thing.eval_graph.module(check_guards=False)
     with torch.no_grad(), quiet("torch.export"):
         program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
+        fixed = program.module(check_guards=False)
+        plain(fixed)
+        program = torch.export.export(fixed, tuple(args), dict(kwargs), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
