@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 import tempfile
@@ -205,11 +206,10 @@ def _copy_model(artifact: Artifact, folder: Path) -> list[str]:
 
 def _golden(artifact: Artifact, samples: Batches, most: int, folder: Path) -> dict[str, Any]:
     """Run the samples one by one and keep inputs and outputs; what the manifest says of them."""
-    from paredown.export.openvino_session import Session as OpenVINOSession
     from paredown.export.session import STRUCTURE, leaf_names, open_session
 
     session = open_session(artifact.path)
-    meta = session.metadata if isinstance(session, OpenVINOSession) else session.get_modelmeta().custom_metadata_map
+    meta = session.metadata if hasattr(session, "metadata") else session.get_modelmeta().custom_metadata_map
     named = leaf_names(json.loads(meta[STRUCTURE]) if STRUCTURE in meta else 0)
     golden: list[dict[str, list[str]]] = []
     inputs: list[dict[str, Any]] = []
@@ -296,8 +296,6 @@ def _read(path: Path, spec: Mapping[str, Any]) -> Array:
 def _manifest(
     artifact: Artifact, folder: Path, names: list[str], golden: dict[str, Any], tolerance: Tolerance, preprocessing: Any
 ) -> dict[str, Any]:
-    import importlib.metadata
-
     kind = kind_of(artifact.path)
     every = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     sums = {name: sha256(folder / name) for name in every}
@@ -314,7 +312,7 @@ def _manifest(
         },
         "requires": kind.requires(artifact.path),
         "golden_from": {
-            "runtime": f"{TITLES[runtime]} {importlib.metadata.version(runtime)}",
+            "runtime": f"{TITLES[runtime]} {_version(runtime)}".strip(),
             "machine": machine_text(),
         },
         **golden,
@@ -323,6 +321,14 @@ def _manifest(
         "program": kind.program,
         "files": sums,
     }
+
+
+def _version(runtime: str) -> str:
+    """ "" where the runtime lives in an environment of its own."""
+    try:
+        return importlib.metadata.version(runtime)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _refuse_changed(folder: Path, name: str, expected: str) -> None:

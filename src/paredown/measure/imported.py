@@ -103,6 +103,8 @@ def import_results(results: str | Path, of: str | Path | Bundle) -> Record:
     bundle = of if isinstance(of, Bundle) else read_bundle(of) if Path(of).is_dir() else None
     found = _read(path)
     _refuse_other_model(found, bundle, Path(of) if bundle is None else bundle.folder, path)  # type: ignore[arg-type]
+    if bundle is not None and found.runtime.name != bundle.runtime:
+        _refuse(path, f"the runtime {found.runtime.name!r}, the bundle is for {bundle.runtime!r}")
     where = _machine(found)
     flags, rows, latency = _latency(found, where)
     measured = {"latency_ms": latency}

@@ -120,8 +120,16 @@ KINDS: Mapping[str, Kind] = {
         program="onnxruntime_perf_test",
     ),
     ".xml": Kind(target="openvino-x86", runtimes=("openvino",), read=_openvino, requires=_openvino_versions),
-    ".pte": Kind(target="executorch-xnnpack", runtimes=("executorch",), read=_phone, requires=_phone_versions),
-    ".tflite": Kind(target="litert", runtimes=("litert",), read=_phone, requires=_phone_versions),
+    ".pte": Kind(
+        target="executorch-xnnpack",
+        runtimes=("executorch",),
+        read=_phone,
+        requires=_phone_versions,
+        program="executor_runner",
+    ),
+    ".tflite": Kind(
+        target="litert", runtimes=("litert",), read=_phone, requires=_phone_versions, program="benchmark_model"
+    ),
 }
 """Ending of the name → kind of file."""
 

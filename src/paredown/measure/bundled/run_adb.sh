@@ -23,7 +23,7 @@ explain() { # what was done, what adb said: the exact next step
     case $2 in
     *unauthorized*) fail 8 "the phone does not trust this machine yet ($1). Unlock it and accept 'Allow USB debugging', then run this again; if it does not ask: adb kill-server, then pull out the cable and plug it in." ;;
     *'No space left'* | *'not enough space'*) fail 8 "no space on the phone ($1). Free some, or remove what an earlier run left: adb -s $serial shell rm -r $remote." ;;
-    *'not found'*device* | *device*'not found'* | *'device offline'* | *'no devices'* | *closed* | *'protocol fault'*) fail 8 "the phone went away ($1). Plug it in, check that 'adb devices' lists $serial as device, and run this again; nothing was kept." ;;
+    *'not found'*device* | *device*'not found'* | *'device offline'* | *'no devices'* | *'error: closed'* | *'protocol fault'*) fail 8 "the phone went away ($1). Plug it in, check that 'adb devices' lists $serial as device, and run this again; nothing was kept." ;;
     *'avc:'*denied* | *'Permission denied'* | *'not permitted'*) fail 8 "the phone forbids it ($1: SELinux or noexec). See: adb -s $serial shell getenforce; adb -s $serial shell ls -lZ $remote. Use a phone whose shell may execute in /data/local/tmp, or one with root: adb -s $serial shell su -c 'setenforce 0'." ;;
     *'not executable'* | *'Exec format'* | *'CANNOT LINK'* | *'bad ELF'*) fail 8 "the program does not fit the phone ($1), whose ABI is $abi. Build it for that ABI, and put the .so files that it needs beside it. The phone said: $2" ;;
     *) fail 8 "$1 did not work. The phone said: $2" ;;
@@ -46,8 +46,28 @@ esac
 command -v adb >/dev/null 2>&1 || fail 8 "adb is not installed here. Install Android's platform-tools and put adb on PATH."
 command -v "$python" >/dev/null 2>&1 || fail 8 "$python is not installed here: it reads what the phone printed. Install Python 3.8 or newer, or set PYTHON."
 
+plan=$("$python" - "$here/manifest.json" <<'PLAN'
+import json, re, sys
+manifest = json.load(open(sys.argv[1]))
+print("program=%s" % re.sub(r"[^a-z_]", "", manifest["program"]))
+print("model=%s" % re.sub(r"[^A-Za-z0-9_.-]", "", manifest["model"]["file"]))
+print("golden=%d" % len(manifest["golden"]))
+print("inputs=%d" % len(manifest["inputs"]))
+PLAN
+) || fail 3 "manifest.json of this bundle cannot be read. Copy the bundle again."
+known=$(printf '%s\n' "$plan" | sed -n 's/^program=//p')
+model=$(printf '%s\n' "$plan" | sed -n 's/^model=//p')
+golden=$(printf '%s\n' "$plan" | sed -n 's/^golden=//p')
+inputs=$(printf '%s\n' "$plan" | sed -n 's/^inputs=//p')
+[ -n "$known" ] || fail 2 "this kind of model ($model) has no benchmark program for Android that this script knows. Use run_ssh.sh or run_local.sh."
+case $kind in
+"$known"*) ;;
+*) fail 2 "PROGRAM must be $known for this model. Got '$kind'." ;;
+esac
+
 # ------------------------------------------------------------------------------------------------------ which phone
-attached=$(adb devices 2>&1 | tr -d '\r' | sed -n '/^List of devices attached/,$p' | sed 1d | sed '/^[[:space:]]*$/d')
+attached=$(adb devices 2>&1) || fail 8 "adb does not work here: $attached. Try: adb kill-server; adb devices."
+attached=$(printf '%s\n' "$attached" | tr -d '\r' | sed -n '/^List of devices attached/,$p' | sed 1d | sed '/^[[:space:]]*$/d')
 if [ -n "$serial" ]; then
     state=$(printf '%s\n' "$attached" | awk -v s="$serial" '$1 == s { $1 = ""; print substr($0, 2); exit }')
     [ -n "$state" ] || fail 8 "no phone '$serial' is attached. Attached: $(printf '%s' "${attached:-none}" | tr '\n\t' '; '). Take a serial from there."
@@ -73,7 +93,7 @@ trap 'rm -rf "$work"' EXIT
 # adb's own exit code says little on old phones: the command's code is printed and read back.
 shell() { # label, command: output in $work/said
     if ! adb -s "$serial" shell "{ $2; } 2>&1; echo paredown-exit=\$?" </dev/null >"$work/raw" 2>&1; then
-        explain "$1" "$(tail -c 2000 "$work/raw")"
+        explain "$1" "$(tail -c 2000 "$work/raw") device not found"
     fi
     tr -d '\r' <"$work/raw" >"$work/whole"
     sed '/^paredown-exit=/d' "$work/whole" >"$work/said"
@@ -85,27 +105,26 @@ transfer() { # label, adb arguments
     label=$1
     shift
     if ! adb -s "$serial" "$@" </dev/null >"$work/raw" 2>&1; then
-        explain "$label" "$(tail -c 2000 "$work/raw")"
+        gone=
+        adb -s "$serial" get-state >/dev/null 2>&1 || gone=' device not found'
+        explain "$label" "$(tail -c 2000 "$work/raw")$gone"
     fi
 }
 
 # --------------------------------------------------------------------------------------------------------- what it is
 results=$work/pulled
 mkdir -p "$results/outputs"
-shell "getprop" "getprop ro.product.cpu.abi"
-abi=$(head -n 1 "$work/said")
+shell "getprop" "for key in ro.product.cpu.abi ro.product.manufacturer ro.product.model ro.soc.model ro.build.version.release; do getprop \$key; done; nproc || grep -c ^processor /proc/cpuinfo; grep -m 1 Features /proc/cpuinfo || true"
+abi=$(sed -n 1p "$work/said")
 {
     echo "program=$kind"
     echo "threads=$threads"
-    echo "abi=$abi"
-    for pair in manufacturer=ro.product.manufacturer model=ro.product.model soc=ro.soc.model android=ro.build.version.release; do
-        shell "getprop" "getprop ${pair#*=}"
-        echo "${pair%%=*}=$(head -n 1 "$work/said")"
+    line=0
+    for name in abi manufacturer model soc android cores; do
+        line=$((line + 1))
+        echo "$name=$(sed -n "${line}p" "$work/said")"
     done
-    shell "nproc" "nproc || grep -c ^processor /proc/cpuinfo"
-    echo "cores=$(head -n 1 "$work/said")"
-    shell "cpuinfo" "grep -m 1 Features /proc/cpuinfo || true"
-    echo "features=$(sed 's/.*: *//' "$work/said" | head -n 1)"
+    echo "features=$(sed -n '7s/.*: *//p' "$work/said")"
 } >"$results/device.txt"
 
 # ------------------------------------------------------------------------------------------------------- copy it there
@@ -125,16 +144,6 @@ done
 shell "chmod" "chmod 755 $remote/program"
 
 # -------------------------------------------------------------------------------------------------------------- run it
-"$python" - "$here/manifest.json" >"$work/plan" <<'PLAN'
-import json, re, sys
-manifest = json.load(open(sys.argv[1]))
-print("model=%s" % re.sub(r"[^A-Za-z0-9_.-]", "", manifest["model"]["file"]))
-print("golden=%d" % len(manifest["golden"]))
-print("inputs=%d" % len(manifest["inputs"]))
-PLAN
-model=$(sed -n 's/^model=//p' "$work/plan")
-golden=$(sed -n 's/^golden=//p' "$work/plan")
-inputs=$(sed -n 's/^inputs=//p' "$work/plan")
 enter="cd $remote && export LD_LIBRARY_PATH=$remote"
 heat="cat /sys/class/thermal/thermal_zone*/temp 2>/dev/null || true"
 

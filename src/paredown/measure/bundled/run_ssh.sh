@@ -1,6 +1,8 @@
 #!/bin/sh
 # Copies this bundle to a machine that ssh reaches, runs it there, and brings results.json back beside this script.
-# Usage: run_ssh.sh HOST [THREADS]     REMOTE_PYTHON names the interpreter there (default: python3).
+# Usage: run_ssh.sh HOST [THREADS]
+# REMOTE_PYTHON: interpreter there (default python3). READINGS: readings of a series (default 200). PAUSE: seconds of rest
+# before a disturbed series is repeated (default 10).
 # Needs ssh without a password prompt; there: tar, Python 3.8 or newer, numpy and the model's runtime.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -18,6 +20,9 @@ case $host in
 esac
 case $threads in
 '' | *[!0-9]* | 0*) fail 2 "THREADS must be a whole number from 1. Got '$threads'." ;;
+esac
+case ${READINGS:-200}${PAUSE:-10} in
+*[!0-9]*) fail 2 "READINGS and PAUSE must be whole numbers. Got '${READINGS:-}' and '${PAUSE:-}'." ;;
 esac
 case $python in
 -* | *[!A-Za-z0-9_./-]*) fail 2 "REMOTE_PYTHON must be a plain path. Got '$python'." ;;
@@ -38,7 +43,7 @@ trap 'there "rm -rf $folder" >/dev/null 2>&1 || true' EXIT
 tar -C "$here" --exclude ./results.json -cf - . | there "tar -C $folder -xf -" || fail 8 "the bundle could not be copied to $host:$folder. Free space there: ssh $host df -h /tmp."
 there "$python -c 'import sys, numpy; sys.exit(sys.version_info < (3, 8))'" || fail 8 "$host must have Python 3.8 or newer with numpy as '$python'. Install it there, or set REMOTE_PYTHON."
 code=0
-there "$python $folder/runner.py --threads $threads" || code=$?
+there "$python $folder/runner.py --threads $threads --readings ${READINGS:-200} --pause ${PAUSE:-10}" || code=$?
 [ "$code" -ne 255 ] || fail 8 "the connection to $host went away in the middle. Nothing was kept; run this again."
 [ "$code" -eq 0 ] || exit "$code"
 there "cat $folder/results.json" >"$here/results.json.part" || fail 8 "results.json could not be brought back from $host. Run this again."

@@ -289,9 +289,62 @@ def _openvino(path: Path, threads: int) -> tuple[Callable[[Any], Any], str, dict
     return run, str(openvino.__version__), {key: str(value) for key, value in settings.items()}
 
 
+def _litert(path: Path, threads: int) -> tuple[Callable[[Any], Any], str, dict[str, Any]]:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        stop(8, "this model needs LiteRT. Install it here: python3 -m pip install ai-edge-litert")
+    try:
+        interpreter = Interpreter(model_path=str(path), num_threads=threads)
+        interpreter.allocate_tensors()
+    except Exception as error:
+        _refused("ai-edge-litert " + _installed("ai-edge-litert"), str(error))
+    places, results = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(feed: Any) -> Any:
+        for place, array in zip(places, feed.values()):
+            interpreter.set_tensor(place["index"], array)
+        interpreter.invoke()
+        return [interpreter.get_tensor(r["index"]) for r in results]
+
+    return run, _installed("ai-edge-litert"), {}
+
+
+def _executorch(path: Path, threads: int) -> tuple[Callable[[Any], Any], str, dict[str, Any]]:
+    try:
+        import torch
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        from executorch.runtime import Runtime
+    except ImportError:
+        stop(8, "this model needs ExecuTorch. Install it here: python3 -m pip install executorch")
+    _unsafe_reset_threadpool(threads)
+    try:
+        program = Runtime.get().load_program(str(path))
+        method = program.load_method("forward")
+    except Exception as error:
+        _refused("executorch " + _installed("executorch"), str(error))
+    kept = (program, method)  # the method reads the program's memory
+
+    def run(feed: Any) -> Any:
+        return [o.numpy() for o in kept[1].execute([torch.from_numpy(a.copy()) for a in feed.values()])]
+
+    return run, _installed("executorch"), {}
+
+
+def _installed(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not told"
+
+
 RUNTIMES: dict[str, Callable[[Path, int], tuple[Callable[[Any], Any], str, dict[str, Any]]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "litert": _litert,
+    "executorch": _executorch,
 }
 """Name of the runtime in the manifest → how it is opened here."""
 
