@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from paredown.export import Artifact, Check
     from paredown.program import Program
 
-_OUT = Parameter(name="--out", help="The file to write, as model.onnx, or model.xml for openvino-x86.")
+_OUT = Parameter(name="--out", help="The file to write: model.onnx, model.xml for openvino-x86, model.pte for executorch-xnnpack, model.tflite for litert.")
 NO_DATA = ("int8-dynamic", "w4")
 """Schemes that need no samples (quantize.schemes.DYNAMIC, which would load torch); samples that are given check the file."""
 RANDOM_SAMPLES = "CALIBRATED ON RANDOM NUMBERS: the ranges are not those of your data. For a try of size and speed only, never to ship."
@@ -118,7 +118,7 @@ def export(
     input: options.Input,
     out: Annotated[Path, _OUT],
     target: options.Target = "onnxruntime-x86",
-    scheme: Annotated[Literal["fp32", "fp16"], Parameter(help="fp16 halves the weights, for openvino-x86.")] = "fp32",
+    scheme: Annotated[Literal["fp32", "fp16"], Parameter(help="fp16 halves the weights, for openvino-x86 and litert.")] = "fp32",
     opset: Annotated[int, Parameter(help="ONNX opset; older runtimes need a lower one.")] = 18,
     weights: options.Weights = None,
     strip_prefix: options.StripPrefix = None,

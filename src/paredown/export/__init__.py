@@ -40,8 +40,9 @@ def export(
 ) -> Artifact:
     """Write the file that a runtime executes: ONNX, float32 or on integer codes, with the batch free where the program's is.
 
-    For OpenVINO a .xml file with a .bin beside it, made of the same graph; `scheme` "fp16" halves the weights of a float
-    network there.
+    For OpenVINO a .xml file with a .bin beside it, made of the same graph; for ExecuTorch a .pte and for LiteRT a .tflite file,
+    whose batch is fixed at 1 and whose converters need an environment of their own (`paredown setup TARGET`). `scheme`
+    "fp16" halves the weights of a float network for OpenVINO and LiteRT.
 
     `thing` is a Program, a Pruned, a Quantized, or (module, inputs). Integer codes are written as they are in
     `Quantized.weights`, never computed again. The bytes depend on nothing but `thing` and the versions of torch and
@@ -50,7 +51,7 @@ def export(
     float32, 4 in int8 with a range per row and 32 inputs, which is faster on some machines and less exact.
 
     Raises UsageError (target, opset), RejectedError (ops without a translation, listed before conversion), MissingError
-    (onnx, onnxscript), ResourceError (the path cannot be written).
+    (onnx, onnxscript, the environment), ResourceError (the path cannot be written).
 
     >>> import tempfile, torch
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())

@@ -76,6 +76,16 @@ def _unbind(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return None  # without readers it goes by itself
 
 
+def _mean(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The mean over height and width keeps both axes, at length 1, and loses them in a reshape."""
+    x, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
+    if not isinstance(x, fx.Node) or not isinstance(axes, list | tuple) or len(_sizes(x)) != 4:
+        return None
+    if sorted(int(a) % 4 for a in axes) != [2, 3] or len(_sizes(node)) == 4 or node.kwargs:
+        return None
+    return call(node, aten.reshape.default, call(node, aten.mean.dim, x, list(axes), True), _sizes(node))
+
+
 def _attention(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """softmax(q · scale · kᵀ + mask) · v on matrices; None for what is causal, grouped, dropped out or masked by truth values."""
     q, k, v = node.args[:3]
@@ -113,5 +123,6 @@ _REWRITES: dict[str, Callable[[fx.GraphModule, fx.Node], fx.Node | None]] = {
     **dict.fromkeys(("expand", "expand_as", "slice", "repeat"), _same),
     "select": _select,
     "unbind": _unbind,
+    "mean": _mean,
     "scaled_dot_product_attention": _attention,
 }

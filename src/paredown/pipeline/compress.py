@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from paredown.budget import Budget
+from paredown.environments import python_of
 from paredown.errors import UsageError
 from paredown.measure import machine
 from paredown.pipeline.display import Display, display
@@ -144,7 +145,9 @@ def _notebook_task(
 def _run(
     recipe: Recipe, task: Task, model: Callable[[], nn.Module], given: bool, out: Path, *, overwrite: bool, quiet: bool
 ) -> Compressed:
-    named(recipe.target)
+    target = named(recipe.target)
+    if target.environment:
+        python_of(target)  # now, not after hours of training
     check_ways(recipe, task)
     threads = torch.get_num_threads()
     if recipe.threads is not None:

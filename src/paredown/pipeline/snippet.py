@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from paredown.export.openvino_session import PRECISION
 from paredown.export.session import PRECISE
 from paredown.program import Program
+from paredown.quantize.batches import rows, tensors_of
 
 
 def input_of(program: Program) -> dict[str, Any]:
@@ -29,6 +30,11 @@ def snippet(file: str, normalisation: str, program: Program) -> str:
     how = " ".join(normalisation.split()) or "bring your data to the form that the model was trained on"
     if file.endswith(".xml"):
         return _openvino(file, how, values)
+    if file.endswith((".pte", ".tflite")):
+        one = ", ".join(
+            f"np.zeros({[*t.shape]}, np.{k})" for t, k in zip(_per_run(program, tensors), kinds, strict=True)
+        )
+        return (_executorch if file.endswith(".pte") else _litert)(file, how, one)
     return "\n".join(
         [
             "import numpy as np",
@@ -43,6 +49,46 @@ def snippet(file: str, normalisation: str, program: Program) -> str:
             "outputs = session.run(None, dict(zip(names, inputs)))",
             "for o, value in zip(session.get_outputs(), outputs):",
             "    print(o.name, value.shape)",
+        ]
+    )
+
+
+def _per_run(program: Program, tensors: list[Tensor]) -> list[Tensor]:
+    """Inputs of one run of a file whose batch is fixed."""
+    return tensors_of(rows(program.inputs, slice(0, 1))) if program.batch == "dynamic" else tensors
+
+
+def _executorch(file: str, how: str, values: str) -> str:
+    return "\n".join(
+        [
+            "import numpy as np",
+            "import torch",
+            "from executorch.runtime import Runtime  # in the environment that `paredown setup executorch-xnnpack` makes",
+            "",
+            f"method = Runtime.get().load_program({file!r}).load_method('forward')",
+            f"# {how}",
+            f"inputs = [{values}]  # put one sample here: the file runs one at a time",
+            "for value in method.execute([torch.from_numpy(i) for i in inputs]):",
+            "    print(tuple(value.shape))",
+        ]
+    )
+
+
+def _litert(file: str, how: str, values: str) -> str:
+    return "\n".join(
+        [
+            "import numpy as np",
+            "from ai_edge_litert.interpreter import Interpreter  # in the environment that `paredown setup litert` makes",
+            "",
+            f"interpreter = Interpreter({file!r})",
+            "interpreter.allocate_tensors()",
+            f"# {how}",
+            f"inputs = [{values}]  # put one sample here: the file runs one at a time",
+            "for place, value in zip(interpreter.get_input_details(), inputs):",
+            "    interpreter.set_tensor(place['index'], value)",
+            "interpreter.invoke()",
+            "for o in interpreter.get_output_details():",
+            "    print(o['name'], interpreter.get_tensor(o['index']).shape)",
         ]
     )
 
