@@ -141,7 +141,9 @@ def test_activations_are_uint8_and_compound_activations_are_taken_apart() -> Non
     names = [op_name(n) for n in nodes]
     assert not {"hardswish", "silu", "batch_norm", "mean"} & set(names)
     assert names.count("mul") == 3
-    assert any("hardsigmoid stays float (1×" in note for note in quantized.notes)
+    gate = next(n for n in nodes if op_name(n) == "hardsigmoid")
+    assert scale_of(next(iter(gate.users))) == (1 / 256, 0)  # what its int8 form needs
+    assert not any("hardsigmoid" in note for note in quantized.notes)
 
 
 def test_attention_stays_float_and_is_reported() -> None:

@@ -58,14 +58,16 @@ _MOVES = (
 
 # What ONNX Runtime 1.23–1.32 runs in 8 bits on the CPU: QLinearConv, QGemm, QLinearAdd, QLinearMul, QLinearSigmoid,
 # QLinearLeakyRelu, QLinearGlobalAveragePool, and any op that only moves values, on uint8 tensors as they are.
-# Attention products, softmax, normalization, GELU, hard-sigmoid and transposed convolutions have no kernel worth using:
+# Attention products, softmax, normalization, GELU and transposed convolutions have no kernel worth using:
 # int8 attention products bought nothing on ViT-B/16 (137 ms against 130 ms), so they are left out.
 _ORT_X86 = _kinds(
     weighted="conv1d conv2d conv3d linear",
     binary="add add_ mul mul_",
-    lookup="sigmoid sigmoid_ leaky_relu leaky_relu_",
+    lookup="sigmoid sigmoid_ leaky_relu leaky_relu_ hardsigmoid hardsigmoid_",
     shared=_MOVES,
 )
+# The exporter writes hard-sigmoid as one multiplication of codes, which needs this scale (see export/onnx_passes.py).
+_ORT_FIXED = dict.fromkeys(("hardsigmoid", "hardsigmoid_"), (0.0, 255 / 256))
 
 # What OpenVINO 2026.4 was seen to run in 8 bits on a CPU with AVX2: convolutions (with groups too), FullyConnected, element-wise addition and
 # multiplication, pools, means over height and width, concatenation, and what only moves values. Its layers take any
@@ -119,6 +121,7 @@ TARGETS: Mapping[str, Target] = {
         ),
         alignment=8,
         limits={"opset": 18, "opset_max": 23},
+        fixed=_ORT_FIXED,
     ),
     "openvino-x86": Target(
         name="openvino-x86",
