@@ -257,8 +257,12 @@ def test_wrong_requests_say_what_is_right(residual: tuple[nn.Module, programs.Pr
     x = [torch.randn(4, 1, 8, 8)]
     with pytest.raises(UsageError, match=r"litert.*cannot export to it yet"):
         quantize(program, calibrate=x, target="litert")
-    with pytest.raises(UsageError, match=r"w2.*cannot produce it yet"):
-        quantize(program, calibrate=x, scheme="w2")
+    with pytest.raises(UsageError, match=r"fp16.*cannot produce it yet"):
+        quantize(program, calibrate=x, scheme="fp16")
+    with pytest.raises(UsageError, match="bits must be integers from 1 to 8"):
+        quantize(program, calibrate=x, bits={"head.weight": 9})
+    with pytest.raises(UsageError, match=r"bits must match.*'nothing'"):
+        quantize(program, calibrate=x, bits={"nothing": 4})
     with pytest.raises(UsageError, match="observer must be"):
         quantize(program, calibrate=x, observer="median")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="num_samples"):

@@ -91,12 +91,14 @@ def examine_onnx(path: Path | str) -> OnnxCost:
         else:
             by_node.append((name, str(node.op_type), macs))
     counted = {n: v for n, v in weights.items() if v[2]}
+    packed = list(_packed(nodes, weights, shapes))
     return OnnxCost(
         path=str(path),
         files=tuple(f.name for f in files),
         file_bytes=sum(f.stat().st_size for f in files),
-        parameters=sum(math.prod(shape) for shape, _, _ in counted.values()),
-        parameter_bytes=sum(-(-math.prod(shape) * bits // 8) for shape, bits, _ in counted.values()),
+        parameters=sum(math.prod(shape) for shape, _, _ in counted.values()) + sum(n for n, _ in packed),
+        parameter_bytes=sum(-(-math.prod(shape) * bits // 8) for shape, bits, _ in counted.values())
+        + sum(size for _, size in packed),
         macs=sum(m for _, _, m in by_node),
         ops=dict(ops.most_common()),
         uncounted=tuple(uncounted),
@@ -265,6 +267,30 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
         counts = name not in helpers and (is_float or name in quantized)
         found[name] = (shape, bits.get(tensor.data_type, 64), counts)
     return found
+
+
+_UNPACKING = ("Cast", "Gather", "Reshape", "Slice", "Add")
+
+
+def _packed(
+    nodes: list[Any], weights: dict[str, tuple[tuple[int, ...], int, bool]], shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[int, int]]:
+    """(elements, bytes) of every quantized weight that is unpacked from bytes of the file (paredown.export.onnx_packed)."""
+    makers = {out: n for n in nodes for out in n.output}
+    for name in {n.input[0] for n in nodes if n.op_type == "DequantizeLinear"} - weights.keys():
+        waiting, sizes, constant = [name], list[int](), name in makers
+        while waiting and constant:
+            maker = makers.get(waiting.pop())
+            if maker is None or maker.op_type not in _UNPACKING:
+                constant = False
+                break
+            for value in maker.input[: None if maker.op_type in ("Gather", "Add") else 1]:
+                if value not in weights:
+                    waiting.append(value)
+                elif maker.op_type == "Cast":
+                    sizes.append(math.prod(weights[value][0]) * weights[value][1] // 8)
+        if constant and sizes and name in shapes:
+            yield math.prod(shapes[name]), sum(sizes)
 
 
 def _shapes(model: Any, weights: dict[str, tuple[tuple[int, ...], int, bool]]) -> dict[str, tuple[int, ...]]:

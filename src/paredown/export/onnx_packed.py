@@ -51,7 +51,8 @@ def _parts(codes: NDArray[Any], bits: int, levels: Levels) -> list[tuple[NDArray
         return [(pack_codes(flat, bits=bits, levels=levels).numpy(), digits.astype(np.int8))]
     low, step = (1 - 2**bits, 2) if levels in ("balanced", "binary") else (-(2 ** (bits - 1)), 1)
     unsigned = (flat.short() - low) // step
-    parts, below = [], 0
+    parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    below = 0
     for width in PLANES[bits]:
         plane = ((unsigned >> below) & (2**width - 1)).to(torch.uint8)
         digits = (np.arange(256)[:, None] >> width * np.arange(8 // width)) & (2**width - 1)
@@ -92,7 +93,11 @@ def _unpacked(
     assert total is not None
     if len(parts) > 1:
         total = run("Cast", total, to=ir.DataType.INT8)
-    out = run("Reshape", total, shared(("shape", codes.shape), "shape" + "x".join(map(str, codes.shape)), np.array(codes.shape)))
+    out = run(
+        "Reshape",
+        total,
+        shared(("shape", codes.shape), "shape" + "x".join(map(str, codes.shape)), np.array(codes.shape)),
+    )
     first = next(node for node in graph if value in node.inputs)
     graph.insert_before(first, nodes)
     value.replace_all_uses_with(out)

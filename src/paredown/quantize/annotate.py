@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantizer import (
 from paredown.quantize.decompose import op_name
 from paredown.quantize.fixed import fix_results
 from paredown.quantize.observe import WEIGHT_OBSERVERS, observer_named
-from paredown.quantize.schemes import Scheme, weight_range
+from paredown.quantize.schemes import Levels, Scheme, levels_at, weight_range
 from paredown.score.patterns import matches
 from paredown.target import Target
 
@@ -41,11 +41,14 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         scheme: Scheme,
         weights: str = "channel",
         float_layers: Sequence[str] = (),
+        bits: Mapping[str, int] | None = None,
     ) -> None:
         self.target, self.observer, self.weights = target, observer, weights
-        self.activation = self._activation(scheme.activation_bits)
-        self.weight = self._weight(*scheme.weight_range)
+        self.only_weights = scheme.activations == "float"
+        self.activation = self._activation(8 if self.only_weights else scheme.activation_bits)
+        self.weight = self._weight(scheme.weight_bits, scheme.levels)
         self.end_bits = scheme.end_bits
+        self.bits = dict(bits or {})
         self.coarse = scheme.activation_bits < 8
         self.ends: frozenset[fx.Node] = frozenset()
         self.wanted: dict[fx.Node, QuantizationSpec] = {}
@@ -62,15 +65,23 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             observer_or_fake_quant_ctr=observer_named(self.observer),
         )
 
-    def _weight(self, low: int, high: int) -> QuantizationSpec:
+    def _weight(self, bits: int, levels: Levels) -> QuantizationSpec:
+        low, high = weight_range(bits, levels)
         return QuantizationSpec(
             dtype=torch.int8,
             quant_min=low,
             quant_max=high,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
-            observer_or_fake_quant_ctr=WEIGHT_OBSERVERS[self.weights],
+            observer_or_fake_quant_ctr=WEIGHT_OBSERVERS[self.weights].with_args(levels=levels),
         )
+
+    def _weight_of(self, node: fx.Node) -> QuantizationSpec:
+        """Of a layer: the bits that it was given by name, those of an end, those of the scheme."""
+        own = next((b for pattern, b in self.bits.items() if matches(layer_names(node), [pattern])), None)
+        if own is not None:
+            return self._weight(own, levels_at(own))
+        return self._weight(self.end_bits, "integer") if node in self.ends and self.end_bits else self.weight
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Write the annotations."""
@@ -78,6 +89,10 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         if self.end_bits is not None:
             weighted = [n for n in nodes if self.target.ops.get(op_name(n)) == "weighted" and is_constant(n.args[1])]
             self.ends = ends_of(weighted)
+        if self.only_weights:
+            for node in nodes:
+                self._code_weight(node)
+            return model
         for node in nodes:
             self._compute(node)
         for node in reversed(nodes):
@@ -95,6 +110,12 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         fix_results(nodes, self.target.fixed, self.activation)
         return model
 
+    def _code_weight(self, node: fx.Node) -> None:
+        """Codes for a weight alone: what multiplies with it stays as it is."""
+        weighted = self.target.ops.get(op_name(node)) == "weighted" and is_constant(node.args[1])
+        if weighted and is_float(node.args[0]) and not self._stays_float(node):
+            _put(node, {node.args[1]: self._weight_of(node)}, None)
+
     def validate(self, model: fx.GraphModule) -> None:
         """Nothing to check: `quantize` proves the prepared graph by running it."""
 
@@ -109,11 +130,9 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         elif self._stays_float(node):
             return
         elif kind == "weighted" and is_float(args[0]) and is_constant(args[1]):
-            activation, weight = self.activation, self.weight
-            if node in self.ends and self.end_bits is not None:
-                activation = self._activation(self.end_bits)
-                weight = self._weight(*weight_range(self.end_bits))
-            _put(node, {args[0]: activation, args[1]: weight}, self._output(node, name))
+            at_end = node in self.ends and self.end_bits is not None
+            activation = self._activation(self.end_bits) if at_end and self.end_bits else self.activation
+            _put(node, {args[0]: activation, args[1]: self._weight_of(node)}, self._output(node, name))
         elif (
             kind in ("binary", "matmul")
             and len(args) == 2

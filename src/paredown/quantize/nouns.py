@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, fx
 
 from paredown.program import Inputs, Program
+from paredown.quantize.schemes import Levels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,8 @@ class Packed:
     group: int | None = None
     axis: int | None = 0
     blocks: tuple[int, int] | None = None
-    levels: Literal["integer", "ternary", "binary"] = "integer"
-    """Ternary codes are -1, 0, 1 (five of them fit into a byte), binary ones -1 and 1."""
+    levels: Levels = "integer"
+    """Balanced codes are odd (±1, ±3 with two bits), ternary -1, 0, 1 (five of them fit into a byte), binary -1 and 1."""
 
     def unpack(self) -> Tensor:
         """The float32 weight that the codes stand for. With `group`, `scales` are [channels, groups], `axis` the channels'.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paredown.errors import UsageError
-from paredown.quantize.schemes import weight_range
+from paredown.quantize.schemes import Levels, weight_range
 
 WEIGHT_MIN, WEIGHT_MAX = -127, 127
 """Symmetric int8 weights leave out -128: the range is symmetric and products cannot saturate alone."""
@@ -68,33 +68,66 @@ def symmetric(
 
 RATIOS = torch.linspace(1.0, 0.4, 61, dtype=torch.float64)
 """Of the scale that holds the largest weight: those that are tried."""
+FEW_RATIOS = torch.linspace(1.0, 0.1, 91, dtype=torch.float64)
+"""Those for balanced, ternary and binary levels: with four levels or fewer most of a channel lies beyond the best scale's last one."""
+
+
+def snap(places: Tensor, quant_min: int, quant_max: int, levels: Levels = "integer") -> Tensor:
+    """The nearest code of every w / s, in the dtype of `places`.
+
+    Integer and ternary: clamp(round(w / s)), half to even. Balanced and binary: clamp(2 ⌊w / 2s⌋ + 1), the nearest odd number.
+
+    >>> snap(torch.tensor([-9.0, -0.1, 0.0, 2.1]), -3, 3, "balanced").tolist()
+    [-3.0, -1.0, 1.0, 3.0]
+    """
+    if levels in ODD:
+        return (2 * torch.floor(places / 2) + 1).clamp(quant_min, quant_max)
+    return torch.round(places).clamp(quant_min, quant_max)
+
+
+ODD = ("balanced", "binary")
+"""Levels without 0."""
 
 
 def symmetric_of_least_error(
-    weight: Tensor, axis: int, floor: Tensor | None = None, *, quant_min: int, quant_max: int
+    weight: Tensor,
+    axis: int,
+    floor: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    levels: Levels = "integer",
 ) -> Tensor:
     """Scales of least Σ (w - s·q)² per index of `axis`, among `RATIOS` of those of `symmetric`; float32, shape [channels].
 
     Few levels want a scale that cuts the largest weights off; with eight bits it hardly differs.
     """
     rows = weight.detach().float().movedim(axis, 0).reshape(weight.shape[axis], -1)
-    return scales_of_least_error(rows, quant_min, quant_max, floor=floor).float()
+    return scales_of_least_error(rows, quant_min, quant_max, floor=floor, levels=levels).float()
 
 
 def scales_of_least_error(
-    rows: Tensor, quant_min: int, quant_max: int, *, gram: Tensor | None = None, floor: Tensor | None = None
+    rows: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    gram: Tensor | None = None,
+    floor: Tensor | None = None,
+    levels: Levels = "integer",
 ) -> Tensor:
     """Scales [out] of least error of rounding to the nearest: argmin over s of (w - ŵ) G (w - ŵ)ᵀ per row.
 
-    Tried: `RATIOS` of the scale that holds the row's largest weight. rows [out, K]; gram G [K, K] is the mean of x xᵀ, or
+    Tried: `RATIOS` (`FEW_RATIOS`) of the scale that holds the row's largest weight. rows [out, K]; gram G [K, K] is the mean of x xᵀ, or
     None for the identity. `floor` is the smallest scale allowed (see bias_floor). The result has the dtype of `rows` and is a
     float32 value: scales are stored as such, so that codes must be rounded on what is stored.
     """
     whole = symmetric(rows, 0, quant_min=quant_min, quant_max=quant_max).to(rows.dtype)
+    if levels in ODD:  # there is no code for 0: a row of zeros has levels that are next to it
+        whole = torch.where((rows == 0).all(dim=1), 1e-12, whole)
     best, least = whole.clone(), torch.full_like(whole, torch.inf)
-    for ratio in RATIOS.tolist():
+    for ratio in (RATIOS if levels == "integer" else FEW_RATIOS).tolist():
         scales = whole * ratio if floor is None else torch.maximum(whole * ratio, floor)
-        away = rows - scales[:, None] * torch.round(rows / scales[:, None]).clamp(quant_min, quant_max)
+        away = rows - scales[:, None] * snap(rows / scales[:, None], quant_min, quant_max, levels)
         errors = (away if gram is None else away @ gram).mul(away).sum(dim=1)
         better = errors < least
         best, least = torch.where(better, scales, best), torch.where(better, errors, least)
@@ -129,6 +162,9 @@ def fake_quantize(values: Tensor, observer: Any, parameters: tuple[Tensor, Tenso
         shape = [1] * values.dim()
         shape[axis] = -1
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    levels: Levels = getattr(observer, "levels", "integer")
+    if levels != "integer":
+        return snap(values / scale, observer.quant_min, observer.quant_max, levels) * scale
     codes = quantize_codes(values, scale, zero_point, observer.quant_min, observer.quant_max)
     return dequantize_codes(codes, scale, zero_point)
 

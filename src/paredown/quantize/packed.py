@@ -16,13 +16,13 @@ from torch import Tensor
 
 from paredown.errors import RejectedError, UsageError
 from paredown.quantize.nouns import Packed
+from paredown.quantize.schemes import LEVELS, Levels, weight_range
 from paredown.records import whole_file
 
 KEY, VERSION = "paredown_packed", 1
 """Of the description in the header."""
 TRITS = 5
 """Ternary codes in a byte: 3⁵ = 243 ≤ 256, so 1.6 bits each."""
-Levels = Literal["integer", "ternary", "binary"]
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
 _CODES = {"int8": torch.int8, "uint8": torch.uint8}
 
@@ -54,8 +54,8 @@ def pack_codes(codes: Tensor, *, bits: int, levels: Levels = "integer") -> Tenso
     """Integer codes as bytes, in the order of the flattened tensor; uint8, shape [⌈n · bits / 8⌉].
 
     Integer: u = q + 2^(bits-1) for signed codes (torch.int8), u = q for unsigned (torch.uint8); bits 1 to 8. Code i takes
-    the bits i·b … i·b + b - 1 of the stream, the lowest bit of a byte first, so 3-bit codes cross bytes. Binary: u = (q + 1)/2,
-    one bit. Ternary: t = q + 1, five to a byte, Σ t_j · 3^j, ⌈n / 5⌉ bytes. What fills the last byte is 0 bits (0 trits).
+    the bits i·b … i·b + b - 1 of the stream, the lowest bit of a byte first, so 3-bit codes cross bytes. Balanced:
+    u = (q + 2^b - 1)/2. Binary: u = (q + 1)/2, one bit. Ternary: t = q + 1, five to a byte, Σ t_j · 3^j, ⌈n / 5⌉ bytes. What fills the last byte is 0 bits (0 trits).
 
     Raises UsageError: bits that are none, a dtype that holds no codes, codes that do not fit.
 
@@ -67,7 +67,7 @@ def pack_codes(codes: Tensor, *, bits: int, levels: Levels = "integer") -> Tenso
     low, high, step = _code_range(bits, levels, codes.dtype)
     flat = codes.detach().cpu().reshape(-1).numpy().astype(np.int16)
     if flat.size and (flat.min() < low or flat.max() > high or ((flat - low) % step).any()):
-        wanted = "-1 or 1" if step == 2 else f"from {low} to {high}"
+        wanted = "-1 or 1" if levels == "binary" else f"{'odd, ' if step == 2 else ''}from {low} to {high}"
         msg = f"codes of {levels} levels at {bits} bits must be {wanted}. Got {flat.min()} to {flat.max()}."
         raise UsageError(msg)
     unsigned = ((flat - low) // step).astype(np.uint8)
@@ -121,14 +121,14 @@ def packed_length(count: int, bits: int, levels: Levels = "integer") -> int:
 
 def _code_range(bits: int, levels: Levels, dtype: torch.dtype) -> tuple[int, int, int]:
     """Smallest and largest code and the step between codes."""
-    if levels not in ("integer", "ternary", "binary") or dtype not in _CODES.values() or not 1 <= bits <= 8:
-        msg = f"packed codes must have 1 to 8 bits, levels integer, ternary or binary, and the dtype int8 or uint8. Got {bits}, {levels!r}, {dtype}."
+    if levels not in LEVELS or dtype not in _CODES.values() or not 1 <= bits <= (7 if levels == "balanced" else 8):
+        msg = f"packed codes must have 1 to 8 bits (balanced ones 7 at most), levels {', '.join(LEVELS)}, and the dtype int8 or uint8. Got {bits}, {levels!r}, {dtype}."
         raise UsageError(msg)
     if levels != "integer":
         if dtype != torch.int8:
             msg = f"{levels} codes must be int8: they are signed. Got {dtype}."
             raise UsageError(msg)
-        return -1, 1, 1 if levels == "ternary" else 2
+        return *weight_range(bits, levels), 1 if levels == "ternary" else 2
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 1) if dtype == torch.int8 else (0, 2**bits - 1, 1)
 
 

@@ -18,7 +18,9 @@ from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches
 from paredown.quantize.decompose import fetch
 from paredown.quantize.nouns import Quantized
+from paredown.quantize.numerics import ODD, snap
 from paredown.quantize.observe import PerChannel
+from paredown.quantize.schemes import Levels
 from paredown.quantize.static import Calibrated, calibrated, converted
 from paredown.train import fit
 from paredown.train.distil import Distil
@@ -38,7 +40,8 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
 
     The gradient passes through round as through the identity; outside the range x gets none and s gets ±qmax (Esser et al.
     2020, arXiv 1902.08153, equations 1 to 5). N is how many values share the step: of a channel for weights, of one
-    sample for activations. z stays as calibrated. We differ in where s starts, at the calibrated step, and in how far
+    sample for activations. z stays as calibrated. Balanced, ternary and binary levels pass the gradient on as far as the outermost
+    level's own cell reaches, ±4 s, ±1.5 s and ±2 s (ParetoQ, see schemes.weight_range). We differ in where s starts, at the calibrated step, and in how far
     one update may take it (`MOST`).
     """
 
@@ -46,6 +49,7 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
         super().__init__(dtype=observer.dtype)
         self.quant_min, self.quant_max, self.qscheme = observer.quant_min, observer.quant_max, observer.qscheme
         scale, zero_point = observer.calculate_qparams()
+        self.levels: Levels = getattr(observer, "levels", "integer")
         self.scale = nn.Parameter(scale.detach().clone().float())
         self.register_buffer("zero_point", zero_point.detach().clone())
         self.register_buffer("keep", keep)
@@ -62,8 +66,8 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
             shape = [1] * x.dim()
             shape[self.ch_axis] = -1
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-        rounded: Tensor = _Rounding.apply(x, scale, zero_point, self.quant_min, self.quant_max, gain)
-        return rounded
+        ends = self.quant_min, self.quant_max
+        return _Rounding.apply(x, scale, zero_point, *ends, self.levels, gain)  # type: ignore[no-any-return, no-untyped-call]
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int64)."""
@@ -78,15 +82,20 @@ class _Rounding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, gain: float
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, levels: Levels, gain: float
     ) -> Tensor:
         shifted = bool(zero_point.any())
         place = x / scale
         if shifted:
             place += zero_point
-        rounded = place.clamp(low, high)
-        inside = rounded == place
-        rounded.round_()
+        if levels == "integer":
+            rounded = place.clamp(low, high)
+            inside = rounded == place
+            rounded.round_()
+        else:
+            edge = high + (1.0 if levels in ODD else 0.5)
+            inside = place.abs() < edge
+            rounded = snap(place, low, high, levels)
         if shifted:
             rounded -= zero_point
         rounded *= scale
@@ -95,17 +104,17 @@ class _Rounding(torch.autograd.Function):
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, rounded, inside = ctx.saved_tensors
         passed = grad * inside
         if not ctx.needs_input_grad[1]:
-            return passed, None, None, None, None, None
+            return passed, None, None, None, None, None, None
         if scale.dim():
             shared = [axis for axis, length in enumerate(scale.shape) if length == 1]
             pull = (grad * rounded - passed * x).sum(shared, keepdim=True)
         else:
             pull = _product(grad, rounded) - _product(passed, x)
-        return passed, pull / scale * ctx.gain, None, None, None, None
+        return passed, pull / scale * ctx.gain, None, None, None, None, None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -136,7 +145,7 @@ def train_quantized(
     train_batches: Callable[[], Any],
     *,
     step: Step,
-    calibrate: Batches,
+    calibrate: Batches | None = None,
     target: str = "onnxruntime-x86",
     scheme: str = "int8",
     observer: Literal["minmax", "mse"] = "mse",
@@ -144,10 +153,12 @@ def train_quantized(
     repair: Sequence[str] = (),
     weights: Literal["channel", "tensor"] = "channel",
     float_layers: Sequence[str] = (),
+    bits: Mapping[str, int] | None = None,
     epochs: int = 3,
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
+    clip_norm: float | None = 2.0,
     teacher: nn.Module | None = None,
     distil: Distil | None = None,
     seed: int = 0,
@@ -160,7 +171,8 @@ def train_quantized(
 
     Starts from the calibrated (and, with `repair`, rounded) network; batch norm is folded and frozen, dropout is left
     out. Weights, biases and steps (see LearnedStep) are trained by the one training loop (`fit`: SGD, cosine); after three quarters
-    of the steps the grids stay as they are. Steps and biases have no weight decay. Zeros of a mask stay zeros.
+    of the steps the grids stay as they are. Steps and biases have no weight decay. Gradients longer
+    than `clip_norm` are shortened to it: without batch norm nothing else holds a step back. Zeros of a mask stay zeros.
     `step(model, batch) -> loss` and `teacher`, `distil`, `checkpoint`, `progress` as for `fit`; with a teacher `distil` is
     "kl" unless said otherwise. The codes of the result are those that the last forward pass used.
 
@@ -176,7 +188,7 @@ def train_quantized(
     """
     base = calibrated(
         tuned, target=target, calibrate=calibrate, scheme=scheme, observer=observer, num_samples=num_samples,
-        repair=repair, weights=weights, float_layers=float_layers,
+        repair=repair, weights=weights, float_layers=float_layers, bits=bits,
     )  # fmt: skip
     rehearsal = Rehearsal(learnable(base, masks_of(tuned)))
     fitted = fit(
@@ -185,6 +197,7 @@ def train_quantized(
         step,
         epochs=epochs,
         optimizer=_optimizer(lr, momentum, weight_decay),
+        clip_norm=clip_norm,
         seed=seed,
         device=device,
         teacher=teacher,

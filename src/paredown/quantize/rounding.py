@@ -14,7 +14,7 @@ from paredown.errors import RejectedError
 from paredown.program import Inputs
 from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Changes, Lanes, Layer, walk
-from paredown.quantize.numerics import scales_of_least_error
+from paredown.quantize.numerics import ODD, scales_of_least_error, snap
 from paredown.statistics.inputs import inputs_of
 
 SWEEPS = 4
@@ -246,7 +246,7 @@ def _rounded(
     wanted = [fitted(w, gram, cross, ridge) for w, (gram, cross) in zip(rows, seen, strict=True)]
     floors = [None] * len(rows) if observer.floor is None else list(observer.floor.double().reshape(rows.shape[:2]))
     scales = [
-        scales_of_least_error(w, low, high, gram=gram, floor=f)
+        scales_of_least_error(w, low, high, gram=gram, floor=f, levels=observer.levels)
         for w, (gram, _), f in zip(wanted, seen, floors, strict=True)
     ]
     if observer.one_scale:
@@ -254,8 +254,11 @@ def _rounded(
         scales = [largest.expand_as(s) for s in scales]
     found = []
     for w, s, moments, (gram, _) in zip(wanted, scales, sums, seen, strict=True):
-        codes = METHODS[method](w, gram, s, low, high)
-        nearest = torch.round(w / s[:, None]).clamp(low, high)
+        if observer.levels in ODD:  # odd codes 2u + 1: integers u on the grid of 2s that is shifted by s
+            codes = 2 * METHODS[method](w - s[:, None], gram, 2 * s, (low - 1) // 2, (high - 1) // 2) + 1
+        else:
+            codes = METHODS[method](w, gram, s, low, high)
+        nearest = snap(w / s[:, None], low, high, observer.levels)
         spread = float((w @ gram * w).sum()) or 1.0
         near, away = w - s[:, None] * nearest, w - s[:, None] * codes
         found.append(

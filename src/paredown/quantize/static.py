@@ -6,7 +6,7 @@ import collections
 import difflib
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,15 +20,15 @@ from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches, each, finite_rows, length, rows, tensors_of
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
-from paredown.quantize.numerics import bias_floor
-from paredown.quantize.schemes import DYNAMIC, SCHEMES, scheme_named
+from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
+from paredown.quantize.schemes import DYNAMIC, SCHEMES, WEIGHTS, Levels, scheme_named
 from paredown.score.patterns import matches
 from paredown.target import Target, named
 
 if TYPE_CHECKING:
     from paredown.quantize.annotate import TableQuantizer
 
-STATIC = tuple(s.name for s in SCHEMES.values() if s.activations == "static")
+STATIC = (*(s.name for s in SCHEMES.values() if s.activations == "static"), *WEIGHTS)
 REPAIRS = ("equalize", "smooth", "gptq", "adaround", "bias", "bias-fast")
 """What may be done against the rounding, in this order: the first two before calibration, the others after it."""
 Owners = dict[tuple[str, int], str]
@@ -48,6 +48,7 @@ def quantize(
     repair: Sequence[str] = (),
     weights: Literal["channel", "tensor"] = "channel",
     float_layers: Sequence[str] = (),
+    bits: Mapping[str, int] | None = None,
 ) -> Quantized:
     """Static quantization for a runtime: integer weights per output channel, integer activations per tensor.
 
@@ -58,6 +59,13 @@ def quantize(
     values; another one as "percentile=99.9"), "mse" (least squared error) or "entropy" (TensorRT's; not for outputs of
     sigmoid or softmax), the last three from a streaming histogram. Batch norm is folded first. Works on a user's own
     module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its weights change.
+
+    "w2", "ternary" and "binary" code weights alone: activations, and all that is computed, stay float32. Their codes are ±1 and
+    ±3 (`balanced`, see schemes.weight_range), -1, 0, 1 and ±1, with scales of least squared error per output channel; the
+    first and the last layer have eight bits. Without `repair` they need no samples.
+
+    `bits` gives layers a number of bits of their own, 1 to 8, by patterns (fnmatch) of parameters or modules, the first that
+    matches; 2 are balanced, 1 is binary. See `paredown.quantize.mixed.allot` for how to choose them.
 
     "int8-dynamic" and "w4" need no samples and leave no range to choose: see quantize.dynamic.
 
@@ -80,13 +88,13 @@ def quantize(
     (['0.weight', '3.weight'], torch.int8)
     """
     if scheme in DYNAMIC:
-        return _without_data(tuned, target, scheme, calibrate, repair, weights, float_layers)
-    if calibrate is None:
+        return _without_data(tuned, target, scheme, calibrate, repair, weights, float_layers, bits)
+    if calibrate is None and (scheme not in WEIGHTS or repair):
         msg = f"quantize must be given calibrate=…, inputs like those the network will see, for the scheme {scheme_named(scheme).name}. Got none."
         raise UsageError(msg)
     base = calibrated(
         tuned, target=target, calibrate=calibrate, scheme=scheme, observer=observer, num_samples=num_samples,
-        repair=repair, weights=weights, float_layers=float_layers,
+        repair=repair, weights=weights, float_layers=float_layers, bits=bits,
     )  # fmt: skip
     return converted(base, base.prepared)
 
@@ -99,12 +107,16 @@ def _without_data(
     repair: Sequence[str],
     weights: str,
     float_layers: Sequence[str],
+    bits: Mapping[str, int] | None,
 ) -> Quantized:
     """The schemes that need no samples (see quantize.dynamic)."""
     from paredown.quantize.dynamic import quantize_dynamic
 
     if repair or weights != "channel":
         msg = f"repair must be empty and weights 'channel' for the scheme {scheme}, which reads no samples. Got repair={list(repair)}, weights={weights!r}."
+        raise UsageError(msg)
+    if bits:
+        msg = f"bits must be left out for the scheme {scheme}, whose kernels have one width. Got {dict(bits)}."
         raise UsageError(msg)
     if not named(target).name.startswith("onnxruntime"):
         msg = f"target must be one of ONNX Runtime for the scheme {scheme}. Got {target!r}."
@@ -128,6 +140,16 @@ class Calibrated:
     target: str
     notes: tuple[str, ...]
 
+    def formats(self, prepared: fx.GraphModule) -> dict[str, tuple[int, Levels]]:
+        """Bits and levels of each weight that has an observer or a learned step, by its parameter."""
+        found: dict[str, tuple[int, Levels]] = {}
+        for node in prepared.graph.nodes:
+            held: Any = fetch(prepared, str(node.target)) if node.op == "call_module" else None
+            if hasattr(held, "ch_axis"):
+                width = held.quant_max if held.levels in ODD else held.quant_max - held.quant_min
+                found[self.parameter_of(node)] = (int(width).bit_length(), held.levels)
+        return found
+
     def parameter_of(self, observer: fx.Node) -> str:
         """The parameter behind a weight's observer, by the name that it has in the user's model."""
         readers = ((u.name, u.all_input_nodes.index(observer)) for u in observer.users)
@@ -138,28 +160,29 @@ def calibrated(
     tuned: Pruned | Program,
     *,
     target: str,
-    calibrate: Batches,
+    calibrate: Batches | None,
     scheme: str = "int8",
     observer: str = "mse",
     num_samples: int | None = None,
     repair: Sequence[str] = (),
     weights: str = "channel",
     float_layers: Sequence[str] = (),
+    bits: Mapping[str, int] | None = None,
 ) -> Calibrated:
     """The first half of `quantize`, with its options and errors: everything but the conversion to codes."""
-    table = _checked(target, scheme, observer, num_samples, repair, weights)
+    table = _checked(target, scheme, observer, num_samples, repair, weights, bits or {})
     program = _recaptured(tuned)
     graph = program.eval_graph.module(check_guards=False)
     with quiet("torchao"):
         from paredown.quantize.annotate import TableQuantizer
 
-        quantizer = TableQuantizer(table, observer, scheme_named(scheme), weights, float_layers)
+        quantizer = TableQuantizer(table, observer, scheme_named(scheme), weights, float_layers, bits)
     prepared, owners = _prepared(graph, quantizer, program)
-    stayed = tuple(_stayed_float(prepared, table))
+    stayed = _ONLY_WEIGHTS if scheme in WEIGHTS else tuple(_stayed_float(prepared, table))
     calls: list[Inputs] | None = [] if repair else None
-    notes = _calibrated(prepared, calibrate, num_samples, program, calls)
+    notes = () if calibrate is None else _calibrated(prepared, calibrate, num_samples, program, calls)
     _repaired(prepared, table, calls or [], repair)
-    return Calibrated(
+    base = Calibrated(
         prepared=prepared,
         program=program,
         owners=owners,
@@ -167,10 +190,26 @@ def calibrated(
         target=target,
         notes=(*program.notes, *notes, *stayed),
     )
+    _refuse_masks(tuned, base)
+    return base
+
+
+_ONLY_WEIGHTS = ("weights alone are codes: what computes is float32",)
+
+
+def _refuse_masks(tuned: Pruned | Program, base: Calibrated) -> None:
+    """Levels without 0 would fill what was pruned."""
+    masks = tuned.plan.masks if isinstance(tuned, Pruned) else {}
+    for name, (_, levels) in base.formats(base.prepared).items():
+        if name in masks and levels in ODD:
+            msg = f"a weight with a mask must have levels with a 0. Got {levels} codes for {name}. Take ternary, or three bits or more."
+            raise UsageError(msg)
 
 
 def converted(base: Calibrated, prepared: fx.GraphModule) -> Quantized:
     """The second half: codes in place of observers. `prepared`, the graph of `base` or what training made of it, is used up."""
+    formats = base.formats(prepared)
+    _settle(prepared)
     with quiet("torchao"):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
@@ -182,9 +221,22 @@ def converted(base: Calibrated, prepared: fx.GraphModule) -> Quantized:
         scheme=base.scheme,
         target=base.target,
         inputs=base.program.inputs,
-        weights=dict(_packed(module, base.owners)),
+        weights=dict(_packed(module, base.owners, formats)),
         notes=base.notes,
     )
+
+
+def _settle(prepared: fx.GraphModule) -> None:
+    """Put weights whose levels have no 0 on them: PT2E rounds to the nearest integer, and finds these then."""
+    on_grid: dict[str, Tensor] = {}
+    for node in prepared.graph.nodes:
+        held: Any = fetch(prepared, str(node.target)) if node.op == "call_module" else None
+        if getattr(held, "levels", "integer") in ODD:
+            name, found = str(node.args[0].target), held.calculate_qparams()
+            on_grid[name] = fake_quantize(fetch(prepared, name).detach(), held, found)
+            held.fixed = found[0]
+    for name, values in on_grid.items():
+        fetch(prepared, name).data = values
 
 
 def _repaired(prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], repair: Sequence[str]) -> None:
@@ -218,7 +270,13 @@ def _reset(prepared: fx.GraphModule) -> None:
 
 
 def _checked(
-    target: str, scheme: str, observer: str, num_samples: int | None, repair: Sequence[str], weights: str
+    target: str,
+    scheme: str,
+    observer: str,
+    num_samples: int | None,
+    repair: Sequence[str],
+    weights: str,
+    bits: Mapping[str, int],
 ) -> Target:
     table = named(target)
     if scheme not in STATIC:
@@ -242,6 +300,13 @@ def _checked(
         raise UsageError(msg)
     if num_samples is not None and num_samples < 1:
         msg = f"num_samples must be ≥ 1, or None for all. Got {num_samples}."
+        raise UsageError(msg)
+    for pattern, own in bits.items():
+        if isinstance(own, bool) or not isinstance(own, int) or not 1 <= own <= 8:
+            msg = f"bits must be integers from 1 to 8. Got {own!r} for {pattern!r}."
+            raise UsageError(msg)
+    if scheme in WEIGHTS and not table.name.startswith("onnxruntime"):
+        msg = f"target must be one of ONNX Runtime for the scheme {scheme}. Got {target!r}."
         raise UsageError(msg)
     require_torchao()
     from paredown.quantize.observe import observer_named
@@ -293,7 +358,8 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
             for i, x in enumerate(node.all_input_nodes)
             if x.op == "get_attr"
         }
-        _refuse_unknown(graph, quantizer.float_layers)
+        _refuse_unknown(graph, "float_layers", quantizer.float_layers)
+        _refuse_unknown(graph, "bits", tuple(quantizer.bits))
         prepared = prepare_pt2e(graph, quantizer)
     with torch.no_grad():
         after = tensors_of(prepared(*_cloned(args), **_cloned(kwargs)))
@@ -309,14 +375,14 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
     return prepared, owners
 
 
-def _refuse_unknown(graph: fx.GraphModule, patterns: Sequence[str]) -> None:
+def _refuse_unknown(graph: fx.GraphModule, option: str, patterns: Sequence[str]) -> None:
     from paredown.quantize.annotate import layer_names
 
     known = {n for node in graph.graph.nodes if node.op == "call_function" for n in layer_names(node)}
     for pattern in patterns:
         if not matches(known, [pattern]):
             near = difflib.get_close_matches(pattern, known, 3) or sorted(known)[:3]
-            msg = f"float_layers must match parameters or modules of the network. Got {pattern!r}, which matches none; there are {', '.join(near)}."
+            msg = f"{option} must match parameters or modules of the network. Got {pattern!r}, which matches none; there are {', '.join(near)}."
             raise UsageError(msg)
 
 
@@ -447,7 +513,9 @@ def _slim(converted: fx.GraphModule) -> None:
     converted.recompile()
 
 
-def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Packed]]:
+def _packed(
+    converted: fx.GraphModule, owners: Owners, formats: Mapping[str, tuple[int, Levels]]
+) -> Iterator[tuple[str, Packed]]:
     """The codes by the parameter's name; a constant that is computed from others by the name PT2E gave it."""
     ops = torch.ops.quantized_decomposed
     done: set[str] = set()
@@ -459,6 +527,7 @@ def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Pa
         codes = fetch(converted, str(node.args[0].target))
         readers = ((u.name, u.all_input_nodes.index(node)) for u in node.users)
         name = next((owners[r] for r in readers if r in owners), str(node.args[0].target))
+        own = formats.get(name, (8, "integer"))
         name = name if name not in done else f"{name} ({node.name})"
         done.add(name)
         per_channel = node.target is ops.dequantize_per_channel.default
@@ -471,16 +540,11 @@ def _packed(converted: fx.GraphModule, owners: Owners) -> Iterator[tuple[str, Pa
                 codes=codes,
                 scales=scales.float(),
                 zero_points=zeros.long(),
-                bits=_bits(node) if per_channel else 8,
+                bits=own[0] if per_channel else 8,
+                levels=own[1] if per_channel else "integer",
                 axis=int(node.args[3]) if per_channel else None,
             ),
         )
-
-
-def _bits(dequantize: fx.Node) -> int:
-    """Bits of the codes that a dequantize reads: its smallest and largest code say it."""
-    low, high = (int(a) for a in dequantize.args[4:6])  # type: ignore[arg-type]
-    return int(high - low).bit_length()
 
 
 def _holder(node: fx.Node, position: int) -> bool:
