@@ -12,10 +12,12 @@ from paredown.quantize.static import quantize, require_torchao
 
 if TYPE_CHECKING:
     from paredown.quantize.culprits import Culprit, Spared, spare
+    from paredown.quantize.mixed import Allotment, allot
     from paredown.quantize.qat import train_quantized
 
 __all__ = [
     "SCHEMES",
+    "Allotment",
     "Coverage",
     "Culprit",
     "Packed",
@@ -23,6 +25,7 @@ __all__ = [
     "Scheme",
     "Spared",
     "affine",
+    "allot",
     "bias_floor",
     "dequantize_codes",
     "quantize",
@@ -32,6 +35,8 @@ __all__ = [
     "train_quantized",
 ]
 _LATER = {
+    "Allotment": "mixed",
+    "allot": "mixed",
     "Culprit": "culprits",
     "Spared": "culprits",
     "spare": "culprits",

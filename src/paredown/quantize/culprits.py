@@ -223,7 +223,7 @@ def rank(base: Calibrated, calibrate: Batches) -> tuple[Culprit, ...]:
 
     That is every layer alone (its weight), and the layers around every value that only layers make and read.
     """
-    calls = _some(calibrate)
+    calls = some(calibrate)
     shared = Changes()
 
     def outputs(predict: Callable[..., Any]) -> list[Tensor]:
@@ -254,11 +254,12 @@ def rank(base: Calibrated, calibrate: Batches) -> tuple[Culprit, ...]:
 
 
 def _extra_bytes(base: Calibrated, layer: Layer) -> int:
-    bits = 4 if getattr(fetch(base.prepared, layer.observer), "quant_max", 127) < 127 else 8
+    bits, _ = base.formats(base.prepared)[base.parameter_of(layer.use.weight)]
     return fetch(base.prepared, layer.weight).numel() * (32 - bits) // 8
 
 
-def _some(calibrate: Batches) -> list[Inputs]:
+def some(calibrate: Batches) -> list[Inputs]:
+    """The first `SAMPLES` samples."""
     found: list[Inputs] = []
     left = SAMPLES
     for batch in each(calibrate):

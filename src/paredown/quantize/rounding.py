@@ -196,7 +196,7 @@ def round_layers(
         observer: Any = fetch(prepared, layer.observer)
         weight = fetch(prepared, layer.weight).detach()
         rows = weight.double().reshape(layer.groups, weight.shape[0] // layer.groups, -1)
-        parts = _rounded(rows, _moments(layer, lanes, rows), observer, layer.bias is not None, method, ridge)
+        parts = rounded_rows(rows, moments_of(layer, lanes, rows), observer, layer.bias is not None, method, ridge)
         scales = torch.cat([p.scales for p in parts])
         values = torch.cat([p.codes * p.scales[:, None] for p in parts])
         changes.weights[layer.weight] = values.float().reshape(weight.shape)
@@ -215,7 +215,8 @@ def round_layers(
     return found
 
 
-def _moments(layer: Layer, lanes: Sequence[Lanes], rows: Tensor) -> list[Moments]:
+def moments_of(layer: Layer, lanes: Sequence[Lanes], rows: Tensor) -> list[Moments]:
+    """What `rounded_rows` needs of the samples, one per group of the layer. Raises RejectedError where they are not finite."""
     sums = [Moments.of(rows.shape[2], rows.shape[1]) for _ in range(layer.groups)]
     generator = torch.Generator().manual_seed(0)
     outputs = [lane.whole.env[layer.node] for lane in lanes]
@@ -237,10 +238,10 @@ def _moments(layer: Layer, lanes: Sequence[Lanes], rows: Tensor) -> list[Moments
     return sums
 
 
-def _rounded(
+def rounded_rows(
     rows: Tensor, sums: Sequence[Moments], observer: Any, with_bias: bool, method: str, ridge: float
 ) -> list[Rounded]:
-    """One result per group of the layer. rows [groups, out, K]."""
+    """Scales and codes by a method of `METHODS` for the grid of an observer; one result per group of the layer. rows [groups, out, K]."""
     low, high = observer.quant_min, observer.quant_max
     seen = [m.centred() if with_bias else m.plain() for m in sums]
     wanted = [fitted(w, gram, cross, ridge) for w, (gram, cross) in zip(rows, seen, strict=True)]
