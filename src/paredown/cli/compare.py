@@ -56,7 +56,7 @@ def compare(
         emit(_document(found, given=samples is not None))
         return 0
     if found.runs:
-        show(_runs_table(found), *(d.said for d in found.differences), quiet=quiet)
+        show(_runs_table(found), *_differences(found), quiet=quiet)
     if found.timings:
         show(_timings_table(found), _verdict(found), quiet=quiet)
     notes = (*(f"note: {n}" for n in found.notes), *(f"not tested: {n}" for n in found.not_tested))
@@ -127,6 +127,21 @@ def _spread(value: Measured) -> str:
     ends = "" if value.low is None or value.high is None else f" ({value.low:.4g} – {value.high:.4g})"
     mark = "" if value.badge == "measured" else f" {value.badge}"
     return f"{value.value:.4g}{ends}{mark}"
+
+
+def _differences(found: Comparison) -> list[str]:
+    """Two files in two or three lines: sizes in one, then the metric and the speed."""
+    lines = []
+    for first, second in dict.fromkeys((d.first, d.second) for d in found.differences):
+        pair = [d for d in found.differences if (d.first, d.second) == (first, second)]
+        exact = [f"{_EXACT[d.what]} {d.change.value:+,}" for d in pair if d.what in _EXACT]
+        if exact:
+            lines.append(f"{second} against {first}: {', '.join(exact)}")
+        lines += [d.said for d in pair if d.what not in _EXACT]
+    return lines
+
+
+_EXACT = {"bytes": "bytes", "gzip_bytes": "gzip", "parameters": "parameters", "macs": "MACs"}
 
 
 def _timings_table(found: Comparison) -> Any:

@@ -14,7 +14,7 @@ from paredown.compare.nouns import Timing
 from paredown.errors import MissingError, ParedownError, RejectedError, UsageError
 from paredown.measure import machine_text, sizes
 from paredown.measure.bundle import default_tolerance
-from paredown.measure.kinds import TITLES, feed_of, first_sample, kind_of
+from paredown.measure.kinds import TITLES, feed_of, first_sample, kind_of, run_once
 from paredown.measure.latency import protocol, ratio, readings, spread
 from paredown.records import Measured
 from paredown.report.wording import digits, times
@@ -45,9 +45,18 @@ class _Entry:
 
 
 def time_files(
-    files: Mapping[str, Artifact], samples: Batches | None, *, num_threads: int, runs: int, seconds: float
+    files: Mapping[str, Artifact],
+    samples: Batches | None,
+    *,
+    num_threads: int,
+    runs: int,
+    seconds: float,
+    families: Mapping[str, str] | None = None,
 ) -> tuple[list[Timing], list[str]]:
-    """(timings, the fastest first, notes) of the files, by the names that the comparison gives them."""
+    """(timings, the fastest first, notes) of the files, by the names that the comparison gives them.
+
+    `families`: name of a file → the run that it is from; an integer file is held against the float files of its own run.
+    """
     notes: list[str] = []
     entries = _opened(files, samples, num_threads, notes)
     names = [e.name for e in entries]
@@ -78,7 +87,7 @@ def time_files(
                 note=said,
             )
         )
-    notes += _slow_codes(found, times, where)
+    notes += _slow_codes(found, times, where, families or {})
     return sorted(found, key=lambda t: (t.answers == "other", t.slowdown.value or 0.0)), notes
 
 
@@ -103,7 +112,7 @@ def _opened(files: Mapping[str, Artifact], samples: Batches | None, num_threads:
             try:
                 session = _session(artifact, runtime, num_threads)
                 feed = _noise(session, name) if sample is None else feed_of(session, sample)
-                outputs = tuple(np.asarray(a) for a in session.run(None, feed))
+                outputs = tuple(np.asarray(a) for a in run_once(session, feed, name))
             except MissingError as error:
                 if number == 0:
                     raise
@@ -197,11 +206,14 @@ def _slowdown(this: list[float], fastest: list[float], where: str) -> Measured:
     return dataclasses.replace(found, protocol=how)
 
 
-def _slow_codes(found: Sequence[Timing], times_ms: Mapping[str, list[float]], where: str) -> list[str]:
+def _slow_codes(
+    found: Sequence[Timing], times_ms: Mapping[str, list[float]], where: str, families: Mapping[str, str]
+) -> list[str]:
     """An integer file that is slower than the fastest float file of the same runtime is called so."""
     notes = []
     for t in found:
         floats = [f for f in found if f.runtime == t.runtime and f.scheme.startswith("fp") and f.answers != "other"]
+        floats = [f for f in floats if families.get(f.file) == families.get(t.file)] or floats
         if t.scheme.startswith("fp") or not floats:
             continue
         rival = min(floats, key=lambda f: f.latency_ms.value or 0.0)

@@ -13,7 +13,7 @@ from paredown.measure.quality import kept_values, paired
 from paredown.records import Measured, Record
 from paredown.report import read_run
 from paredown.report.reading import View, entry, figure, mapping, runtime, stage_name, stage_title, text, threads
-from paredown.report.wording import difference, digits, interval, whole
+from paredown.report.wording import difference, digits, interval, times, whole
 
 _EXACT = ("bytes", "gzip_bytes", "parameters", "macs")
 _SAID = {"bytes": "bytes", "gzip_bytes": "bytes gzipped", "parameters": "parameters", "macs": "MACs"}
@@ -82,6 +82,9 @@ def differences(first: Run, second: Run) -> tuple[list[Difference], list[str]]:
     for a, b in pairs:
         one, other = first.view.stage(a), second.view.stage(b)
         if one is None or other is None:
+            continue
+        if text(entry(one, "digest")) and text(entry(one, "digest")) == text(entry(other, "digest")):
+            notes.append(f"{second.name}/{b} is the same file as {first.name}/{a}")
             continue
         found += _exact(first, one, second, other)
         found += _metric(first, one, second, other, notes)
@@ -192,7 +195,10 @@ def _paired(first: Run, one: Record, second: Run, other: Record, unit: str, note
 
 
 def _latency(first: Run, one: Record, second: Run, other: Record, notes: list[str]) -> list[Difference]:
-    """Of two schedules on one machine: told apart only where the 10th–90th percentiles are."""
+    """Each run timed its files in turns with its own dense file: where that is one file, its speedups can be compared.
+
+    Latencies of two schedules cannot: the same file took twice as long in one as in the other beside other work.
+    """
     a, b = _names(first, one, second, other)
     x, y = figure(one, "latency_ms"), figure(other, "latency_ms")
     if not x.value or not y.value:
@@ -202,14 +208,24 @@ def _latency(first: Run, one: Record, second: Run, other: Record, notes: list[st
         if p != q:
             notes.append(f"latency of {a} and {b} is not compared: another {what} ({p or 'unknown'}; {q or 'unknown'})")
             return []
-    known = None not in (x.low, x.high, y.low, y.high)
-    apart = known and (y.high < x.low or x.high < y.low)  # type: ignore[operator]
-    protocol = "median / median of two schedules, no interval"
-    change = Measured(value=x.value / y.value, unit="×", protocol=protocol, machine=x.machine, timing=True)
-    better = (b if y.value < x.value else a) if apart else None
+    dense = [text(entry(run.view.stage("dense"), "digest")) for run in (first, second)]
+    gains = [figure(r, "speedup") if stage_name(r) != "dense" else _ONE for r in (one, other)]
+    if not dense[0] or dense[0] != dense[1] or any(None in (g.value, g.low, g.high) for g in gains):
+        notes.append(
+            f"latency of {a} and {b} is not compared: it was measured in two schedules, against different dense files"
+        )
+        return []
+    p, q = gains
+    value, low, high = (float(u) / float(v) for u, v in ((q.value, p.value), (q.low, p.high), (q.high, p.low)))  # type: ignore[arg-type]
+    protocol = "ratio of the speedups over the dense file that both runs have; the ends of both 95 % intervals"
+    change = Measured(value=value, unit="×", low=low, high=high, protocol=protocol, machine=x.machine, timing=True)
+    better = b if low > 1 else a if high < 1 else None
     verdict = f"{better} is faster" if better else "not distinguishable"
-    said = f"latency of {b} against {a}: {digits(y.value)} and {digits(x.value)} ms in two schedules: {verdict}"
+    said = f"speed of {b} against {a}: {times(value)} ({digits(low)} to {digits(high)}), by their speedups over the same dense file: {verdict}"
     return [Difference(what="latency_ms", first=a, second=b, change=change, better=better, said=said)]
+
+
+_ONE = Measured(value=1.0, unit="×", low=1.0, high=1.0)
 
 
 def files_of(run: Run) -> list[Path]:

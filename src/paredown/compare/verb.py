@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paredown.compare.files import time_files, told
-from paredown.compare.nouns import Comparison, Difference
+from paredown.compare.nouns import Comparison, Difference, Timing
 from paredown.compare.runs import Run, differences, files_of, read_runs, rows_of
 from paredown.errors import UsageError
 from paredown.measure.kinds import artifact_at
@@ -30,7 +30,7 @@ def compare(
 
     Folders: one row per file with what the records have; against the first run the difference of every common stage:
     sizes exactly, the metric paired over samples where both runs kept them (else by whether the intervals are apart),
-    latency only on one machine. Then, unless `recorded`, the dense and the recommended files of all runs are timed here.
+    speed on one machine by the speedups over the dense file that both have. Then, unless `recorded`, the dense and the recommended files of all runs are timed here.
     Files: each in its own runtime and in every other one that is installed and executes it (an .onnx file in ONNX
     Runtime and OpenVINO), taking turns; medians, 10th–90th percentile, ratio to the fastest with a 95 % interval. A runtime
     that answers otherwise than the file's own one is shown and never called the fastest. An integer file that is slower
@@ -64,9 +64,11 @@ def compare(
         more, said = differences(laid[0], other)
         found, notes = found + more, notes + said
     files = {} if recorded else _run_files(laid, notes) if laid else _files(paths)
-    timings, timed = (
-        ([], []) if not files else time_files(files, samples, num_threads=threads, runs=runs, seconds=seconds)
-    )
+    timings: list[Timing] = []
+    timed: list[str] = []
+    if files:
+        families = {name: run.name for name in files for run in laid if name.startswith(f"{run.name}/")}
+        timings, timed = time_files(files, samples, num_threads=threads, runs=runs, seconds=seconds, families=families)
     fastest, as_fast = told(timings)
     return Comparison(
         metric=laid[0].view.metric if laid else {},

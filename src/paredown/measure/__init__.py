@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from paredown.errors import MissingError, RejectedError, ResourceError, UsageError
 from paredown.measure.bundle import Bundle, Tolerance, bundle, read_bundle
 from paredown.measure.imported import import_results
-from paredown.measure.kinds import artifact_at, feed_of, first_sample
+from paredown.measure.kinds import artifact_at, feed_of, first_sample, run_once
 from paredown.measure.machine import machine, machine_text
 from paredown.measure.quality import evaluated, paired, summarize
 from paredown.records import Measured
@@ -91,6 +91,8 @@ def _latencies(
     files = {"this": artifact, **({"baseline": baseline} if baseline is not None else {})}
     sessions = {name: open_session(one.path, threads=threads) for name, one in files.items()}
     feeds = {name: feed_of(session, sample) for name, session in sessions.items()}
+    for name, session in sessions.items():
+        run_once(session, feeds[name], files[name].path.name)
     found = latency(sessions, feeds, threads=threads, runs=runs, seconds=seconds, machine=where)
     names = {"this": "latency_ms", "baseline": "baseline_latency_ms", "ratio": "speedup"}
     return {names[k]: v for k, v in found.items()}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from paredown.errors import RejectedError, UsageError
 from paredown.measure.bundled.runner import sha256
-from paredown.measure.kinds import TITLES, artifact_at, feed_of, kind_of
+from paredown.measure.kinds import TITLES, artifact_at, feed_of, kind_of, run_once
 from paredown.measure.machine import machine_text
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _golden(artifact: Artifact, samples: Batches, most: int, folder: Path) -> di
     outputs: list[dict[str, Any]] = []
     for number, sample in enumerate(_singles(samples, most)):
         feed = {name: np.ascontiguousarray(array) for name, array in feed_of(session, sample).items()}
-        answers = [np.ascontiguousarray(a) for a in session.run(None, feed)]
+        answers = [np.ascontiguousarray(a) for a in run_once(session, feed, artifact.path.name)]
         _refuse_odd({f"input {n}": a for n, a in feed.items()}, number)
         _refuse_odd({f"output {i}": a for i, a in enumerate(answers)}, number)
         specs = (

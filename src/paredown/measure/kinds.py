@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import ParedownError, RejectedError, UsageError
 
 if TYPE_CHECKING:
     from paredown.export.artifact import Artifact
@@ -161,4 +161,17 @@ def feed_of(session: Any, sample: Any) -> dict[str, Any]:
     return feed
 
 
-__all__ = ["KINDS", "TITLES", "Kind", "artifact_at", "feed_of", "first_sample", "kind_of"]
+def run_once(session: Any, feed: Mapping[str, Any], name: str) -> list[Any]:
+    """The outputs of one run. Raises RejectedError where the runtime refuses the samples (shape, type)."""
+    try:
+        return list(session.run(None, feed))
+    except ParedownError:
+        raise
+    except Exception as error:
+        got = {k: f"{v.dtype} {tuple(v.shape)}" for k, v in feed.items()}
+        reason = (str(error).strip().splitlines() or ["no message"])[0][:300]
+        msg = f"samples must be what the file takes. Got {got} for {name}: {reason}."
+        raise RejectedError(msg) from error
+
+
+__all__ = ["KINDS", "TITLES", "Kind", "artifact_at", "feed_of", "first_sample", "kind_of", "run_once"]

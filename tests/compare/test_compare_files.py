@@ -1,0 +1,168 @@
+"""Files side by side in the real runtimes: one schedule, right answers only, and the slow integer file called so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("torchao")
+
+import onnx
+from onnx import helper, numpy_helper
+
+from paredown.compare import Comparison, compare, files
+from paredown.errors import RejectedError, UsageError
+from paredown.export import export
+from paredown.measure import artifact_at
+from paredown.program import capture
+from paredown.quantize import quantize
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp32.onnx and int8.onnx of one network, wide.onnx with many times the work, slow.onnx: integer codes on a detour."""
+    path = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8)).eval()
+    wide = nn.Sequential(
+        nn.Flatten(), nn.Linear(256, 3000), nn.ReLU(), nn.Linear(3000, 3000), nn.Linear(3000, 8)
+    ).eval()
+    x = torch.randn(32, 1, 16, 16)
+    program = capture(net, x[:2])
+    export(program, path / "fp32.onnx")
+    export(quantize(program, calibrate=[x]), path / "int8.onnx")
+    export((wide, x[:2]), path / "wide.onnx")
+    _slow(path / "int8.onnx", path / "slow.onnx")
+    return path
+
+
+def _slow(source: Path, target: Path) -> None:
+    """The integer file with a large matrix product that adds zero: the same answers, more time."""
+    model = onnx.load(source)
+    name = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = [f"{o}_first" if o == name else o for o in node.output]
+        node.input[:] = [f"{i}_first" if i == name else i for i in node.input]
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.zeros((8, 2000), "f4"), "detour.a"),
+            numpy_helper.from_array(np.zeros((2000, 2000), "f4"), "detour.b"),
+            numpy_helper.from_array(np.zeros((2000, 8), "f4"), "detour.c"),
+        ]
+    )
+    model.graph.node.extend(
+        [
+            helper.make_node("MatMul", [f"{name}_first", "detour.a"], ["detour.x"]),
+            helper.make_node("MatMul", ["detour.x", "detour.b"], ["detour.y"]),
+            helper.make_node("MatMul", ["detour.y", "detour.c"], ["detour.z"]),
+            helper.make_node("Add", [f"{name}_first", "detour.z"], [name]),
+        ]
+    )
+    onnx.save(model, target)
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Comparison:
+    names = ("fp32.onnx", "wide.onnx", "slow.onnx")
+    return compare(*(folder / n for n in names), samples=torch.randn(3, 1, 16, 16), runs=40, seconds=3.0)
+
+
+def test_every_file_runs_in_every_runtime_at_hand(found: Comparison) -> None:
+    runtimes = {"onnxruntime"} | ({"openvino"} if _has_openvino() else set())
+    assert {(t.file, t.runtime) for t in found.timings} == {
+        (f, r) for f in ("fp32.onnx", "wide.onnx", "slow.onnx") for r in runtimes
+    }
+    for t in found.timings:
+        assert t.latency_ms.badge == "measured" and 0 < t.latency_ms.low <= t.latency_ms.value <= t.latency_ms.high
+        assert t.latency_ms.n == found.timings[0].latency_ms.n  # one schedule
+        assert f"in turns with {len(found.timings) - 1} other(s)" in t.latency_ms.protocol
+    assert {t.scheme for t in found.timings if t.file == "slow.onnx"} == {"int8"}
+
+
+def test_the_fastest_is_a_small_file_and_the_ratios_are_to_it(found: Comparison) -> None:
+    by_name = {t.name: t for t in found.timings}
+    best = by_name[str(found.fastest)]
+    assert best.file == "fp32.onnx"  # 0.07 M products against 9.8 M and 4 M
+    assert best.slowdown.value == 1.0
+    wide = by_name["wide.onnx in ONNX Runtime"]
+    assert wide.slowdown.value == pytest.approx(wide.latency_ms.value / best.latency_ms.value)
+    assert 3 < wide.slowdown.low <= wide.slowdown.value <= wide.slowdown.high
+    assert wide.name not in found.as_fast
+    right = [t for t in found.timings if t.answers != "other"]
+    assert [t.slowdown.value for t in right] == sorted(t.slowdown.value for t in right)
+
+
+def test_an_integer_file_that_is_slower_than_float_is_not_recommended(found: Comparison) -> None:
+    said = [n for n in found.notes if n.startswith("slow.onnx in ONNX Runtime (int8) is slower than fp32.onnx")]
+    assert len(said) == 1 and "Not recommended" in said[0]
+    assert "slow.onnx" not in str(found.fastest)
+
+
+def _has_openvino() -> bool:
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_a_runtime_that_answers_otherwise_is_never_the_fastest(folder: Path) -> None:
+    """Two entries of one file, of which the second has been given another session: the answers decide."""
+    entries = files._opened({"a": artifact_at(folder / "fp32.onnx")}, torch.randn(1, 1, 16, 16), 1, [])
+    own = entries[0]
+    import dataclasses
+
+    wrong = dataclasses.replace(
+        own, name="a elsewhere", runtime="elsewhere", outputs=tuple(o + 0.1 for o in own.outputs)
+    )
+    near = dataclasses.replace(own, name="a near", runtime="near", outputs=tuple(o * (1 + 1e-6) for o in own.outputs))
+    assert files._answers(own, [own, wrong]) == ("own", "")
+    assert files._answers(near, [own, near]) == ("same", "")
+    kind, said = files._answers(wrong, [own, wrong])
+    assert kind == "other" and "answers otherwise than ONNX Runtime" in said
+
+
+def test_integer_files_of_this_machine(folder: Path) -> None:
+    """INT8 beside FP32: where OpenVINO's sums saturate it must be left out, where they do not it may be the fastest."""
+    found = compare(folder / "fp32.onnx", folder / "int8.onnx", runs=10, seconds=1.0)  # noise, seeded
+    for t in found.timings:
+        assert (t.answers == "other") == bool(t.note)
+        assert t.answers != "other" or t.name != found.fastest
+    assert found.not_tested
+
+
+def test_without_openvino_the_rest_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = compare(folder / "fp32.onnx", folder / "int8.onnx", runs=5, seconds=0.2)
+    assert {t.runtime for t in found.timings} == {"onnxruntime"}
+    assert any("fp32.onnx in OpenVINO: not tested" in n and "paredown[openvino]" in n for n in found.notes)
+
+
+def test_wrong_requests(folder: Path, tmp_path: Path) -> None:
+    one = folder / "fp32.onnx"
+    with pytest.raises(UsageError, match="two or more folders of runs, or model files"):
+        compare()
+    with pytest.raises(UsageError, match="two or more folders"):
+        compare(one, tmp_path)
+    with pytest.raises(UsageError, match="one of them twice"):
+        compare(one, one)
+    with pytest.raises(UsageError, match="that are there"):
+        compare(one, folder / "none.onnx")
+    with pytest.raises(UsageError, match="runs ≥ 5"):
+        compare(one, runs=1)
+    export((nn.Linear(4, 2), torch.zeros(2, 4)), tmp_path / "other.onnx")
+    with pytest.raises(RejectedError, match="inputs of one shape"):
+        compare(one, tmp_path / "other.onnx")
+    with pytest.raises((RejectedError, UsageError), match=r"other\.onnx"):
+        compare(one, tmp_path / "other.onnx", samples=torch.randn(1, 1, 16, 16))
+    (tmp_path / "broken.onnx").write_bytes(b"\0")
+    with pytest.raises(RejectedError):
+        compare(one, tmp_path / "broken.onnx")
