@@ -43,7 +43,7 @@ OPTIONS = {
     ],
     "quantize": [
         *COMMON,
-        *"calibrate float-layers input observer out overwrite repair samples scheme target".split(),
+        *"calibrate float-layers input observer opset out overwrite repair samples scheme target".split(),
     ],
     "report": ["json", "quiet"],
     "setup": ["json", "overwrite", "quiet"],
@@ -221,8 +221,10 @@ def test_pruned_then_exported_and_measured(call, nets, tmp_path):
 
 def test_quantize_on_given_samples(call, nets, tmp_path):
     np.savez(tmp_path / "calibration.npz", x=np.random.default_rng(0).normal(size=(40, 3, 12, 12)).astype(np.float32))
-    found = call("quantize", f"{nets}:net", *INPUT, "--calibrate", "calibration.npz", "--out", "q.onnx", "--json").json
+    asked = ("--calibrate", "calibration.npz", "--opset", "19", "--out", "q.onnx", "--json")
+    found = call("quantize", f"{nets}:net", *INPUT, *asked).json
     assert found["scheme"] == "int8"
+    assert call("examine", "q.onnx", "--json").json["opset"] == 19
     assert found["check"]["cosine"] >= 0.999
     assert found["calibrated_on"] == "given"
     assert len(found["int8_nodes"]) >= 3

@@ -44,6 +44,16 @@ def test_nothing_stayed_float(stages: dict[str, dict]) -> None:
     assert sum("Conv" in n for n in details["int8_nodes"]) == 6, "six convolutions"
 
 
+def test_values_per_sample_are_kept_for_comparisons(out: Path, stages: dict[str, dict]) -> None:
+    from paredown.measure.quality import kept_values
+
+    for stage in ("dense", "int8"):
+        values, metric = kept_values(out, stage), stages[stage]["measured"]["metric"]
+        assert values is not None and len(values) == metric["n"]
+        assert values.mean() == pytest.approx(metric["value"])
+    assert len(stages["verdict"]["details"]["test_data"]) == 64
+
+
 def test_the_twin_stands_beside(stages: dict[str, dict]) -> None:
     twin, int8 = stages["twin-int8"]["measured"], stages["int8"]["measured"]
     assert abs(twin["parameters"]["value"] / int8["parameters"]["value"] - 1) < 0.1

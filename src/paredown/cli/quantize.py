@@ -48,6 +48,7 @@ def quantize(
         list[str] | None, Parameter(help="Patterns of parameters or modules that stay in float.")
     ] = None,
     target: options.Target = "onnxruntime-x86",
+    opset: Annotated[int, Parameter(help="ONNX opset; older runtimes need a lower one.")] = 18,
     weights: options.Weights = None,
     strip_prefix: options.StripPrefix = None,
     pruned: options.From = None,
@@ -92,7 +93,7 @@ def quantize(
             float_layers=float_layers or (),
         )
         say("export and check", quiet=quiet or json)
-        artifact = paredown.export(quant, out)
+        artifact = paredown.export(quant, out, opset=opset)
         checked = paredown.check(artifact, quant, batches)
     source = "none" if scheme in NO_DATA else "random" if read is None else "given"
     _told(artifact, checked, _facts(found, quant, source), json=json, quiet=quiet)
