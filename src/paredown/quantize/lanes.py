@@ -155,11 +155,19 @@ class Lane(Run):
         return super().get_attr(target, args, kwargs)
 
 
-def walk(prepared: fx.GraphModule, calls: Sequence[Inputs], changes: Changes, visit: Visit) -> None:
+def walk(
+    prepared: fx.GraphModule,
+    calls: Sequence[Inputs],
+    changes: Changes,
+    visit: Visit,
+    *,
+    after: Callable[[fx.Node, Sequence[Lanes]], None] | None = None,
+) -> None:
     """Both lanes from their inputs to their outputs; at each layer `visit` may change its tensors before it is run.
 
     When `visit` is called, `lanes.whole.env[layer.node]` is what the layer gives in float, `lanes.coded.env[layer.source]`
-    what it will read, and `lanes.whole.env[layer.source]` what it reads in float. Afterwards the graph has what `changes` holds.
+    what it will read, and `lanes.whole.env[layer.source]` what it reads in float. `after` is called when both
+    lanes have run a node, and may change what the quantized one gives. Afterwards the graph has what `changes` holds.
     """
     lanes = []
     for call in calls:
@@ -181,6 +189,8 @@ def walk(prepared: fx.GraphModule, calls: Sequence[Inputs], changes: Changes, vi
             for lane in lanes:
                 lane.whole.drop_after(node)
                 lane.coded.next(node)
+            if after is not None:
+                after(node, lanes)
     apply(prepared, changes)
 
 

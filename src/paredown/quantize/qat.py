@@ -67,21 +67,21 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
             shape[self.ch_axis] = -1
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
         ends = self.quant_min, self.quant_max
-        return _Rounding.apply(x, scale, zero_point, *ends, self.levels, gain)  # type: ignore[no-any-return, no-untyped-call]
+        return Rounding.apply(x, scale, zero_point, *ends, self.levels, gain)  # type: ignore[no-any-return, no-untyped-call]
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int64)."""
         return self.scale.detach().clamp_min(1e-12).clone(), self.zero_point.clone()
 
 
-class _Rounding(torch.autograd.Function):
+class Rounding(torch.autograd.Function):
     """x̂ and its gradients by hand: autograd's own take three times as long and keep four tensors of x's size.
 
     ∂x̂/∂s is (x̂ - x) / s inside the range and x̂ / s outside, so Σ grad ∂x̂/∂s = (Σ grad x̂ - Σ_inside grad x) / s.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, levels: Levels, gain: float
     ) -> Tensor:
         shifted = bool(zero_point.any())
@@ -104,7 +104,7 @@ class _Rounding(torch.autograd.Function):
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, scale, rounded, inside = ctx.saved_tensors
         passed = grad * inside
         if not ctx.needs_input_grad[1]:

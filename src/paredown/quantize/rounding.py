@@ -65,6 +65,8 @@ class Rounded:
 
     codes: Tensor
     scales: Tensor
+    wanted: Tensor
+    """[out, K] (float64): the weight that was rounded, fitted to the inputs that the layer really has."""
     bias: Tensor
     """[out]: what gives the output the mean that it has in float."""
     nearest_error: float
@@ -193,26 +195,40 @@ def round_layers(
     changes, found = Changes(), {}
 
     def visit(layer: Layer, lanes: Sequence[Lanes]) -> None:
-        observer: Any = fetch(prepared, layer.observer)
-        weight = fetch(prepared, layer.weight).detach()
-        rows = weight.double().reshape(layer.groups, weight.shape[0] // layer.groups, -1)
-        parts = rounded_rows(rows, moments_of(layer, lanes, rows), observer, layer.bias is not None, method, ridge)
-        scales = torch.cat([p.scales for p in parts])
-        values = torch.cat([p.codes * p.scales[:, None] for p in parts])
-        changes.weights[layer.weight] = values.float().reshape(weight.shape)
-        changes.scales[layer.observer] = scales.float()
-        if layer.bias is not None:
-            changes.biases[layer.bias] = torch.cat([p.bias for p in parts]).float()
-        found[layer.weight] = Rounded(
-            codes=torch.cat([p.codes for p in parts]),
-            scales=scales,
-            bias=torch.cat([p.bias for p in parts]),
-            nearest_error=sum(p.nearest_error for p in parts) / len(parts),
-            error=sum(p.error for p in parts) / len(parts),
-        )
+        found[layer.weight] = round_layer(prepared, layer, lanes, changes, method=method, ridge=ridge)
 
     walk(prepared, calls, changes, visit)
     return found
+
+
+def round_layer(
+    prepared: fx.GraphModule,
+    layer: Layer,
+    lanes: Sequence[Lanes],
+    changes: Changes,
+    *,
+    method: str = "gptq",
+    ridge: float = 0.01,
+) -> Rounded:
+    """One layer of `round_layers`, when a walk has come to it; `changes` receives its codes."""
+    observer: Any = fetch(prepared, layer.observer)
+    weight = fetch(prepared, layer.weight).detach()
+    rows = weight.double().reshape(layer.groups, weight.shape[0] // layer.groups, -1)
+    parts = rounded_rows(rows, moments_of(layer, lanes, rows), observer, layer.bias is not None, method, ridge)
+    scales = torch.cat([p.scales for p in parts])
+    values = torch.cat([p.codes * p.scales[:, None] for p in parts])
+    changes.weights[layer.weight] = values.float().reshape(weight.shape)
+    changes.scales[layer.observer] = scales.float()
+    if layer.bias is not None:
+        changes.biases[layer.bias] = torch.cat([p.bias for p in parts]).float()
+    return Rounded(
+        codes=torch.cat([p.codes for p in parts]),
+        scales=scales,
+        wanted=torch.cat([p.wanted for p in parts]),
+        bias=torch.cat([p.bias for p in parts]),
+        nearest_error=sum(p.nearest_error for p in parts) / len(parts),
+        error=sum(p.error for p in parts) / len(parts),
+    )
 
 
 def moments_of(layer: Layer, lanes: Sequence[Lanes], rows: Tensor) -> list[Moments]:
@@ -266,6 +282,7 @@ def rounded_rows(
             Rounded(
                 codes=codes,
                 scales=s,
+                wanted=w,
                 bias=moments.t / moments.count - (s[:, None] * codes) @ (moments.x / moments.count),
                 nearest_error=float((near @ gram * near).sum()) / spread,
                 error=float((away @ gram * away).sum()) / spread,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from paredown.quantize.annotate import TableQuantizer
 
 STATIC = (*(s.name for s in SCHEMES.values() if s.activations == "static"), *WEIGHTS)
-REPAIRS = ("equalize", "smooth", "gptq", "adaround", "bias", "bias-fast")
+REPAIRS = ("equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fast")
 """What may be done against the rounding, in this order: the first two before calibration, the others after it."""
 Owners = dict[tuple[str, int], str]
 """(name of a node, which of its inputs) → the parameter that this input is."""
@@ -73,7 +73,7 @@ def quantize(
     or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
     `repair` names what is done against the rounding, in whatever order they are given: "equalize" and "smooth" move
     ranges between layers without changing the function, "gptq" or "adaround" choose codes layer after layer by what they
-    do to its output, "bias" or "bias-fast" give back the means. They keep the samples and their activations in memory.
+    do to its output, "blocks" goes on from gptq's codes and chooses those of a whole residual block together, "bias" or "bias-fast" give back the means. They keep the samples and their activations in memory.
     `weights` "tensor" has one scale per weight. `float_layers` are patterns (fnmatch) of parameters or modules that
     stay in float.
 
@@ -258,6 +258,10 @@ def _repaired(prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], 
     for method in METHODS:
         if method in repair:
             round_layers(prepared, calls, method=method)
+    if "blocks" in repair:
+        from paredown.quantize.blocks import reconstruct
+
+        reconstruct(prepared, calls)
     if "bias" in repair or "bias-fast" in repair:
         correct_biases(prepared, calls, full="bias" in repair)
 
@@ -289,7 +293,9 @@ def _checked(
             f"repair must be a list of {', '.join(REPAIRS)}. Got {repair if isinstance(repair, str) else unknown[0]!r}."
         )
         raise UsageError(msg)
-    for one, other in (("gptq", "adaround"), ("adaround", "bias"), ("bias", "bias-fast")):
+    for one, other in (
+        ("gptq", "adaround"), ("gptq", "blocks"), ("adaround", "blocks"), ("adaround", "bias"), ("blocks", "bias"), ("bias", "bias-fast"),
+    ):  # fmt: skip
         if one in repair and other in repair:
             msg = (
                 f"repair must not hold both {one!r} and {other!r}: each does the work of the other. Got {list(repair)}."
