@@ -185,7 +185,7 @@ def hard_sigmoids(model: ir.Model) -> int:
         if not plain or any(not _writes(r, 1 / 256, 0) or r.outputs[0].is_graph_output() for r in readers):
             continue
         name = str(node.outputs[0].name)
-        parts = {
+        parts: dict[str, NDArray[Any]] = {
             "sixth": np.array(255, np.uint8), "step": np.array(1 / (6 * 255), np.float32),
             "zero": np.array(0, np.uint8), "middle": np.array(128, np.uint8),
         }  # fmt: skip
