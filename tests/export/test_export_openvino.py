@@ -212,6 +212,17 @@ def test_measured_in_turns_with_a_file_of_another_runtime(
     assert found["peak_memory_bytes"].value > found["after_import_memory_bytes"].value > 20e6
 
 
+def test_ops_that_openvino_lacks_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
+    class Rare(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.det(x) + torch.linalg.det(x.relu())
+
+    with pytest.raises(RejectedError, match=r"OpenVINO from ONNX opset 18. Got Det \(2×, at ") as caught:
+        export((Rare(), torch.randn(2, 3, 3)), tmp_path / "a.xml", target=OPENVINO)
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_newer_than_the_runtime_is_refused_with_the_way_out(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     artifact = export((net, torch.zeros(2, 1, 4, 4)), tmp_path / "a.xml", target=OPENVINO)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from paredown.errors import UsageError, VerificationError
+from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
 from paredown.export.onnxruntime import COSINE, Distance, distance, onnx_model, write_files
 from paredown.export.openvino_session import PRECISION, Session
@@ -53,10 +53,30 @@ def write(
     graph = onnx_model(thing, opset, on_codes=False)
     kept = {str(n.name) for n in graph.graph} | ({str(n) for n in graph.graph.initializers} & _parameters(thing))
     with tempfile.TemporaryDirectory() as folder:
-        model = openvino.Core().read_model(str(write_files(graph, Path(folder) / "model.onnx")[0]))
+        source = write_files(graph, Path(folder) / "model.onnx")[0]
+        try:
+            model = openvino.Core().read_model(str(source))
+        except Exception as error:
+            raise RejectedError(_untranslated(str(error), graph, opset)) from error
         tidy(model, kept)
         files = _write(model, path, half=scheme == "fp16")
     return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else scheme)
+
+
+def _untranslated(said: str, graph: Any, opset: int) -> str:
+    """Every op that OpenVINO cannot read, with the nodes that have it; nothing is written by then."""
+    found = re.search(r"No conversion rule found for operations?: *([^\n]+)", said)
+    ops = [] if found is None else [op.strip().rpartition("-")[0] or op.strip() for op in found.group(1).split(",")]
+    if not ops:
+        reason = next((line for line in reversed(said.splitlines()) if line.strip()), "no message")[:300]
+        return f"the network must be readable by OpenVINO from ONNX opset {opset}. Got: {reason}."
+    nodes = [n for n in graph.graph if n.op_type in {op.rpartition(".")[2] for op in ops}]
+    listed = "; ".join(
+        f"{op} ({len(at)}×{', at ' + ', '.join(at[:3]) if at else ''})"
+        for op in ops
+        for at in [[str(n.name) for n in nodes if n.op_type == op.rpartition(".")[2]]]
+    )
+    return f"every op must have a translation to OpenVINO from ONNX opset {opset}. Got {listed}. Replace these ops, keep them out of forward, or take the target onnxruntime-x86."
 
 
 def _parameters(thing: Program | Quantized) -> set[str]:
