@@ -407,8 +407,16 @@ def unsafe(tree: ast.AST, source: str) -> list[str]:
     return found
 
 
+PIPED = {"export/processes/executorch_process.py", "export/processes/litert_process.py"}
+"""These run as children of ours and read a program from the pipe alone, as `export.phone` wrote it: never a file."""
+
+
 def test_nothing_runs_data_as_code_or_calls_out() -> None:
     found = [text for source in sources() for text in unsafe(source.tree, source.name)]
+    piped = [t for t in found if t.endswith(": torch.export.load") and t.partition(":")[0] in PIPED]
+    assert len(piped) == len(PIPED)
+    assert all("torch.export.load(io.BytesIO(arrays[0]" in (SOURCE / name).read_text() for name in PIPED)
+    found = [t for t in found if t not in piped]
     assert not found, "\n".join(found)
 
 

@@ -1,4 +1,8 @@
-"""paredown setup: the environment of a converter that cannot share ours."""
+"""paredown setup: the environment of a converter that cannot share ours.
+
+The folder is ~/.cache/paredown/environments, or PAREDOWN_ENVIRONMENTS. pip's own settings hold: on Linux,
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves the gigabytes of a torch for CUDA.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,7 @@ def setup(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Make the environment of a target whose converter cannot share ours: pinned versions, in a folder of their own.
-
-    The folder is ~/.cache/paredown/environments, or PAREDOWN_ENVIRONMENTS. pip's own settings hold: on Linux,
-    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves the gigabytes of a torch for CUDA.
-    """
+    """Make the environment of a target whose converter cannot share ours: pinned versions, in a folder of their own."""
     from paredown.environments import READY, make
 
     folder = make(target, overwrite=overwrite, say=lambda line: say(line, quiet=quiet or json))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
@@ -62,8 +63,8 @@ def convert(
 
     `prepare` changes the program in place before it goes there; `more` goes with it.
 
-    The program goes there as torch.export.save writes it, which the other side unpickles. That is safe for this file
-    alone: this process wrote it, into a folder that only its user can read, and the child reads it at once.
+    The program goes there as torch.export.save writes it, which the other side unpickles. That is safe here and nowhere
+    else: the bytes are this process's own and go through the pipe to its own child, never through a file.
     """
     if path.suffix.lower() != target.suffix:
         msg = f"a file for {target.name} must have a name that ends in {target.suffix}. Got {path.name!r}."
@@ -76,17 +77,17 @@ def convert(
     told = about(program, scheme)
     prepare(program)
     child = child_of(target.name, 1)
-    with tempfile.TemporaryDirectory(prefix="paredown-") as folder:
-        place = Path(folder) / "program.pt2"
-        with quiet("torch.export"):
-            torch.export.save(program, place)
-        del program
-        with whole_file(path) as temporary:
-            try:
-                child.ask("convert", program=str(place), out=str(temporary.resolve()), about=told, **more)
-            except RejectedError as error:
-                msg = f"the network must be convertible for {target.name}. Its converter said: {error}"
-                raise RejectedError(msg) from error
+    written = io.BytesIO()
+    with quiet("torch.export"):
+        torch.export.save(program, written)
+    del program
+    with whole_file(path) as temporary:
+        try:
+            data = np.frombuffer(written.getbuffer(), np.uint8)
+            child.ask("convert", [data], out=str(temporary.resolve()), about=told, **more)
+        except RejectedError as error:
+            msg = f"the network must be convertible for {target.name}. Its converter said: {error}"
+            raise RejectedError(msg) from error
     return Artifact(files=(path,), target=target.name, scheme=scheme)
 
 

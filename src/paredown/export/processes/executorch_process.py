@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import json
 import re
 import tempfile
@@ -18,13 +19,15 @@ _methods: list[Any] = []
 
 
 def convert(question: dict[str, Any], arrays: list[Any]) -> Answer:
-    """{"program": .pt2, "out": .pte, "about": text kept in the file}: lower to XNNPACK and write."""
+    """{"out": .pte, "about": text kept in the file} and the bytes of a program: lower to XNNPACK and write."""
     import torch
     import torch.ao.quantization.fx._decomposed  # the quantize and dequantize ops
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = torch.export.load(question["program"])
+    program = torch.export.load(
+        io.BytesIO(arrays[0].tobytes())
+    )  # unpickles: what comes through the pipe is paredown's own
     edge = to_edge_transform_and_lower(
         program, partitioner=[XnnpackPartitioner()], constant_methods={ABOUT: question["about"]}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ _interpreters: list[Any] = []
 
 
 def convert(question: dict[str, Any], arrays: list[Any]) -> Answer:
-    """{"program": .pt2, "out": .tflite, "about": text kept in the file, "int8", "half"}: convert and write.
+    """{"out": .tflite, "about": text kept in the file, "int8", "half"} and the bytes of a program: convert and write.
 
     A graph with quantize and dequantize ops becomes int8 ops where the converter is told so, which its own quantizer's
     configuration does; nothing else of that configuration is used. Its inputs and outputs then are codes: the file gets them
@@ -24,7 +25,9 @@ def convert(question: dict[str, Any], arrays: list[Any]) -> Answer:
     import torch.ao.quantization.fx._decomposed  # the quantize and dequantize ops
     from ai_edge_litert import schema_py_generated as schema
 
-    program = torch.export.load(question["program"])
+    program = torch.export.load(
+        io.BytesIO(arrays[0].tobytes())
+    )  # unpickles: what comes through the pipe is paredown's own
     args, kwargs = program.example_inputs
     made = litert_torch.convert(
         program.module(check_guards=False), args, kwargs or None, quant_config=_static() if question["int8"] else None
