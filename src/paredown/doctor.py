@@ -363,15 +363,11 @@ def _temporary() -> Finding:
 
 
 def _runtimes(replies: Mapping[str, Reply]) -> Iterator[Finding]:
-    """Every target name: usable now, waiting for a package, or not in this version."""
+    """Every target name: usable now, or waiting for a package."""
     from paredown.environments import is_ready
     from paredown.target import TARGETS
-    from paredown.target.tables import KNOWN
 
-    for name in KNOWN:
-        if name not in TARGETS:
-            yield Finding(name=name, state="missing", found="not in this version of paredown; nothing to install")
-            continue
+    for name in TARGETS:
         extras, wanted = ("quant", *TARGETS[name].extras), ("torchao", *TARGETS[name].modules)
         needs = [p for p in PACKAGES if p.module in wanted and "error" in replies[p.module]]
         lacks = [p.name for p in needs] + ([] if is_ready(TARGETS[name]) else ["an environment of its own"])

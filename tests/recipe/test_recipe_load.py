@@ -61,7 +61,7 @@ def test_reading_a_recipe_loads_no_torch():
         ("seed='1'", "Leave out the quotes"),
         ("seed=-1", "greater than or equal to 0"),
         ("device=tpu", "of the form"),
-        ("target=litert", "cannot export to it yet"),
+        ("target=tflite", "target must be one of"),
         ("budget.size_bytes=30 XB", "'30 MB' or '30 MiB'"),
         ("prune.levels=3", "must be a list"),
         ("recover=1", "must be a mapping"),

@@ -22,6 +22,7 @@ from paredown.target import TARGETS, named
 
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime-x86": "paredown.export.onnxruntime",
+    "onnxruntime-arm": "paredown.export.onnxruntime",
     "openvino-x86": "paredown.export.openvino",
     "executorch-xnnpack": "paredown.export.executorch",
     "litert": "paredown.export.litert",

@@ -104,8 +104,8 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         for node in reversed(nodes):
             if self._moves(node) and any(_wants(user, node) for user in _readers(node)):
                 self._share(node, self._wish(node))
-        if self.target.float_results:
-            for node in reversed(nodes):
+        for node in reversed(nodes):
+            if self._can_return_float(node):
                 _drop_unread(node, keeps_inputs=self.target.ops.get(op_name(node)) in ("weighted", "matmul"))
         fix_results(nodes, self.target.fixed, self.activation)
         return model
@@ -177,6 +177,12 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         asked = [s for user in _readers(node) if (s := self.wanted.get(user, _spec(user, node))) is not None]
         return max(asked, key=lambda s: s.quant_max - s.quant_min, default=self.activation)
 
+    def _can_return_float(self, node: fx.Node) -> bool:
+        able = self.target.float_results
+        while op_name(node) in _VIEWS and _inputs(node):  # what moves memory moves a quarter of it as codes
+            node = _inputs(node)[0]
+        return "*" in able or op_name(node) in able
+
     def _moves(self, node: fx.Node) -> bool:
         if KEY in node.meta or self.target.ops.get(op_name(node)) != "shared":
             return False
@@ -202,6 +208,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             _put(part, {}, first)
 
 
+_VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
 _AVERAGES = ("avg_pool2d", "adaptive_avg_pool2d")
 
 
