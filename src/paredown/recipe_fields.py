@@ -185,11 +185,13 @@ class Quantize(Strict):
     values, least squared error, or least KL divergence (not for outputs of sigmoid or softmax)."""
     samples: int | None = Field(default=None, ge=1)
     """Calibration samples at most; null takes all that the task gives."""
-    repair: list[Literal["equalize", "smooth", "gptq", "adaround", "bias", "bias-fast"]] = []
+    repair: list[Literal["equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fast"]] = []
     """What is done against the rounding: ranges moved between layers, codes chosen by what they do to the output, means given
     back. The samples and their activations are kept in memory."""
     float_layers: list[str] = []
     """Patterns of parameters or modules that stay in float."""
+    spare: bool = False
+    """Put the fewest layers back to float for which the metric on the task's choose_batches keeps budget.metric_loss."""
     epochs: int = Field(default=0, ge=0)
     """Of quantization-aware training, from the calibrated network; 0 leaves it out. The dense network distils."""
     lr: float = Field(default=0.01, gt=0)

@@ -1,5 +1,6 @@
 """What a recipe can ask of quantization: repairs, layers in float, training with rounding in place."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 import paredown as pare
 from paredown.errors import UsageError
+from paredown.export import predictor
 from paredown.pipeline.folder import RunFolder
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import _quantized
@@ -17,8 +19,10 @@ from paredown.train import Task
 pytest.importorskip("torchao")
 
 
-def quantized(task: Task, out: Path, **asked: Any) -> tuple[pare.Quantized, torch.nn.Module, list[Any]]:
-    recipe = parse_recipe({"schema": 1, "task": "small", "quantize": asked})
+def quantized(
+    task: Task, out: Path, budget: dict[str, Any] | None = None, **asked: Any
+) -> tuple[pare.Quantized, torch.nn.Module, list[Any]]:
+    recipe = parse_recipe({"schema": 1, "task": "small", "quantize": asked, "budget": budget or {}})
     torch.manual_seed(0)
     dense = task.model()
     folder = RunFolder(path=out)
@@ -55,3 +59,46 @@ def test_wrong_requests_are_refused(task: Task, tmp_path: Path) -> None:
         parse_recipe({"schema": 1, "task": "small", "quantize": {"repair": ["magic"]}})
     with pytest.raises(UsageError, match="matches none"):
         quantized(task, tmp_path / "a", float_layers=["no.such.layer"])
+
+
+def test_spare_puts_layers_in_float_and_notes_what_they_cost(task: Task, tmp_path: Path) -> None:
+    assert task.train_batches is not None
+    torch.manual_seed(0)
+    x = torch.cat([batch[0] for batch in task.train_batches()])
+
+    def uneven() -> torch.nn.Module:
+        """The same function; between b and c one channel is a thousand times another, which no range per tensor fits."""
+        net, scales = task.model().eval(), torch.logspace(0, 3, 16)
+        with torch.no_grad():
+            net.b_bn.weight.mul_(scales)
+            net.b_bn.bias.mul_(scales)
+            net.c.weight.div_(scales.reshape(1, -1, 1, 1))
+        return net
+
+    with torch.no_grad():
+        wanted = task.model().eval()(x)
+
+    def choose(predict: Any) -> dict[str, Any]:
+        """100 less what the outputs are off, in thousandths: rounding has something to take, whatever the weights are."""
+        return {"accuracy": 100 - 1000 * (predict(x) - wanted).abs().mean(1).numpy()}
+
+    held = dataclasses.replace(task, model=uneven, choose_batches=lambda: [x], choose=choose)
+    plain, _, _ = quantized(held, tmp_path / "a")
+    lost = 100 - choose(predictor(plain))["accuracy"].mean()
+    few, _, _ = quantized(held, tmp_path / "b", budget={"metric_loss": float(0.5 * lost)}, spare=True)
+    note = next(n for n in few.notes if n.startswith("spare: "))
+    in_float = set(plain.weights) - set(few.weights)
+    assert in_float == {"b.weight", "c.weight"} and "2 layers in float" in note and "estimated" in note
+    assert 100 - choose(predictor(few))["accuracy"].mean() <= 0.5 * lost + 1e-6
+    none, _, _ = quantized(held, tmp_path / "c", budget={"metric_loss": 0.0}, spare=True)
+    assert set(none.weights) == set(plain.weights) and any("all layers are quantized" in n for n in none.notes)
+
+
+def test_spare_needs_a_bound_and_data_to_choose_on(task: Task, tmp_path: Path) -> None:
+    held = dataclasses.replace(task, choose_batches=list, choose=lambda _: {"accuracy": 0.0})
+    with pytest.raises(UsageError, match=r"spare must have budget.metric_loss"):
+        quantized(held, tmp_path / "a", spare=True)
+    with pytest.raises(UsageError, match="choose_batches"):
+        quantized(dataclasses.replace(task, choose=None), tmp_path / "b", budget={"metric_loss": 1.0}, spare=True)
+    with pytest.raises(UsageError, match=r"without quantize.epochs"):
+        quantized(held, tmp_path / "c", budget={"metric_loss": 1.0}, spare=True, epochs=1)

@@ -21,7 +21,11 @@ from paredown.quantize.nouns import Packed
 from paredown.quantize.packed import load_packed, pack_codes, packed_length, packed_size, save_packed, unpack_codes
 
 DOCS = Path(__file__).parents[2] / "docs" / "packed.md"
-KINDS = [*((bits, "integer") for bits in range(1, 9)), (2, "ternary"), (1, "binary")]
+KINDS = [
+    *((bits, "integer") for bits in range(1, 9)),
+    *((bits, "balanced") for bits in range(1, 8)),
+    *((2, "ternary"), (1, "binary")),
+]
 SIZES = st.lists(st.integers(0, 7), min_size=0, max_size=4).map(tuple)
 
 
@@ -29,8 +33,8 @@ def random_codes(shape: tuple[int, ...], bits: int, levels: str, seed: int, dtyp
     rng = np.random.default_rng(seed)
     if levels == "ternary":
         codes = rng.integers(-1, 2, shape)
-    elif levels == "binary":
-        codes = rng.integers(0, 2, shape) * 2 - 1
+    elif levels in ("binary", "balanced"):
+        codes = rng.integers(0, 2**bits, shape) * 2 - (2**bits - 1)
     else:
         codes = rng.integers(0, 2**bits, shape) - (2 ** (bits - 1) if dtype == torch.int8 else 0)
     return torch.from_numpy(np.asarray(codes)).to(dtype)

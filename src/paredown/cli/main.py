@@ -40,7 +40,7 @@ COMMANDS = {
     "paredown.cli.measure:measure": "Bytes, latency (with its spread) and memory of a file, measured in its runtime on this machine.",
     "paredown.cli.numerics:numerics": "What quantization costs, as a page: casts, mapping, granularity, bits, and the noise in every layer of a model.",
     "paredown.cli.prune:prune": "Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.",
-    "paredown.cli.quantize:quantize": "Quantize to 8 or 4 bits, with samples where the scheme needs them; export, and check the file in its runtime.",
+    "paredown.cli.quantize:quantize": "Quantize to 8 bits or fewer, with samples where the scheme needs them; export, and check the file in its runtime.",
     "paredown.cli.report:report": "Write report.html of a run from records.jsonl alone, and print the verdict.",
     "paredown.cli.setup:setup": "Make the environment of a target whose converter cannot share ours: pinned versions, in a folder of their own.",
 }

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from paredown.export import Artifact, Check
     from paredown.program import Program
 
-_OUT = Parameter(name="--out", help="The file to write: model.onnx, model.xml for openvino-x86, model.pte for executorch-xnnpack, model.tflite for litert.")
+_OUT = Parameter(
+    name="--out",
+    help="The file to write: model.onnx, model.xml for openvino-x86, model.pte for executorch-xnnpack, model.tflite for litert.",
+)
 NO_DATA = ("int8-dynamic", "w4")
-"""Schemes that need no samples (quantize.schemes.DYNAMIC, which would load torch); samples that are given check the file."""
+"""Schemes that read no samples (quantize.schemes.DYNAMIC, which would load torch); samples that are given check the file."""
+WEIGHTS = ("w2", "ternary", "binary")
+"""Schemes that need samples for a repair only (quantize.schemes.WEIGHTS)."""
 RANDOM_SAMPLES = "CALIBRATED ON RANDOM NUMBERS: the ranges are not those of your data. For a try of size and speed only, never to ship."
 
 
@@ -32,8 +37,10 @@ def quantize(
         str | None, Parameter(help=".npz or .npy of inputs, samples along the first axis; or the word random.")
     ] = None,
     scheme: Annotated[
-        Literal["int8", "w4a8", "int8-dynamic", "w4"],
-        Parameter(help="Bits of weights and activations; int8-dynamic and w4 (weights alone) need no --calibrate."),
+        Literal["int8", "w4a8", "int8-dynamic", "w4", "w2", "ternary", "binary"],
+        Parameter(
+            help="Bits of weights and activations; int8-dynamic, w4 and, without --repair, w2, ternary and binary (weights alone) need no --calibrate."
+        ),
     ] = "int8",
     observer: Annotated[
         Literal["mse", "minmax", "moving-average", "percentile", "entropy"],
@@ -41,7 +48,7 @@ def quantize(
     ] = "mse",
     samples: Annotated[int | None, Parameter(help="Calibration samples at most.")] = None,
     repair: Annotated[
-        list[Literal["equalize", "smooth", "gptq", "adaround", "bias", "bias-fast"]] | None,
+        list[Literal["equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fast"]] | None,
         Parameter(help="What is done against the rounding; may be given several times."),
     ] = None,
     float_layers: Annotated[
@@ -58,8 +65,9 @@ def quantize(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Quantize to 8 or 4 bits, with samples where the scheme needs them; export, and check the file in its runtime."""
-    if calibrate is None and scheme not in NO_DATA:
+    """Quantize to 8 bits or fewer, with samples where the scheme needs them; export, and check the file in its runtime."""
+    needless = scheme in NO_DATA or (scheme in WEIGHTS and not repair)
+    if calibrate is None and not needless:
         msg = (
             "quantize must be given --calibrate FILE.npz with inputs of the kind that the model will see. Got none; paredown "
             "does not invent them. To try size and speed alone: --calibrate random."
@@ -86,7 +94,7 @@ def quantize(
             found.program,
             target=target,
             scheme=scheme,
-            calibrate=None if scheme in NO_DATA else batches,
+            calibrate=None if needless else batches,
             observer=observer,
             num_samples=samples,
             repair=repair or (),
@@ -95,7 +103,7 @@ def quantize(
         say("export and check", quiet=quiet or json)
         artifact = paredown.export(quant, out, opset=opset)
         checked = paredown.check(artifact, quant, batches)
-    source = "none" if scheme in NO_DATA else "random" if read is None else "given"
+    source = "none" if needless else "random" if read is None else "given"
     _told(artifact, checked, _facts(found, quant, source), json=json, quiet=quiet)
     return 0
 
@@ -119,7 +127,9 @@ def export(
     input: options.Input,
     out: Annotated[Path, _OUT],
     target: options.Target = "onnxruntime-x86",
-    scheme: Annotated[Literal["fp32", "fp16"], Parameter(help="fp16 halves the weights, for openvino-x86 and litert.")] = "fp32",
+    scheme: Annotated[
+        Literal["fp32", "fp16"], Parameter(help="fp16 halves the weights, for openvino-x86 and litert.")
+    ] = "fp32",
     opset: Annotated[int, Parameter(help="ONNX opset; older runtimes need a lower one.")] = 18,
     weights: options.Weights = None,
     strip_prefix: options.StripPrefix = None,

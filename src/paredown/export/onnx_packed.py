@@ -23,24 +23,33 @@ from paredown.quantize.packed import TRITS, pack_codes
 from paredown.quantize.schemes import Levels
 
 WORTH_BYTES = 400
-"""What the ops around a weight take in the file; below it nothing is gained."""
+"""What the ops around a weight take in the file, for each of its parts."""
 PLANES: Mapping[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 """Widths, lowest bits first, that a code of so many bits is cut into: each must divide a byte."""
 
 
 def pack_weights(model: ir.Model, weights: Mapping[ir.Value, Packed]) -> int:
     """Replace initializers of int8 codes below 8 bits by their bytes and the ops that unpack them; returns how many."""
-    tables: dict[tuple[Any, ...], ir.Value] = {}
-    done = 0
+    formats: dict[tuple[int, Levels], list[tuple[ir.Value, NDArray[Any]]]] = {}
     for value, packed in weights.items():
         codes = None if value.const_value is None else value.const_value.numpy()
         if codes is None or codes.dtype != np.int8 or not value.is_initializer() or packed.bits >= 8:
             continue
-        if codes.size * (8 - packed.bits) // 8 < WORTH_BYTES:
-            continue
-        _unpacked(model, value, codes, _parts(codes, packed.bits, packed.levels), tables)
-        done += 1
+        if _saved(codes, packed.bits) > 0:
+            formats.setdefault((packed.bits, packed.levels), []).append((value, codes))
+    tables: dict[tuple[Any, ...], ir.Value] = {}
+    done = 0
+    for (bits, levels), held in formats.items():
+        if sum(_saved(codes, bits) for _, codes in held) > sum(256 * 8 // width for width in PLANES[bits]):
+            for value, codes in held:
+                _unpacked(model, value, codes, _parts(codes, bits, levels), tables)
+            done += len(held)
     return done
+
+
+def _saved(codes: NDArray[Any], bits: int) -> int:
+    """Bytes that packing a weight saves, less what the ops around it take; its tables are shared."""
+    return int(codes.size * (8 - bits) // 8 - WORTH_BYTES * len(PLANES[bits]))
 
 
 def _parts(codes: NDArray[Any], bits: int, levels: Levels) -> list[tuple[NDArray[Any], NDArray[Any]]]:

@@ -24,6 +24,7 @@ from paredown.pipeline.folder import file_digest, key_of
 from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.snippet import input_of, snippet
+from paredown.pipeline.spared import quantized_but_few
 from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, save
@@ -335,6 +336,8 @@ def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> 
         "repair": options.repair,
         "float_layers": options.float_layers,
     }
+    if options.spare and teacher is not None:
+        return quantized_but_few(run, thing, teacher, shared)
     if not options.epochs:
         return quantize(thing, **shared)
     if run.task.step is None or run.task.train_batches is None:

@@ -101,7 +101,7 @@ def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
 
 
 def reconstruct(
-    prepared: fx.GraphModule, calls: Sequence[Inputs], *, iterations: int = ITERATIONS, lr: float = 0.02, seed: int = 0
+    prepared: fx.GraphModule, calls: Sequence[Inputs], *, iterations: int | None = None, lr: float = 0.02, seed: int = 0
 ) -> list[Rebuilt]:
     """Round block after block: each layer by GPTQ first, then all codes and biases of a block together.
 
@@ -111,11 +111,12 @@ def reconstruct(
     activations rounded; ŷ₀ that with GPTQ's codes. Every code may stay or go to its neighbour on the side of the weight
     before rounding; h starts at 0.1 or 0.9, where GPTQ is. Adam on 32 samples an iteration, β from 20 to 2 after a fifth of
     them, before which λ is 0; in the end h ≥ ½ decides. A block whose error on all samples did not fall keeps GPTQ's codes, and so
-    does one of a single layer. Cost: about `iterations` × 32 / N epochs of training of the network, N samples.
+    does one of a single layer. Cost: about `iterations` (`ITERATIONS`) × 32 / N epochs of training of the network, N samples.
 
     BRECQ (Li et al. 2021, arXiv 2102.05426), with the squared error in place of its Fisher-weighted one. Changes the
     prepared graph; returns what was found, block by block.
     """
+    iterations = ITERATIONS if iterations is None else iterations
     changes, found, seen = Changes(), list[Rebuilt](), dict[str, Rounded]()
     blocks = blocks_of(prepared)
     starts, ends = {b.start: b for b in blocks}, {b.end: b for b in blocks}

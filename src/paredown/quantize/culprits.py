@@ -85,7 +85,8 @@ def spare(
     Raises NothingToDo where even all layers (or `most`) in float do not meet the bound, with the value they reach; and what
     `quantize` raises.
     """
-    base = calibrated(tuned, target=target, calibrate=calibrate, **options)
+    given = tuple(options.pop("float_layers", ()))
+    base = calibrated(tuned, target=target, calibrate=calibrate, float_layers=given, **options)
     layers = named_layers(base)
     values: dict[frozenset[str], float] = {}
 
@@ -108,7 +109,11 @@ def spare(
             msg = f"a few layers in float must be enough to meet the bound. Got {reached:.6g} with {len(order)} of {len(layers)} layers in float, {before:.6g} with none."
             raise NothingToDo(msg)
         chosen = _without_idle(order[:count], lambda part: meets(value_of(part)))
-    done = quantize(tuned, target=target, calibrate=calibrate, float_layers=chosen, **options) if chosen else None
+    done = (
+        quantize(tuned, target=target, calibrate=calibrate, float_layers=[*given, *chosen], **options)
+        if chosen
+        else None
+    )
     return Spared(
         quantized=done or converted(base, base.prepared),
         float_layers=tuple(chosen),
