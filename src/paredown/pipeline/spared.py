@@ -14,7 +14,7 @@ from paredown.measure import evaluated
 from paredown.pipeline.run import Run
 from paredown.program import Program
 from paredown.prune import Pruned
-from paredown.quantize import Quantized, quantize, spare
+from paredown.quantize import Quantized, quantize
 
 
 def quantized_but_few(run: Run, thing: Program | Pruned, dense: nn.Module, shared: Mapping[str, Any]) -> Quantized:
@@ -24,6 +24,8 @@ def quantized_but_few(run: Run, thing: Program | Pruned, dense: nn.Module, share
     layers is enough (pruning alone has lost more), all are quantized, and the note says so. Raises UsageError without
     a bound or without held-out data, and for training with rounding, which has other means.
     """
+    from paredown.quantize.culprits import spare
+
     bound, held_out = run.recipe.budget.metric_loss, run.task.choose
     missing = (
         "budget.metric_loss"

@@ -14,8 +14,7 @@ from torch import Tensor, fx, nn
 from paredown.program import Inputs
 from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Changes, Lane, Lanes, Layer, layers_of, walk
-from paredown.quantize.numerics import ODD, observes_weight
-from paredown.quantize.qat import Rounding
+from paredown.quantize.numerics import ODD
 from paredown.quantize.rounding import Rounded, round_layer
 
 ITERATIONS = 500
@@ -162,7 +161,7 @@ class _Work:
 
     def run(self, x: Tensor, held: Mapping[fx.Node, Tensor]) -> Tensor:
         """The block on some samples; `held` are weights and biases in place of the graph's."""
-        lane = _Smooth(self.prepared, [], self.changes)
+        lane = Lane(self.prepared, [], self.changes, smooth=True)
         lane.env = {self.block.start: x, **held}
         for node in self.block.nodes:
             _run(lane, node)
@@ -184,7 +183,7 @@ class _Work:
         """The end's codes, where it has any."""
         if self.last is self.block.end:
             return values
-        lane = _Smooth(self.prepared, [], self.changes)
+        lane = Lane(self.prepared, [], self.changes, smooth=True)
         lane.env = {self.last: values}
         result: Tensor = lane.run_node(self.block.end)
         return result
@@ -197,21 +196,6 @@ def _run(lane: Lane, node: fx.Node) -> None:
     for arg in node.all_input_nodes:
         _run(lane, arg)
     lane.env[node] = lane.run_node(node)
-
-
-class _Smooth(Lane):
-    """The quantized lane with gradients: activations are rounded, and pass the gradient on where they are not cut off."""
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An observer, or a module of the user's."""
-        observer: Any = fetch(self.module, str(target))  # type: ignore[arg-type]
-        if not hasattr(observer, "calculate_qparams") or observes_weight(observer) or self._changes is None:
-            return super().call_module(target, args, kwargs)
-        if str(target) not in self._changes.parameters:
-            self._changes.parameters[str(target)] = observer.calculate_qparams()
-        scale, zero_point = self._changes.parameters[str(target)]
-        ends = observer.quant_min, observer.quant_max
-        return Rounding.apply(args[0], scale, zero_point, *ends, "integer", 1.0)  # type: ignore[no-untyped-call]
 
 
 def _rebuilt(work: _Work, rounded: Sequence[Rounded], iterations: int, lr: float, seed: int) -> Rebuilt:

@@ -18,6 +18,7 @@ from paredown.couple.operand import args_of
 from paredown.program import Inputs
 from paredown.quantize.decompose import fetch, op_name
 from paredown.quantize.numerics import fake_quantize, observes_weight
+from paredown.quantize.rehearse import Rounding
 from paredown.statistics.sequential import Run
 from paredown.statistics.uses import CONVOLUTIONS, Use, window_of
 
@@ -126,14 +127,16 @@ class Lane(Run):
         flat: list[Any],
         changes: Changes | None,
         skipped: frozenset[str] = frozenset(),
+        *,
+        smooth: bool = False,
     ) -> None:
-        """`skipped` are observers that hand on what they get in the quantized lane, too."""
+        """`skipped` are observers that hand on what they get in the quantized lane, too; `smooth`: gradients pass activations."""
         super().__init__(prepared, flat)
-        self._changes, self._skipped = changes, skipped
+        self._changes, self._skipped, self._smooth = changes, skipped, smooth
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An observer, or a module of the user's."""
-        observer = fetch(self.module, str(target))  # type: ignore[arg-type]
+        observer: Any = fetch(self.module, str(target))  # type: ignore[arg-type]
         if not hasattr(observer, "calculate_qparams"):
             return super().call_module(target, args, kwargs)
         if (
@@ -144,7 +147,11 @@ class Lane(Run):
             return args[0]
         if str(target) not in self._changes.parameters:
             self._changes.parameters[str(target)] = observer.calculate_qparams()
-        return fake_quantize(args[0], observer, self._changes.parameters[str(target)])
+        found = self._changes.parameters[str(target)]
+        if self._smooth and not observes_weight(observer):
+            ends = observer.quant_min, observer.quant_max
+            return Rounding.apply(args[0], *found, *ends, "integer", 1.0)  # type: ignore[no-untyped-call]
+        return fake_quantize(args[0], observer, found)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tensor of the graph, or what it was changed to."""

@@ -23,7 +23,6 @@ from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Lane, Lanes, Layer, cloned
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.numerics import fake_quantize
-from paredown.quantize.observe import PerChannel
 from paredown.quantize.packed import packed_length
 from paredown.quantize.rounding import METHODS, moments_of, rounded_rows
 from paredown.quantize.schemes import levels_at, weight_range
@@ -227,6 +226,8 @@ def _rounded(
     base: Calibrated, layer: Layer, lanes: Sequence[Lane], widths: Sequence[int], rounding: str
 ) -> Iterator[tuple[int, Tensor]]:
     """The layer's weight at each width."""
+    from paredown.quantize.observe import PerChannel
+
     weight = fetch(base.prepared, layer.weight).detach()
     own: Any = fetch(base.prepared, layer.observer)
     rows = weight.double().reshape(layer.groups, weight.shape[0] // layer.groups, -1)
