@@ -4,8 +4,8 @@
     python benchmarks/qat_resnet20.py --data DIR                   # three seeds, on the test images
     python benchmarks/qat_resnet20.py --data DIR --stage show      # the table, from the journal
 
-All: `train_quantized`, SGD, momentum 0.9, weight decay 1e-4, gradients clipped to 2, cosine to 0, batch 128, crop and flip, 11,000 training images,
-calibrated with 256 held-out ones, last epoch. Distillation is from the float network itself, T 4, 0.9 KL + 0.1 cross entropy.
+All: `train_quantized`, SGD, momentum 0.9, weight decay 1e-4, gradients clipped to 2, cosine to 0, batch 128, crop and flip,
+11,000 training images, calibrated with 256 held-out ones, last epoch. Distillation is from the float network itself, T 4, 0.9 KL + 0.1 cross entropy.
 What is measured is the simulation in PyTorch: no runtime here executes 4-bit activations. Every finished cell is a line of
 the journal; an interrupted one continues at its last epoch. Test images choose nothing.
 """
@@ -33,7 +33,7 @@ from paredown.train import task_from_module
 FLOAT = 91.73
 """% of the test images that the network in float32 gets right."""
 LR = 0.01
-"""Chosen with --stage choose, on held-out training images (see README.md)."""
+"""Chosen on held-out training images and the training loss, see docs/decisions/quantize-repairs.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
