@@ -40,6 +40,9 @@ def test_blocks_are_what_one_value_leads_into_and_out_of(case: tuple[Program, Te
         ["blocks.1.a.weight", "blocks.1.c.weight"],
         ["head.weight"],
     ]
+    program, x = case
+    alone = calibrated(program, target="onnxruntime-x86", scheme="w2", calibrate=[x])  # no activation is rounded here
+    assert [len(b) for b in names(alone)] == [1, 2, 2, 1]
     chain, x = (
         nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)),
         torch.randn(32, 6),

@@ -70,9 +70,10 @@ class _Choice:
 
 
 def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
-    """The blocks that have weights, in graph order: cuts are observers (and the end) behind which one value alone is alive.
+    """The blocks that have weights, in graph order: cuts are nodes behind which one value alone is alive.
 
-    Values computed from parameters alone do not count.
+    Of cuts with no layer between them the last counts: activation function and rounding belong to the block before. Values
+    computed from parameters alone do not count.
     """
     nodes = [n for n in prepared.graph.nodes if n.op != "output"]
     place = {n: i for i, n in enumerate(nodes)}
@@ -86,10 +87,11 @@ def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
         n
         for i, n in enumerate(nodes)
         if n in active
-        and (n.op in ("placeholder", "call_module") or i == len(nodes) - 1)
         and not any(m is not n and place[m] <= i < ends[m] for m in active)
         and not (n.op == "placeholder" and any(m.op == "placeholder" for m in nodes[i + 1 :]))
     ]
+    held_by = {n: any(m in layers for m in nodes[place[a] + 1 : place[n] + 1]) for a, n in itertools.pairwise(cuts)}
+    cuts = [n for i, n in enumerate(cuts) if i == len(cuts) - 1 or held_by[cuts[i + 1]]]
     found = []
     for start, end in itertools.pairwise(cuts):
         inside = tuple(nodes[place[start] + 1 : place[end] + 1])
@@ -157,7 +159,7 @@ class _Work:
     def last(self) -> fx.Node:
         """What the error is taken at: the end, before it is rounded."""
         end = self.block.end
-        return end.all_input_nodes[0] if end.op == "call_module" else end
+        return end.all_input_nodes[0] if hasattr(_held_at(self.prepared, end), "calculate_qparams") else end
 
     def run(self, x: Tensor, held: Mapping[fx.Node, Tensor]) -> Tensor:
         """The block on some samples; `held` are weights and biases in place of the graph's."""
@@ -187,6 +189,10 @@ class _Work:
         lane.env = {self.last: values}
         result: Tensor = lane.run_node(self.block.end)
         return result
+
+
+def _held_at(prepared: fx.GraphModule, node: fx.Node) -> Any:
+    return fetch(prepared, str(node.target)) if node.op == "call_module" else None
 
 
 def _run(lane: Lane, node: fx.Node) -> None:
