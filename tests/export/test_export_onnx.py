@@ -45,7 +45,7 @@ FLOAT = {
     "mobile": set(),
     "concat": set(),
     "named": set(),
-    "vision": {"LayerNormalization", "FusedMatMul", "MatMul", "Softmax", "Div", "Erf", "Add", "Mul"},
+    "vision": {"LayerNormalization", "FusedMatMul", "MatMul", "Softmax", "Gelu"},
 }
 INT8 = {
     "residual": {"QLinearConv": 5, "QLinearAdd": 2, "QGemm": 1, "Pad": 1, "Slice": 2, "QLinearGlobalAveragePool": 1},
