@@ -102,7 +102,9 @@ class Session:
             reason = next((t for t in reversed(str(error).strip().splitlines()) if t.strip()), "no message")[:300]
             if "unsupported opset" in reason or _format_version(self._path) > FORMAT:
                 msg = f"OpenVINO must be new enough for the file. Got version {_version()} for {self._path.name}: {reason}. "
-                raise MissingError(msg + "Install a newer openvino, or export again with the one that runs it.") from error
+                raise MissingError(
+                    msg + "Install a newer openvino, or export again with the one that runs it."
+                ) from error
             msg = (
                 f"an .xml file must load in OpenVINO {_version()} and fit its inputs. Got {self._path.name}: {reason}."
             )

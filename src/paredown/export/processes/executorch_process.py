@@ -25,9 +25,8 @@ def convert(question: dict[str, Any], arrays: list[Any]) -> Answer:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = torch.export.load(
-        io.BytesIO(arrays[0].tobytes())
-    )  # unpickles: what comes through the pipe is paredown's own
+    # This unpickles: what comes through the pipe is paredown's own.
+    program = torch.export.load(io.BytesIO(arrays[0].tobytes()))
     edge = to_edge_transform_and_lower(
         program, partitioner=[XnnpackPartitioner()], constant_methods={ABOUT: question["about"]}
     )

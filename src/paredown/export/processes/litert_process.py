@@ -25,9 +25,8 @@ def convert(question: dict[str, Any], arrays: list[Any]) -> Answer:
     import torch.ao.quantization.fx._decomposed  # the quantize and dequantize ops
     from ai_edge_litert import schema_py_generated as schema
 
-    program = torch.export.load(
-        io.BytesIO(arrays[0].tobytes())
-    )  # unpickles: what comes through the pipe is paredown's own
+    # This unpickles: what comes through the pipe is paredown's own.
+    program = torch.export.load(io.BytesIO(arrays[0].tobytes()))
     args, kwargs = program.example_inputs
     made = litert_torch.convert(
         program.module(check_guards=False), args, kwargs or None, quant_config=_static() if question["int8"] else None
