@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from paredown.factorize import factorize as factorize
     from paredown.measure import Bundle as Bundle
     from paredown.measure import Tolerance as Tolerance
-    from paredown.measure import bundle as bundle
     from paredown.measure import import_results as import_results
     from paredown.measure import measure as measure
+    from paredown.measure.bundle import bundle as bundle
     from paredown.pipeline import Compressed as Compressed
     from paredown.pipeline.compress import compress as compress
     from paredown.plan import Mask as Mask
