@@ -71,8 +71,7 @@ def test_here_nothing_required_is_broken(here: tuple[Diagnosis, float]) -> None:
     assert found["numpy"].found == importlib.metadata.version("numpy")
     assert found["onnxruntime"].extra == "onnx"
     assert found["device"].found
-    # Of processor time, spread over three processes. Work on the other hardware thread of a core can double it.
-    assert seconds < 30
+    assert seconds < 20  # of processor time, spread over three processes: it does not depend on the load
 
 
 def test_every_package_is_named_once_and_every_problem_says_what_to_do(here: tuple[Diagnosis, float]) -> None:
