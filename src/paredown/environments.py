@@ -7,7 +7,6 @@ it is ever imported here: its Python runs the scripts in export/processes, which
 from __future__ import annotations
 
 import collections
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -18,12 +17,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from paredown.errors import MissingError, ResourceError, UsageError
-from paredown.records import write_text
+from paredown.records import locked, write_text
 from paredown.target import TARGETS, Target, named
 
 FOLDER = "PAREDOWN_ENVIRONMENTS"
@@ -161,23 +160,10 @@ def _constraints(target: Target) -> Path:
     return Path(paredown.target.__file__).parent / "constraints" / f"{target.name}.txt"
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the environment's lock. Raises ResourceError where another process does, or the folder cannot be written."""
-    place = folder.parent / f".{folder.name}.lock"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = place.open("w")
-    except OSError as error:
-        msg = f"the folder of environments must be writable. Got {error.strerror or error} at {folder.parent}. Set {FOLDER} to another."
-        raise ResourceError(msg) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            msg = f"an environment must be made by one process at a time. Another one is at {folder}. Wait for it."
-            raise ResourceError(msg) from error
-        yield
-
-
-__all__ = ["FOLDER", "READY", "folder_of", "is_ready", "make", "python_of"]
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """The environment's lock."""
+    return locked(
+        folder.parent / f".{folder.name}.lock",
+        writable=f"the folder of environments must be writable; {FOLDER} sets another",
+        held=f"an environment must be made by one process at a time. Another one is at {folder}. Wait for it.",
+    )

@@ -101,6 +101,28 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(place: Path, *, writable: str, held: str) -> Iterator[None]:
+    """Hold the lock file `place`, which ends with the process; a folder that is not there is made.
+
+    Raises ResourceError: with `writable`, what must be, where the folder cannot be written, and with `held` where another process has it.
+    """
+    import fcntl  # not on Windows, where records can still be read
+
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = place.open("w")
+    except OSError as error:
+        msg = f"{writable}. Got {place.parent}: {error.strerror or error}."
+        raise ResourceError(msg) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResourceError(held) from error
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as temporary:

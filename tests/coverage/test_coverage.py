@@ -51,7 +51,8 @@ def dies():
 
 
 def fills():
-    return nn.Linear(100_000, 100_000)
+    torch.empty(3_000_000_000)  # 12 GB that are not touched: without a limit there is no error
+    return Known()
 
 
 def orphans():

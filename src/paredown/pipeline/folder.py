@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paredown.errors import RejectedError, ResourceError, UsageError
-from paredown.records import Record, append, sweep_stale, write_text
+from paredown.errors import RejectedError, UsageError
+from paredown.records import Record, append, locked, sweep_stale, write_text
 
 RECIPE, RECORDS, STEPS, LOCK = "recipe.yaml", "records.jsonl", "steps", ".lock"
 MADE = (RECIPE, RECORDS, "report.html", "plan.json", "form.json", "model.safetensors")
@@ -61,18 +60,10 @@ def opened(path: Path, recipe_yaml: str, difference: Callable[[str], str], *, ov
     if path.exists() and not path.is_dir():
         msg = f"out must be a folder. Got the file {path}."
         raise UsageError(msg)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK).open("w")
-    except OSError as error:
-        msg = f"out must be a writable folder. Got {path}: {error.strerror}."
-        raise ResourceError(msg) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            msg = f"a run folder must have one owner. {path} is in use by another process. Wait for it, or choose another --out."
-            raise ResourceError(msg) from error
+    held = (
+        f"a run folder must have one owner. {path} is in use by another process. Wait for it, or choose another --out."
+    )
+    with locked(path / LOCK, writable="out must be a writable folder", held=held):
         _claim(path, recipe_yaml, difference, overwrite)
         sweep_stale(path)
         (path / STEPS).mkdir(exist_ok=True)

@@ -132,16 +132,16 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         elif kind == "weighted" and is_float(args[0]) and is_constant(args[1]):
             at_end = node in self.ends and self.end_bits is not None
             activation = self._activation(self.end_bits) if at_end and self.end_bits else self.activation
-            _put(node, {args[0]: activation, args[1]: self._weight_of(node)}, self._output(node, name))
+            _put(node, {args[0]: activation, args[1]: self._weight_of(node)}, self._output(node))
         elif (
             kind in ("binary", "matmul")
             and len(args) == 2
             and all(is_float(a) for a in args)
             and not _scales_by_weight(name, args)
         ):
-            _put(node, dict.fromkeys(args, self.activation), self._output(node, ""))
+            _put(node, dict.fromkeys(args, self.activation), self._output(node))
         elif kind == "lookup" and is_float(args[0]):
-            _put(node, {args[0]: self.activation}, self._output(node, ""))
+            _put(node, {args[0]: self.activation}, self._output(node))
 
     def _idle_fusion(self, node: fx.Node) -> bool:
         """An activation function between two ops in float: codes there would cost and gain nothing."""
@@ -163,12 +163,10 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
     def _stays_float(self, node: fx.Node) -> bool:
         return bool(self.float_layers) and matches(layer_names(node), self.float_layers)
 
-    def _output(self, node: fx.Node, name: str) -> Any:
-        """None where the next op is fused, and behind a last linear layer, whose kernel can return float."""
+    def _output(self, node: fx.Node) -> Any:
+        """None where the next op is fused."""
         users = list(node.users)
         if len(users) == 1 and op_name(users[0]) in self.target.fusions:
-            return None
-        if name == "linear" and self.target.float_end and all(_reaches_output(u) for u in users):
             return None
         return self.activation
 
@@ -301,10 +299,6 @@ def _wants(user: fx.Node, node: fx.Node) -> bool:
 def _scales_by_weight(name: str, args: list[Any]) -> bool:
     """Layer scale: one weight per channel over orders of magnitude does not survive one scale for all."""
     return name.startswith("mul") and any(is_constant(a) for a in args)
-
-
-def _reaches_output(node: fx.Node) -> bool:
-    return node.op == "output" or (op_name(node) in ("view", "reshape") and all(_reaches_output(u) for u in node.users))
 
 
 def _pad_value(node: fx.Node) -> Any:

@@ -37,8 +37,6 @@ class Target:
     """What these extras bring, by the name under which it is imported."""
     float_results: tuple[str, ...] = ()
     """Ops that can return float from codes, which they do where nothing reads codes, through views of them too; "*" is all."""
-    float_end: bool = True
-    """Whether the int8 kernel of a last linear layer can return float, where others cannot."""
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Op → smallest and largest value of its result, where its int8 kernel has one scale and takes no other."""
     environment: tuple[str, ...] = ()
@@ -154,7 +152,6 @@ TARGETS: Mapping[str, Target] = {
         suffix=".pte",
         extras=(),
         modules=(),
-        float_end=False,
         environment=("torch==2.13.0", "executorch==1.5.1"),
         own_modules=("executorch.exir", "executorch.runtime"),
     ),
@@ -169,7 +166,6 @@ TARGETS: Mapping[str, Target] = {
         suffix=".tflite",
         extras=(),
         modules=(),
-        float_end=False,
         fixed=_LITERT_FIXED,
         environment=("torch==2.13.0", "litert-torch==0.10.0", "ai-edge-quantizer==0.10.0", "ai-edge-litert==2.3.0"),
         own_modules=("litert_torch", "ai_edge_quantizer", "ai_edge_litert.interpreter"),
