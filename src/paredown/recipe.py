@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from paredown.errors import RejectedError, UsageError
-from paredown.recipe_fields import Base, Bounds, DenseTwin, Measure, Prune, Quantize, Recover, Strict
+from paredown.recipe_fields import Base, Bounds, CurveGrid, DenseTwin, Measure, Prune, Quantize, Recover, Strict
 from paredown.strict_yaml import read_yaml
 from paredown.target import named
 
@@ -66,6 +66,8 @@ class Recipe(Strict):
     dense_twin: DenseTwin = DenseTwin()
     measure: Measure = Measure()
     budget: Bounds = Bounds()
+    curve: CurveGrid | None = None
+    """Amounts × methods × schedules × seeds of `paredown curve`; the other commands leave it aside."""
 
     _folder: Path | None = PrivateAttr(default=None)
 
@@ -100,7 +102,10 @@ class Recipe(Strict):
         return str(yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True, width=1000))
 
     def _plain(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", by_alias=True)
+        plain = self.model_dump(mode="json", by_alias=True)
+        if self.curve is None:  # most recipes have none: theirs stay as they are
+            del plain["curve"]
+        return plain
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from paredown.budget import Budget
+from paredown.budget import Budget, parse_latency
 from paredown.granularity import Granularity
 
 
@@ -16,6 +16,13 @@ def _amount(value: Any, info: ValidationInfo) -> Any:
         return None
     name = str(info.field_name)
     return getattr(Budget(**{name: value}), name)
+
+
+def _latency(value: Any) -> Any:
+    """A fraction, or a text with its unit."""
+    if value is not None:
+        parse_latency(value)
+    return value
 
 
 class Strict(BaseModel):
@@ -217,13 +224,183 @@ class Measure(Strict):
 
 
 class Bounds(Strict):
-    """What the recommended file must keep; a bound that does not hold ends with exit code 5 (metric) or 4."""
+    """What the recommended file must keep, and what is searched for; exit code 4 where it cannot be met, 5 for the metric.
+
+    Where the model is foreseen to miss an amount after prune.levels (which may be empty), one more level is searched that
+    meets it: the file is exported, measured, and the search corrected by what it measured.
+    """
 
     metric_loss: Annotated[float | int | None, BeforeValidator(_amount)] = None
     """Largest loss of the metric against the dense FP32 file, in the metric's own unit."""
+    channels: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction of the channels of each space that remains. Without prune.levels; stands alone among the amounts."""
+    parameters: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction (or number, an integer ≥ 2) of the dense parameters."""
+    macs: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction (or number) of the dense multiply-accumulates of one sample (FLOPs = 2 × MACs)."""
+    density: Annotated[float | int | None, BeforeValidator(_amount)] = None
+    """Fraction (or number) of weights that are not zero: a mask. Without prune.levels; stands alone among the amounts."""
     size_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
     """Fraction of the dense file's bytes, or bytes, or a text such as "30 MB" (10⁶) or "30 MiB" (2²⁰)."""
+    latency: Annotated[float | str | None, BeforeValidator(_latency)] = None
+    """Median latency of one sample on this machine, on the runtime of `target` with measure.threads: a fraction of the dense FP32
+    file timed in the same turns, or a text such as "12 ms"."""
     latency_ms: Annotated[float | int | None, BeforeValidator(_amount)] = None
-    """Median latency of one sample on this machine, milliseconds."""
+    """The same, milliseconds."""
     peak_ram_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
     """Peak memory of the process that runs the file: bytes, or a text such as "200 MB"."""
+    allocation: Literal["uniform", "global", "sensitivity", "greedy", "knapsack"] = "knapsack"
+    """How the searched level spreads over the spaces, as in prune.allocation."""
+    rounds: int = Field(default=6, ge=0, le=50)
+    """Files that are exported and measured in a search at most; 0 turns the search off: the bounds are only looked at."""
+
+    @model_validator(mode="after")
+    def _one_latency(self) -> Bounds:
+        if self.latency is not None and self.latency_ms is not None:
+            msg = f"budget must give latency or latency_ms. Got both, {self.latency!r} and {self.latency_ms!r}."
+            raise ValueError(msg)
+        alone = [n for n in ("channels", "density") if getattr(self, n) is not None]
+        others = [n for n in (*SEARCHED, "channels", "density") if getattr(self, n) is not None and n not in alone[:1]]
+        if alone and others:
+            msg = f"budget.{alone[0]} must stand alone among the amounts. Got it with {', '.join(others)}."
+            raise ValueError(msg)
+        return self
+
+
+SEARCHED = ("parameters", "macs", "size_bytes", "latency", "latency_ms", "peak_ram_bytes")
+"""Keys of a budget that a search meets."""
+
+
+class Method(Strict):
+    """One way of pruning on a curve: what of `prune` it changes. A text alone names a criterion."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=60)
+    """Of its line; null: the criterion and whatever else is given."""
+    criterion: str | None = Field(default=None, min_length=1, max_length=40)
+    """As in prune."""
+    allocation: Literal["uniform", "global", "erk", "sensitivity", "greedy", "knapsack"] | None = None
+    """As in prune."""
+    granularity: str | None = Field(default=None, max_length=40)
+    """As in prune."""
+    regularize: Literal["none", "growing", "slimming"] | None = None
+    """As in prune."""
+    update: Literal["none", "obs"] | None = None
+    """As in prune."""
+    reconstruct: bool | None = None
+    """As in prune."""
+    factorize: Literal["svd", "asvd", "svd_llm", "spatial_svd", "tucker2"] | None = None
+    """Low rank instead of removal, at every level."""
+
+    @property
+    def label(self) -> str:
+        """What its line is called."""
+        given = self.model_dump(exclude_none=True, exclude={"name"})
+        own = {"reconstruct": "reconstruct" if self.reconstruct else "no reconstruction"}
+        return self.name or ", ".join(str(own.get(k, v)) for k, v in given.items()) or "as the recipe"
+
+
+class Controls(Strict):
+    """What pruning must beat, at the same amounts and seeds."""
+
+    kinds: tuple[Literal["scratch", "thin", "random"], ...] = ("scratch", "thin", "random")
+    """scratch: the pruned shape from fresh weights, trained as long as base and recovery together; thin: a dense network of
+    equal MACs, every layer narrowed alike, trained as long; random: the same pruning and recovery by a random criterion."""
+    amounts: tuple[float, ...] | None = None
+    """At which amounts of the curve; null: at all of them."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Training of scratch and thin where the task cannot repeat the training of its base; null: as long as the recovery. The
+    verdict is then not comparable."""
+
+
+def _memory(value: Any) -> Any:
+    return Budget(peak_ram_bytes=value).peak_ram_bytes if isinstance(value, str) else value
+
+
+class Trial(Strict):
+    """What one trial may take; beyond it the trial is marked and the others go on."""
+
+    seconds: float | None = Field(default=None, gt=0)
+    """Time; null: no limit."""
+    memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=1)
+    """Resident memory of its processes: bytes, or a text such as "4 GB"; null: no limit. Needs Linux."""
+
+
+def _fraction(amount: Any) -> Any:
+    """One amount of a curve."""
+    rule = "an amount must be a fraction in (0, 1): what remains"
+    if isinstance(amount, str):
+        msg = f"{rule}. Got the text {amount!r}.{' Write 25 % as 0.25.' if '%' in amount else ''}"
+        raise ValueError(msg)
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
+        hint = {0: " Nothing would remain.", 1: " That is the dense model, which is always on the curve."}
+        msg = f"{rule}. Got {amount!r}.{hint.get(amount, '') if isinstance(amount, int | float) else ''}"
+        raise ValueError(msg)
+    return amount
+
+
+def _method(method: Any) -> Any:
+    return {"criterion": method} if isinstance(method, str) else method
+
+
+class CurveGrid(Strict):
+    """amounts × methods × schedules × seeds, for `paredown curve`."""
+
+    amounts: tuple[Annotated[float, BeforeValidator(_fraction)], ...] = Field(max_length=1000)
+    """Fractions that remain, in (0, 1). The dense model is always on the curve."""
+    by: Literal["channels", "parameters", "macs", "density"] | None = None
+    """What the amounts are of; null: density for masks, else channels."""
+    methods: tuple[Annotated[Method, BeforeValidator(_method)], ...] = Field(default=(Method(),), max_length=100)
+    """Criteria, or what else of `prune` differs; without it the recipe's own."""
+    schedules: tuple[
+        Literal["one-shot", "multi-level", "iterative", "gradual", "lottery", "rigl", "set", "from-scratch"], ...
+    ] = ("one-shot",)
+    """one-shot; multi-level: two levels with recovery between them; iterative: `rounds` of them (for masks the schedule of that
+    name); gradual, lottery, rigl, set: masks only; from-scratch: chosen on fresh weights, trained as long as base and
+    recovery together."""
+    rounds: int = Field(default=4, ge=2, le=100)
+    """Of iterative. All levels together train for recover.epochs."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(0, 1, 2), max_length=1000)
+    """Each trains (or loads) a base of its own; with one seed no interval is available."""
+    limit: float | None = Field(default=None, ge=0)
+    """Largest loss of the metric against the dense file, in the metric's own unit (points, where that is %), on held-out
+    training data. null: the point farthest from the chord of the mean curve."""
+    axis: Literal["sparsity", "parameters", "bytes", "macs", "latency"] = "sparsity"
+    """What a reduction is one of, for the choice; the report draws all that were measured."""
+    latency: bool = False
+    """Time every file, in turns with the dense one. Trials then run one at a time, unless --processes says otherwise."""
+    controls: Controls = Controls()
+    trial: Trial = Trial()
+
+    @field_validator("limit", mode="before")
+    @classmethod
+    def _in_its_unit(cls, limit: Any) -> Any:
+        if isinstance(limit, str):
+            msg = f"limit must be a number in the metric's own unit, as METRIC of the task declares it; for a metric in % these are points. Got {limit!r}."
+            raise ValueError(msg)
+        return limit
+
+    @model_validator(mode="after")
+    def _each_once(self) -> CurveGrid:
+        named = {
+            "amounts": self.amounts,
+            "methods": [m.label for m in self.methods],
+            "schedules": self.schedules,
+            "seeds": self.seeds,
+            "controls.kinds": self.controls.kinds,
+        }
+        for key, values in named.items():
+            if not values and key != "controls.kinds":
+                msg = f"curve.{key} must hold at least one. Got none: the grid is empty."
+                raise ValueError(msg)
+            twice = sorted({str(v) for v in values if list(values).count(v) > 1})
+            if twice:
+                msg = f"curve.{key} must give each cell once. Got {', '.join(twice)} more than once."
+                raise ValueError(msg)
+        strange = [a for a in self.controls.amounts or () if a not in self.amounts]
+        if strange:
+            msg = f"curve.controls.amounts must be among curve.amounts {list(self.amounts)}. Got {strange}."
+            raise ValueError(msg)
+        if self.axis == "latency" and not self.latency:
+            msg = "curve.axis latency must come with curve.latency: true, which times every file. Got false."
+            raise ValueError(msg)
+        return self
