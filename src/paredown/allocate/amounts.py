@@ -73,8 +73,6 @@ class Amounts:
 
     def _latency(self, counts: Counts | Floats) -> Floats:
         assert self.latency is not None  # a budget in milliseconds is refused without a table
-        total = np.full(counts.shape[:-1], self.latency.rest_ms, dtype=np.float64)
-        for number, name in enumerate(self.names):
-            if name in self.latency.by_space:
-                total = total + self.latency.of(name, counts[..., number])
-        return np.asarray(total)
+        units = dict(zip(self.names, self.meter.units.tolist(), strict=True))
+        kept = {name: counts[..., number] for number, name in enumerate(self.names)}
+        return np.broadcast_to(self.latency.total(units, kept), counts.shape[:-1])

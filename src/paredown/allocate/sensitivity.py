@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from paredown.allocate.latency import LayerLatency
 from paredown.errors import UsageError
 from paredown.records import Badge
 
@@ -105,8 +106,18 @@ class Latency:
     assumed to get faster. The sum is *estimated* even where its parts are measured: layers share caches and threads.
     """
 
-    by_space: Mapping[str, Mapping[int, float]]
+    by_space: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     rest_ms: float = 0.0
+    layers: tuple[LayerLatency, ...] = ()
+    """Tables of layers, by the channels that they write and read: two spaces meet in one layer."""
+    scale: float = 1.0
+    """What the layers' sum is multiplied by: what files of this network said (search.latency_model)."""
+
+    def total(self, units: Mapping[str, int], kept: Mapping[str, NDArray[np.int64] | Floats]) -> Floats:
+        """Milliseconds of all for the counts that each space keeps, of any one shape."""
+        parts = [np.asarray(self.of(name, kept[name])) for name in self.by_space]
+        parts += [self.scale * layer.of(units, kept) for layer in self.layers]
+        return np.asarray(sum(parts, np.asarray(self.rest_ms)))
 
     def of(self, name: str, kept: ArrayLike) -> Floats:
         """Milliseconds of one space at any counts."""
@@ -126,6 +137,11 @@ class Latency:
             bad = [v for v in (*points.values(), self.rest_ms) if not math.isfinite(v) or v < 0]
             if bad:
                 msg = f"milliseconds must be numbers ≥ 0. Got {bad[0]} for {name}."
+                raise UsageError(msg)
+        for layer in self.layers:
+            unknown = [n for n in (*layer.writes.per, *layer.reads.per) if n not in units]
+            if unknown:
+                msg = f"a latency table must name spaces of the coupling. Got {unknown[0]!r} in the layer {layer.name}."
                 raise UsageError(msg)
 
 

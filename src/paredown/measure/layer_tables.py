@@ -1,0 +1,160 @@
+"""Times of layers on this machine, measured in the real runtime and kept in the user's cache: each shape is timed once.
+
+One folder per processor, runtime with its version, number of threads and number type, under PAREDOWN_LATENCY or
+~/.cache/paredown/latency; one line per shape as soon as it is known, so that a stopped measurement goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paredown.errors import UsageError
+from paredown.measure.latency import readings
+from paredown.measure.layer_files import LayerShape, Scheme, feed_for, write_layer
+from paredown.measure.machine import machine, machine_text
+from paredown.records import Measured, Record, append, read, write_text
+
+FOLDER = "PAREDOWN_LATENCY"
+"""The variable that moves the folder of all times."""
+RUNS, SECONDS, AT_ONCE = 25, 1.5, 36
+RUNTIMES = {"onnxruntime-x86": "onnxruntime", "onnxruntime-arm": "onnxruntime", "openvino-x86": "openvino"}
+"""Targets whose layers can be timed here, and the runtime that does it."""
+PROTOCOL = f"lower quartile of at most {RUNS} readings in turns with the other shapes of the layer, one sample"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What runs a layer: times of one setting say nothing of another."""
+
+    target: str = "onnxruntime-x86"
+    threads: int = 1
+    scheme: Scheme = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.target not in RUNTIMES:
+            msg = f"layers can be timed for {', '.join(RUNTIMES)}. Got {self.target!r}, whose files run elsewhere: give a budget of macs, and measure on the device."
+            raise UsageError(msg)
+        if isinstance(self.threads, bool) or self.threads < 1:
+            msg = f"threads must be ≥ 1. Got {self.threads!r}."
+            raise UsageError(msg)
+
+    def described(self) -> dict[str, Any]:
+        """The key of the cache: processor, runtime and version, threads, number type."""
+        facts, runtime = machine(), RUNTIMES[self.target]
+        return {
+            "cpu": facts["cpu"],
+            "isa": facts["isa"],
+            "runtime": runtime,
+            "version": importlib.metadata.version(runtime),
+            "threads": self.threads,
+            "dtype": self.scheme,
+        }
+
+    @property
+    def folder(self) -> Path:
+        """Where its times are kept."""
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        top = Path(os.environ.get(FOLDER) or Path(cache) / "paredown" / "latency").expanduser()
+        described = self.described()
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        return top / f"{described['runtime']}-{self.scheme}-{self.threads}t-{digest}"
+
+
+def layer_times(
+    groups: Iterable[Sequence[LayerShape]],
+    setting: Setting,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[LayerShape, Measured]:
+    """Milliseconds of every shape, one sample, measured in the runtime; known ones from the cache.
+
+    The shapes of one group (a layer at several numbers of channels) are timed in turns, so that a change of the machine's
+    load meets all of them. `progress` gets (shapes known, shapes in all) after each group. Raises UsageError (target,
+    threads), MissingError (the runtime), ResourceError (the cache cannot be written).
+    """
+    wanted = [list(dict.fromkeys(group)) for group in groups]
+    known = cached(setting)
+    total, where = len({s for group in wanted for s in group}), machine_text()
+    mine = setting.folder / f"{os.getpid()}.jsonl"
+    for group in wanted:
+        missing = [s for s in group if s not in known]
+        for start in range(0, len(missing), AT_ONCE):
+            found = _timed(missing[start : start + AT_ONCE], setting, where)
+            _keep(mine, setting, found)
+            known |= found
+        if progress is not None:
+            progress(len({s for g in wanted for s in g if s in known}), total)
+    return {s: known[s] for group in wanted for s in group}
+
+
+def cached(setting: Setting) -> dict[LayerShape, Measured]:
+    """What was measured before in this setting; lines that cannot be right are left out, and measured again."""
+    known: dict[LayerShape, Measured] = {}
+    for file in sorted(setting.folder.glob("*.jsonl")):
+        for record in _whole_lines(file):
+            shape, time = _shape(record.cell), record.measured.get("latency_ms")
+            if shape is not None and time is not None and time.value is not None and 0 < time.value < 1e7:
+                known[shape] = time
+    return known
+
+
+def _whole_lines(file: Path) -> list[Record]:
+    try:
+        return read(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # damaged by hand or disk: a cache may be lost
+
+
+def _shape(cell: Mapping[str, Any]) -> LayerShape | None:
+    try:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in cell["layer"].items()}
+        return LayerShape(**fields)
+    except (KeyError, TypeError, AttributeError, UsageError):
+        return None
+
+
+def _keep(file: Path, setting: Setting, found: Mapping[LayerShape, Measured]) -> None:
+    if not file.parent.is_dir():
+        write_text(file.parent / "setting.json", json.dumps(setting.described(), indent=1) + "\n")
+    for shape, time in found.items():
+        append(file, Record(cell={"stage": "layer latency", "layer": shape.described()}, measured={"latency_ms": time}))
+
+
+def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> dict[LayerShape, Measured]:
+    """All of them in turns."""
+    if not shapes:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="paredown-layers-") as folder:
+        names = [str(number) for number in range(len(shapes))]
+        files = [write_layer(s, Path(folder) / f"{n}.onnx", setting.scheme) for n, s in zip(names, shapes, strict=True)]
+        sessions = {n: _session(f, setting) for n, f in zip(names, files, strict=True)}
+        feeds = {n: feed_for(s, setting.scheme) for n, s in zip(names, shapes, strict=True)}
+        times, _ = readings(sessions, feeds, runs=RUNS, seconds=SECONDS)
+    out = {}
+    for name, shape in zip(names, shapes, strict=True):
+        low, value, high = (float(q) for q in np.percentile(times[name], (10, 25, 90)))
+        out[shape] = Measured(
+            value=value, unit="ms", low=low, high=high, n=len(times[name]), timing=True, machine=where,
+            protocol=f"{PROTOCOL}, {setting.threads} thread; low–high is the 10th–90th percentile",
+        )  # fmt: skip
+    return out
+
+
+def _session(path: Path, setting: Setting) -> Any:
+    if RUNTIMES[setting.target] == "openvino":
+        from paredown.export.openvino_session import Session
+
+        return Session(path, threads=setting.threads)
+    from paredown.export.session import open_session
+
+    return open_session(path, threads=setting.threads)

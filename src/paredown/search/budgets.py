@@ -1,0 +1,335 @@
+"""meet: tables in, plan out, measured on the exported file, and corrected by what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paredown.allocate import Latency, allocate, predict
+from paredown.budget import Budget
+from paredown.couple import Coupling
+from paredown.errors import InfeasibleError, NothingToDo, ParedownError, UsageError
+from paredown.examine import Cost
+from paredown.export import Artifact
+from paredown.measure import measure
+from paredown.plan import Plan
+from paredown.records import Measured, Record, append, read
+from paredown.score.nouns import Scores
+from paredown.search.candidates import Make, kept_units
+from paredown.search.lines import Line, fitted
+
+LATENCY = ("latency", "latency_ms")
+LIMITS = ("parameters", "macs", "size_bytes", *LATENCY, "peak_ram_bytes")
+"""Amounts that a search meets."""
+UNITS = {"parameters": "", "macs": "MAC", "size_bytes": "B", "latency": "×", "latency_ms": "ms", "peak_ram_bytes": "B"}
+AIM = {"latency": 0.975, "latency_ms": 0.975, "size_bytes": 0.998, "peak_ram_bytes": 0.98}
+"""What is aimed at, as a share of the limit: a limit is not to be missed by the noise of a clock."""
+CLOSE = {
+    "latency": 0.95,
+    "latency_ms": 0.95,
+    "size_bytes": 0.98,
+    "peak_ram_bytes": 0.9,
+    "parameters": 0.97,
+    "macs": 0.97,
+}
+"""From which share of the limit on a file is near enough to it, and the search ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One file that was made and measured."""
+
+    number: int
+    plan: Plan | None
+    foreseen: Mapping[str, float]
+    measured: Mapping[str, float]
+    holds: bool
+    why: str = ""
+    """Why there is no measurement, where the file could not be made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Met:
+    """What a search found."""
+
+    plan: Plan | None
+    """None where the file holds every limit as it is."""
+    asked: Mapping[str, float]
+    """Limits: absolute; a latency as a fraction of the dense file's."""
+    rounds: tuple[Round, ...]
+    chosen: Round
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Layer → its share of the latency of all timed layers after the plan, *estimated* by the tables."""
+
+    @property
+    def already_met(self) -> bool:
+        """Whether nothing had to be done."""
+        return self.plan is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """One search: the network, the limits, and how files are made and measured."""
+
+    coupling: Coupling
+    cost: Cost
+    scores: Scores
+    asked: Mapping[str, float]
+    make: Make
+    dense: Artifact
+    """The float32 file that a fraction refers to, and that takes turns with every file that is timed."""
+    samples: Any
+    folder: Path
+    """Where files lie while they are measured, and the journal of the rounds."""
+    table: Latency | None = None
+    bytes_per_parameter: float = 4.0
+    threads: int = 1
+    runs: int = 200
+    seconds: float = 3.0
+    rounds: int = 6
+    key: str = ""
+    """What a journalled round depends on besides its plan."""
+    say: Callable[[str], None] = lambda text: None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of allocate: allocation, sensitivity, include, exclude, floor, align, target, normalize."""
+
+    # ---------------------------------------------------------------------------------------------------- foreseeing
+
+    def x(self, name: str, plan: Plan | None) -> float:
+        """What an amount is a line of: exact counts, or the sum of the layers' times."""
+        parameters, macs = (self.cost.parameters, self.cost.macs) if plan is None else predict(
+            self.coupling, self.cost, plan
+        )  # fmt: skip
+        if name in LATENCY:
+            assert self.table is not None  # checked
+            units = {s.name: len(s) for s in self.coupling.spaces}
+            return float(self.table.total(units, kept_units(self.coupling, plan)))
+        return float(macs if name == "macs" else parameters)
+
+    def lines(self, rounds: Sequence[Round]) -> dict[str, Line]:
+        """Every amount as a line, from the files measured so far."""
+        out = {}
+        for name, limit in self.asked.items():
+            points = [(self.x(name, r.plan), r.measured[name]) for r in rounds if name in r.measured]
+            if name in ("parameters", "macs"):
+                out[name] = Line(slope=1.0, offset=0.0)
+                continue
+            x, y = points[0]
+            expected = y / max(x, 1e-12) if name in LATENCY else self.bytes_per_parameter
+            out[name] = fitted(points, near=limit, slope=expected)
+        return out
+
+    # ----------------------------------------------------------------------------------------------------- measuring
+
+    def measured(self, number: int, plan: Plan | None, foreseen: Mapping[str, float]) -> Round:
+        """The plan's file, made and measured; or as the journal has it."""
+        digest = "" if plan is None else plan.digest
+        found, why = self._known(digest), ""
+        if found is None:
+            try:
+                found = self._read(self.make(plan, self.folder / f"candidate{self.dense.path.suffix}"), plan)
+            except (UsageError, InfeasibleError, KeyboardInterrupt):
+                raise
+            except ParedownError as error:
+                found, why = {}, str(error)
+            self._keep(digest, found, why)
+        holds = bool(found) and all(found[n] <= limit for n, limit in self.asked.items())
+        return Round(number=number, plan=plan, foreseen=dict(foreseen), measured=found, holds=holds, why=why)
+
+    def _read(self, file: Artifact, plan: Plan | None) -> dict[str, float]:
+        found = measure(
+            file, self.samples, baseline=self.dense, threads=self.threads, runs=self.runs,
+            seconds=self.seconds if set(LATENCY) & self.asked.keys() else 0.1, memory="peak_ram_bytes" in self.asked,
+        )  # fmt: skip
+        values: dict[str, float] = {n: self.x(n, plan) for n in ("parameters", "macs")}
+        values["size_bytes"] = float(found["bytes"].value or 0)
+        values["latency_ms"] = float(found["latency_ms"].value or 0)
+        values["latency"] = 1 / float(found["speedup"].value or 1)
+        if "peak_memory_bytes" in found:
+            values["peak_ram_bytes"] = float(found["peak_memory_bytes"].value or 0)
+        return values
+
+    def _known(self, digest: str) -> dict[str, float] | None:
+        for record in self._journal():
+            if record.plan_digest == digest and record.cell.get("key") == self.key and record.measured:
+                return {n: float(m.value) for n, m in record.measured.items() if m.value is not None}
+        return None
+
+    def _journal(self) -> Iterator[Record]:
+        try:
+            yield from read(self.folder / "search.jsonl")
+        except (ValueError, KeyError, TypeError):
+            return  # edited by hand: what it says is measured again
+
+    def _keep(self, digest: str, found: Mapping[str, float], why: str) -> None:
+        numbers = {n: Measured(value=v, unit=UNITS[n], timing=n in LATENCY) for n, v in found.items()}
+        cell = {"stage": "search", "key": self.key}
+        append(
+            self.folder / "search.jsonl",
+            Record(cell=cell, plan_digest=digest, measured=numbers, details={"why": why} if why else {}),
+        )
+
+
+def meet(search: Search) -> Met:
+    """A plan whose exported file holds every limit, the one that gives away least.
+
+    Of the files measured so far, each amount is a line of what can be counted: bytes and memory of the parameters, milliseconds
+    of the sum of the layers' tables. The budget is turned into counts by these lines, allocated, carried out, exported and
+    measured; the lines are drawn anew through the file nearest to the limit, and so on until a file holds the limits and is
+    near to them, for `rounds` files at most.
+
+    Raises InfeasibleError where none holds, with the plan that came nearest; NothingToDo where nothing is free; UsageError.
+    """
+    _checked(search)
+    rounds = [search.measured(0, None, {})]
+    search.say(_told(search, rounds[0]))
+    if not rounds[0].measured:
+        msg = f"the network must be exportable as it is. {rounds[0].why}"
+        raise InfeasibleError(msg)
+    aims = {n: limit * AIM.get(n, 1.0) for n, limit in search.asked.items()}
+    while not _is_near(search, rounds) and len(rounds) <= search.rounds:
+        done = _next(search, rounds, aims)
+        if done is None:
+            break
+        rounds.append(done)
+        search.say(_told(search, done))
+    holding = [r for r in rounds if r.holds]
+    if not holding:
+        raise _infeasible(search, rounds)
+    chosen = min(holding, key=lambda r: (_expected(r), -search.x("parameters", r.plan)))
+    return Met(
+        plan=chosen.plan,
+        asked=dict(search.asked),
+        rounds=tuple(rounds),
+        chosen=chosen,
+        shares=layer_shares(search, chosen.plan),
+    )
+
+
+def layer_shares(search: Search, plan: Plan | None) -> dict[str, float]:
+    """Layer → its share of the milliseconds of all timed layers; layers of one name are added."""
+    if search.table is None:
+        return {}
+    units, kept = {s.name: len(s) for s in search.coupling.spaces}, kept_units(search.coupling, plan)
+    times = [(layer.name, float(layer.of(units, kept))) for layer in search.table.layers]
+    total = sum(ms for _, ms in times)
+    out: dict[str, float] = {}
+    for name, ms in times:
+        out[name] = out.get(name, 0.0) + ms / max(total, 1e-12)
+    return out
+
+
+def _checked(search: Search) -> None:
+    unknown = [n for n in search.asked if n not in LIMITS]
+    if unknown or not search.asked:
+        msg = f"a search must be given limits among {', '.join(LIMITS)}. Got {', '.join(unknown) or 'none'}."
+        raise UsageError(msg)
+    if set(LATENCY) & search.asked.keys() and search.table is None:
+        msg = "a limit of latency must come with a table of the layers' times. Got none. See search.latency_table."
+        raise UsageError(msg)
+
+
+def _is_near(search: Search, rounds: Sequence[Round]) -> bool:
+    """Whether the network holds the limits as it is, or the last file holds them and leaves little unused."""
+    last = rounds[-1]
+    if not last.holds:
+        return False
+    return last.plan is None or any(last.measured[n] >= CLOSE[n] * v for n, v in search.asked.items())
+
+
+def _next(search: Search, rounds: Sequence[Round], aims: dict[str, float]) -> Round | None:
+    """One more file; None where no other plan comes out."""
+    seen = {r.plan.digest if r.plan is not None else "" for r in rounds}
+    kept = {_kept(r.plan) for r in rounds}
+    lines = search.lines(rounds)
+    for _ in range(8):
+        plan, floored = _allocated(search, lines, aims)
+        foreseen = {n: lines[n].of(search.x(n, plan)) for n in search.asked}
+        if plan is not None and plan.digest not in seen and _kept(plan) not in kept:
+            for name in aims:  # allocation lands near its amount, above or below: an overshoot is aimed off
+                if foreseen[name] > search.asked[name]:
+                    aims[name] -= foreseen[name] - search.asked[name]
+            return search.measured(len(rounds), plan, foreseen)
+        if floored:
+            return None
+        if rounds[-1].holds:
+            return None  # the same answer again: there is none nearer to the limit
+        for name in aims:
+            aims[name] *= 0.97
+    return None
+
+
+def _kept(plan: Plan | None) -> str:
+    return "" if plan is None else repr(sorted((n, sorted(a.items())) for n, a in plan.keep.items()))
+
+
+def _allocated(search: Search, lines: Mapping[str, Line], aims: Mapping[str, float]) -> tuple[Plan | None, bool]:
+    """The plan by the lines as they are, and whether that is the least that floor and alignment allow."""
+    counts: dict[str, int] = {}
+    for name in search.asked:
+        if name in LATENCY:
+            continue
+        by = "macs" if name == "macs" else "parameters"
+        wanted = max(2, int(lines[name].inverse(aims[name])))
+        counts[by] = min(counts.get(by, wanted), wanted)
+    timed = next((n for n in search.asked if n in LATENCY), None)
+    latency, limit = None, None
+    if timed is not None:
+        assert search.table is not None  # checked
+        line = lines[timed]
+        latency = dataclasses.replace(search.table, scale=line.slope, rest_ms=max(line.offset, 0.0))
+        limit = max(aims[timed] - min(line.offset, 0.0), 1e-9)
+    budget = Budget(latency_ms=limit, **counts)
+    try:
+        plan = allocate(search.coupling, search.scores, search.cost, budget, latency=latency, **search.options)
+    except NothingToDo:
+        raise
+    except InfeasibleError as error:
+        if error.nearest is None:
+            raise
+        return error.nearest, True
+    return (plan, False) if plan.keep else (None, False)
+
+
+def _expected(found: Round) -> float:
+    made = {} if found.plan is None else found.plan.made_by
+    return float(made.get("expected_increase", 0.0))
+
+
+def _excess(search: Search, found: Round) -> float:
+    if not found.measured:
+        return float("inf")
+    return max(found.measured[n] / v for n, v in search.asked.items())
+
+
+def _infeasible(search: Search, rounds: Sequence[Round]) -> InfeasibleError:
+    best = min(rounds, key=lambda r: _excess(search, r))
+    worst = max(search.asked, key=lambda n: best.measured.get(n, float("inf")) / search.asked[n])
+    got = (
+        f"{_figure(worst, best.measured[worst])} at the nearest of {len(rounds)} files" if best.measured else "no file"
+    )
+    msg = (
+        f"{worst} must be at most {_figure(worst, search.asked[worst])}. Got {got}. "
+        "Lower prune.floor, exclude less, allow more rounds, or ask for more."
+    )
+    return InfeasibleError(msg, nearest=best.plan)
+
+
+def _figure(name: str, value: float) -> str:
+    unit = UNITS[name]
+    text = f"{value:,.0f}" if unit in ("", "B", "MAC") else f"{value:.4g}"
+    return f"{text} {unit}".strip() if unit != "×" else f"{text} × dense"
+
+
+def _told(search: Search, found: Round) -> str:
+    """One line of a round, for a person."""
+    if not found.measured:
+        return f"search {found.number}: no file: {found.why[:200]}"
+    parts = []
+    for name, limit in search.asked.items():
+        seen = f", foreseen {_figure(name, found.foreseen[name])}" if name in found.foreseen else ""
+        parts.append(f"{name} {_figure(name, found.measured[name])} measured{seen}, asked {_figure(name, limit)}")
+    return f"search {found.number}: {'; '.join(parts)}: {'holds' if found.holds else 'missed'}"

@@ -1,0 +1,172 @@
+"""Layers of a network as a latency table sees them: which shapes a layer can take, and how its axes follow the spaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paredown.allocate import Latency
+from paredown.allocate.latency import LayerLatency, Length
+from paredown.couple import Coupling
+from paredown.examine import Cost
+from paredown.examine.count import bound
+from paredown.measure.layer_files import Kind, LayerShape
+from paredown.measure.layer_tables import Setting, layer_times
+from paredown.program import Program
+
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Of an axis, where a layer is timed, if only one of its axes can shrink."""
+FEWER = (0.125, 0.25, 0.5, 0.75, 1.0)
+"""The same where both can."""
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedLayer:
+    """One layer that a table can hold: its shape now, and the lengths of its weight's axes."""
+
+    name: str
+    node: str
+    dense: LayerShape
+    writes: Length
+    reads: Length
+    """Of the weight's second axis: the channels of one group."""
+
+    def grid(self, align: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths of both axes at which the layer is timed."""
+        both = bool(self.writes.per) and bool(self.reads.per)
+        shares = FEWER if both else SHARES
+        step = math.lcm(align, self.dense.groups if self.reads.per else 1)
+        return (
+            _points(self.writes, step if self.dense.groups > 1 else align, shares),
+            _points(self.reads, align, shares),
+        )
+
+    def at(self, out_channels: int, in_channels: int) -> LayerShape:
+        """The shape with these lengths of the weight's axes; groups go with the channels where those within them stay."""
+        d, groups = self.dense, self.dense.groups
+        if groups > 1 and not self.reads.per and out_channels != d.out_channels:
+            groups = max(1, groups * out_channels // d.out_channels)
+            out_channels = groups * (d.out_channels // d.groups)
+        return LayerShape(
+            kind=d.kind, out_channels=out_channels, in_channels=in_channels * groups, positions=d.positions,
+            kernel=d.kernel, stride=d.stride, padding=d.padding, dilation=d.dilation, groups=groups,
+        )  # fmt: skip
+
+
+def timed_layers(program: Program, coupling: Coupling, cost: Cost) -> tuple[TimedLayer, ...]:
+    """The convolutions and linear layers of a network, once for each time that they are run; other ops are left out.
+
+    >>> import torch; from torch import nn; from paredown.couple import couple; from paredown.examine import examine
+    >>> from paredown.program import capture
+    >>> program = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), torch.zeros(2, 3, 8, 8))
+    >>> [(layer.name, layer.dense.macs) for layer in timed_layers(program, couple(program), examine(program))]
+    [('0', 7776), ('2', 4608)]
+    """
+    nodes = {n.name: n for n in program.eval_graph.graph.nodes}
+    found = []
+    for counted in cost.by_node:
+        node = nodes.get(counted.node)
+        if node is None or len(counted.weights) != 1:
+            continue
+        shape = _shape(node, counted.kind, counted.output_shape)
+        if shape is not None:
+            weight = counted.weights[0]
+            found.append(
+                TimedLayer(
+                    name=counted.name,
+                    node=counted.node,
+                    dense=shape,
+                    writes=_length(coupling, cost, weight, 0),
+                    reads=_length(coupling, cost, weight, 1),
+                )
+            )
+    return tuple(found)
+
+
+def latency_table(
+    program: Program,
+    coupling: Coupling,
+    cost: Cost,
+    setting: Setting,
+    *,
+    align: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Latency:
+    """Every layer's milliseconds by channels written and read, *measured* one by one in the runtime or taken from the cache.
+
+    What no table holds (additions, pools, attention) is left to the correction by whole files (`fitted`).
+    Raises what `layer_times` raises.
+    """
+    layers = timed_layers(program, coupling, cost)
+    grids = {layer.node: layer.grid(align) for layer in layers}
+    shapes = [[s for row in _shapes(layer, grids[layer.node]) for s in row] for layer in layers]
+    times = layer_times(shapes, setting, progress=progress)
+    return Latency(layers=tuple(_table(layer, grids[layer.node], times) for layer in layers))
+
+
+def _table(layer: TimedLayer, grid: tuple[tuple[int, ...], tuple[int, ...]], times: Any) -> LayerLatency:
+    ms = np.array([[float(times[s].value) for s in row] for row in _shapes(layer, grid)])
+    return LayerLatency(
+        name=layer.name, writes=layer.writes, reads=layer.reads, out_channels=grid[0], in_channels=grid[1], ms=ms
+    )
+
+
+def _shapes(layer: TimedLayer, grid: tuple[tuple[int, ...], tuple[int, ...]]) -> Iterator[list[LayerShape]]:
+    for out_channels in grid[0]:
+        yield [layer.at(out_channels, in_channels) for in_channels in grid[1]]
+
+
+def _points(length: Length, step: int, shares: tuple[float, ...]) -> tuple[int, ...]:
+    """Multiples of the step near these shares of the axis, and all of it; all of it alone where it cannot shrink."""
+    if not length.per:
+        return (length.dense,)
+    aligned = {min(max(step, round(length.dense * share / step) * step), length.dense) for share in shares}
+    return tuple(sorted(aligned | {length.dense}))
+
+
+def _length(coupling: Coupling, cost: Cost, weight: str, axis: int) -> Length:
+    per: dict[str, float] = {}
+    for space in coupling.spaces:
+        for f in space.footprints:
+            if f.parameter == weight and f.axis == axis:
+                per[space.name] = per.get(space.name, 0.0) + f.indices.shape[1]
+    return Length(dense=cost.parameter_shapes[weight][axis], per=per)
+
+
+def _shape(node: Any, kind: str, output: tuple[int, ...]) -> LayerShape | None:
+    """The shape of a node that is a layer; None of one that is not."""
+    given = bound(node)
+    weight = given.get("weight")
+    if kind not in (*CONVOLUTIONS, "linear") or weight is None:
+        return None
+    size = [int(s) for s in weight.meta["val"].shape]
+    if kind == "linear":
+        what: Kind = "linear"
+        return LayerShape(kind=what, out_channels=size[0], in_channels=size[1], positions=tuple(output[1:-1]) or (1,))
+    source = [int(s) for s in given["input"].meta["val"].shape[2:]]
+    dims = len(source)
+    padding = given.get("padding", 0)
+    if isinstance(padding, str):  # "same" and "valid"
+        return None
+    groups = int(given.get("groups") or 1)
+    return LayerShape(
+        kind="conv",
+        out_channels=size[0],
+        in_channels=size[1] * groups,
+        positions=tuple(source),
+        kernel=tuple(size[2:]),
+        stride=_each(given.get("stride", 1), dims),
+        padding=_each(padding, dims),
+        dilation=_each(given.get("dilation", 1), dims),
+        groups=groups,
+    )
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    values = [value] if isinstance(value, int) else list(value)
+    return tuple(int(v) for v in (values * dims if len(values) == 1 else values))
