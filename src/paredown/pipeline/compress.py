@@ -14,6 +14,7 @@ from paredown.budget import Budget
 from paredown.environments import python_of
 from paredown.errors import UsageError
 from paredown.measure import machine
+from paredown.pipeline.budgets import check_budget
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
 from paredown.pipeline.run import Run
@@ -149,12 +150,13 @@ def _run(
     if target.environment:
         python_of(target)  # now, not after hours of training
     check_ways(recipe, task)
+    check_budget(recipe)
     threads = torch.get_num_threads()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
         with (
-            opened(out, recipe.to_yaml(), lambda there: _difference(there, recipe), overwrite=overwrite) as folder,
+            opened(out, recipe.to_yaml(), lambda there: difference(there, recipe), overwrite=overwrite) as folder,
             display(quiet=quiet) as shown,
         ):
             return run_stages(_context(recipe, task, model, given, folder, shown))
@@ -162,7 +164,7 @@ def _run(
         torch.set_num_threads(threads)
 
 
-def _difference(there: str, recipe: Recipe) -> str:
+def difference(there: str, recipe: Recipe) -> str:
     """How the recipe in a run folder differs from the one asked for; "" where it does not."""
     if there == recipe.to_yaml():
         return ""
@@ -181,13 +183,18 @@ def _context(
         weights_given=given,
         model=model,
         environment={
-            "versions": {name: _version(name) for name in _VERSIONS},
+            "versions": versions(),
             "machine": machine(),
             "threads": torch.get_num_threads(),
             "seed": recipe.seed,
             "device": recipe.device,
         },
     )
+
+
+def versions() -> dict[str, str | None]:
+    """What a result depends on, by name; None where it is not installed."""
+    return {name: _version(name) for name in _VERSIONS}
 
 
 def _version(name: str) -> str | None:

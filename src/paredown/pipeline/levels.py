@@ -27,9 +27,18 @@ from paredown.train.task import seed_all
 
 
 def one_level(
-    run: Run, number: int, level: Level, program: Program, before: Pruned | None, teacher: nn.Module
+    run: Run,
+    number: int,
+    level: Level,
+    program: Program,
+    before: Pruned | None,
+    teacher: nn.Module,
+    given: Plan | None = None,
 ) -> tuple[Pruned, dict[str, Any]] | None:
-    """Prune with proof and train. Returns the result and what to record; None where the level is met already."""
+    """Prune with proof and train. Returns the result and what to record; None where the level is met already.
+
+    A plan that is `given` was found by a search, and is carried out as it is.
+    """
     recipe = run.recipe
     way = Way(
         recipe=recipe, task=run.task, level=level, number=number, weights_given=run.weights_given,
@@ -37,11 +46,12 @@ def one_level(
     )  # fmt: skip
     run.say(f"level {number}: look at the model")
     here = Here.of(program, before)
-    if way.in_training:
+    if way.in_training and given is None:
         tuned, history = _in_training(run, way, here, before or program, teacher)
         return tuned, {**_told(way, here, tuned, tuned.plan), "history": history}
-    run.say(f"level {number}: score, allocate")
-    plan = way.plan(here)
+    if given is None:
+        run.say(f"level {number}: score, allocate")
+    plan = way.plan(here) if given is None else given
     if plan.made_by.get("already_met"):
         return None
     run.say(f"level {number}: prune and prove")

@@ -20,6 +20,7 @@ from paredown.export import Artifact, Check, check, export, predictor
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.measure.quality import keep_values
 from paredown.pipeline import verdict as verdicts
+from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, key_of
 from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run, random_note
@@ -63,7 +64,7 @@ def run_stages(run: Run) -> Compressed:
     """All stages of one run, in order."""
     recipe, task = run.recipe, run.task
     roles = check_roles(task)
-    dense = _base(run)
+    dense = base_of(run)
     program = capture(dense, task.inputs())
     _stage_examine(run, program, roles.warnings)
     _stage_float(run, 1, "dense", "Dense FP32", program, None, {})
@@ -74,6 +75,7 @@ def run_stages(run: Run) -> Compressed:
             tuned, details = done
             title = f"Pruned, level {number}, FP32"
             _stage_float(run, 10 + number, f"level-{number}", title, tuned, tuned.plan, details)
+    tuned = _for_the_budget(run, program, tuned, dense)
     last: Program | Pruned = tuned or program
     quantized = _quantized(run, last, dense)
     _stage_int8(run, 50, "int8", "INT8", quantized, tuned)
@@ -95,10 +97,28 @@ def run_stages(run: Run) -> Compressed:
     return result
 
 
+def _for_the_budget(run: Run, program: Program, tuned: Pruned | None, dense: nn.Module) -> Pruned | None:
+    """One more level, where the budget asks for more than the recipe's levels gave."""
+    number = len(run.recipe.prune.levels) + 1
+    found = searched(run, number, program, tuned)
+    if found is None:
+        return tuned
+    run.dense["search"] = found.told
+    if found.level is None:
+        return tuned
+    done = one_level(run, number, found.level, program, tuned, dense, found.plan)
+    if done is None:
+        return tuned
+    pruned, details = done
+    title = "Pruned for the budget, FP32"
+    _stage_float(run, 10 + number, f"level-{number}", title, pruned, pruned.plan, {**details, "search": found.told})
+    return pruned
+
+
 # ---------------------------------------------------------------------------------------------------- dense and levels
 
 
-def _base(run: Run) -> nn.Module:
+def base_of(run: Run) -> nn.Module:
     """The trained dense model: the user's, with weights where given, or trained by the task's own `base`."""
     run.say("load the model")
     seed_all(run.recipe.seed)
@@ -111,7 +131,7 @@ def _base(run: Run) -> nn.Module:
         "progress": lambda p: run.on_training("train the base", p),
     }
     asked = run.recipe.base.model_dump(exclude_none=True)
-    refused = asked.keys() - _accepted(run.task.base, asked).keys()
+    refused = asked.keys() - accepted(run.task.base, asked).keys()
     if refused:
         msg = f"base.{min(refused)} must be an option of the task's base function. Got {asked[min(refused)]!r}, which it does not take."
         raise UsageError(msg)
@@ -119,7 +139,7 @@ def _base(run: Run) -> nn.Module:
     kept = _kept_base(run, key)
     if kept is not None:
         return kept
-    trained = run.task.base(**_accepted(run.task.base, options), **asked)
+    trained = run.task.base(**accepted(run.task.base, options), **asked)
     state = {n: t.detach().contiguous().clone() for n, t in trained.state_dict().items()}
     with whole_file(run.folder.steps / "base-trained.safetensors") as temporary:
         save_file(state, temporary, metadata={"key": key})
@@ -141,7 +161,7 @@ def _kept_base(run: Run, key: str) -> nn.Module | None:
     return model.eval()
 
 
-def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a user's function takes."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -188,7 +208,7 @@ def _stage_float(
     if name == "dense":
         run.dense["artifact"] = artifact
         if "values" not in run.dense:  # the stage was there already
-            run.dense["values"] = _metric(run, predictor(artifact))
+            run.dense["values"] = metric_of(run, predictor(artifact))
 
 
 def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantized, tuned: Pruned | None) -> None:
@@ -198,7 +218,7 @@ def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantize
 
     def make() -> Record:
         checked = check(artifact, quantized, run.task.calibration_batches)
-        simulated = _metric(run, predictor(quantized))
+        simulated = metric_of(run, predictor(quantized))
         details: dict[str, Any] = {"notes": list(quantized.notes)}
         if tuned is not None:
             details |= {"realiser": tuned.realiser, "proof": dataclasses.asdict(tuned.proof)}
@@ -244,7 +264,7 @@ def _measured(
         runs=options.runs,
         seconds=options.seconds,
     )
-    values = _metric(run, predictor(artifact))
+    values = metric_of(run, predictor(artifact))
     if values.ndim:
         keep_values(run.folder.path, name, values)
     if name == "dense":
@@ -290,7 +310,7 @@ def _stripped(artifact: Artifact) -> Measured:
     return Measured(value=model.ByteSize() + sides, unit="B", protocol="serialised again without metadata")
 
 
-def _metric(run: Run, predict: Any) -> Any:
+def metric_of(run: Run, predict: Any) -> Any:
     """The task's metric on its test data: one value, or one per sample."""
     found = evaluated(run.task.evaluate, predict)
     name = run.task.metric.name
@@ -375,7 +395,7 @@ def _twin(run: Run, last: Program | Pruned) -> None:
         "checkpoint": run.folder.steps / "twin.safetensors",
         "progress": lambda p: run.on_training("train the dense twin", p),
     }
-    twin = run.task.twin(sum(p.numel() for p in module.parameters()), **_accepted(run.task.twin, options))
+    twin = run.task.twin(sum(p.numel() for p in module.parameters()), **accepted(run.task.twin, options))
     quantized = _quantized(run, capture(twin, run.task.inputs(), train=False), None)
     _stage_int8(run, 60, "twin-int8", "Equal-size dense network, INT8", quantized, None)
 
@@ -389,7 +409,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
     run.folder.write_records()
     records = read(run.folder.path / "records.jsonl")
     by_stage = {str(r.cell["stage"]): r for r in records if r.cell["stage"] != "verdict"}
-    bounds = verdicts.bounds(run, by_stage["int8"], by_stage["dense"])
+    bounds = verdicts.bounds(run, by_stage)
     met = all(b["met"] for b in bounds)
     # Nothing in here is drawn from timings, so that two runs give the same verdict; the report adds what they say.
     otherwise = verdicts.fallback(run, by_stage)
@@ -400,6 +420,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
         "target_met": met if bounds else None,
         "metric": dataclasses.asdict(run.task.metric),
         "bounds": bounds,
+        **({"search": run.dense["search"]} if "search" in run.dense else {}),
         "not_tested": verdicts.not_tested(by_stage),
         "normalisation": run.task.normalisation,
         "input": input_of(program),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from paredown.budget import parse_latency
 from paredown.errors import GateError, InfeasibleError
 from paredown.records import Record
 
@@ -12,9 +13,11 @@ if TYPE_CHECKING:  # stages runs the verdict
     from paredown.pipeline.run import Run
 
 
-def bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
-    """Every bound of the recipe's budget, with what was measured."""
-    given = run.recipe.budget.model_dump(exclude_none=True)
+def bounds(run: Run, by_stage: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """Every bound of the recipe's budget, with what was measured of the INT8 file, or counted in the last float one."""
+    int8, dense = by_stage["int8"], by_stage["dense"]
+    last = [r for n, r in by_stage.items() if n.startswith("level-")] or [dense]
+    given = _limits(run.recipe.budget.model_dump(exclude_none=True), dense, int8)
     sign = 1.0 if run.task.metric.goal == "max" else -1.0
     values = {
         "metric_loss": (
@@ -22,7 +25,10 @@ def bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
             run.task.metric.unit,
         ),
         "size_bytes": (int8.measured["bytes"].value, "B"),
+        "latency": (int8.measured["latency_ms"].value, "ms"),
         "latency_ms": (int8.measured["latency_ms"].value, "ms"),
+        "parameters": (last[-1].measured["parameters"].value, ""),
+        "macs": (last[-1].measured["macs"].value, "MAC"),
         "peak_ram_bytes": (int8.measured["peak_memory_bytes"].value, "B"),
     }
     out = []
@@ -30,7 +36,7 @@ def bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
         if what not in values:
             continue
         value, unit = values[what]
-        limit = bound * (dense.measured["bytes"].value or 0) if what == "size_bytes" and bound < 1 else bound
+        limit = bound
         met = value is not None and value <= limit + 1e-9
         out.append(
             {
@@ -41,9 +47,22 @@ def bounds(run: Run, int8: Record, dense: Record) -> list[dict[str, Any]]:
                 "margin": limit - (value or 0),
                 "met": met,
                 "badge": "measured",
-                "timing": what in ("latency_ms", "peak_ram_bytes"),
+                "timing": what in ("latency", "latency_ms", "peak_ram_bytes"),
             }
         )
+    return out
+
+
+def _limits(given: Mapping[str, Any], dense: Record, int8: Record) -> dict[str, float]:
+    """Bounds as absolute numbers: fractions are of the dense file; a latency's, as it was timed in the same turns."""
+    whole = {n: dense.measured[k].value or 0 for n, k in (("size_bytes", "bytes"), ("parameters",) * 2, ("macs",) * 2)}
+    out = {}
+    for what, bound in given.items():
+        if what == "latency":
+            beside = int8.measured["baseline_latency_ms"].value or 0.0
+            out[what] = parse_latency(bound) if isinstance(bound, str) else bound * beside
+        else:
+            out[what] = bound * whole[what] if what in whole and isinstance(bound, float) else bound
     return out
 
 

@@ -133,12 +133,12 @@ class Way:
         if self.cut.kind == "layer":
             return self._modules(here)
         asked = self.recipe.prune
-        scores = self._scores(here)
+        scores = self.scores(here)
         plan = allocate(
             here.coupling, scores, here.cost, self._amount(here), target=self.recipe.target,
             allocation=asked.allocation, normalize=asked.normalize, include=asked.include, exclude=asked.exclude,
             floor=asked.floor, align=None if self.cut.masked else asked.align,
-            sensitivity=self._sensitivity(here, scores) if asked.allocation in MEASURED else None,
+            sensitivity=self.sensitivity(here, scores) if asked.allocation in MEASURED else None,
         )  # fmt: skip
         update = {"update": {"verb": asked.update, **asked.update_options}} if self.updates else {}
         return dataclasses.replace(plan, made_by={**plan.made_by, **update})
@@ -200,7 +200,7 @@ class Way:
         left = total - sum(here.masks[n].kept.size - here.masks[n].num_kept for n in names if n in here.masks)
         return asked * left / total
 
-    def _scores(self, here: Here) -> Scores:
+    def scores(self, here: Here) -> Scores:
         """Scores of the table; weights that earlier levels took are below all others, whatever the criterion."""
         recipe, asked = self.recipe, self.recipe.prune
         options: dict[str, Any] = dict(asked.criterion_options)
@@ -218,7 +218,7 @@ class Way:
         kept = {n: gone.get(n, np.ones(here.cost.parameter_shapes[n], np.bool_)) for n in scores.by_cell}
         return dataclasses.replace(scores, by_cell=below_the_living(scores.by_cell, kept, self.cut))
 
-    def _sensitivity(self, here: Here, scores: Scores) -> Any:
+    def sensitivity(self, here: Here, scores: Scores) -> Any:
         """How far the outputs move on calibration inputs, measured for each space or weight alone; kept as it comes."""
         asked = self.recipe.prune
         return sensitivity(

@@ -1,0 +1,216 @@
+"""The recipe's budget as a level: what no level of the recipe reaches is searched for, on files that are measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from paredown.allocate.request import MEASURED
+from paredown.budget import parse_latency
+from paredown.errors import InfeasibleError, UsageError
+from paredown.examine import examine
+from paredown.measure.layer_tables import Setting
+from paredown.pipeline.folder import file_digest, key_of
+from paredown.pipeline.run import Run
+from paredown.pipeline.ways import Here, Way
+from paredown.plan import Plan
+from paredown.program import Program
+from paredown.prune import Pruned
+from paredown.recipe import Recipe
+from paredown.recipe_fields import SEARCHED, Level
+from paredown.records import write_text
+from paredown.score import TABLE
+from paredown.search.budgets import LATENCY, Met, Round, Search, meet
+from paredown.search.candidates import maker
+from paredown.search.layers import latency_table
+
+ALONE = ("channels", "density")
+"""Amounts that a level takes as they are: counting is all that they need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """What a budget adds to the levels of a recipe."""
+
+    level: Level | None
+    """None where the budget is met already."""
+    plan: Plan | None = None
+    """What the search found; None where the level's amount is allocated as that of any level."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """For the records: limits, rounds, shares of the layers."""
+
+
+def check_budget(recipe: Recipe) -> None:
+    """The budget's keys fit the recipe; raises UsageError before any work."""
+    bounds = recipe.budget
+    given = bounds.model_dump(exclude_none=True)
+    alone = [n for n in ALONE if n in given]
+    if alone and recipe.prune.levels:
+        msg = f"budget.{alone[0]} must come without prune.levels, which say it level by level. Got both. Set prune.levels to []."
+        raise UsageError(msg)
+    asked = [n for n in SEARCHED if n in given]
+    if not asked or not bounds.rounds or recipe.prune.levels:
+        return
+    granularity = recipe.prune.granularity
+    if granularity not in ("channel", "head"):
+        msg = f"budget.{asked[0]} must be met by channels or heads. Got prune.granularity {granularity!r}: masks change neither bytes nor latency. Give budget.density, or prune.levels."
+        raise UsageError(msg)
+    if recipe.prune.criterion not in TABLE:
+        msg = f"a budget that is searched must have a criterion of the table ({', '.join(TABLE)}). Got {recipe.prune.criterion!r}, which is learnt in a training."
+        raise UsageError(msg)
+    if set(LATENCY) & set(asked):
+        Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.scheme)
+
+
+def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> Searched | None:
+    """What is still to be done for the budget after the recipe's levels; None where it asks for nothing that is searched.
+
+    Raises InfeasibleError with the nearest plan where no file holds the budget and the recipe has no levels of its own; with
+    levels the run goes on, and its verdict says what was missed.
+    """
+    recipe, bounds = run.recipe, run.recipe.budget
+    if bounds.rounds and not recipe.prune.levels and (bounds.channels is not None or bounds.density is not None):
+        plain = recipe.prune.granularity == "channel" and bounds.density is not None
+        level = Level(channels=bounds.channels, density=bounds.density, granularity="element" if plain else None)
+        return Searched(level=level)
+    asked = limits(run, program)
+    if not asked or not bounds.rounds or (tuned is not None and tuned.plan.masks) or not _by_units(recipe):
+        return None
+    kept = _kept(run, number, asked, program, tuned)
+    if kept is not None:
+        return kept
+    try:
+        found = _found(run, number, asked, program, tuned)
+    except InfeasibleError as error:
+        if not recipe.prune.levels:
+            raise
+        run.say(f"budget: {error}")
+        return None
+    result = _as_level(found, run)
+    _keep(run, number, asked, program, tuned, result)
+    return result
+
+
+def limits(run: Run, program: Program) -> dict[str, float]:
+    """The amounts that are searched, absolute; a latency as a fraction of the dense file's stays one."""
+    bounds, cost, dense = run.recipe.budget, examine(program), run.dense["artifact"]
+    whole = {"parameters": cost.parameters, "macs": cost.macs, "size_bytes": dense.size_bytes}
+    out: dict[str, float] = {}
+    for name in SEARCHED:
+        value = getattr(bounds, name)
+        if name == "latency" and isinstance(value, str):
+            out["latency_ms"] = parse_latency(value)
+        elif value is not None:
+            relative = name in whole and isinstance(value, float)
+            out[name] = float(value * whole[name] if relative else value)
+    return out
+
+
+def _by_units(recipe: Recipe) -> bool:
+    return recipe.prune.granularity in ("channel", "head") and recipe.prune.criterion in TABLE
+
+
+def _found(run: Run, number: int, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> Met:
+    recipe, bounds = run.recipe, run.recipe.budget
+    run.say(f"budget: search for {', '.join(asked)}")
+    here = Here.of(program, tuned)
+    way = Way(
+        recipe=recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"allocation": bounds.allocation})}),
+        task=run.task, level=Level(parameters=0.5), number=number, weights_given=run.weights_given, steps=run.folder.steps,
+    )  # fmt: skip
+    return meet(search_of(run, way, here, asked))
+
+
+def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Search:
+    """The search for a run's limits from where its levels have come."""
+    recipe, bounds, asked_of = run.recipe, run.recipe.budget, run.recipe.prune
+    table = None
+    if set(LATENCY) & asked.keys():
+        setting = Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.scheme)
+        run.say("budget: time the layers")
+        table = latency_table(here.program, here.coupling, here.cost, setting, align=_align(recipe))
+    scores = way.scores(here)
+    measured = bounds.allocation in MEASURED
+    folder = run.folder.steps / f"search-{way.number}"
+    folder.mkdir(exist_ok=True)
+    return Search(
+        coupling=here.coupling, cost=here.cost, scores=scores, asked=asked, table=table,
+        make=maker(
+            here.program, target=recipe.target, scheme=recipe.quantize.scheme, calibrate=run.task.calibration_batches,
+            float_layers=recipe.quantize.float_layers, seed=recipe.seed,
+        ),
+        dense=run.dense["artifact"], samples=run.task.calibration_batches, folder=folder, bytes_per_parameter=1.0,
+        threads=recipe.measure.threads, runs=recipe.measure.runs, seconds=recipe.measure.seconds, rounds=bounds.rounds,
+        key=key_of(recipe.digest, here.program.source_digest, run.environment), say=run.say,
+        options={
+            "target": recipe.target, "allocation": bounds.allocation, "normalize": asked_of.normalize,
+            "include": asked_of.include, "exclude": asked_of.exclude, "floor": asked_of.floor, "align": asked_of.align,
+            "sensitivity": way.sensitivity(here, scores) if measured else None,
+        },
+    )  # fmt: skip
+
+
+def _align(recipe: Recipe) -> int:
+    from paredown.target import named
+
+    return recipe.prune.align or named(recipe.target).alignment
+
+
+def _as_level(found: Met, run: Run) -> Searched:
+    told = {
+        "asked": dict(found.asked),
+        "rounds": [_round(r) for r in found.rounds],
+        "chosen": found.chosen.number,
+        "shares": dict(found.shares),
+        "already_met": found.already_met,
+    }
+    if found.plan is None:
+        run.say("budget: met already, nothing leaves")
+        return Searched(level=None, told=told)
+    return Searched(level=Level(parameters=int(found.chosen.measured["parameters"])), plan=found.plan, told=told)
+
+
+def _round(found: Round) -> dict[str, Any]:
+    return {
+        "number": found.number, "foreseen": dict(found.foreseen), "measured": dict(found.measured), "holds": found.holds,
+        "why": found.why, "plan_digest": None if found.plan is None else found.plan.digest,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def _key(run: Run, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> str:
+    plan = None if tuned is None else tuned.plan.digest
+    dense = file_digest(run.dense["artifact"].path)
+    return key_of(run.recipe.digest, program.source_digest, plan, dense, dict(asked), run.environment)
+
+
+def _kept(run: Run, number: int, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> Searched | None:
+    """What an earlier attempt found: a search reads a clock, and would find another plan the second time."""
+    file = run.folder.steps / f"search-{number}.json"
+    if not file.exists():
+        return None
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if known["key"] != _key(run, asked, program, tuned):
+        return None
+    plan = None if known["plan"] is None else Plan.from_json(known["plan"])
+    level = None if known["level"] is None else Level(**known["level"])
+    return Searched(level=level, plan=plan, told=known["told"])
+
+
+def _keep(
+    run: Run, number: int, asked: Mapping[str, float], program: Program, tuned: Pruned | None, result: Searched
+) -> None:
+    known = {
+        "key": _key(run, asked, program, tuned),
+        "plan": None if result.plan is None else result.plan.to_json(),
+        "level": None if result.level is None else result.level.model_dump(exclude_none=True),
+        "told": result.told,
+    }
+    write_text(run.folder.steps / f"search-{number}.json", json.dumps(known, sort_keys=True) + "\n")
+
+
+__all__ = ["ALONE", "Searched", "check_budget", "limits", "search_of", "searched"]
