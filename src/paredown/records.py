@@ -62,10 +62,33 @@ class Record:
 
 def append(path: Path, record: Record) -> None:
     """Append one record and flush it to disk."""
+    append_line(path, record.to_json())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a journal; it is on the disk when this returns."""
     with _explained(path), path.open("a", encoding="utf-8") as file:
-        file.write(record.to_json() + "\n")
+        file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that a kill left unfinished: the next one would be written behind it."""
+    if not path.exists():
+        return
+    with _explained(path), path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:  # backwards, a block at a time
+            start = max(0, end - 65_536)
+            file.seek(start)
+            at = file.read(end - start).rfind(b"\n")
+            if at >= 0:
+                end = start + at + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
 
 
 def read(path: Path) -> list[Record]:

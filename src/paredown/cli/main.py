@@ -32,6 +32,7 @@ COMMANDS = {
     "paredown.cli.compress:compress": "Take a trained model to a proven, measured INT8 file with a report; the same command continues a killed run.",
     "paredown.cli.couple:couple": "Which channels must live or die together, which are pinned and why, and the ops without a rule.",
     "paredown.cli.coverage:coverage": "Capture, couple, cut and prove each model in a process of its own; resumable; exit 6 where a result is unproven.",
+    "paredown.cli.curve:curve": "Amounts × methods × schedules × seeds with dense controls: the curve, its sweet spot, and whether pruning paid.",
     "paredown.cli.doctor:doctor": "Explain this environment: versions, processor, runtimes, what is broken and how to fix it.",
     "paredown.cli.examine:examine": "Parameters, MACs, bytes and activation memory, per layer and in total; MODEL may be an .onnx file too.",
     "paredown.cli.quantize:export": "Write a file in floating point, and check it in its runtime on the example input.",

@@ -151,6 +151,22 @@ def base(
     raise GateError(msg)
 
 
+def scratch(
+    model: nn.Module,
+    *,
+    epochs: int = EPOCHS,
+    extra_epochs: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """A given network, of whatever widths, trained as `base` is and `extra_epochs` longer."""
+    return _train(
+        model, epochs=epochs + extra_epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint
+    )
+
+
 def twin(
     parameters: int,
     *,

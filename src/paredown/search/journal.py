@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from paredown.program import Program
-from paredown.records import Measured, Record, append, read
+from paredown.records import Measured, Record, append, mend, read
 from paredown.score.nouns import Scores
 from paredown.search.value import Value
 
@@ -35,7 +35,7 @@ class Journal:
         self._key = _key(program, scores, value, batch_norm, seed, repair) if path is not None else ""
         self._known: dict[tuple[str, int], float] = {}
         if path is not None and path.exists():
-            _mend(path)
+            mend(path)
             for record in read(path):
                 number = record.measured.get("increase")
                 if record.cell.get("key") == self._key and number is not None and number.value is not None:
@@ -59,14 +59,6 @@ class Journal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         cell = {"stage": "sensitivity", "key": self._key, "name": name, "kept": kept, "of": of}
         append(self._path, Record(cell=cell, measured={"increase": number}, details={"why": why} if why else {}))
-
-
-def _mend(path: Path) -> None:
-    """Cut off a last line that a kill left unfinished: the next one would be written behind it."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _key(program: Program, scores: Scores, value: Value, batch_norm: Any, seed: int, repair: bool) -> str:

@@ -76,6 +76,8 @@ class Task:
     """The metric on `choose_batches`, where `evaluate` takes `batches`."""
     base: Callable[..., nn.Module] | None = None
     """`base(seed=…, device=…, progress=…, checkpoint=…)` trains the model first, where no trained weights exist."""
+    scratch: Callable[..., nn.Module] | None = None
+    """`scratch(model, extra_epochs=…, seed=…)` trains a given untrained model as `base` does, and longer; of any widths."""
     twin: Callable[..., nn.Module] | None = None
     """`twin(parameters, seed=…)`: an untrained dense model of about that many parameters, to compare with."""
     normalisation: str = ""
@@ -84,7 +86,7 @@ class Task:
 
 
 _REQUIRED = ("model", "inputs", "calibration_batches", "evaluate")
-_OPTIONAL = ("test_batches", "train_batches", "step", "train", "optimizer", "choose_batches", "base", "twin")
+_OPTIONAL = ("test_batches", "train_batches", "step", "train", "optimizer", "choose_batches", "base", "scratch", "twin")
 
 
 def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> Task:
@@ -92,7 +94,7 @@ def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> T
 
     Required: `model`, `inputs`, `calibration_batches`, `evaluate`, `METRIC = {"name", "unit", "goal"}`, and either
     `train_batches` with `step`, or `train`. An `evaluate(predict, batches)` gets `test_batches()`; it then also
-    serves `choose_batches()`. Optional: `batch_inputs`, `optimizer`, `base`, `twin`, `NORMALISATION`.
+    serves `choose_batches()`. Optional: `batch_inputs`, `optimizer`, `base`, `scratch`, `twin`, `NORMALISATION`.
 
     Raises UsageError (a function or METRIC is missing or malformed, or one needs `data` and there is none).
     """

@@ -1,0 +1,561 @@
+"""Curve: from the records of a sweep to lines with intervals, the Pareto front, the sweet spot and the dense verdict.
+
+A record of a trial: cell = {"kind", "method", "schedule", "amount", "seed", "digest"}; measured "held_out" and "metric" (the
+same on test data), "bytes", "parameters", "nonzero_parameters", "macs", "effective_macs", "latency_ms". Choices are made on
+held-out data alone; what a choice is worth is said on test data.
+
+Intervals are over seeds: bootstrap of the mean, percentiles expanded for small n (Hesterberg 2015, "What teachers should know
+about the bootstrap", section 4.4: α' = Φ(√(n/(n-1)) · t_{α, n-1})). Up to 6 seeds all resamples are enumerated, so nothing is drawn;
+beyond, 4,000 with seed 0. With 3 seeds it is the range of the seeds; with one there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paredown.records import Record
+
+Floats = NDArray[np.float64]
+Axis = Literal["sparsity", "parameters", "bytes", "macs", "latency"]
+AXES: dict[Axis, str] = {
+    "sparsity": "nonzero_parameters",
+    "parameters": "parameters",
+    "bytes": "bytes",
+    "macs": "macs",
+    "latency": "latency_ms",
+}
+"""Axis to the figure whose share that left is drawn."""
+CONTROLS = {
+    "scratch": "the same shape from scratch",
+    "thin": "a uniformly thinner dense network",
+    "random": "a random criterion",
+}
+ENUMERATED = 6
+"""Seeds up to which every resample is looked at."""
+DRAWN = 4_000
+ALIKE = 0.05
+"""Share by which MACs may differ in a comparison."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over seeds with its 95 % interval; `low` and `high` are None where there is only one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """All seeds of one kind, method, schedule and amount."""
+
+    kind: str
+    method: str
+    schedule: str
+    amount: float | None
+    """What remains, as the recipe says it; None for the dense model."""
+    seeds: tuple[int, ...]
+    """With a result."""
+    failed: tuple[Mapping[str, Any], ...] = ()
+    """Trials without one: {seed, status, reason, tail}."""
+    digests: tuple[str, ...] = ()
+    """Cells, in the order of the seeds."""
+    removed: Mapping[str, float]
+    """Axis to the mean share of the dense model that left, in %."""
+    absolute: Mapping[str, float]
+    """Axis to the mean figure."""
+    held_out: Mapping[int, float]
+    """By seed; empty where the task has no held-out data."""
+    test: Mapping[int, float]
+    loss: Mapping[int, float]
+    """What the metric lost against the dense model of the same seed, on held-out data; positive is worse."""
+    effective_macs: float
+    steps: float | None
+    """Training steps of it alone, mean; those of its base come on top where it has one."""
+    not_comparable: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every seed has a result: only such a point may be chosen."""
+        return not self.failed and bool(self.seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One method and schedule, or one control: its points by what was removed, the dense model first."""
+
+    name: str
+    kind: str
+    method: str
+    schedule: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweetSpot:
+    """What the rule chose, and why. `point` is None where it chose nothing."""
+
+    rule: Literal["limit", "chord"]
+    axis: Axis
+    line: str
+    point: Point | None
+    removed: float | None
+    low: float | None
+    high: float | None
+    """95 % interval of `removed`: the rule applied to resampled seeds."""
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A pruned point against a control at the same amount, on test data; `gain` is positive where pruning is better."""
+
+    line: str
+    amount: float
+    control: str
+    gain: Interval
+    comparable: bool
+    why: str
+    """Why not, where it is not."""
+    held_out_of_control: float | None
+    sentence: str
+
+
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of the seeds with its two-sided bootstrap interval.
+
+    >>> interval([1.0, 2.0, 6.0])
+    Interval(mean=3.0, low=1.0, high=6.0, n=3)
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return Interval(mean=float(x.mean()), low=None, high=None, n=len(x))
+    half = (1 + confidence) / 2
+    return Interval(mean=float(x.mean()), low=-_bound(-x, half), high=_bound(x, half), n=len(x))
+
+
+def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | None:
+    """One-sided upper bound of the mean over seeds; None for one seed.
+
+    >>> upper_bound([0.1, 0.2, 0.6])
+    0.6
+    """
+    x = np.asarray(values, dtype=np.float64)
+    return None if len(x) < 2 else _bound(x, confidence)
+
+
+def _bound(x: Floats, confidence: float) -> float:
+    picks, weights = resamples(len(x))
+    # A mean over seeds can be off the seeds' own values by rounding: three times 0.1 is not 0.3.
+    means = np.clip(picks @ x / len(x), x.min(), x.max())
+    return _quantile(means, weights, expanded(confidence, len(x)))
+
+
+def _quantile(values: Floats, weights: Floats, share: float) -> float:
+    """The smallest value below or at which `share` of the weight lies."""
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order])
+    at = int(np.searchsorted(reached, share * (1 - 1e-12)))
+    return float(values[order][min(at, len(values) - 1)])
+
+
+@functools.cache
+def resamples(n: int) -> tuple[Floats, Floats]:
+    """(how often each of n seeds is in a resample [resamples, n], probability of each).
+
+    >>> resamples(2)[0].tolist(), resamples(2)[1].tolist()
+    ([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]], [0.25, 0.5, 0.25])
+    """
+    if n > ENUMERATED:
+        drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWN)
+        return drawn.astype(np.float64), np.full(DRAWN, 1 / DRAWN)
+    counts = [
+        [combination.count(i) for i in range(n)] for combination in itertools.combinations_with_replacement(range(n), n)
+    ]
+    ways = [math.factorial(n) / math.prod(math.factorial(c) for c in row) for row in counts]
+    return np.asarray(counts, dtype=np.float64), np.asarray(ways) / n**n
+
+
+def expanded(confidence: float, n: int) -> float:
+    """The percentile that is taken for a one-sided confidence with n seeds: Φ(√(n/(n-1)) · t).
+
+    >>> round(expanded(0.95, 5), 4), round(expanded(0.95, 1000), 3)
+    (0.9914, 0.95)
+    """
+    return NormalDist().cdf(math.sqrt(n / (n - 1)) * student_t(confidence, n - 1))
+
+
+@functools.cache
+def student_t(share: float, freedom: int) -> float:
+    """Quantile of Student's t for a share ≥ ½, by bisection on its distribution function.
+
+    >>> round(student_t(0.95, 2), 4), round(student_t(0.975, 9), 4)
+    (2.92, 2.2622)
+    """
+    low, high = 0.0, 1.0
+    while _student_cdf(high, freedom) < share:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_cdf(middle, freedom) < share else (low, middle)
+    return (low + high) / 2
+
+
+def _student_cdf(t: float, freedom: int) -> float:
+    """P(T ≤ t), t ≥ 0, by the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sin, cos = math.sin(angle), math.cos(angle)
+    odd = freedom % 2 == 1
+    term, total = (cos, cos) if odd else (1.0, 1.0)
+    for k in range(3 if odd else 2, freedom - 1, 2):
+        term *= cos * cos * (k - 1) / k
+        total += term
+    area = 2 * angle / math.pi if freedom == 1 else 2 / math.pi * (angle + sin * total) if odd else sin * total
+    return 0.5 + area / 2
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+
+
+def lines(records: Sequence[Record], *, goal: str, failed: Sequence[Mapping[str, Any]] = ()) -> tuple[Line, ...]:
+    """The lines of a sweep: those that prune in their order, then the controls; each begins with the dense model.
+
+    `failed` are the trials without a record, {kind, method, schedule, amount, seed, status, reason, tail}; they mark their
+    points. `goal` is "max" or "min" of the metric.
+    """
+    bases = {int(r.cell["seed"]): r for r in records if r.cell["kind"] == "base"}
+    done: dict[_Place, list[Record]] = {}
+    lost: dict[_Place, list[Mapping[str, Any]]] = {}
+    for record in records:
+        done.setdefault(_place(record.cell), []).append(record)
+    for told in failed:
+        lost.setdefault(_place(told), []).append(told)
+    points: dict[tuple[str, str, str], list[Point]] = {}
+    dense = None
+    for place in dict.fromkeys((*done, *lost)):
+        point = _point(place, done.get(place, []), lost.get(place, []), bases, goal)
+        if point.kind == "base":
+            dense = point
+        else:
+            points.setdefault(place[:3], []).append(point)
+    found = []
+    for (kind, method, schedule), own in points.items():
+        own.sort(key=lambda p: (p.removed.get("sparsity", math.inf), -(p.amount or 0)))
+        name = CONTROLS.get(kind, f"{method} {schedule}")
+        whole = own if dense is None else [dense, *own]
+        found.append(Line(name=name, kind=kind, method=method, schedule=schedule, points=tuple(whole)))
+    return tuple(sorted(found, key=lambda line: [*CONTROLS].index(line.kind) if line.kind in CONTROLS else -1))
+
+
+_Place = tuple[str, str, str, float | None]
+
+
+def _place(cell: Mapping[str, Any]) -> _Place:
+    return cell["kind"], cell["method"], cell["schedule"], cell["amount"]
+
+
+def _point(
+    place: _Place, records: list[Record], lost: list[Mapping[str, Any]], bases: Mapping[int, Record], goal: str
+) -> Point:
+    records = sorted(records, key=lambda r: int(r.cell["seed"]))
+    with_base = [(r, bases[int(r.cell["seed"])]) for r in records if int(r.cell["seed"]) in bases]
+    sign = 1.0 if goal == "max" else -1.0
+    removed, absolute = {}, {}
+    for axis, name in AXES.items():
+        pairs = [(_value(r, name), _value(b, name)) for r, b in with_base]
+        if pairs and all(a is not None and b for a, b in pairs):
+            removed[axis] = float(np.mean([100 * (1 - (a or 0) / (b or 1)) for a, b in pairs]))
+            absolute[axis] = float(np.mean([a for a, _ in pairs if a is not None]))
+    kind, method, schedule, amount = place
+    steps = [sum(int(e) * int(s) for e, s in t.values()) for r in records if (t := r.details.get("training"))]
+    return Point(
+        kind=kind, method=method, schedule=schedule, amount=amount, failed=tuple(lost), removed=removed, absolute=absolute,
+        seeds=tuple(int(r.cell["seed"]) for r in records), digests=tuple(str(r.cell["digest"]) for r in records),
+        held_out=_by_seed(records, "held_out"), test=_by_seed(records, "metric"),
+        loss={
+            int(r.cell["seed"]): sign * (before - after)
+            for r, b in with_base
+            if (after := _value(r, "held_out")) is not None and (before := _value(b, "held_out")) is not None
+        },
+        effective_macs=float(np.mean([_value(r, "effective_macs") or 0 for r in records])) if records else math.nan,
+        steps=float(np.mean(steps)) if steps and len(steps) == len(records) else None,
+        not_comparable=next((str(w) for r in records if (w := r.details.get("not_comparable"))), ""),
+    )  # fmt: skip
+
+
+def _by_seed(records: list[Record], name: str) -> dict[int, float]:
+    found = {int(r.cell["seed"]): _value(r, name) for r in records}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _value(record: Record, name: str) -> float | None:
+    found = record.measured.get(name)
+    return None if found is None or found.value is None else float(found.value)
+
+
+def pareto(points: Sequence[Point], axis: Axis, *, goal: str) -> tuple[Point, ...]:
+    """The complete points that no other one beats in both: more removed, and the better mean on held-out data.
+
+    Without held-out data the test data stand in: a front chooses nothing. In the order of what was removed.
+    """
+    sign = 1.0 if goal == "max" else -1.0
+    every = [(p.removed[axis], sign * quality(p), p) for p in points if p.complete and axis in p.removed]
+    every.sort(key=lambda t: (-t[0], -t[1]))
+    front: list[Point] = []
+    best = -math.inf
+    for _, good, point in every:
+        if good > best:
+            front.append(point)
+            best = good
+    return tuple(reversed(front))
+
+
+def quality(point: Point) -> float:
+    """Mean over seeds on held-out data, or on test data where there are none."""
+    return float(np.mean([*(point.held_out or point.test).values()]))
+
+
+# ---------------------------------------------------------------------------------------------------------- sweet spot
+
+
+def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: str = "") -> SweetSpot:
+    """The rule on every line that prunes, on held-out data; of several lines the one that comes furthest.
+
+    With `limit`: the largest reduction whose one-sided 95 % bound on the loss is at most that. Without: the point farthest
+    above the chord of the mean curve, from the dense model to the point with most removed, both axes scaled to 0–1; a
+    point below the chord is no sweet spot. Points where a seed has no result are not chosen.
+    """
+    rule: Literal["limit", "chord"] = "chord" if limit is None else "limit"
+    best: tuple[float, Line, list[Point], Floats, int] | None = None
+    seen = 0
+    for line in found:
+        points = [p for p in line.points if p.complete and axis in p.removed and p.loss]
+        if line.kind in CONTROLS or len(points) < 2:
+            continue
+        seen += 1
+        x = np.asarray([p.removed[axis] for p in points])
+        loss = np.asarray([[p.loss[seed] for seed in points[0].seeds] for p in points])
+        at, merit = _chosen(x, loss, limit)
+        if at is not None and (best is None or merit > best[0]):
+            best = (merit, line, points, loss, at)
+    if best is None:
+        nothing = _nothing(seen, found, limit, unit)
+        return SweetSpot(rule=rule, axis=axis, line="", point=None, removed=None, low=None, high=None, sentence=nothing)
+    _, line, points, loss, at = best
+    x = np.asarray([p.removed[axis] for p in points])
+    low, high = _spread(x, loss, limit)
+    return SweetSpot(
+        rule=rule, axis=axis, line=line.name, point=points[at], removed=float(x[at]), low=low, high=high,
+        sentence=_why(line, points[at], axis, loss[at], (low, high), limit, unit),
+    )  # fmt: skip
+
+
+def _chosen(x: Floats, loss: Floats, limit: float | None) -> tuple[int | None, float]:
+    """Index of the point that the rule takes, and by how much it stands out; `loss` is [points, seeds]."""
+    if limit is not None:
+        within = [i for i, row in enumerate(loss) if i and _within(row, limit)]
+        at = max(within, key=lambda i: (x[i], -float(loss[i].mean())), default=None)
+        return at, float("-inf") if at is None else float(x[at])
+    distances = chord_distances(x, -loss.mean(axis=1))
+    at = int(np.argmax(distances))
+    if distances[at] > 0:
+        return at, float(distances[at])
+    flat = float(np.ptp(loss.mean(axis=1))) == 0.0
+    return (int(np.argmax(x)), 0.0) if flat and len(x) > 1 else (None, float("-inf"))
+
+
+def _within(loss: Floats, limit: float) -> bool:
+    bound = upper_bound([*map(float, loss)])
+    return bound is not None and bound <= limit + 1e-9
+
+
+def chord_distances(x: Floats, y: Floats) -> Floats:
+    """Distance above the chord from the point with the least x to that with the most, both axes scaled to 0–1.
+
+    d = ((y - y₀)(x₁ - x₀) - (x - x₀)(y₁ - y₀)) / √((x₁ - x₀)² + (y₁ - y₀)²); negative below the chord.
+
+    >>> chord_distances(np.array([0.0, 50.0, 100.0]), np.array([9.0, 9.0, 5.0])).round(3).tolist()
+    [0.0, 0.354, 0.0]
+    """
+    u, v = _scaled(x), _scaled(y)
+    first, last = int(np.argmin(x)), int(np.argmax(x))
+    across, up = u[last] - u[first], v[last] - v[first]
+    length = math.hypot(across, up)
+    if length == 0:
+        return np.zeros(len(u))
+    distances: Floats = ((v - v[first]) * across - (u - u[first]) * up) / length
+    return np.where(np.abs(distances) < 1e-12, 0.0, distances)
+
+
+def _scaled(values: Floats) -> Floats:
+    span = float(np.ptp(values))
+    return (values - values.min()) / span if span > 0 else np.zeros(len(values))
+
+
+def _spread(x: Floats, loss: Floats, limit: float | None) -> tuple[float | None, float | None]:
+    """95 % interval of the chosen reduction: the rule on resampled seeds, 0 where it then chooses nothing."""
+    n = loss.shape[1]
+    if n < 2:
+        return None, None
+    picks, weights = resamples(n)
+    picks, weights = (picks, weights) if n <= ENUMERATED else (picks[:400], np.full(400, 1 / 400))
+    took = []
+    for row in picks:
+        at, _ = _chosen(x, np.repeat(loss, row.astype(int), axis=1), limit)
+        took.append(0.0 if at is None else float(x[at]))
+    values = np.asarray(took)
+    return -_quantile(-values, weights, 0.975), _quantile(values, weights, 0.975)
+
+
+def _nothing(seen: int, found: Sequence[Line], limit: float | None, unit: str) -> str:
+    prunes = [line for line in found if line.kind not in CONTROLS]
+    if not any(p.loss for line in prunes for p in line.points):
+        return "Nothing was chosen: the task has no held-out data (choose_batches), and test data choose nothing."
+    if not seen:
+        return "Nothing was chosen: no point has a result for every seed."
+    if limit is not None:
+        seeds = max(len(p.seeds) for line in prunes for p in line.points)
+        if seeds < 2:
+            return f"Nothing was chosen: with one seed there is no bound on the loss to hold against {_points(limit, unit)}."
+        return (
+            f"Nothing was chosen: no reduction has a loss whose one-sided 95 % bound is within {_points(limit, unit)}."
+        )
+    return "Nothing was chosen: no point lies above the chord, so that every reduction costs at least its share."
+
+
+def _why(
+    line: Line,
+    point: Point,
+    axis: Axis,
+    loss: Floats,
+    spread: tuple[float | None, float | None],
+    limit: float | None,
+    unit: str,
+) -> str:
+    assert point.amount is not None
+    bound = upper_bound([*map(float, loss)])
+    where = (
+        f"{line.name} with {point.removed[axis]:.1f} % of {_NOUNS[axis]} removed (the recipe's amount {point.amount:g})"
+    )
+    interval_of = (
+        "no interval: one seed"
+        if spread[0] is None
+        else f"95 % interval {spread[0]:.1f} to {spread[1]:.1f} % over {len(loss)} seeds"
+    )
+    lost = f"mean loss {_points(float(loss.mean()), unit)}"
+    if limit is None:
+        return f"{where}: the point farthest above the chord of the mean curve, both axes scaled to 0–1; {interval_of}; {lost} on held-out data."
+    return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {_points(bound or 0.0, unit)}, is within {_points(limit, unit)}; {interval_of}; {lost} on held-out data."
+
+
+_NOUNS: dict[Axis, str] = {
+    "sparsity": "the weights",
+    "parameters": "the parameters",
+    "bytes": "the file's bytes",
+    "macs": "the MACs",
+    "latency": "the latency",
+}
+
+
+def _points(value: float, unit: str) -> str:
+    said = "points" if unit == "%" else unit
+    return f"{value:.2f} {said}".rstrip()
+
+
+# -------------------------------------------------------------------------------------------------- the dense question
+
+
+def compared(found: Sequence[Line], *, goal: str, unit: str = "") -> tuple[Comparison, ...]:
+    """Every complete pruned point against every control at its amount, seed by seed, on test data."""
+    controls = {
+        (line.kind, p.amount): p for line in found if line.kind in CONTROLS for p in line.points if p.kind != "base"
+    }
+    dense = next((p for line in found for p in line.points if p.kind == "base"), None)
+    out = []
+    for line in found:
+        if line.kind != "pruned":
+            continue
+        for point in line.points:
+            for kind in CONTROLS:
+                control = controls.get((kind, point.amount))
+                if point.amount is not None and control is not None and point.complete and control.complete:
+                    out.append(_comparison(line, point, control, dense, goal, unit))
+    return tuple(out)
+
+
+def _comparison(line: Line, point: Point, control: Point, dense: Point | None, goal: str, unit: str) -> Comparison:
+    sign = 1.0 if goal == "max" else -1.0
+    gain = interval([sign * (point.test[s] - control.test[s]) for s in point.seeds if s in control.test])
+    why = control.not_comparable
+    apart = abs(control.effective_macs / point.effective_macs - 1)
+    if not why and apart > ALIKE:
+        why = f"its MACs are {100 * (control.effective_macs / point.effective_macs - 1):+.0f} % of the pruned model's"
+    whole = None if dense is None or dense.steps is None or point.steps is None else dense.steps + point.steps
+    if not why and control.kind != "random" and whole and control.steps and control.steps < (1 - ALIKE) * whole:
+        why = f"it was trained for {control.steps:,.0f} steps, base and recovery together for {whole:,.0f}"
+    held_out = float(np.mean([*control.held_out.values()])) if control.held_out else None
+    assert point.amount is not None
+    return Comparison(
+        line=line.name, amount=point.amount, control=control.kind, gain=gain, comparable=not why, why=why,
+        held_out_of_control=held_out, sentence=_verdict(control.kind, gain, why, unit),
+    )  # fmt: skip
+
+
+def _verdict(kind: str, gain: Interval, why: str, unit: str) -> str:
+    """ "pruning bought 1.2 ± 0.4 points over an equal dense model", or that it did not."""
+    rival = {
+        "scratch": "the same shape trained from scratch",
+        "thin": "a uniformly thinner dense model at equal MACs",
+        "random": "pruning by a random criterion",
+    }[kind]
+    subject = "the criterion" if kind == "random" else "pruning"
+    tail = f" Not comparable: {why}." if why else ""
+    if gain.low is None or gain.high is None:
+        more = "more" if gain.mean >= 0 else "less"
+        return f"{subject} gave {_points(abs(gain.mean), unit)} {more} than {rival}, with one seed: no interval is available.{tail}"
+    said = f"{gain.mean:.2f} ± {(gain.high - gain.low) / 2:.2f} {'points' if unit == '%' else unit}".rstrip().replace(
+        "-", "−"
+    )
+    n = f"95 % interval over {gain.n} seeds"
+    if gain.low > 0:
+        return f"{subject} bought {said} over {rival} ({n}).{tail}"
+    if gain.high < 0:
+        return f"{subject} bought nothing: it was {said.removeprefix('−')} worse than {rival} ({n}).{tail}"
+    return f"{subject} did not buy anything that shows over {rival}: {said} ({n}).{tail}"
+
+
+def dense_verdict(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str) -> str:
+    """The sentence at the sweet spot: against the better of the two dense controls, by held-out data; then the others.
+
+    Where nothing was chosen, or no control stands at its amount, the smallest amount with a control is told, and said so.
+    """
+    if not comparisons:
+        return "Not tested: no dense control has a result beside a pruned model."
+    at = spot.point.amount if spot.point is not None else None
+    own = [c for c in comparisons if c.amount == at and c.line == spot.line]
+    where = f"At the sweet spot ({at:g} remains, {spot.line})" if own else ""
+    if not own:
+        last = min(comparisons, key=lambda c: c.amount)
+        own = [c for c in comparisons if c.amount == last.amount and c.line == last.line]
+        why = "nothing was chosen" if at is None else f"no control stands at {at:g}"
+        where = f"At {last.amount:g} of {last.line} ({why})"
+    sign = 1.0 if goal == "max" else -1.0
+    dense = [c for c in own if c.control != "random"]
+    dense.sort(key=lambda c: -sign * (c.held_out_of_control if c.held_out_of_control is not None else -math.inf))
+    told = [*dense, *(c for c in own if c.control == "random")]
+    first, *others = [c.sentence for c in told]
+    return " ".join([f"{where}, {first}", *(f"{t[0].upper()}{t[1:]}" for t in others)])

@@ -1,0 +1,175 @@
+"""curve: from a recipe's grid to trials, records, the choice and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paredown.environments import python_of
+from paredown.errors import RejectedError, UsageError
+from paredown.pipeline.compress import difference, task_of, versions
+from paredown.pipeline.folder import RECORDS, opened
+from paredown.pipeline.sweep_display import Shown, sweep_display
+from paredown.pipeline.ways import check_ways
+from paredown.recipe import Recipe, load_recipe
+from paredown.records import Record, write_text
+from paredown.report.curves import curve_document, write_curve_report
+from paredown.sweep.grid import Cell, grid
+from paredown.sweep.local import Machine, Outcome, read_results, run_missing, trial_folder
+from paredown.target import named
+from paredown.train import Task
+
+WORKER = "paredown.pipeline.trial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curved:
+    """What a sweep made: `document` is that of `--json`, with lines, sweet spot and verdict."""
+
+    out: Path
+    records: tuple[Record, ...]
+    document: Mapping[str, Any]
+
+
+def curve(
+    what: str | Path | Recipe,
+    *,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    quiet: bool = False,
+    processes: int | None = None,
+    retry: bool = False,
+) -> Curved:
+    """Run what is missing of a recipe's curve, choose the sweet spot, compare with the dense controls, write the report.
+
+    Every trial is a process of its own; `processes` of them run at once (default: cores / threads of the recipe). The same
+    recipe in the same `out` continues, whatever stopped it, to the same records; `retry` runs failed trials again. Writes
+    recipe.yaml, records.jsonl, curve.json, report.html, journal.jsonl and trials/.
+
+    Raises UsageError (2: no `curve`, another recipe in `out`), RejectedError (3: no trial has a result), ResourceError (7),
+    Interrupted (130, resumable).
+    """
+    recipe = what if isinstance(what, Recipe) else load_recipe(what, list(overrides))
+    cells = grid(recipe)
+    task, _, _ = task_of(recipe)
+    check_cells(cells, task)
+    folder, found = Path(out), versions()
+    machine = machine_for(recipe, processes)
+    with opened(folder, recipe.to_yaml(), lambda there: difference(there, recipe), overwrite=overwrite):
+        with sweep_display(len(cells), quiet=quiet) as shown:
+            _say_what_is_there(shown, cells, folder, found, retry)
+            run_missing(cells, folder, found, machine, retry=retry, progress=shown.event)
+        return _told(recipe, task, cells, folder, found)
+
+
+def check_cells(cells: Sequence[Cell], task: Task) -> None:
+    """Names, options and ways of all cells, before any work; raises UsageError."""
+    target = named(cells[0].recipe.target)
+    if target.environment:
+        python_of(target)
+    seed = cells[0].seed
+    for cell in cells:
+        if cell.seed == seed and cell.kind in ("pruned", "from-scratch"):
+            check_ways(cell.recipe, task)
+        if cell.kind in ("from-scratch", "scratch", "thin") and task.train is None and task.step is None:
+            msg = "a control must have a way to train: step with train_batches, or train. Got a task with neither."
+            raise UsageError(msg)
+
+
+def machine_for(recipe: Recipe, processes: int | None) -> Machine:
+    """How trials of a recipe run here; where latency is timed, one at a time by default."""
+    assert recipe.curve is not None
+    threads, limits, gpus = recipe.threads or 1, recipe.curve.trial, _gpus(recipe.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usual = 1 if recipe.curve.latency else len(gpus) or max(1, cores // threads)
+    return Machine(
+        worker=WORKER, processes=usual if processes is None else processes, threads=threads, seconds=limits.seconds,
+        memory_bytes=limits.memory, gpus=gpus,
+    )  # fmt: skip
+
+
+def _gpus(device: str) -> tuple[str, ...]:
+    """The GPUs to share out, by their own names, where the recipe says "cuda" and not which."""
+    if device != "cuda":
+        return ()
+    import torch
+
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(seen.split(",")) if seen else tuple(map(str, range(torch.cuda.device_count())))
+
+
+def _say_what_is_there(
+    shown: Shown, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any], retry: bool
+) -> None:
+    known = read_results(cells, folder, found)
+    done = sum(o.status == "done" for o in known.values())
+    failed = 0 if retry else len(known) - done
+    if done or failed:
+        shown.there(done, failed)
+
+
+def _told(recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]) -> Curved:
+    """Records in the order of the grid, the choice, the report."""
+    known = read_results(cells, folder, found)
+    failed = [_failure(cell, known.get(cell.digest)) for cell in cells if not _done(known.get(cell.digest))]
+    records = [o.record for c in cells if (o := known.get(c.digest)) is not None and o.record is not None]
+    if not any(r.cell["kind"] == "pruned" for r in records) and not any(
+        r.cell["kind"] == "from-scratch" for r in records
+    ):
+        first = next((f["reason"] for f in failed if f["status"] != "not run"), "no trial ended")
+        msg = f"a curve must have at least one pruned model. Got none of {len(cells)} trials: {first} (see journal.jsonl in {folder}; --retry runs them again)."
+        raise RejectedError(msg)
+    head = _head(recipe, task, cells, failed, folder, found)
+    every = (head, *records)
+    write_text(folder / RECORDS, "".join(r.to_json() + "\n" for r in every))
+    document = curve_document(every)
+    import json
+
+    write_text(folder / "curve.json", json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_curve_report(folder, every)
+    return Curved(out=folder, records=every, document=document)
+
+
+def _done(outcome: Outcome | None) -> bool:
+    return outcome is not None and outcome.status == "done"
+
+
+def _failure(cell: Cell, outcome: Outcome | None) -> dict[str, Any]:
+    """A trial without a record, for the report."""
+    told = {**cell.told(), "name": cell.name}
+    if outcome is None:
+        return {**told, "status": "not run", "reason": "a trial that it needs has no result", "tail": []}
+    return {**told, "status": outcome.status, "reason": outcome.reason, "tail": list(outcome.tail)}
+
+
+def _head(
+    recipe: Recipe,
+    task: Task,
+    cells: Sequence[Cell],
+    failed: list[dict[str, Any]],
+    folder: Path,
+    found: Mapping[str, Any],
+) -> Record:
+    """The first record: what the lines are drawn from, beside the trials."""
+    assert recipe.curve is not None
+    return Record(
+        cell={
+            "stage": "curve", "title": "Curve", "recipe_digest": recipe.digest, "task": task.name, "target": recipe.target,
+        },
+        environment={"versions": dict(found)},
+        details={
+            "name": recipe.name,
+            "metric": dataclasses.asdict(task.metric),
+            "axis": recipe.curve.axis,
+            "limit": recipe.curve.limit,
+            "seeds": list(recipe.curve.seeds),
+            "cells": len(cells),
+            "failed": failed,
+            "recipes": {c.digest: str(trial_folder(Path(), c.digest, found) / "recipe.yaml") for c in cells},
+        },
+    )  # fmt: skip

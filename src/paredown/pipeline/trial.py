@@ -1,0 +1,330 @@
+"""Trial: one cell of a curve, in a process of its own: trained, exported, checked and measured by the stages of compress.
+
+What a trial reads of others lies in their folders: the base as its seed trained it, and for controls the pruned model.
+Killed at any time, the same request goes on: trainings from their checkpoints, the rest anew. `result.json` is last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paredown.allocate import allocate
+from paredown.budget import Budget
+from paredown.couple import couple
+from paredown.errors import RejectedError
+from paredown.examine import examine
+from paredown.export import Artifact, check, export, predictor
+from paredown.measure import evaluated, machine, machine_text, measure, sizes, summarize
+from paredown.pipeline.compress import task_of
+from paredown.pipeline.folder import LOCK, RunFolder, file_digest
+from paredown.pipeline.levels import one_level
+from paredown.pipeline.run import Run
+from paredown.pipeline.stages import accepted, base_of, metric_of
+from paredown.pipeline.ways import Here, Way, simulated
+from paredown.program import Program, capture
+from paredown.prune import Pruned, fresh, load_pruned, prune, save
+from paredown.recipe import Recipe, parse_recipe
+from paredown.records import Measured, Record, locked, sweep_stale, write_text
+from paredown.score import score
+from paredown.strict_yaml import read_yaml
+from paredown.sweep.local import RESULT, write_result
+from paredown.target import named
+from paredown.train import check_roles, recover
+
+Emit = Callable[[Mapping[str, Any]], None]
+LOADS = (
+    "torch._dynamo",
+    "torch.export",
+    "torch._export.non_strict_utils",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch.onnx._internal.exporter._core",
+    "sklearn.datasets",
+)
+"""What the first capture and the first export load. Only imported: a tensor would start threads, which forks lose."""
+RECIPE, TRAINING = "recipe.yaml", "training.json"
+_SAY_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One cell as a trial sees it."""
+
+    run: Run
+    kind: str
+    epochs: int | None
+    """Training of a control whose base cannot be trained again."""
+    latency: bool
+    needs: Mapping[str, Path]
+
+
+def main(request: Mapping[str, Any], emit: Emit) -> None:
+    """Do what a cell says and write result.json; `emit` tells how far it is."""
+    started, place = time.perf_counter(), Path(request["folder"])
+    held = f"a trial must have its folder to itself. {place} is in use by another process. Wait for it."
+    with locked(place / LOCK, writable="the folder of the sweep must be writable", held=held):
+        sweep_stale(place)
+        steps = place / "steps"
+        steps.mkdir(exist_ok=True)
+        beside = Path(request["beside"]) if request["beside"] else None
+        recipe = parse_recipe(read_yaml(request["cell"]["recipe"]), folder=beside)
+        write_text(place / RECIPE, request["cell"]["recipe"])
+        torch.set_num_threads(recipe.threads or 1)
+        asked = _asked(request, recipe, place, emit)
+        record = _TRIALS[asked.kind](asked)
+        spent = Measured(value=time.perf_counter() - started, unit="s", timing=True, protocol="since it was last begun")
+        told = {k: v for k, v in request["cell"].items() if k not in ("recipe", "epochs", "latency")}
+        cell = {**record.cell, **told, "recipe_digest": recipe.digest}
+        measured = {**record.measured, "seconds": spent}
+        write_result(place, dataclasses.replace(record, cell=cell, measured=measured))
+        if asked.kind != "base":  # checkpoints; those of a base serve whoever needs it
+            shutil.rmtree(steps, ignore_errors=True)
+
+
+def _asked(request: Mapping[str, Any], recipe: Recipe, place: Path, emit: Emit) -> Asked:
+    task, model, given = task_of(recipe)
+    said = [0.0]
+
+    def on_training(name: str, state: Any) -> None:
+        _note_training(place / "steps" / TRAINING, name, int(state.epochs), int(state.steps))
+        now = time.monotonic()
+        if now - said[0] > _SAY_EVERY_S:
+            said[0] = now
+            emit({"training": name, "done": state.epoch * state.steps + state.step, "of": state.epochs * state.steps})
+
+    run = Run(
+        recipe=recipe, task=task, folder=RunFolder(path=place), say=lambda text: emit({"say": text}),
+        on_training=on_training, weights_given=given, model=model,
+        environment={
+            "versions": dict(request["versions"]), "machine": machine(), "threads": recipe.threads, "seed": recipe.seed,
+            "device": recipe.device,
+        },
+    )  # fmt: skip
+    cell = request["cell"]
+    needs = {role: Path(folder) for role, folder in request["needs"].items()}
+    return Asked(run=run, kind=cell["kind"], epochs=cell["epochs"], latency=cell["latency"], needs=needs)
+
+
+def _note_training(file: Path, name: str, epochs: int, steps: int) -> None:
+    """How long a training is, on disk: one that was finished before a kill is not seen again."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if known.get(name) != [epochs, steps]:
+        write_text(file, json.dumps({**known, name: [epochs, steps]}, sort_keys=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- kinds
+
+
+def _base(asked: Asked) -> Record:
+    """The dense model of a seed: trained by the task's `base`, or as it was given."""
+    run = asked.run
+    roles = check_roles(run.task)
+    dense = base_of(run)
+    program = capture(dense, run.task.inputs())
+    details = {
+        "test_data": roles.test_digest,
+        "warnings": [*roles.warnings],
+        "trained_here": _trains_base(run),
+        "metric": dataclasses.asdict(run.task.metric),
+    }
+    return _recorded(asked, program, None, details)
+
+
+def _pruned(asked: Asked) -> Record:
+    """The levels of the recipe on the base, as compress does them; random is this by another criterion."""
+    run, dense = asked.run, _dense(asked)
+    program, tuned, details = capture(dense, run.task.inputs()), None, {}
+    for number, level in enumerate(run.recipe.prune.levels, start=1):
+        done = one_level(run, number, level, program, tuned, dense)
+        if done is not None:
+            tuned, details = done
+    if tuned is None:
+        msg = f"a trial must remove something. Got {run.recipe.prune.levels[0].model_dump(exclude_none=True)}, which the model meets as it is: fewer channels than the alignment, or nothing free."
+        raise RejectedError(msg)
+    save(tuned, run.folder.path)
+    kept = {k: details[k] for k in ("proof", "realiser", "reached", "notes") if k in details}
+    return _recorded(asked, tuned, tuned, kept)
+
+
+def _from_scratch(asked: Asked) -> Record:
+    """Chosen on fresh weights, then trained as long as base and recovery together."""
+    run = asked.run
+    recipe, program = run.recipe, capture(fresh(_dense(asked), seed=run.recipe.seed), run.task.inputs())
+    way = Way(recipe=recipe, task=run.task, level=recipe.prune.levels[0], number=1, weights_given=True)
+    here = Here.of(program, None)
+    small = way.carried_out(here, way.plan(here))
+    return _trained_anew(asked, small, recipe.recover.epochs)
+
+
+def _scratch(asked: Asked) -> Record:
+    """The shape of the pruned model (or its mask), from fresh weights."""
+    run, record = asked.run, _needed(asked, "pruned")
+    program = capture(_dense(asked), run.task.inputs())
+    small = load_pruned(asked.needs["pruned"], program)
+    anew = dataclasses.replace(small, module=fresh(small.module, seed=run.recipe.seed))
+    return _trained_anew(asked, anew, _recovery_epochs(record))
+
+
+def _thin(asked: Asked) -> Record:
+    """Every layer narrowed alike until the MACs are those of the pruned model, from fresh weights."""
+    run, record = asked.run, _needed(asked, "pruned")
+    program = capture(fresh(_dense(asked), seed=run.recipe.seed), run.task.inputs())
+    coupling, cost = couple(program), examine(program)
+    wanted = record.measured["effective_macs"].value
+    assert wanted is not None
+    scores = score(program, coupling, "random", seed=run.recipe.seed)
+    plan = allocate(
+        coupling,
+        scores,
+        cost,
+        Budget(macs=int(wanted)),
+        target=run.recipe.target,
+        allocation="uniform",
+        align=1,
+        floor=0.0,
+    )
+    small = prune(program, plan, seed=run.recipe.seed)
+    anew = dataclasses.replace(small, module=fresh(small.module, seed=run.recipe.seed))
+    return _trained_anew(asked, anew, _recovery_epochs(record))
+
+
+_TRIALS: dict[str, Callable[[Asked], Record]] = {
+    "base": _base,
+    "pruned": _pruned,
+    "random": _pruned,
+    "from-scratch": _from_scratch,
+    "scratch": _scratch,
+    "thin": _thin,
+}
+
+
+# ------------------------------------------------------------------------------------------------- what they are made of
+
+
+def _trains_base(run: Run) -> bool:
+    return run.task.base is not None and run.recipe.weights is None and run.recipe.model is None
+
+
+def _dense(asked: Asked) -> nn.Module:
+    """The base of this seed, from the folder of the trial that trained it; nothing is trained again."""
+    place = asked.needs["base"]
+    recipe = parse_recipe(read_yaml(place / RECIPE), folder=asked.run.recipe.folder)
+    run = dataclasses.replace(asked.run, recipe=recipe, folder=RunFolder(path=place), on_training=lambda *_: None)
+    return base_of(run).eval()
+
+
+def _needed(asked: Asked, role: str) -> Record:
+    return Record.from_json((asked.needs[role] / RESULT).read_text(encoding="utf-8"))
+
+
+def _recovery_epochs(record: Record) -> int:
+    """Epochs of all levels together."""
+    return sum(int(epochs) for epochs, _ in record.details["training"].values())
+
+
+def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
+    """A model of fresh weights, trained as the base was and `extra_epochs` longer, or as long as the recipe affords."""
+    run = asked.run
+    task, recipe = run.task, run.recipe
+    shared: dict[str, Any] = {
+        "step": task.step, "seed": recipe.seed, "device": recipe.device, "batch_norm_batches": recipe.recover.batch_norm_batches,
+    }  # fmt: skip
+    progress: dict[str, Any] = {"progress": lambda p: run.on_training("train from scratch", p)}
+    checkpoint: dict[str, Any] = {"checkpoint": run.folder.steps / "scratch.safetensors"}
+    scratch, why = task.scratch, ""
+    if scratch is not None and _trains_base(run):
+        options = {"seed": recipe.seed, "device": recipe.device, "extra_epochs": extra_epochs, **progress, **checkpoint}
+        options |= recipe.base.model_dump(exclude_none=True)
+        given = accepted(scratch, options)
+        tuned = recover(small, task.train_batches, train=lambda model: scratch(model, **given), **shared)
+    elif task.train is not None:
+        why = "the task's own train() is what a recovery is: how its base was trained is not known"
+        tuned = recover(small, task.train_batches, train=task.train, **shared)
+    else:
+        why = (
+            "the task has no scratch(model, …) that trains another shape as its base"
+            if _trains_base(run)
+            else "the base came trained, and its training cannot be repeated here"
+        )
+        own: dict[str, Any] = recipe.recover.model_dump(exclude={"epochs", "distil", "batch_norm_batches"})
+        own |= {} if task.optimizer is None else {"optimizer": task.optimizer}
+        epochs = max(1, asked.epochs or extra_epochs)
+        tuned = recover(
+            small, task.train_batches, epochs=epochs, distil="none", **own, **shared, **progress, **checkpoint
+        )
+    return _recorded(asked, tuned, tuned, {"not_comparable": why, "proof": dataclasses.asdict(tuned.proof)})
+
+
+def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, details: Mapping[str, Any]) -> Record:
+    """Export in float32, check in the runtime, measure on held-out and on test data."""
+    run = asked.run
+    run.say("export and check")
+    path = run.folder.path / f"model{named(run.recipe.target).suffix}"
+    artifact = export(thing, path, target=run.recipe.target)
+    program = thing if isinstance(thing, Program) else capture(thing.module, thing.program.inputs, train=False)
+    checked = check(artifact, program, run.task.calibration_batches)
+    run.say("measure")
+    where, cost, unit = machine_text(), examine(program), run.task.metric.unit
+    counted = "counted in the exported graph"
+    predict = predictor(artifact)
+    found = {
+        **sizes(artifact.files, where),
+        **_with_zeros(cost.parameters, cost.macs, tuned),
+        "parameters": Measured(value=cost.parameters, unit="", protocol=counted),
+        "macs": Measured(value=cost.macs, unit="MAC", protocol=f"{counted}, one sample"),
+        "metric": summarize(metric_of(run, predict), unit, where),
+        "held_out": Measured(value=None, unit=unit, badge="not tested", protocol="the task has no choose_batches"),
+        **(_timed(run, asked, artifact) if asked.latency else {}),
+    }
+    if run.task.choose is not None:
+        found["held_out"] = summarize(evaluated(run.task.choose, predict)[run.task.metric.name], unit, where)
+    training = run.folder.steps / TRAINING
+    kept = {
+        "file": path.name,
+        "digest": file_digest(artifact.path),
+        "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},
+        "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else {},
+        **details,
+    }
+    plan = None if tuned is None else tuned.plan.digest
+    return run.record("trial", "", plan_digest=plan, measured=found, details=kept)
+
+
+def _with_zeros(parameters: int, macs: int, tuned: Pruned | None) -> dict[str, Measured]:
+    """What is not masked, and the MACs a runtime that skips zeros would execute."""
+    found = {"nonzero_parameters": parameters, "effective_macs": macs}
+    masked = tuned is not None and bool(tuned.plan.masks)
+    if tuned is not None and masked:
+        told = simulated(tuned)
+        found = {name: told.get(name, value) for name, value in found.items()}
+    how = "less what the masks hold at zero"
+    return {
+        "nonzero_parameters": Measured(value=found["nonzero_parameters"], unit="", protocol=f"counted, {how}"),
+        "effective_macs": Measured(
+            value=found["effective_macs"], unit="MAC", protocol=how, badge="estimated" if masked else "measured"
+        ),
+    }
+
+
+def _timed(run: Run, asked: Asked, artifact: Artifact) -> dict[str, Measured]:
+    """Latency and memory, in turns with the dense file of the seed."""
+    options, baseline = run.recipe.measure, None
+    if "base" in asked.needs:
+        dense = asked.needs["base"] / artifact.path.name
+        files = (dense, dense.with_suffix(".bin")) if dense.suffix == ".xml" else (dense,)
+        baseline = Artifact(files=files, target=run.recipe.target, scheme="fp32")
+    return measure(
+        artifact, run.task.calibration_batches, baseline=baseline, threads=options.threads, runs=options.runs,
+        seconds=options.seconds,
+    )  # fmt: skip

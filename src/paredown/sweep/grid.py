@@ -1,0 +1,192 @@
+"""Grid: from a recipe to the cells of its curve. A cell is the resolved recipe of one trial, known by its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from paredown.errors import UsageError
+from paredown.granularity import Granularity
+from paredown.recipe import Recipe
+from paredown.recipe_fields import CurveGrid, DenseTwin, Level, Method, Prune, Recover
+
+Kind = Literal["base", "pruned", "from-scratch", "scratch", "thin", "random"]
+CONTROLS = ("scratch", "thin", "random")
+OF_MASKS = ("gradual", "lottery", "rigl", "set")
+"""Schedules that only masks have."""
+MULTI = 2
+"""Levels of the schedule multi-level."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One trial: what it does, in full."""
+
+    kind: Kind
+    method: str = ""
+    schedule: str = ""
+    amount: float | None = None
+    """What remains, as the recipe says it; None for the base."""
+    seed: int
+    recipe: Recipe
+    """`paredown compress` runs that of a pruned cell as it is."""
+    needs: tuple[tuple[str, str], ...] = ()
+    """(role, digest) of the cells whose results it reads: "base", and for scratch and thin "pruned"."""
+    epochs: int | None = None
+    """Training of a control whose base cannot be trained again."""
+    latency: bool = False
+    """Whether its file is timed."""
+    digest: str
+    """SHA-256 of kind, recipe and needs: two cells that would do the same are one."""
+
+    @property
+    def name(self) -> str:
+        """For people: "l1 one-shot, 0.5 remains, seed 0"."""
+        if self.kind == "base":
+            return f"base, seed {self.seed}"
+        what = f"{self.method} {self.schedule}" if self.kind in ("pruned", "from-scratch") else f"control {self.kind}"
+        return f"{what}, {self.amount:g} remains, seed {self.seed}"
+
+    def told(self) -> dict[str, Any]:
+        """What a record says of it; the resolved recipe is not in there."""
+        return {
+            "kind": self.kind,
+            "method": self.method,
+            "schedule": self.schedule,
+            "amount": self.amount,
+            "seed": self.seed,
+            "digest": self.digest,
+        }
+
+
+def grid(recipe: Recipe) -> tuple[Cell, ...]:
+    """All cells of a recipe's curve, a base before what needs it; equal recipes give equal cells.
+
+    Per seed a base, then every amount × method × schedule; controls stand at the amounts they are asked for and follow
+    the first method and its first schedule that prunes a trained model. Raises UsageError where there is no `curve`,
+    or a method and a schedule do not fit.
+
+    >>> from paredown.recipe import load_recipe
+    >>> found = grid(load_recipe("digits", ["curve.amounts=[0.5]", "curve.seeds=[0]"]))
+    >>> [c.kind for c in found]
+    ['base', 'pruned', 'scratch', 'thin', 'random']
+    """
+    curve = recipe.curve
+    if curve is None:
+        msg = "a recipe must have a section `curve` with amounts, for a curve. Got none. Write curve: {amounts: [0.75, 0.5, 0.25]}."
+        raise UsageError(msg)
+    cells: dict[str, Cell] = {}
+    for seed in curve.seeds:
+        own = _changed(recipe, seed, prune=Prune(), recover=Recover())
+        base = _cell("base", seed=seed, recipe=own, latency=curve.latency)
+        cells[base.digest] = base
+        for cell in _of_seed(recipe, curve, seed, base):
+            twin = cells.setdefault(cell.digest, cell)
+            if twin is not cell and cell.kind == "pruned":
+                msg = f"curve.methods and schedules must give each cell once. Got {twin.name!r} and {cell.name!r}, which do the same."
+                raise UsageError(msg)
+    return tuple(cells.values())
+
+
+def _of_seed(recipe: Recipe, curve: CurveGrid, seed: int, base: Cell) -> Iterator[Cell]:
+    ways = [(m, s) for m in curve.methods for s in curve.schedules]
+    trained = next(((m, s) for m, s in ways if s != "from-scratch"), None)
+    for amount in curve.amounts:
+        first: Cell | None = None
+        for method, schedule in ways:
+            own = _pruning(recipe, curve, method, schedule, amount, seed)
+            kind: Kind = "from-scratch" if schedule == "from-scratch" else "pruned"
+            cell = _cell(
+                kind, seed=seed, recipe=own, method=_label(recipe, method), schedule=schedule, amount=amount,
+                latency=curve.latency, needs=(("base", base.digest),),
+            )  # fmt: skip
+            if (method, schedule) == trained:
+                first = cell
+            yield cell
+        if first is not None and amount in (
+            curve.amounts if curve.controls.amounts is None else curve.controls.amounts
+        ):
+            yield from _controls(curve, first, base)
+
+
+def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
+    """What the pruned model of one amount and seed must beat."""
+    both = (("base", base.digest), ("pruned", first.digest))
+    for kind in curve.controls.kinds:
+        recipe, needs = first.recipe, both
+        if kind == "random":
+            prune = first.recipe.prune
+            if prune.criterion == "random" or prune.levels[0].factorize is not None:
+                continue  # it is that already, or has no criterion
+            plain = prune.model_copy(update={"criterion": "random", "criterion_options": {}, "update": "none"})
+            recipe, needs = _copy(first.recipe, prune=plain), both[:1]
+        yield _cell(
+            kind, seed=first.seed, recipe=recipe, method=first.method, schedule=first.schedule, amount=first.amount,
+            latency=curve.latency, needs=needs, epochs=None if kind == "random" else curve.controls.epochs,
+        )  # fmt: skip
+
+
+def _cell(kind: Kind, *, recipe: Recipe, needs: tuple[tuple[str, str], ...] = (), **more: Any) -> Cell:
+    text = json.dumps([kind, recipe.digest, needs, more.get("epochs"), more.get("latency", False)])
+    return Cell(kind=kind, recipe=recipe, needs=needs, digest=hashlib.sha256(text.encode()).hexdigest(), **more)
+
+
+def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, amount: float, seed: int) -> Recipe:
+    """The recipe of one pruned model."""
+    given = method.model_dump(exclude_none=True, exclude={"name", "factorize"})
+    prune = recipe.prune.model_copy(update=given)
+    if method.criterion not in (None, recipe.prune.criterion):
+        prune = prune.model_copy(update={"criterion_options": {}})
+    cut = Granularity.parse(prune.granularity)
+    masked = cut.masked and method.factorize is None
+    if cut.kind in ("n:m", "layer"):
+        msg = f"a curve must have amounts between which to choose: its granularity must be channel, head or a mask other than N:M. Got {prune.granularity}."
+        raise UsageError(msg)
+    by = curve.by or ("density" if masked else "channels" if method.factorize is None else "parameters")
+    if (by == "density") != masked:
+        msg = f"curve.by must be {'density for masks' if masked else 'channels, parameters or macs'}. Got {by!r} with granularity {prune.granularity}."
+        raise UsageError(msg)
+    if schedule in OF_MASKS and not masked:
+        msg = f"curve.schedules must be one-shot, multi-level, iterative or from-scratch where channels leave. Got {schedule!r} with granularity {prune.granularity}."
+        raise UsageError(msg)
+    levels = MULTI if schedule == "multi-level" else curve.rounds if schedule == "iterative" and not masked else 1
+    own: Mapping[str, Any] = {"schedule": "one-shot", "schedule_options": {}}
+    if masked and schedule in ("iterative", *OF_MASKS):
+        rounds = {"rounds": curve.rounds} if schedule == "iterative" else {}
+        options = recipe.prune.schedule_options if recipe.prune.schedule == schedule else {}
+        own = {"schedule": schedule, "schedule_options": {**rounds, **options}}
+    level = Level.model_validate({by: amount ** (1 / levels), "factorize": method.factorize})
+    prune = prune.model_copy(update={**own, "levels": (level,) * levels})
+    try:
+        Prune.model_validate_json(prune.model_dump_json())  # copies are not checked
+    except ValidationError as error:
+        msg = f"every way of a curve must be a recipe. Got {method.label!r} with {schedule}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        raise UsageError(msg) from error
+    return _changed(recipe, seed, prune=prune, recover=_shared(recipe.recover, levels))
+
+
+def _shared(recover: Recover, levels: int) -> Recover:
+    """Recovery of one level, where all levels together have the epochs of the recipe."""
+    return recover.model_copy(update={"epochs": -(-recover.epochs // levels)})
+
+
+def _changed(recipe: Recipe, seed: int, **fields: Any) -> Recipe:
+    """A recipe of one trial. Its threads are said: results must not depend on how many cores there are."""
+    own = {"threads": recipe.threads or 1, "curve": None, "dense_twin": DenseTwin(enabled=False)}
+    return _copy(recipe, seed=seed, **own, **fields)
+
+
+def _copy(recipe: Recipe, **fields: Any) -> Recipe:
+    copied = recipe.model_copy(update=fields)
+    copied.__dict__.pop("digest", None)  # of the recipe it was copied from
+    return copied
+
+
+def _label(recipe: Recipe, method: Method) -> str:
+    """What a line is called; a method that changes nothing goes by the recipe's criterion."""
+    return method.label if method != Method() else recipe.prune.criterion

@@ -1,0 +1,140 @@
+"""One process that has the libraries loaded, and a fork of it for every trial: importing them takes longer than small trials.
+
+    python -m paredown.sweep.serve MODULE
+
+imports MODULE, which has `main(request, emit)` and may have `LOADS`, names to import as well; reads one request per line,
+{"request", "seconds", "memory_bytes"}; and answers on stdout with lines after a record separator (libraries print as well):
+what `main` emits, then {"ended": exit code or minus signal, "stopped": "" | "time" | "memory", "tail": last lines of stderr}.
+A fork, with all processes it started, ends when its time or memory is used up, and when the pipe to here is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+MARK = "\x1e"
+TAIL = 12
+"""Lines of stderr that are kept."""
+_EVERY_S, _LOOK_EVERY_S = 0.05, 0.25
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def serve(module: str) -> None:
+    """Answer requests until there are no more."""
+    trial = importlib.import_module(module)
+    for name in getattr(trial, "LOADS", ()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks; the closed pipe tells us
+    asked = b""
+    while True:
+        read = os.read(0, 1 << 16)
+        if not read:
+            return
+        asked += read
+        if not asked.endswith(b"\n"):
+            continue
+        request = json.loads(asked)
+        asked = b""
+        with tempfile.TemporaryFile() as errors:
+            sys.stdout.flush()
+            server = os.getpid()
+            child = os.fork()
+            if child == 0:
+                _work(trial, request["request"], errors, server)
+            end = _waited(child, request.get("seconds"), request.get("memory_bytes"))
+            _say({**end, "tail": _last_lines(errors)})
+
+
+def _work(trial: Any, request: Mapping[str, Any], errors: IO[bytes], server: int) -> NoReturn:
+    """In the fork: one trial; never returns into the loop of the parent."""
+    ended = 1
+    try:
+        os.setsid()  # a group of its own, which ends as one
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            if os.getppid() != server:
+                os._exit(ended)
+        answers = os.dup(1)  # what user code prints goes where its errors go
+        os.dup2(errors.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is the server's
+        trial.main(request, lambda row: _say(row, answers))
+        ended = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended)
+
+
+def _waited(child: int, seconds: float | None, memory: int | None) -> dict[str, Any]:
+    """How the fork ended."""
+    start, stopped, looked = time.monotonic(), "", 0.0
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if select.select([0], [], [], _EVERY_S)[0] and not os.read(0, 1):
+            _end(child)
+            os._exit(0)
+        now = time.monotonic()
+        if not stopped and seconds is not None and now - start > seconds:
+            stopped = "time"
+        elif not stopped and memory is not None and now - looked > _LOOK_EVERY_S:
+            looked = now
+            stopped = "memory" if resident(child) > memory else ""
+        if stopped:
+            _end(child)
+    _end(child)  # what it started and left behind
+    return {"ended": os.waitstatus_to_exitcode(status), "stopped": stopped}
+
+
+def _end(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def resident(group: int) -> int:
+    """Bytes in memory of all processes of a group. Linux.
+
+    >>> resident(os.getpgid(0)) > 1_000_000
+    True
+    """
+    total = 0
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with contextlib.suppress(OSError, ValueError):
+                if os.getpgid(int(process.name)) == group:
+                    total += int((process / "statm").read_text().split()[1]) * _PAGE
+    return total
+
+
+def _last_lines(errors: IO[bytes]) -> list[str]:
+    size = errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, size - 20_000))
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    return [line[:400] for line in lines[-TAIL:]]
+
+
+def _say(row: Mapping[str, Any], pipe: int = 1) -> None:
+    os.write(pipe, f"{MARK}{json.dumps(row)}\n".encode())
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
