@@ -31,6 +31,7 @@ from paredown.models import load_model
 
 MODELS = ("resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "vit_b_16")
 IMAGES = 8
+SHAPE = (1, 3, 224, 224)
 
 
 def settled(name: str) -> nn.Module:
@@ -96,11 +97,11 @@ def in_onnxruntime(path: Path, *, exact: bool) -> Callable[[np.ndarray], Any]:
     return lambda x: session.run(None, {name: x})
 
 
-def in_openvino(path: Path) -> Callable[[np.ndarray], Any]:
+def in_openvino(path: Path, shape: tuple[int, ...] = SHAPE) -> Callable[[np.ndarray], Any]:
     import openvino
 
     model = openvino.Core().read_model(str(path))
-    model.reshape([1, 3, 224, 224])
+    model.reshape(list(shape))
     compiled = openvino.Core().compile_model(
         model, "CPU", {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -108,9 +109,11 @@ def in_openvino(path: Path) -> Callable[[np.ndarray], Any]:
     return lambda x: request.infer([x], share_inputs=True, share_outputs=True)
 
 
-def in_turns(runs: dict[str, Callable[[np.ndarray], Any]], seconds: float) -> dict[str, np.ndarray]:
+def in_turns(
+    runs: dict[str, Callable[[np.ndarray], Any]], seconds: float, shape: tuple[int, ...] = SHAPE
+) -> dict[str, np.ndarray]:
     """Milliseconds of processor time of every round, by name."""
-    x = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     for run in runs.values():
         for _ in range(5):
             run(x)

@@ -221,6 +221,10 @@ class Measure(Strict):
     """Readings at most."""
     seconds: float = Field(default=10.0, gt=0)
     """Time at most, seconds; whichever of runs and seconds ends first, but not before 5 readings."""
+    known_metric: float | None = None
+    """What the dense model is known to score, in the metric's unit; a run stops with exit code 5 where its file does not."""
+    known_within: float | None = Field(default=None, ge=0)
+    """How far from it is no difference, in the metric's unit; unset: 1 % of known_metric."""
 
 
 class Bounds(Strict):

@@ -22,6 +22,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("torchao")
 
 import onnx
+import onnxruntime
 from onnx import numpy_helper
 
 from deploy_case import Case, case_of
@@ -259,6 +260,21 @@ def test_padding_by_a_constant_on_codes(signed: bool, tmp_path: Path) -> None:
     assert "Pad" in ops(result.int8_nodes)
     assert result.float_nodes == ()
     assert result.max_error <= 2e-2 * result.scale  # a wrong pad value would be off by the whole zero point
+
+
+def test_the_first_layer_does_not_saturate_in_a_session_with_no_options(tmp_path: Path) -> None:
+    """Bright images: codes of 255 against weights of one sign, where x86 without VNNI sums two products in 16 bits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()).eval()
+    nn.init.constant_(net[0].weight, 0.1)
+    bright = torch.rand(4, 4, 8, 8) * 0.1 + 0.9
+    quantized = quantize(capture(net, bright[:2]), target="onnxruntime-x86", calibrate=[bright])
+    path = export(quantized, tmp_path / "bright.onnx").path
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: bright.numpy()})[0]
+    with torch.no_grad():
+        wanted = net(bright).numpy()
+    assert np.abs(got - wanted).max() < 0.02 * np.abs(wanted).max()
 
 
 def test_side_files_are_written_counted_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

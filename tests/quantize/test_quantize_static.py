@@ -55,13 +55,21 @@ def test_codes_are_the_folded_weights_rounded(residual: tuple[nn.Module, program
     w = net.stem.weight.detach().double().numpy()  # batch norm folded by hand, in numpy
     gain = net.norm.weight.detach().double().numpy() / np.sqrt(net.norm.running_var.double().numpy() + net.norm.eps)
     folded = w * gain[:, None, None, None]
-    packed = quantized.weights["stem.weight"]
-    assert packed.codes.dtype == torch.int8
-    scales = np.abs(folded).reshape(8, -1).max(1) / 127
+    first = quantized.weights["stem.weight"]  # reads the input: 7 bits, so that sums of two products fit in 16 bits
+    assert first.codes.dtype == torch.int8
+    assert first.codes.abs().max() == 63
+    widest = np.abs(folded).reshape(8, -1).max(1) / 63
+    rounded = np.round(folded / widest[:, None, None, None]) * widest[:, None, None, None]
+    error, at_most = (((folded - w) ** 2).reshape(8, -1).sum(1) for w in (first.unpack().numpy(), rounded))
+    assert (error <= at_most * 1.0001).all()  # scales of least squared error
+    w = net.head.weight.detach().double().numpy()
+    packed = quantized.weights["head.weight"]
+    scales = np.abs(w).max(1) / 127
     np.testing.assert_allclose(packed.scales.numpy(), scales, rtol=1e-5)
-    assert np.abs(packed.codes.numpy() - folded / scales[:, None, None, None]).max() <= 0.5001
-    assert np.abs(packed.unpack().numpy() - folded).max() <= scales.max() * 0.5001
+    assert np.abs(packed.codes.numpy() - w / scales[:, None]).max() <= 0.5001
+    assert np.abs(packed.unpack().numpy() - w).max() <= scales.max() * 0.5001
     assert all(int(p.codes.min()) >= -127 for p in quantized.weights.values())
+    assert all(int(p.codes.abs().max()) == 127 for n, p in quantized.weights.items() if n != "stem.weight")
 
 
 def test_both_realisers_give_the_same_codes(residual: tuple[nn.Module, programs.Program, Quantized]) -> None:

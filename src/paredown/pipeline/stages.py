@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from paredown.couple import couple
 from paredown.errors import RejectedError, UsageError, VerificationError
@@ -19,6 +23,7 @@ from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.measure.quality import keep_values
+from paredown.measure.watched import Watch, another_range, oddities, range_of
 from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, key_of
@@ -36,7 +41,8 @@ from paredown.train import Roles, check_roles
 from paredown.train.task import seed_all
 
 PARITY = 0.2
-"""Largest distance of the INT8 file's metric from its simulation: points where the unit is %, else % of the metric."""
+"""Largest distance of the INT8 file's metric from its simulation: points where the unit is %, else % of the metric; of
+right-or-wrong samples one may differ however few they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +214,8 @@ def _stage_float(
     if name == "dense":
         run.dense["artifact"] = artifact
         if "values" not in run.dense:  # the stage was there already
-            run.dense["values"] = metric_of(run, predictor(artifact))
+            run.dense["values"], run.dense["watch"] = _seen(run, artifact)
+        verdicts.refuse_another_base(run, run.dense["values"])
 
 
 def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantized, tuned: Pruned | None) -> None:
@@ -236,7 +243,10 @@ def _refuse_far(run: Run, record: Record) -> None:
     file, simulated = record.measured["metric"].value, record.measured["simulated_metric"].value
     assert file is not None and simulated is not None
     unit = run.task.metric.unit
-    allowed = PARITY if unit == "%" else PARITY / 100 * abs(simulated)
+    one_sample = 100 / (
+        record.measured["metric"].n or math.inf
+    )  # fewer than all samples, right or wrong, is no less than one
+    allowed = max(PARITY, one_sample) if unit == "%" else PARITY / 100 * abs(simulated)
     if abs(file - simulated) > allowed + 1e-9:
         msg = f"the INT8 file's {run.task.metric.name} must be within {allowed:.3g} {unit} of its simulation. Got {file:.4g} and {simulated:.4g}."
         raise VerificationError(msg, record)
@@ -264,11 +274,14 @@ def _measured(
         runs=options.runs,
         seconds=options.seconds,
     )
-    values = metric_of(run, predictor(artifact))
+    values, watch = _seen(run, artifact)
     if values.ndim:
         keep_values(run.folder.path, name, values)
     if name == "dense":
-        run.dense["values"] = values
+        run.dense["values"], run.dense["watch"] = values, watch
+        odd = list(another_range(range_of(_calibration_inputs(run)), watch))
+    else:
+        odd = list(oddities(run.dense["watch"], watch))
     unit = run.task.metric.unit
     found |= {
         "stripped_bytes": _stripped(artifact),
@@ -293,8 +306,20 @@ def _measured(
             **({"check_notes": list(checked.notes)} if checked.notes else {}),
             **_layers(cost),
             **details,
+            **({"notes": [*details.get("notes", ()), *odd], "alarms": odd} if odd else {}),
         },
     )
+
+
+def _seen(run: Run, artifact: Artifact) -> tuple[Any, Watch]:
+    """The metric of a file, and what its evaluation did."""
+    watch = Watch(predictor(artifact))
+    return metric_of(run, watch), watch
+
+
+def _calibration_inputs(run: Run) -> Iterator[torch.Tensor]:
+    for batch in islice(run.task.calibration_batches(), 100):
+        yield from (t for t in pytree.tree_leaves(batch) if isinstance(t, torch.Tensor))
 
 
 def _stripped(artifact: Artifact) -> Measured:
@@ -425,7 +450,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
         "normalisation": run.task.normalisation,
         "input": input_of(program),
         "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),
-        "warnings": [*roles.warnings, *random_note(run)],
+        "warnings": [*roles.warnings, *random_note(run), *_alarms(by_stage)],
         "test_data": roles.test_digest,
     }
     record = run.folder.stage(
@@ -438,6 +463,13 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
 
     write_report(run.folder.path)
     return (*by_stage.values(), record), details
+
+
+def _alarms(by_stage: Mapping[str, Record]) -> Iterator[str]:
+    """What was odd in an evaluation, by stage."""
+    for name, record in by_stage.items():
+        found = record.details.get("alarms", ()) if name != "examine" else ()
+        yield from (f"{name}: {alarm}" for alarm in found)
 
 
 def _model_file(run: Run, stage: str) -> Path:

@@ -66,6 +66,22 @@ def _limits(given: Mapping[str, Any], dense: Record, int8: Record) -> dict[str, 
     return out
 
 
+def refuse_another_base(run: Run, values: Any) -> None:
+    """Raise GateError where the dense file does not score what the recipe says that the model scores."""
+    known, allowed = run.recipe.measure.known_metric, run.recipe.measure.known_within
+    if known is None:
+        return
+    metric, found = run.task.metric, float(values.mean())
+    allowed = allowed if allowed is not None else abs(known) / 100
+    if abs(found - known) > allowed:
+        msg = (
+            f"the dense model must score the {metric.name} that the recipe knows of it, {known:g} ± {allowed:g} {metric.unit}. Got "
+            f"{found:.6g} {metric.unit} on its exported file. Look at the weights, the normalisation and the test data before "
+            "anything is removed, or change measure.known_metric."
+        )
+        raise GateError(msg)
+
+
 def fallback(run: Run, by_stage: Mapping[str, Record]) -> str:
     """The smallest float file that keeps the metric bound, the dense one if none does."""
     bound = run.recipe.budget.metric_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -48,8 +49,10 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         self.activation = self._activation(8 if self.only_weights else scheme.activation_bits)
         self.weight = self._weight(scheme.weight_bits, scheme.levels)
         self.end_bits = scheme.end_bits
+        self.first_weight = self._narrow_weight() if scheme.name == "int8" else self.weight
         self.bits = dict(bits or {})
         self.coarse = scheme.activation_bits < 8
+        self.first: frozenset[fx.Node] = frozenset()
         self.ends: frozenset[fx.Node] = frozenset()
         self.wanted: dict[fx.Node, QuantizationSpec] = {}
         """What an op that only moves values was given: an end may want more bits than the rest."""
@@ -76,19 +79,28 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             observer_or_fake_quant_ctr=WEIGHT_OBSERVERS[self.weights].with_args(levels=levels),
         )
 
+    def _narrow_weight(self) -> QuantizationSpec:
+        """Of layers that read the model's inputs; without the most negative code, so that 255 × (|w| + |w'|) fits in 16 bits."""
+        if self.target.input_weight_bits is None:
+            return self.weight
+        most = 2 ** (self.target.input_weight_bits - 1) - 1
+        return dataclasses.replace(self.weight, quant_min=-most, quant_max=most)
+
     def _weight_of(self, node: fx.Node) -> QuantizationSpec:
         """Of a layer: the bits that it was given by name, those of an end, those of the scheme."""
         own = next((b for pattern, b in self.bits.items() if matches(layer_names(node), [pattern])), None)
         if own is not None:
             return self._weight(own, levels_at(own))
-        return self._weight(self.end_bits, "integer") if node in self.ends and self.end_bits else self.weight
+        if node in self.ends and self.end_bits:
+            return self._weight(self.end_bits, "integer")
+        return self.first_weight if node in self.first else self.weight
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Write the annotations."""
         nodes = [n for n in model.graph.nodes if n.op == "call_function"]
-        if self.end_bits is not None:
-            weighted = [n for n in nodes if self.target.ops.get(op_name(n)) == "weighted" and is_constant(n.args[1])]
-            self.ends = ends_of(weighted)
+        weighted = [n for n in nodes if self.target.ops.get(op_name(n)) == "weighted" and is_constant(n.args[1])]
+        self.first, last = ends_of(weighted)
+        self.ends = self.first | last
         if self.only_weights:
             for node in nodes:
                 self._code_weight(node)
@@ -210,8 +222,8 @@ _VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", 
 _AVERAGES = ("avg_pool2d", "adaptive_avg_pool2d")
 
 
-def ends_of(weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
-    """The layers that no other layer comes before, and those that none comes behind."""
+def ends_of(weighted: Sequence[fx.Node]) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
+    """(layers that no other layer comes before, layers that none comes behind)."""
     layers = set(weighted)
 
     def reaches(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
@@ -225,9 +237,8 @@ def ends_of(weighted: Sequence[fx.Node]) -> frozenset[fx.Node]:
                 waiting += step(node)
         return False
 
-    return frozenset(
-        n for n in weighted if not reaches(n, lambda m: m.all_input_nodes) or not reaches(n, lambda m: list(m.users))
-    )
+    first = frozenset(n for n in weighted if not reaches(n, lambda m: m.all_input_nodes))
+    return first, frozenset(n for n in weighted if not reaches(n, lambda m: list(m.users)))
 
 
 def _spec(user: fx.Node, node: fx.Node) -> QuantizationSpec | None:

@@ -1,0 +1,119 @@
+"""Watch what `evaluate` does with a predictor: which inputs it gives and whether the answers still depend on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Values = NDArray[np.float64]
+NEARLY_CONSTANT = 0.01
+"""Answers that spread less than this share of the dense network's over the samples no longer tell them apart."""
+ANOTHER_RANGE = 5.0
+"""Calibration inputs this many times wider or narrower than those of the evaluation are another kind of data."""
+
+
+class Watch:
+    """`predict` as before, and what passed through it: a digest of all inputs, their range, the spread of the answers.
+
+    The spread is the largest difference, over the samples, of any one element of the answers; None where samples
+    cannot be told apart (no batch axis, answers of several shapes). Nothing is kept of the data itself.
+    """
+
+    def __init__(self, predict: Callable[..., Any]) -> None:
+        self._predict, self._digest = predict, hashlib.blake2b(digest_size=16)
+        self._low: dict[int, Values] = {}
+        self._high: dict[int, Values] = {}
+        self._whole = True
+        self.num_samples = 0
+        self.low, self.high = float("inf"), float("-inf")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the predictor answers."""
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for tensor in given:
+            self._digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            self._digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        self.low, self.high = range_of(given, (self.low, self.high))
+        answer = self._predict(*args, **kwargs)
+        batch = given[0].shape[0] if given and given[0].dim() else 0
+        self.num_samples += batch
+        for i, leaf in enumerate(t for t in pytree.tree_leaves(answer) if isinstance(t, Tensor)):
+            self._whole = (
+                self._whole and batch > 0 and leaf.dim() > 0 and leaf.shape[0] == batch and self._fits(i, leaf)
+            )
+            if self._whole:
+                values = leaf.detach().cpu().double().numpy()
+                self._low[i] = np.minimum(self._low.get(i, np.inf), values.min(0))
+                self._high[i] = np.maximum(self._high.get(i, -np.inf), values.max(0))
+        return answer
+
+    def _fits(self, i: int, leaf: Tensor) -> bool:
+        return i not in self._low or self._low[i].shape == tuple(leaf.shape[1:])
+
+    @property
+    def digest(self) -> str:
+        """Of all inputs so far, in their order."""
+        return self._digest.hexdigest()
+
+    @property
+    def spread(self) -> float | None:
+        """Largest difference between two samples in any element of the answers, in the answers' unit."""
+        if not self._whole or self.num_samples < 2 or not self._low:
+            return None
+        return max(float((self._high[i] - self._low[i]).max(initial=0.0)) for i in self._low)
+
+
+def range_of(
+    tensors: Iterable[Tensor], so_far: tuple[float, float] = (float("inf"), float("-inf"))
+) -> tuple[float, float]:
+    """(smallest, largest) finite value of the floating tensors.
+
+    >>> range_of([torch.tensor([1.0, -2.0]), torch.tensor([3])])
+    (-2.0, 1.0)
+    """
+    low, high = so_far
+    for tensor in tensors:
+        finite = tensor[torch.isfinite(tensor)] if tensor.is_floating_point() else tensor[:0]
+        if finite.numel():
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    return low, high
+
+
+def oddities(dense: Watch, now: Watch) -> Iterator[str]:
+    """What differs between the evaluation of the dense network and this one, in sentences.
+
+    >>> still = Watch(lambda x: x * 0), Watch(lambda x: x)
+    >>> _ = [watch(torch.tensor([[1.0], [2.0]])) for watch in still]
+    >>> list(oddities(still[1], still[0]))
+    ['the answers no longer depend on the sample: they spread by 0 over 2 samples, those of the dense network by 1']
+    """
+    if now.digest != dense.digest:
+        yield (
+            "evaluate gave other inputs than to the dense network, or in another order: fix the seed of its augmentation and "
+            "do not shuffle; until then differences include that noise"
+        )
+    spread, before = now.spread, dense.spread
+    if spread is not None and before and spread <= NEARLY_CONSTANT * before:
+        yield (
+            f"the answers no longer depend on the sample: they spread by {spread:.3g} over {now.num_samples} samples, those of "
+            f"the dense network by {before:.3g}"
+        )
+
+
+def another_range(calibration: tuple[float, float], watch: Watch) -> Iterator[str]:
+    """A sentence where calibration inputs have another range than those of the evaluation, as 0…255 for 0…1."""
+    width, seen = calibration[1] - calibration[0], watch.high - watch.low
+    if not (np.isfinite(width) and np.isfinite(seen) and seen > 0 and width > 0):
+        return
+    if not 1 / ANOTHER_RANGE < width / seen < ANOTHER_RANGE:
+        yield (
+            f"calibration inputs lie in [{calibration[0]:.4g}, {calibration[1]:.4g}], those that evaluate gives in [{watch.low:.4g}, "
+            f"{watch.high:.4g}]: normalise both in the same way"
+        )

@@ -1,0 +1,71 @@
+"""What a run says of an evaluation that is not what it seems, and of a base that is not what the recipe knows."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import paredown as pare
+from paredown.errors import GateError
+from paredown.pipeline import stages
+from paredown.pipeline.folder import RunFolder
+from paredown.pipeline.run import Run
+from paredown.recipe import parse_recipe
+from paredown.records import Record, read
+from paredown.train import Task
+
+pytest.importorskip("onnxruntime")
+
+
+def run_of(task: Task, out: Path, **measure: Any) -> Run:
+    recipe = parse_recipe({"schema": 1, "task": "small", "measure": {"runs": 5, "seconds": 0.1, **measure}})
+    folder = RunFolder(path=out)
+    folder.steps.mkdir(exist_ok=True, parents=True)
+    return Run(
+        recipe=recipe, task=task, folder=folder, say=lambda _: None, on_training=lambda *_: None, weights_given=True,
+        model=task.model, environment={"versions": {}},
+    )  # fmt: skip
+
+
+def records(run: Run, small: torch.nn.Module) -> dict[str, Record]:
+    """The dense network and another one, as two stages of a run."""
+    for order, (name, net) in enumerate({"dense": run.task.model(), "level-1": small}.items()):
+        stages._stage_float(run, order, name, name, pare.capture(net, run.task.inputs()), None, {})
+    run.folder.write_records()
+    return {str(r.cell["stage"]): r for r in read(run.folder.path / "records.jsonl")}
+
+
+def test_a_network_that_answers_the_same_for_all_and_other_inputs_are_told(task: Task, tmp_path: Path) -> None:
+    still = task.model()
+    with torch.no_grad():
+        still.head.weight.zero_()
+    found = records(run_of(task, tmp_path / "a"), still)
+    assert "alarms" not in found["dense"].details
+    (said,) = found["level-1"].details["alarms"]
+    assert "no longer depend on the sample" in said and said in found["level-1"].details["notes"]
+    assert list(stages._alarms(found)) == [f"level-1: {said}"]
+
+    def noisy(predict: Any) -> dict[str, Any]:
+        return task.evaluate(lambda x: predict(x + 0.01 * torch.randn_like(x)))
+
+    found = records(run_of(dataclasses.replace(task, evaluate=noisy), tmp_path / "b"), task.model())
+    assert ["other inputs" in s for s in found["level-1"].details["alarms"]] == [True]
+
+
+def test_calibration_data_of_another_range_is_told(task: Task, tmp_path: Path) -> None:
+    raw = dataclasses.replace(task, calibration_batches=lambda: [x * 255 for x in task.calibration_batches()])
+    (said,) = records(run_of(raw, tmp_path), task.model())["dense"].details["alarms"]
+    assert "calibration inputs lie in" in said
+
+
+def test_a_base_that_does_not_score_what_is_known_of_it_stops_the_run(task: Task, tmp_path: Path) -> None:
+    found = records(run_of(task, tmp_path / "a"), task.model())
+    value = found["dense"].measured["metric"].value
+    assert value is not None
+    records(run_of(task, tmp_path / "b", known_metric=value + 0.4, known_within=0.5), task.model())
+    with pytest.raises(GateError, match="known_metric"):
+        records(run_of(task, tmp_path / "c", known_metric=value + 0.6, known_within=0.5), task.model())
+    with pytest.raises(GateError, match="the recipe knows"):
+        records(run_of(task, tmp_path / "d", known_metric=97.0), task.model())
