@@ -71,9 +71,9 @@ class Point:
     """Trials without one: {seed, status, reason, tail}."""
     digests: tuple[str, ...] = ()
     """Cells, in the order of the seeds."""
-    removed: Mapping[str, float]
+    removed: Mapping[Axis, float]
     """Axis to the mean share of the dense model that left, in %."""
-    absolute: Mapping[str, float]
+    absolute: Mapping[Axis, float]
     """Axis to the mean figure."""
     held_out: Mapping[int, float]
     """By seed; empty where the task has no held-out data."""
@@ -84,6 +84,8 @@ class Point:
     steps: float | None
     """Training steps of it alone, mean; those of its base come on top where it has one."""
     not_comparable: str = ""
+    same_as: str = ""
+    """Another control whose shape and training it has."""
 
     @property
     def complete(self) -> bool:
@@ -128,6 +130,8 @@ class Comparison:
     comparable: bool
     why: str
     """Why not, where it is not."""
+    same_as: str = ""
+    """Another control that is the same network."""
     held_out_of_control: float | None
     sentence: str
 
@@ -274,7 +278,8 @@ def _point(
     records = sorted(records, key=lambda r: int(r.cell["seed"]))
     with_base = [(r, bases[int(r.cell["seed"])]) for r in records if int(r.cell["seed"]) in bases]
     sign = 1.0 if goal == "max" else -1.0
-    removed, absolute = {}, {}
+    removed: dict[Axis, float] = {}
+    absolute: dict[Axis, float] = {}
     for axis, name in AXES.items():
         pairs = [(_value(r, name), _value(b, name)) for r, b in with_base]
         if pairs and all(a is not None and b for a, b in pairs):
@@ -294,6 +299,7 @@ def _point(
         effective_macs=float(np.mean([_value(r, "effective_macs") or 0 for r in records])) if records else math.nan,
         steps=float(np.mean(steps)) if steps and len(steps) == len(records) else None,
         not_comparable=next((str(w) for r in records if (w := r.details.get("not_comparable"))), ""),
+        same_as="scratch" if records and all(r.details.get("same_as") == "scratch" for r in records) else "",
     )  # fmt: skip
 
 
@@ -511,7 +517,7 @@ def _comparison(line: Line, point: Point, control: Point, dense: Point | None, g
     assert point.amount is not None
     return Comparison(
         line=line.name, amount=point.amount, control=control.kind, gain=gain, comparable=not why, why=why,
-        held_out_of_control=held_out, sentence=_verdict(control.kind, gain, why, unit),
+        same_as=control.same_as, held_out_of_control=held_out, sentence=_verdict(control.kind, gain, why, unit),
     )  # fmt: skip
 
 
@@ -554,8 +560,9 @@ def dense_verdict(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: s
         why = "nothing was chosen" if at is None else f"no control stands at {at:g}"
         where = f"At {last.amount:g} of {last.line} ({why})"
     sign = 1.0 if goal == "max" else -1.0
-    dense = [c for c in own if c.control != "random"]
+    dense = [c for c in own if c.control != "random" and not c.same_as]
     dense.sort(key=lambda c: -sign * (c.held_out_of_control if c.held_out_of_control is not None else -math.inf))
     told = [*dense, *(c for c in own if c.control == "random")]
     first, *others = [c.sentence for c in told]
-    return " ".join([f"{where}, {first}", *(f"{t[0].upper()}{t[1:]}" for t in others)])
+    alike = "A uniformly thinner dense model at equal MACs has that very shape." if any(c.same_as for c in own) else ""
+    return " ".join([f"{where}, {first}", *filter(None, [alike]), *(f"{t[0].upper()}{t[1:]}" for t in others)])

@@ -144,7 +144,9 @@ def _base(asked: Asked) -> Record:
 def _pruned(asked: Asked) -> Record:
     """The levels of the recipe on the base, as compress does them; random is this by another criterion."""
     run, dense = asked.run, _dense(asked)
-    program, tuned, details = capture(dense, run.task.inputs()), None, {}
+    program = capture(dense, run.task.inputs())
+    tuned: Pruned | None = None
+    details: dict[str, Any] = {}
     for number, level in enumerate(run.recipe.prune.levels, start=1):
         done = one_level(run, number, level, program, tuned, dense)
         if done is not None:
@@ -153,8 +155,8 @@ def _pruned(asked: Asked) -> Record:
         msg = f"a trial must remove something. Got {run.recipe.prune.levels[0].model_dump(exclude_none=True)}, which the model meets as it is: fewer channels than the alignment, or nothing free."
         raise RejectedError(msg)
     save(tuned, run.folder.path)
-    kept = {k: details[k] for k in ("proof", "realiser", "reached", "notes") if k in details}
-    return _recorded(asked, tuned, tuned, kept)
+    told = ("proof", "realiser", "reached", "notes")
+    return _recorded(asked, tuned, tuned, {k: v for k, v in details.items() if k in told})
 
 
 def _from_scratch(asked: Asked) -> Record:
@@ -195,8 +197,24 @@ def _thin(asked: Asked) -> Record:
         floor=0.0,
     )
     small = prune(program, plan, seed=run.recipe.seed)
+    if "scratch" in asked.needs and _same_shape(small, load_pruned(asked.needs["pruned"], program)):
+        return _as_scratch(asked)
     anew = dataclasses.replace(small, module=fresh(small.module, seed=run.recipe.seed))
     return _trained_anew(asked, anew, _recovery_epochs(record))
+
+
+def _same_shape(one: Pruned, other: Pruned) -> bool:
+    """Whether two models have the same tensors, and no mask."""
+    shapes = [{n: tuple(t.shape) for n, t in p.module.state_dict().items()} for p in (one, other)]
+    return shapes[0] == shapes[1] and not one.plan.masks and not other.plan.masks
+
+
+def _as_scratch(asked: Asked) -> Record:
+    """The record of scratch: pruned alike everywhere, the thinner network has its shape, and would train to the same bits."""
+    record = _needed(asked, "scratch")
+    for file in asked.needs["scratch"].glob("model.*"):
+        shutil.copyfile(file, asked.run.folder.path / file.name)
+    return dataclasses.replace(record, details={**record.details, "same_as": "scratch"})
 
 
 _TRIALS: dict[str, Callable[[Asked], Record]] = {

@@ -116,19 +116,23 @@ def _of_seed(recipe: Recipe, curve: CurveGrid, seed: int, base: Cell) -> Iterato
 
 def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
     """What the pruned model of one amount and seed must beat."""
-    both = (("base", base.digest), ("pruned", first.digest))
-    for kind in curve.controls.kinds:
-        recipe, needs = first.recipe, both
+    both: tuple[tuple[str, str], ...] = (("base", base.digest), ("pruned", first.digest))
+    scratch: tuple[tuple[str, str], ...] = ()
+    for kind in sorted(curve.controls.kinds, key=CONTROLS.index):
+        recipe, needs = first.recipe, both if kind != "thin" else both + scratch
         if kind == "random":
             prune = first.recipe.prune
             if prune.criterion == "random" or prune.levels[0].factorize is not None:
                 continue  # it is that already, or has no criterion
             plain = prune.model_copy(update={"criterion": "random", "criterion_options": {}, "update": "none"})
             recipe, needs = _copy(first.recipe, prune=plain), both[:1]
-        yield _cell(
+        cell = _cell(
             kind, seed=first.seed, recipe=recipe, method=first.method, schedule=first.schedule, amount=first.amount,
             latency=curve.latency, needs=needs, epochs=None if kind == "random" else curve.controls.epochs,
         )  # fmt: skip
+        if kind == "scratch":
+            scratch = (("scratch", cell.digest),)  # thin is the same where its shape is
+        yield cell
 
 
 def _cell(kind: Kind, *, recipe: Recipe, needs: tuple[tuple[str, str], ...] = (), **more: Any) -> Cell:
