@@ -1,19 +1,38 @@
-"""The page of a curve."""
+"""The page of a curve: what was chosen and why, the lines, the dense question, the front, every trial without a result."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, interval, upper_bound
 from paredown.records import Record, write_text
-from paredown.report.curve_document import curve_document, curve_view
+from paredown.report.curve_document import CurveView, curve_document, curve_view, is_curve
+from paredown.report.curve_figures import LINES, POINTS, Dot, Mark, Series, chart, key
+from paredown.report.layers import csv_link
+from paredown.report.reading import entry, items, mapping, number, text
+from paredown.report.wording import difference, digits, large, quantity
+from paredown.report.wording import interval as said_interval
+
+ROWS = 300
+"""Of a table, and of a CSV: all points are in curve.json."""
+TITLES: dict[Axis, str] = {
+    "sparsity": "weights",
+    "parameters": "parameters",
+    "bytes": "bytes of the file",
+    "macs": "MACs",
+    "latency": "latency",
+}
 
 
 def render_curve(records: Sequence[Record]) -> str:
-    """The report of a curve as one HTML page."""
-    seen = curve_view(records)
-    return f"<h1>{html.escape(seen.spot.sentence)}</h1>"
+    """The report of a curve as one HTML page: no script, no fetching, under 1 MB however many the trials."""
+    from paredown.report.page import _template  # which hands the records of a curve to this page
+
+    return str(_template("curve.html").render(_content(curve_view(records))))
 
 
 def write_curve_report(folder: Path, records: Sequence[Record]) -> Path:
@@ -23,4 +42,332 @@ def write_curve_report(folder: Path, records: Sequence[Record]) -> Path:
     return path
 
 
-__all__ = ["curve_document", "render_curve", "write_curve_report"]
+def _content(seen: CurveView) -> dict[str, Any]:
+    """Everything that the template names."""
+    cell = mapping(seen.head.cell)
+    return {
+        "name": text(entry(seen.head, "name")) or text(cell.get("task")) or "curve",
+        "task": text(cell.get("task")),
+        "target": text(cell.get("target")) or "unknown target",
+        "metric": {**seen.metric, "label": _capital(seen.metric["name"])},
+        "spot": _spot(seen),
+        "verdict": seen.verdict,
+        "legend": [
+            {"name": line.name, "key": key(i, control=line.kind in CONTROLS)}
+            for i, line in enumerate(seen.lines[:LINES])
+        ],
+        "unseen": max(0, len(seen.lines) - LINES),
+        "thinned": any(len(line.points) > POINTS for line in seen.lines),
+        "charts": _charts(seen),
+        "comparisons": _comparisons(seen),
+        "front": _front(seen),
+        "points": _points(seen),
+        "failed": _failed(seen),
+        "seeds": [text(s, 12) for s in items(entry(seen.head, "seeds"))],
+        "counts": {"cells": number(entry(seen.head, "cells")) or 0, "done": len(seen.trials)},
+        "has_held_out": any(p.held_out for p in seen.points),
+        "warnings": _warnings(seen),
+        "provenance": _provenance(seen),
+    }
+
+
+def _capital(word: str) -> str:
+    return word[:1].upper() + word[1:] if word.islower() else word
+
+
+def _spot(seen: CurveView) -> dict[str, Any]:
+    """The strip: what to take, what it costs, how sure that is."""
+    spot, unit = seen.spot, seen.metric["unit"]
+    found: dict[str, Any] = {"sentence": spot.sentence, "chosen": spot.point is not None, "cards": []}
+    if spot.point is None or spot.removed is None:
+        return found
+    point = spot.point
+    spread = "no interval: one seed" if spot.low is None else f"95 % interval {spot.low:.1f} to {spot.high:.1f} %"
+    noun = TITLES[seen.axis]
+    found["headline"] = f"Take {spot.removed:.0f} % of the {noun} out: {spot.line}"
+    dense = next((p for p in seen.points if p.kind == "base"), None)
+    cards = [
+        {
+            "title": f"Removed of the {noun}",
+            "value": f"{spot.removed:.1f} %",
+            "notes": [spread, f"amount {point.amount:g} in the recipe"],
+        }
+    ]
+    loss = interval([*point.loss.values()])
+    cards.append(
+        {
+            "title": "Loss on held-out data",
+            "value": difference(-_sign(seen) * loss.mean, unit),
+            "notes": _loss_notes(point, unit),
+        }
+    )
+    tested = interval([*point.test.values()])
+    notes = [_spread(tested, unit)]
+    if dense is not None and dense.test:
+        notes.append(f"dense {quantity(float(np.mean([*dense.test.values()])), unit)}")
+    cards.append(
+        {"title": f"{_capital(seen.metric['name'])} on test data", "value": quantity(tested.mean, unit), "notes": notes}
+    )
+    if "bytes" in point.absolute:
+        cards.append(
+            {
+                "title": "File",
+                "value": f"{point.absolute['bytes'] / 1e6:.3g} MB",
+                "notes": [f"{point.removed['bytes']:.1f} % smaller, float32"],
+            }
+        )
+    found["cards"] = cards
+    return found
+
+
+def _loss_notes(point: Point, unit: str) -> list[str]:
+    bound = upper_bound([*point.loss.values()])
+    said = "points" if unit == "%" else unit
+    return ["no bound: one seed"] if bound is None else [f"one-sided 95 % bound on the loss {bound:.2f} {said}"]
+
+
+def _sign(seen: CurveView) -> float:
+    return 1.0 if seen.metric["goal"] == "max" else -1.0
+
+
+def _spread(found: Interval, unit: str) -> str:
+    if found.low is None:
+        return "one seed: no interval"
+    return f"{said_interval(found.low, found.high, unit)}, {found.n} seeds"
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+
+
+def _charts(seen: CurveView) -> list[dict[str, Any]]:
+    """The choice on held-out data, its worth on test data, then test data over the other axes."""
+    wanted: list[tuple[Axis, str]] = [(seen.axis, "held_out"), (seen.axis, "test")]
+    wanted += [(axis, "test") for axis in AXES if axis != seen.axis]
+    made = [_chart(seen, axis, data) for axis, data in wanted]
+    return [m for m in made if m is not None]
+
+
+def _chart(seen: CurveView, axis: Axis, data: str) -> dict[str, Any] | None:
+    unit, name = seen.metric["unit"], seen.metric["name"]
+    series = [_series(line, axis, data, unit) for line in seen.lines]
+    if not any(s.dots for s in series):
+        return None
+    where = "held-out data" if data == "held_out" else "test data"
+    spot, mark = seen.spot, None
+    values = {} if spot.point is None else getattr(spot.point, data)
+    if spot.point is not None and axis in spot.point.removed and values:
+        own = axis == seen.axis
+        mark = Mark(
+            x=spot.point.removed[axis], y=float(np.mean([*values.values()])), low=spot.low if own else None,
+            high=spot.high if own else None,
+        )  # fmt: skip
+    title = f"{_capital(name)} on {where} over {TITLES[axis]} removed"
+    told = "; ".join(f"{s.name}: {', '.join(f'{d.y:.4g} at {d.x:.0f} %' for d in s.dots[:8])}" for s in series[:LINES])
+    drawn = chart(
+        series, x_title=f"{TITLES[axis]} removed, %", y_title=f"{name}, {where}{f', {unit}' if unit else ''}", mark=mark,
+        alt=f"{title}. {told}. All numbers are in the CSV and the table.",
+    )  # fmt: skip
+    return {
+        "title": title,
+        "svg": drawn,
+        "csv": csv_link(*_chart_csv(seen, axis, data)),
+        "file": f"curve-{axis}-{data.replace('_', '-')}.csv",
+        "main": axis == seen.axis,
+    }
+
+
+def _series(line: Line, axis: Axis, data: str, unit: str) -> Series:
+    dots = []
+    for point in line.points:
+        values = getattr(point, data)
+        if axis not in point.removed or not values:
+            continue
+        found = interval([*values.values()])
+        what = "dense" if point.amount is None else f"{point.amount:g} remains"
+        lost = f", {len(point.failed)} without a result" if point.failed else ""
+        told = f"{line.name}, {what}: {quantity(found.mean, unit)} ({_spread(found, unit)}{lost}), {point.removed[axis]:.1f} % removed"
+        dots.append(
+            Dot(
+                x=point.removed[axis],
+                y=found.mean,
+                low=found.low,
+                high=found.high,
+                told=told,
+                hollow=bool(point.failed),
+            )
+        )
+    dots.sort(key=lambda d: d.x)
+    return Series(name=line.name, dots=tuple(dots), control=line.kind in CONTROLS)
+
+
+def _chart_csv(seen: CurveView, axis: Axis, data: str) -> tuple[tuple[str, ...], list[list[Any]]]:
+    """Heads and lines of the file behind one chart."""
+    name = f"{seen.metric['name']} {data.replace('_', '-')}"
+    head = ("line", "remains", f"{axis} removed %", axis, f"{name} mean", "low", "high", "seeds", "without result")
+    found: list[list[Any]] = []
+    for line in seen.lines:
+        for point in line.points:
+            values = getattr(point, data)
+            if axis in point.removed and values:
+                of = interval([*values.values()])
+                place = [line.name, point.amount, point.removed[axis], point.absolute[axis]]
+                found.append([*place, of.mean, of.low, of.high, of.n, len(point.failed)])
+    return head, found[:ROWS]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _comparisons(seen: CurveView) -> dict[str, Any] | None:
+    """Every pruned point against its controls."""
+    if not seen.comparisons:
+        return None
+    unit = seen.metric["unit"]
+    lines = []
+    for c in seen.comparisons[:ROWS]:
+        state = (
+            "not comparable"
+            if not c.comparable
+            else "open"
+            if c.gain.low is None
+            else "gain"
+            if c.gain.low > 0
+            else "open"
+        )
+        state = "loss" if c.comparable and c.gain.high is not None and c.gain.high < 0 else state
+        control = CONTROLS[c.control] + (" (that very shape)" if c.same_as else "")
+        lines.append(
+            {
+                "line": c.line,
+                "amount": f"{c.amount:g}",
+                "control": control,
+                "gain": difference(c.gain.mean, unit),
+                "interval": said_interval(c.gain.low, c.gain.high, unit, signed=True) or "one seed: not available",
+                "n": c.gain.n,
+                "state": state,
+                "word": {"gain": "pruning is better", "loss": "the control is better", "open": "no difference shows"}.get(state, state),
+                "why": c.why,
+            }
+        )  # fmt: skip
+    head = ("line", "remains", "control", "gain", "low", "high", "seeds", "comparable", "why not")
+    told = [
+        [c.line, c.amount, c.control, c.gain.mean, c.gain.low, c.gain.high, c.gain.n, c.comparable, c.why]
+        for c in seen.comparisons
+    ]
+    return {"lines": lines, "csv": csv_link(head, told[:ROWS]), "more": max(0, len(seen.comparisons) - ROWS)}
+
+
+def _front(seen: CurveView) -> dict[str, Any]:
+    """The Pareto front: each point with its recipe and the command that makes it."""
+    shown = [_row(seen, p) for p in seen.front[:ROWS]]
+    head, told = _rows_csv(seen, seen.front)
+    return {"lines": shown, "csv": csv_link(head, told), "more": max(0, len(seen.front) - ROWS)}
+
+
+def _points(seen: CurveView) -> dict[str, Any]:
+    """Every point."""
+    head, told = _rows_csv(seen, seen.points)
+    return {
+        "lines": [_row(seen, p) for p in seen.points[:ROWS]],
+        "csv": csv_link(head, told),
+        "more": max(0, len(seen.points) - ROWS),
+    }
+
+
+def _row(seen: CurveView, point: Point) -> dict[str, Any]:
+    unit = seen.metric["unit"]
+    recipe = text(mapping(entry(seen.head, "recipes")).get(point.digests[0]), 300) if point.digests else ""
+    runs = point.kind in ("pruned", "random")
+    held_out = interval([*point.held_out.values()]) if point.held_out else None
+    tested = interval([*point.test.values()]) if point.test else None
+    return {
+        "name": _name(point),
+        "remains": "all" if point.amount is None else f"{point.amount:g}",
+        "removed": f"{point.removed[seen.axis]:.1f} %" if seen.axis in point.removed else "",
+        "held_out": None if held_out is None else (quantity(held_out.mean, unit), _spread(held_out, unit)),
+        "test": None if tested is None else (quantity(tested.mean, unit), _spread(tested, unit)),
+        "parameters": large(round(point.absolute["parameters"])) if "parameters" in point.absolute else "",
+        "macs": large(round(point.absolute["macs"])) if "macs" in point.absolute else "",
+        "bytes": f"{point.absolute['bytes'] / 1e6:.3g} MB" if "bytes" in point.absolute else "",
+        "latency": f"{digits(point.absolute['latency'])} ms" if "latency" in point.absolute else "",
+        "steps": "" if point.steps is None else f"{point.steps:,.0f}",
+        "seeds": len(point.seeds),
+        "failed": len(point.failed),
+        "best": point is seen.spot.point,
+        "recipe": recipe,
+        "command": f"paredown compress {recipe}" if recipe and runs else "",
+    }
+
+
+def _name(point: Point) -> str:
+    if point.kind == "base":
+        return "dense"
+    return CONTROLS.get(point.kind, f"{point.method} {point.schedule}")
+
+
+def _rows_csv(seen: CurveView, points: Sequence[Point]) -> tuple[tuple[str, ...], list[list[Any]]]:
+    """One line per point: all axes, both metrics with their intervals, the recipe."""
+    axes = [a for a in AXES if any(a in p.removed for p in points)]
+    head = (
+        "point", "remains", *(f"{a} removed %" for a in axes), *axes, "held-out", "held-out low", "held-out high", "test",
+        "test low", "test high", "seeds", "without result", "training steps", "recipe",
+    )  # fmt: skip
+    told: list[list[Any]] = []
+    for p in points[:ROWS]:
+        figures = [p.removed.get(a) for a in axes] + [p.absolute.get(a) for a in axes]
+        for values in (p.held_out, p.test):
+            found = interval([*values.values()]) if values else None
+            figures += [None] * 3 if found is None else [found.mean, found.low, found.high]
+        recipe = text(mapping(entry(seen.head, "recipes")).get(p.digests[0]), 300) if p.digests else ""
+        told.append([_name(p), p.amount, *figures, len(p.seeds), len(p.failed), p.steps, recipe])
+    return head, told
+
+
+def _failed(seen: CurveView) -> dict[str, Any] | None:
+    """Trials without a result: marked with why, never a number."""
+    if not seen.failed:
+        return None
+    lines = [
+        {
+            "name": text(f.get("name")),
+            "status": text(f.get("status"), 30),
+            "reason": text(f.get("reason"), 300),
+            "tail": "\n".join(text(t, 300) for t in items(f.get("tail"))[-6:]),
+        }
+        for f in seen.failed[:60]
+    ]
+    head = ("trial", "status", "reason")
+    told = [[text(f.get(k), 300) for k in ("name", "status", "reason")] for f in seen.failed[:ROWS]]
+    return {
+        "lines": lines,
+        "csv": csv_link(head, told),
+        "more": max(0, len(seen.failed) - 60),
+        "count": len(seen.failed),
+    }
+
+
+def _warnings(seen: CurveView) -> list[str]:
+    found = [text(w, 400) for r in seen.trials if r.cell["kind"] == "base" for w in items(entry(r, "warnings"))]
+    if seen.failed:
+        found.append(f"{len(seen.failed)} trials have no result. Their points are drawn hollow and are not chosen.")
+    pruning = {
+        p.steps for line in seen.lines if line.kind == "pruned" for p in line.points if p.kind != "base" and p.steps
+    }
+    if pruning and max(pruning) > 1.1 * min(pruning):
+        found.append(
+            f"Recoveries differ in length: {min(pruning):,.0f} to {max(pruning):,.0f} steps (see the table of all points)."
+        )
+    return list(dict.fromkeys(found))[:20]
+
+
+def _provenance(seen: CurveView) -> list[tuple[str, str]]:
+    versions = mapping(mapping(seen.head.environment).get("versions"))
+    facts = [("recipe", text(mapping(seen.head.cell).get("recipe_digest"), 16))]
+    facts += [(text(k), text(v) or "not installed") for k, v in versions.items()]
+    first = mapping(seen.trials[0].environment) if seen.trials else {}
+    machine = mapping(first.get("machine"))
+    facts += [(text(k), text(v)) for k, v in machine.items() if not isinstance(v, dict | list)]
+    return [*facts, ("threads of a trial", text(first.get("threads"))), ("device", text(first.get("device")))]
+
+
+__all__ = ["curve_document", "is_curve", "render_curve", "write_curve_report"]

@@ -10,7 +10,7 @@ from typing import Any
 from paredown import records as journal
 from paredown.errors import MissingError, RejectedError
 from paredown.records import Record
-from paredown.report import evidence, layers, masks
+from paredown.report import curves, evidence, layers, masks
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
 from paredown.report.stages import HEADS, common_place, device_rows, stage_rows, twin_rows
@@ -53,8 +53,11 @@ def write_report(folder: str | Path) -> Path:
     Raises RejectedError (no journal, a line that is no record), MissingError (Jinja2), ResourceError (cannot write).
     """
     folder = Path(folder)
+    records = _read(folder / "records.jsonl")
+    if curves.is_curve(records):
+        return curves.write_curve_report(folder, records)
     path = folder / "report.html"
-    journal.write_text(path, render(_read(folder / "records.jsonl")))
+    journal.write_text(path, render(records))
     return path
 
 
