@@ -277,6 +277,17 @@ def test_the_first_layer_does_not_saturate_in_a_session_with_no_options(tmp_path
     assert np.abs(got - wanted).max() < 0.02 * np.abs(wanted).max()
 
 
+def test_a_linear_layer_in_float_between_codes_stays_in_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    samples = [torch.randn(32, 8)]
+    plain = quantize(capture(net, samples[0][:2]), target="onnxruntime-x86", calibrate=samples)
+    spared = quantize(capture(net, samples[0][:2]), target="onnxruntime-x86", calibrate=samples, float_layers=["2.*"])
+    checks = [check(export(q, tmp_path / f"{i}.onnx"), q, samples) for i, q in enumerate((plain, spared))]
+    assert all(found.holds and found.cosine > 0.9999 for found in checks)
+    assert [sum("MatMul" in n or "Gemm" in n for n in found.float_nodes) for found in checks] == [0, 1]
+
+
 def test_side_files_are_written_counted_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "SPLIT_BYTES", 1000)
     net, inputs = deploy_nets.made("residual")

@@ -19,6 +19,7 @@ MOVES = (
     *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad", "Concat", "Split", "Gather", "Expand"),
     *("MaxPool", "DepthToSpace", "SpaceToDepth", "Tile", "Identity"),
 )
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Defaults that ONNX documents in words only, so that schemas do not list them.
 _ALL = {"pads": 0, "strides": 1, "dilations": 1}
 
@@ -38,6 +39,7 @@ def tidy(model: ir.Model, *, on_codes: bool = True) -> None:
     if on_codes:
         hard_sigmoids(model)
         integer_biases(model)
+        stay_float(model)
     common.DeduplicateInitializersPass(size_limit=1 << 40)(model)
     own_zero_points(model)
     common.CommonSubexpressionEliminationPass()(model)
@@ -224,6 +226,28 @@ def hard_sigmoids(model: ir.Model) -> int:
             reader.outputs[0].replace_all_uses_with(codes.outputs[0])
             model.graph.remove(reader, safe=True)
         model.graph.remove(node, safe=True)
+        done += 1
+    return done
+
+
+def stay_float(model: ir.Model) -> int:
+    """A layer with float weights that reads and gives codes: a Clip without bounds in front of it; returns how many.
+
+    ONNX Runtime 1.32 quantizes such weights by itself when it loads a file (WeightBiasQuantization), which is not what was asked for and
+    what was checked. It looks for DequantizeLinear → layer → QuantizeLinear; a Clip without bounds changes no value and is not taken out.
+    """
+    done = 0
+    for node in list(model.graph):
+        weight = constant(node.inputs[1]) if node.op_type in _LAYERS and not node.domain else None
+        if weight is None:
+            continue
+        source = _producer(node.inputs[0])
+        readers = [user.op_type for user, _ in node.outputs[0].uses()]
+        if source is None or source.op_type != "DequantizeLinear" or "QuantizeLinear" not in readers:
+            continue
+        clip = ir.node("Clip", [node.inputs[0]])
+        model.graph.insert_before(node, clip)
+        node.replace_input_with(0, clip.outputs[0])
         done += 1
     return done
 
