@@ -255,6 +255,15 @@ class Bounds(Strict):
     """Peak memory of the process that runs the file: bytes, or a text such as "200 MB"."""
     allocation: Literal["uniform", "global", "sensitivity", "greedy", "knapsack"] = "knapsack"
     """How the searched level spreads over the spaces, as in prune.allocation."""
+    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(8, 6, 4, 3, 2), min_length=1)
+    """Widths that a weight may have where size_bytes is the only amount, for ONNX Runtime: pruning and bits are then searched
+    together. [8] leaves it to pruning."""
+    low_rank: bool = True
+    """Whether that search also tries low rank (svd) in the place of channels."""
+    trials: int = Field(default=6, ge=0, le=10_000)
+    """Shares of the parameters that it tries besides the network as it is."""
+    trial_epochs: int = Field(default=0, ge=0)
+    """Training of each trial; 0 fits the layers and measures batch norm anew, which is quick but harder on pruning than on bits."""
     rounds: int = Field(default=6, ge=0, le=50)
     """Files that are exported and measured in a search at most; 0 turns the search off: the bounds are only looked at."""
 

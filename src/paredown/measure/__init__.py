@@ -98,6 +98,14 @@ def _latencies(
     return {names[k]: v for k, v in found.items()}
 
 
+def memory(artifact: Artifact, samples: Batches, *, threads: int = 1) -> dict[str, Measured]:
+    """Peak memory of a process that does nothing but run the file: three of the figures of `measure`, bytes.
+
+    Raises RejectedError (no samples), MissingError (the runtime), ResourceError (the process failed).
+    """
+    return _memory(artifact, first_sample(samples), threads, machine_text())
+
+
 def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[str, Measured]:
     from paredown.export.session import open_session
 
@@ -148,6 +156,7 @@ __all__ = [
     "machine",
     "machine_text",
     "measure",
+    "memory",
     "paired",
     "read_bundle",
     "sizes",

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ FOLDER = "PAREDOWN_LATENCY"
 RUNS, SECONDS, AT_ONCE = 25, 1.5, 36
 RUNTIMES = {"onnxruntime-x86": "onnxruntime", "onnxruntime-arm": "onnxruntime", "openvino-x86": "openvino"}
 """Targets whose layers can be timed here, and the runtime that does it."""
-PROTOCOL = f"lower quartile of at most {RUNS} readings in turns with the other shapes of the layer, one sample"
+PROTOCOL = f"lower quartile of at most {RUNS} readings (processor time where one thread works) in turns with the layer's other shapes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +103,9 @@ def cached(setting: Setting) -> dict[LayerShape, Measured]:
     known: dict[LayerShape, Measured] = {}
     for file in sorted(setting.folder.glob("*.jsonl")):
         for record in _whole_lines(file):
-            shape, time = _shape(record.cell), record.measured.get("latency_ms")
-            if shape is not None and time is not None and time.value is not None and 0 < time.value < 1e7:
-                known[shape] = time
+            shape, found = _shape(record.cell), record.measured.get("latency_ms")
+            if shape is not None and found is not None and found.value is not None and 0 < found.value < 1e7:
+                known[shape] = found
     return known
 
 
@@ -126,8 +127,9 @@ def _shape(cell: Mapping[str, Any]) -> LayerShape | None:
 def _keep(file: Path, setting: Setting, found: Mapping[LayerShape, Measured]) -> None:
     if not file.parent.is_dir():
         write_text(file.parent / "setting.json", json.dumps(setting.described(), indent=1) + "\n")
-    for shape, time in found.items():
-        append(file, Record(cell={"stage": "layer latency", "layer": shape.described()}, measured={"latency_ms": time}))
+    for shape, measured in found.items():
+        cell = {"stage": "layer latency", "layer": shape.described()}
+        append(file, Record(cell=cell, measured={"latency_ms": measured}))
 
 
 def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> dict[LayerShape, Measured]:
@@ -139,7 +141,8 @@ def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> dict[L
         files = [write_layer(s, Path(folder) / f"{n}.onnx", setting.scheme) for n, s in zip(names, shapes, strict=True)]
         sessions = {n: _session(f, setting) for n, f in zip(names, files, strict=True)}
         feeds = {n: feed_for(s, setting.scheme) for n, s in zip(names, shapes, strict=True)}
-        times, _ = readings(sessions, feeds, runs=RUNS, seconds=SECONDS)
+        clock = time.process_time_ns if setting.threads == 1 else time.perf_counter_ns
+        times, _ = readings(sessions, feeds, runs=RUNS, seconds=SECONDS, clock=clock)
     out = {}
     for name, shape in zip(names, shapes, strict=True):
         low, value, high = (float(q) for q in np.percentile(times[name], (10, 25, 90)))

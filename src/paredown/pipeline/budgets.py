@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from paredown.examine import examine
 from paredown.measure.layer_tables import Setting
 from paredown.pipeline.folder import file_digest, key_of
 from paredown.pipeline.run import Run
+from paredown.pipeline.shrink import Shrinking, shrunk
 from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
 from paredown.program import Program
@@ -40,6 +42,8 @@ class Searched:
     """What the search found; None where the level's amount is allocated as that of any level."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """For the records: limits, rounds, shares of the layers."""
+    shrinking: Shrinking | None = None
+    """Where bits per layer are still to be chosen, after the training: what for."""
 
 
 def check_budget(recipe: Recipe) -> None:
@@ -51,6 +55,9 @@ def check_budget(recipe: Recipe) -> None:
         msg = f"budget.{alone[0]} must come without prune.levels, which say it level by level. Got both. Set prune.levels to []."
         raise UsageError(msg)
     asked = [n for n in SEARCHED if n in given]
+    if by_bits(recipe) and bounds.rounds and recipe.quantize.spare:
+        msg = "quantize.spare must go without budget.size_bytes and bits, which both choose how layers are quantized. Got both. Set budget.bits to [8]."
+        raise UsageError(msg)
     if not asked or not bounds.rounds or recipe.prune.levels:
         return
     granularity = recipe.prune.granularity
@@ -82,13 +89,12 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
     if kept is not None:
         return kept
     try:
-        found = _found(run, number, asked, program, tuned)
+        result = _found(run, number, asked, program, tuned)
     except InfeasibleError as error:
         if not recipe.prune.levels:
             raise
         run.say(f"budget: {error}")
         return None
-    result = _as_level(found, run)
     _keep(run, number, asked, program, tuned, result)
     return result
 
@@ -112,7 +118,13 @@ def _by_units(recipe: Recipe) -> bool:
     return recipe.prune.granularity in ("channel", "head") and recipe.prune.criterion in TABLE
 
 
-def _found(run: Run, number: int, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> Met:
+def by_bits(recipe: Recipe) -> bool:
+    """Whether bytes are met by bits and pruning together."""
+    given = {n for n in SEARCHED if getattr(recipe.budget, n) is not None}
+    return given == {"size_bytes"} and min(recipe.budget.bits) < 8 and recipe.target.startswith("onnxruntime")
+
+
+def _found(run: Run, number: int, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> Searched:
     recipe, bounds = run.recipe, run.recipe.budget
     run.say(f"budget: search for {', '.join(asked)}")
     here = Here.of(program, tuned)
@@ -120,7 +132,13 @@ def _found(run: Run, number: int, asked: Mapping[str, float], program: Program, 
         recipe=recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"allocation": bounds.allocation})}),
         task=run.task, level=Level(parameters=0.5), number=number, weights_given=run.weights_given, steps=run.folder.steps,
     )  # fmt: skip
-    return meet(search_of(run, way, here, asked))
+    (run.folder.steps / f"search-{number}").mkdir(exist_ok=True)
+    if not by_bits(recipe):
+        return _as_level(meet(search_of(run, way, here, asked)), run)
+    found = shrunk(run, way, here, asked["size_bytes"])
+    if found is None:
+        return Searched(level=None, told={"asked": dict(asked), "already_met": True})
+    return Searched(level=found.level, plan=found.plan, told=found.told, shrinking=found.shrinking)
 
 
 def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Search:
@@ -133,15 +151,14 @@ def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Sea
         table = latency_table(here.program, here.coupling, here.cost, setting, align=_align(recipe))
     scores = way.scores(here)
     measured = bounds.allocation in MEASURED
-    folder = run.folder.steps / f"search-{way.number}"
-    folder.mkdir(exist_ok=True)
     return Search(
         coupling=here.coupling, cost=here.cost, scores=scores, asked=asked, table=table,
         make=maker(
             here.program, target=recipe.target, scheme=recipe.quantize.scheme, calibrate=run.task.calibration_batches,
             float_layers=recipe.quantize.float_layers, seed=recipe.seed,
         ),
-        dense=run.dense["artifact"], samples=run.task.calibration_batches, folder=folder, bytes_per_parameter=1.0,
+        dense=run.dense["artifact"], samples=run.task.calibration_batches,
+        folder=run.folder.steps / f"search-{way.number}", bytes_per_parameter=1.0,
         threads=recipe.measure.threads, runs=recipe.measure.runs, seconds=recipe.measure.seconds, rounds=bounds.rounds,
         key=key_of(recipe.digest, here.program.source_digest, run.environment), say=run.say,
         options={
@@ -198,7 +215,8 @@ def _kept(run: Run, number: int, asked: Mapping[str, float], program: Program, t
         return None
     plan = None if known["plan"] is None else Plan.from_json(known["plan"])
     level = None if known["level"] is None else Level(**known["level"])
-    return Searched(level=level, plan=plan, told=known["told"])
+    shrinking = None if known["shrinking"] is None else Shrinking(**known["shrinking"])
+    return Searched(level=level, plan=plan, told=known["told"], shrinking=shrinking)
 
 
 def _keep(
@@ -209,6 +227,7 @@ def _keep(
         "plan": None if result.plan is None else result.plan.to_json(),
         "level": None if result.level is None else result.level.model_dump(exclude_none=True),
         "told": result.told,
+        "shrinking": None if result.shrinking is None else dataclasses.asdict(result.shrinking),
     }
     write_text(run.folder.steps / f"search-{number}.json", json.dumps(known, sort_keys=True) + "\n")
 

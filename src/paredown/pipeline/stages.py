@@ -29,6 +29,7 @@ from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, key_of
 from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run, random_note
+from paredown.pipeline.shrink import fitted_bits, repair_of
 from paredown.pipeline.snippet import input_of, snippet
 from paredown.pipeline.spared import quantized_but_few
 from paredown.plan import Plan
@@ -110,6 +111,8 @@ def _for_the_budget(run: Run, program: Program, tuned: Pruned | None, dense: nn.
     if found is None:
         return tuned
     run.dense["search"] = found.told
+    if found.shrinking is not None:
+        run.dense["shrinking"] = found.shrinking
     if found.level is None:
         return tuned
     done = one_level(run, number, found.level, program, tuned, dense, found.plan)
@@ -381,6 +384,8 @@ def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> 
         "repair": options.repair,
         "float_layers": options.float_layers,
     }
+    if "shrinking" in run.dense and teacher is not None:
+        shared |= {"repair": repair_of(run), "bits": fitted_bits(run, thing, run.dense["shrinking"])}
     if options.spare and teacher is not None:
         return quantized_but_few(run, thing, teacher, shared)
     if not options.epochs:
@@ -437,7 +442,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
     bounds = verdicts.bounds(run, by_stage)
     met = all(b["met"] for b in bounds)
     # Nothing in here is drawn from timings, so that two runs give the same verdict; the report adds what they say.
-    otherwise = verdicts.fallback(run, by_stage)
+    otherwise = verdicts.fallback(run, by_stage, met=met)
     recommended = "int8" if met else otherwise
     details = {
         "recommended": recommended,

@@ -82,16 +82,24 @@ def refuse_another_base(run: Run, values: Any) -> None:
         raise GateError(msg)
 
 
-def fallback(run: Run, by_stage: Mapping[str, Record]) -> str:
-    """The smallest float file that keeps the metric bound, the dense one if none does."""
-    bound = run.recipe.budget.metric_loss
+def fallback(run: Run, by_stage: Mapping[str, Record], *, met: bool) -> str:
+    """The smallest float file that keeps the metric bound and what the budget counts; without one the INT8 file where it keeps
+    all bounds, else the dense one."""
+    bound, asked = run.recipe.budget.metric_loss, run.recipe.budget.model_dump(exclude_none=True)
+    limits = _limits(asked, by_stage["dense"], by_stage["int8"])
     sign = 1.0 if run.task.metric.goal == "max" else -1.0
     dense = by_stage["dense"].measured["metric"].value or 0.0
     for name in sorted((n for n in by_stage if n.startswith("level-")), reverse=True):
         loss = sign * (dense - (by_stage[name].measured["metric"].value or 0.0))
-        if bound is None or loss <= bound:
+        if (bound is None or loss <= bound) and _counts_hold(by_stage[name], limits):
             return name
-    return "dense"
+    return "int8" if met and not _counts_hold(by_stage["dense"], limits) else "dense"
+
+
+def _counts_hold(record: Record, limits: Mapping[str, float]) -> bool:
+    """Whether a file keeps the bounds that no clock decides."""
+    of = {"size_bytes": "bytes", "parameters": "parameters", "macs": "macs"}
+    return all((record.measured[k].value or 0) <= limits[n] for n, k in of.items() if n in limits)
 
 
 def not_tested(by_stage: Mapping[str, Record]) -> list[str]:

@@ -14,7 +14,8 @@ from paredown.couple import Coupling
 from paredown.errors import InfeasibleError, NothingToDo, ParedownError, UsageError
 from paredown.examine import Cost
 from paredown.export import Artifact
-from paredown.measure import measure
+from paredown.measure import memory
+from paredown.measure.turns import timed_in_turns
 from paredown.plan import Plan
 from paredown.records import Measured, Record, append, read
 from paredown.score.nouns import Scores
@@ -142,16 +143,21 @@ class Search:
         return Round(number=number, plan=plan, foreseen=dict(foreseen), measured=found, holds=holds, why=why)
 
     def _read(self, file: Artifact, plan: Plan | None) -> dict[str, float]:
-        found = measure(
-            file, self.samples, baseline=self.dense, threads=self.threads, runs=self.runs,
-            seconds=self.seconds if set(LATENCY) & self.asked.keys() else 0.1, memory="peak_ram_bytes" in self.asked,
-        )  # fmt: skip
         values: dict[str, float] = {n: self.x(n, plan) for n in ("parameters", "macs")}
-        values["size_bytes"] = float(found["bytes"].value or 0)
-        values["latency_ms"] = float(found["latency_ms"].value or 0)
-        values["latency"] = 1 / float(found["speedup"].value or 1)
-        if "peak_memory_bytes" in found:
-            values["peak_ram_bytes"] = float(found["peak_memory_bytes"].value or 0)
+        values["size_bytes"] = float(file.size_bytes)
+        if set(LATENCY) & self.asked.keys():
+            times = timed_in_turns(
+                {"this": file, "dense": self.dense},
+                self.samples,
+                threads=self.threads,
+                runs=self.runs,
+                seconds=self.seconds,
+            )
+            values["latency_ms"], values["latency"] = times["this"], times["this"] / times["dense"]
+        if "peak_ram_bytes" in self.asked:
+            values["peak_ram_bytes"] = float(
+                memory(file, self.samples, threads=self.threads)["peak_memory_bytes"].value or 0
+            )
         return values
 
     def _known(self, digest: str) -> dict[str, float] | None:

@@ -1,0 +1,185 @@
+"""Asking: what is not solved exactly is tried, a few times, where earlier trials say that it pays; Optuna by ask and tell, or a grid.
+
+A journal of what was told makes a search resumable: the same questions are asked again, and those with an answer are not tried anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paredown.errors import UsageError
+from paredown.records import append_line
+
+Values = dict[str, float | str]
+Domain = Mapping[str, tuple[float, float] | tuple[str, ...]]
+"""Name → (lowest, highest), or the choices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One question and its answer."""
+
+    values: Mapping[str, float | str]
+    losses: tuple[float, ...] | None
+    """Lower is better, one per objective; None where the trial failed: it is missing, not zero."""
+    why: str = ""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known of it, as JSON."""
+
+
+Answer = tuple[tuple[float, ...], Mapping[str, Any]]
+
+
+def search_by_asking(
+    domain: Domain,
+    answer: Callable[[Values], Answer],
+    *,
+    trials: int,
+    objectives: int = 1,
+    seed: int = 0,
+    journal: Path | None = None,
+    key: str = "",
+) -> tuple[Trial, ...]:
+    """`trials` questions out of the domain, each answered by losses (lower is better) and whatever else is to be kept.
+
+    Optuna's TPE sampler with this seed asks, where Optuna is installed (the extra `search`); else points spread evenly
+    (Halton 1960). An answer that raises an Exception is a failed trial and the search goes on. With a `journal` every answer
+    is on disk before the next question; the same call goes on from there to the same result. Raises UsageError.
+
+    >>> found = search_by_asking({"x": (0.0, 1.0)}, lambda v: ((abs(float(v["x"]) - 0.5),), {}), trials=3)
+    >>> len(found), min(t.losses for t in found)[0] < 0.5
+    (3, True)
+    """
+    if trials < 1 or objectives < 1 or not domain:
+        msg = f"a search must have trials ≥ 1, objectives ≥ 1 and a domain. Got {trials}, {objectives} and {len(domain)} names."
+        raise UsageError(msg)
+    known = _told(journal, key)
+    ask, tell = _asker(domain, objectives, seed)
+    done: list[Trial] = []
+    for number in range(trials):
+        values = ask()
+        trial = known.get(_name(values, number)) or _tried(values, answer)
+        if _name(values, number) not in known and journal is not None:
+            told = {"losses": trial.losses, "why": trial.why, "told": dict(trial.told)}
+            append_line(journal, json.dumps({"key": key, "number": number, "values": values, **told}, sort_keys=True))
+        tell(trial.losses)
+        done.append(trial)
+    return tuple(done)
+
+
+def undominated(losses: Sequence[Sequence[float] | None]) -> list[int]:
+    """Which points no other beats in one loss without being worse in another; the first of equals. None never is.
+
+    >>> undominated([(1.0, 5.0), (2.0, 2.0), (3.0, 3.0), None, (2.0, 2.0)])
+    [0, 1]
+    """
+    out = []
+    for number, mine in enumerate(losses):
+        if mine is None:
+            continue
+        beaten = any(
+            other is not None
+            and all(o <= m for o, m in zip(other, mine, strict=True))
+            and (tuple(other) != tuple(mine) or at < number)
+            for at, other in enumerate(losses)
+            if at != number
+        )
+        if not beaten:
+            out.append(number)
+    return out
+
+
+def _tried(values: Values, answer: Callable[[Values], Answer]) -> Trial:
+    try:
+        losses, told = answer(values)
+    except Exception as error:  # whatever a trial raises: it is marked, and the others go on
+        lines = str(error).splitlines() or [""]
+        return Trial(values=values, losses=None, why=f"{type(error).__name__}: {lines[0]}"[:300])
+    if not all(math.isfinite(v) for v in losses):
+        return Trial(values=values, losses=None, why=f"the losses are {losses}", told=told)
+    return Trial(values=values, losses=tuple(float(v) for v in losses), told=told)
+
+
+def _name(values: Mapping[str, Any], number: int) -> str:
+    return json.dumps([number, dict(values)], sort_keys=True)
+
+
+def _told(journal: Path | None, key: str) -> dict[str, Trial]:
+    """Answers of the journal by their question; a last line that a kill cut short is cut off, other lines that say nothing are left out."""
+    if journal is None or not journal.exists():
+        return {}
+    from paredown.records import mend
+
+    mend(journal)
+    known: dict[str, Trial] = {}
+    for line in journal.read_text(encoding="utf-8").splitlines():
+        try:
+            said = json.loads(line)
+            losses = None if said["losses"] is None else tuple(float(v) for v in said["losses"])
+            if said["key"] == key and losses is not None:  # one that failed is tried again
+                known[_name(said["values"], said["number"])] = Trial(
+                    values=said["values"], losses=losses, why=said["why"], told=said["told"]
+                )
+        except (ValueError, KeyError, TypeError):
+            continue
+    return known
+
+
+def _asker(
+    domain: Domain, objectives: int, seed: int
+) -> tuple[Callable[[], Values], Callable[[tuple[float, ...] | None], None]]:
+    """How the next question comes about, and who hears the answer."""
+    try:
+        import optuna
+    except ImportError:
+        points = _spread(domain, seed)
+        return lambda: next(points), lambda losses: None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
+    study = optuna.create_study(sampler=sampler, directions=["minimize"] * objectives)
+    asked: list[Any] = []
+
+    def ask() -> Values:
+        trial = study.ask()
+        asked.append(trial)
+        return {name: _suggested(trial, name, choices) for name, choices in domain.items()}
+
+    def tell(losses: tuple[float, ...] | None) -> None:
+        if losses is None:
+            study.tell(asked[-1], state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(asked[-1], list(losses))
+
+    return ask, tell
+
+
+def _suggested(trial: Any, name: str, choices: tuple[Any, ...]) -> float | str:
+    if isinstance(choices[0], str):
+        return str(trial.suggest_categorical(name, list(choices)))
+    return round(float(trial.suggest_float(name, choices[0], choices[1])), 4)
+
+
+def _spread(domain: Domain, seed: int) -> Any:
+    """Points of the Halton sequence, one prime per name."""
+    primes = (2, 3, 5, 7, 11, 13, 17, 19)
+    number = 1 + seed
+    while True:
+        values: Values = {}
+        for base, (name, choices) in zip(primes, domain.items(), strict=False):
+            at, share, left = 0.0, 1.0, number
+            while left:
+                share /= base
+                at += share * (left % base)
+                left //= base
+            if isinstance(choices[0], str):
+                values[name] = str(choices[min(int(at * len(choices)), len(choices) - 1)])
+            else:
+                low, high = (float(c) for c in choices)
+                values[name] = round(low + at * (high - low), 4)
+        yield values
+        number += 1
