@@ -55,9 +55,12 @@ class Record:
     @classmethod
     def from_json(cls, line: str) -> Record:
         """The inverse of to_json."""
-        data = json.loads(line)
-        data["measured"] = {name: Measured(**value) for name, value in data["measured"].items()}
-        return cls(**data)
+        return cls.from_data(json.loads(line))
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Record:
+        """From what the JSON holds."""
+        return cls(**{**data, "measured": {name: Measured(**value) for name, value in data["measured"].items()}})
 
 
 def append(path: Path, record: Record) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,11 +81,17 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
         msg = "a recipe must have a section `curve` with amounts, for a curve. Got none. Write curve: {amounts: [0.75, 0.5, 0.25]}."
         raise UsageError(msg)
     cells: dict[str, Cell] = {}
+    ways = [
+        (method, schedule, amount, _pruning(recipe, curve, method, schedule, amount))
+        for amount in curve.amounts
+        for method in curve.methods
+        for schedule in curve.schedules
+    ]
     for seed in curve.seeds:
         own = _changed(recipe, seed, prune=Prune(), recover=Recover())
         base = _cell("base", seed=seed, recipe=own, latency=curve.latency)
         cells[base.digest] = base
-        for cell in _of_seed(recipe, curve, seed, base):
+        for cell in _of_seed(recipe, curve, ways, seed, base):
             twin = cells.setdefault(cell.digest, cell)
             if twin is not cell and cell.kind == "pruned":
                 msg = f"curve.methods and schedules must give each cell once. Got {twin.name!r} and {cell.name!r}, which do the same."
@@ -93,25 +99,22 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
     return tuple(cells.values())
 
 
-def _of_seed(recipe: Recipe, curve: CurveGrid, seed: int, base: Cell) -> Iterator[Cell]:
-    ways = [(m, s) for m in curve.methods for s in curve.schedules]
-    trained = next(((m, s) for m, s in ways if s != "from-scratch"), None)
-    for amount in curve.amounts:
-        first: Cell | None = None
-        for method, schedule in ways:
-            own = _pruning(recipe, curve, method, schedule, amount, seed)
-            kind: Kind = "from-scratch" if schedule == "from-scratch" else "pruned"
-            cell = _cell(
-                kind, seed=seed, recipe=own, method=_label(recipe, method), schedule=schedule, amount=amount,
-                latency=curve.latency, needs=(("base", base.digest),),
-            )  # fmt: skip
-            if (method, schedule) == trained:
-                first = cell
-            yield cell
-        if first is not None and amount in (
-            curve.amounts if curve.controls.amounts is None else curve.controls.amounts
-        ):
-            yield from _controls(curve, first, base)
+_Way = tuple[Method, str, float, tuple[Prune, Recover]]
+
+
+def _of_seed(recipe: Recipe, curve: CurveGrid, ways: Sequence[_Way], seed: int, base: Cell) -> Iterator[Cell]:
+    trained = next(((m, s) for m, s, _, _ in ways if s != "from-scratch"), None)
+    controlled = set(curve.amounts if curve.controls.amounts is None else curve.controls.amounts)
+    for method, schedule, amount, (prune, recover) in ways:
+        kind: Kind = "from-scratch" if schedule == "from-scratch" else "pruned"
+        own = _changed(recipe, seed, prune=prune, recover=recover)
+        cell = _cell(
+            kind, seed=seed, recipe=own, method=_label(recipe, method), schedule=schedule, amount=amount,
+            latency=curve.latency, needs=(("base", base.digest),),
+        )  # fmt: skip
+        yield cell
+        if (method, schedule) == trained and amount in controlled:
+            yield from _controls(curve, cell, base)
 
 
 def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
@@ -140,8 +143,8 @@ def _cell(kind: Kind, *, recipe: Recipe, needs: tuple[tuple[str, str], ...] = ()
     return Cell(kind=kind, recipe=recipe, needs=needs, digest=hashlib.sha256(text.encode()).hexdigest(), **more)
 
 
-def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, amount: float, seed: int) -> Recipe:
-    """The recipe of one pruned model."""
+def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, amount: float) -> tuple[Prune, Recover]:
+    """What leaves and how it is trained back, for one amount of one way."""
     given = method.model_dump(exclude_none=True, exclude={"name", "factorize"})
     prune = recipe.prune.model_copy(update=given)
     if method.criterion not in (None, recipe.prune.criterion):
@@ -171,7 +174,7 @@ def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, am
     except ValidationError as error:
         msg = f"every way of a curve must be a recipe. Got {method.label!r} with {schedule}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
         raise UsageError(msg) from error
-    return _changed(recipe, seed, prune=prune, recover=_shared(recipe.recover, levels))
+    return prune, _shared(recipe.recover, levels)
 
 
 def _shared(recover: Recover, levels: int) -> Recover:

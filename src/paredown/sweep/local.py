@@ -93,18 +93,22 @@ def trial_folder(folder: Path, digest: str, versions: Mapping[str, Any]) -> Path
 
 def read_results(cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]) -> dict[str, Outcome]:
     """What is known of the cells, by digest: the journal, and results that no line tells of yet."""
+    return _known(cells, folder, versions)[0]
+
+
+def _known(cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]) -> tuple[dict[str, Outcome], set[str]]:
+    """(outcomes by digest, digests of those that only their own folder tells of)."""
     keys = {key_of_trial(c.digest, versions): c for c in cells}
-    found: dict[str, Outcome] = {}
-    for row in _rows(folder / JOURNAL):
-        cell = keys.get(str(row.get("key")))
-        if cell is not None:
-            found[cell.digest] = _outcome(cell.digest, row)
+    rows = {key: row for row in _rows(folder / JOURNAL) if (key := str(row.get("key"))) in keys}  # the last line counts
+    found = {keys[key].digest: _outcome(keys[key].digest, row) for key, row in rows.items()}
+    alone = set()
     for key, cell in keys.items():
         if cell.digest not in found or found[cell.digest].status != "done":
             record = _result(folder / TRIALS / key)
             if record is not None:
                 found[cell.digest] = Outcome(digest=cell.digest, status="done", record=record)
-    return found
+                alone.add(cell.digest)
+    return found, alone
 
 
 def run_missing(
@@ -123,15 +127,14 @@ def run_missing(
     """
     journal = folder / JOURNAL
     mend(journal)
-    gathered = {str(row.get("key")) for row in _rows(journal) if row.get("status") == "done"}
-    known = read_results(cells, folder, versions)
+    known, alone = _known(cells, folder, versions)
     todo = []
     for cell in cells:
-        outcome, key = known.get(cell.digest), key_of_trial(cell.digest, versions)
+        outcome = known.get(cell.digest)
         if outcome is None or (retry and outcome.status != "done"):
             todo.append(cell)
-        elif outcome.status == "done" and key not in gathered:
-            _append(journal, cell, key, outcome)
+        elif cell.digest in alone:
+            _append(journal, cell, key_of_trial(cell.digest, versions), outcome)
     if not todo:
         return
     sweep = _Sweep(folder=folder, versions=dict(versions), machine=machine, progress=progress)
@@ -368,7 +371,7 @@ def _outcome(digest: str, row: Mapping[str, Any]) -> Outcome:
         status=row["status"],
         reason=str(row.get("reason", "")),
         tail=tuple(map(str, row.get("tail", ()))),
-        record=None if record is None else Record.from_json(json.dumps(record)),
+        record=None if record is None else Record.from_data(record),
     )
 
 

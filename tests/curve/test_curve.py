@@ -1,0 +1,402 @@
+"""Curve: intervals against scipy and full enumeration, the two rules against brute force, what is never chosen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curve_records import sweep, trial
+from paredown.curve import (
+    Line,
+    chord_distances,
+    compared,
+    dense_verdict,
+    expanded,
+    interval,
+    lines,
+    pareto,
+    resamples,
+    student_t,
+    sweet_spot,
+    upper_bound,
+)
+
+finite = st.floats(-100, 100, allow_nan=False).map(lambda v: round(v, 3))
+
+
+def every_resample(values: Sequence[float]) -> np.ndarray:
+    """The means of all n^n equally likely resamples."""
+    return np.asarray([np.mean(pick) for pick in itertools.product(values, repeat=len(values))])
+
+
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+@given(st.lists(finite, min_size=2, max_size=5), st.sampled_from([0.8, 0.9, 0.95]))
+def test_bounds_are_those_of_all_resamples(values: list[float], confidence: float) -> None:
+    means, n = every_resample(values), len(values)
+    share = scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(confidence, n - 1))
+    wanted = np.quantile(means, share, method="inverted_cdf")
+    assert upper_bound(values, confidence) == pytest.approx(wanted, abs=1e-6)
+    half = scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + confidence) / 2, n - 1))
+    found = interval(values, confidence)
+    assert found.low == pytest.approx(-np.quantile(-means, half, method="inverted_cdf"), abs=1e-6)
+    assert found.high == pytest.approx(np.quantile(means, half, method="inverted_cdf"), abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [8, 12, 30])
+def test_bounds_of_many_seeds_are_scipys(n: int) -> None:
+    values = np.random.default_rng(n).gamma(2.0, size=n)
+    found = interval([*values])
+    two_sided = 2 * expanded(0.975, n) - 1
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, confidence_level=two_sided, method="percentile", n_resamples=40_000, rng=1
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert abs(found.low - theirs.low) < 0.05 * width
+    assert abs(found.high - theirs.high) < 0.05 * width
+    assert found.low < found.mean < found.high
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 40, 301])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.95, 0.975, 0.999])
+def test_students_t_is_scipys(share: float, freedom: int) -> None:
+    assert student_t(share, freedom) == pytest.approx(scipy.stats.t.ppf(share, freedom), abs=1e-8)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_resamples_are_all_of_them(n: int) -> None:
+    counts, weights = resamples(n)
+    assert weights.sum() == pytest.approx(1.0)
+    assert (counts.sum(axis=1) == n).all()
+    wanted: dict[tuple[int, ...], int] = {}
+    for pick in itertools.product(range(n), repeat=n):
+        key = tuple(pick.count(i) for i in range(n))
+        wanted[key] = wanted.get(key, 0) + 1
+    assert {tuple(map(int, c)): round(w * n**n) for c, w in zip(counts, weights, strict=True)} == wanted
+
+
+@given(st.lists(finite, min_size=2, max_size=9), st.floats(-50, 50), st.floats(0.1, 10))
+def test_intervals_move_and_stretch_with_the_values(values: list[float], shift: float, factor: float) -> None:
+    found, moved = interval(values), interval([factor * v + shift for v in values])
+    assert found.low is not None and found.high is not None and moved.low is not None and moved.high is not None
+    assert moved.low == pytest.approx(factor * found.low + shift, abs=1e-6)
+    assert moved.high == pytest.approx(factor * found.high + shift, abs=1e-6)
+    assert min(values) <= found.low <= found.mean + 1e-9
+    assert found.mean - 1e-9 <= found.high <= max(values)
+    bound = upper_bound(values)
+    assert bound is not None and bound <= found.high
+
+
+def test_one_seed_has_no_interval_rather_than_one_of_width_zero() -> None:
+    assert (interval([97.0]).low, interval([97.0]).high, upper_bound([97.0])) == (None, None, None)
+
+
+def test_three_seeds_cover_three_times_in_four_and_five_nine_times_in_ten() -> None:
+    rng, share = np.random.default_rng(0), {}
+    for n in (3, 5):
+        found = [interval([*rng.normal(size=n)]) for _ in range(1500)]
+        share[n] = np.mean([f.low <= 0 <= f.high for f in found if f.low is not None and f.high is not None])
+    assert 0.70 < share[3] < 0.80
+    assert 0.90 < share[5] < 0.96
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+
+
+def test_lines_are_by_method_and_schedule_with_the_dense_model_first() -> None:
+    records = sweep({0.5: [97.0, 98.0], 0.75: [98.0, 98.5]}, [99.0, 98.8])
+    records += sweep({0.5: [96.0, 96.5]}, [99.0, 98.8], schedule="multi-level")[2:]
+    records += [trial("thin", 0.5, seed, 95.0, 95.0) for seed in (0, 1)]
+    found = lines(records, goal="max")
+    assert [line.name for line in found] == ["l1 one-shot", "l1 multi-level", "a uniformly thinner dense network"]
+    first = found[0]
+    assert [p.amount for p in first.points] == [None, 0.75, 0.5]
+    assert [round(p.removed["parameters"], 6) for p in first.points] == [0.0, 25.0, 50.0]
+    assert first.points[2].loss == pytest.approx({0: 2.0, 1: 0.8})
+    assert first.points[2].steps == 100
+    assert "latency" not in first.points[1].removed
+
+
+def test_of_a_metric_to_be_small_more_is_a_loss() -> None:
+    records = sweep({0.5: [110.0, 120.0]}, [100.0, 105.0])
+    assert lines(records, goal="min")[0].points[1].loss == pytest.approx({0: 10.0, 1: 15.0})
+
+
+def test_a_failed_trial_is_marked_and_is_in_no_mean() -> None:
+    records = sweep({0.5: [97.0, 98.0, 99.0]}, [99.0, 99.0, 99.0])
+    lost = next(r for r in records if r.cell["kind"] == "pruned" and r.cell["seed"] == 1)
+    failed = {**lost.cell, "status": "crashed", "reason": "it did", "tail": []}
+    point = lines([r for r in records if r is not lost], goal="max", failed=[failed])[0].points[1]
+    assert point.seeds == (0, 2)
+    assert point.held_out == {0: 97.0, 2: 99.0}
+    assert not point.complete
+    assert point.failed[0]["status"] == "crashed"
+
+
+def test_a_point_of_which_nothing_is_left_is_there_and_empty() -> None:
+    records = sweep({0.75: [98.0, 98.0]}, [99.0, 99.0])
+    gone = [
+        {"kind": "pruned", "method": "l1", "schedule": "one-shot", "amount": 0.5, "seed": s, "status": "timeout"}
+        for s in (0, 1)
+    ]
+    point = lines(records, goal="max", failed=gone)[0].points[-1]
+    assert (point.amount, point.seeds, len(point.failed)) == (0.5, (), 2)
+    assert not point.complete
+
+
+# -------------------------------------------------------------------------------------------------------------- pareto
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=12, unique_by=lambda t: t[0]))
+def test_the_front_is_what_no_other_point_beats(drawn: list[tuple[int, int]]) -> None:
+    records = sweep({tenth / 10: [90.0 + quality / 4] for tenth, quality in drawn}, [93.0])
+    points = lines(records, goal="max")[0].points
+    front = pareto(points, "parameters", goal="max")
+    wanted = []
+    for p in points:
+        x, y = p.removed["parameters"], p.held_out[0]
+        if not any(
+            (q.removed["parameters"] >= x and q.held_out[0] >= y) and (q.removed["parameters"] > x or q.held_out[0] > y)
+            for q in points
+        ):
+            wanted.append(p.amount)
+    assert [p.amount for p in front] == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------- sweet spot
+
+
+losses = st.lists(st.lists(st.integers(-4, 24).map(lambda v: v / 8), min_size=3, max_size=3), min_size=1, max_size=5)
+AMOUNTS = (0.9, 0.7, 0.5, 0.3, 0.1)
+
+
+def from_losses(drawn: Sequence[Sequence[float]]) -> tuple[Line, ...]:
+    dense = [98.0] * len(drawn[0])
+    return lines(sweep({a: [98.0 - v for v in row] for a, row in zip(AMOUNTS, drawn, strict=False)}, dense), goal="max")
+
+
+@given(losses, st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+def test_with_a_limit_it_is_the_largest_reduction_that_keeps_it(drawn: list[list[float]], limit: float) -> None:
+    spot = sweet_spot(from_losses(drawn), "sparsity", limit=limit, unit="%")
+    within = [
+        AMOUNTS[i]
+        for i, row in enumerate(drawn)
+        # Three seeds: the expanded percentile lies beyond 26 of 27 resamples, so the bound is the worst seed.
+        if max(row) <= limit + 1e-9
+    ]
+    assert (None if spot.point is None else spot.point.amount) == (min(within) if within else None)
+    assert spot.rule == "limit"
+    if spot.point is not None:
+        assert "one-sided 95 % bound" in spot.sentence and f"{limit:.2f} points" in spot.sentence
+        assert spot.low is not None and spot.high is not None and spot.removed is not None
+        assert spot.low <= spot.removed <= spot.high
+    else:
+        assert spot.sentence.startswith("Nothing was chosen")
+
+
+@given(losses)
+def test_without_a_limit_it_is_the_point_farthest_above_the_chord(drawn: list[list[float]]) -> None:
+    found = from_losses(drawn)
+    spot = sweet_spot(found, "parameters", limit=None, unit="%")
+    x = [0.0, *[100 * (1 - a) for a in AMOUNTS[: len(drawn)]]]
+    y = [0.0, *[-float(np.mean(row)) for row in drawn]]
+    distances = by_projection(x, y)
+    if spot.point is None:
+        assert max(distances) <= 1e-9
+    elif max(y) - min(y) < 1e-12:
+        assert spot.removed == pytest.approx(x[-1])
+    else:
+        at = next(i for i, v in enumerate(x) if spot.removed is not None and abs(v - spot.removed) < 1e-6)
+        assert distances[at] == pytest.approx(max(distances), abs=1e-9)
+        assert distances[at] > 0
+
+
+def by_projection(x: Sequence[float], y: Sequence[float]) -> list[float]:
+    """Signed distance to the chord, by taking away the part along it."""
+    u = (np.asarray(x) - min(x)) / (max(x) - min(x) or 1)
+    v = (np.asarray(y) - min(y)) / (max(y) - min(y) or 1)
+    points = np.stack([u, v], axis=1)
+    along = points[-1] - points[0]
+    along = along / np.linalg.norm(along)
+    rest = points - points[0] - np.outer((points - points[0]) @ along, along)
+    return [float(np.linalg.norm(r) * np.sign(r[1] + 1e-300)) for r in rest]
+
+
+@given(
+    st.lists(st.tuples(finite, finite), min_size=2, max_size=8, unique_by=lambda t: t[0]),
+    st.floats(0.5, 20),
+    st.floats(-30, 30),
+)
+def test_the_chord_does_not_know_the_units(drawn: list[tuple[float, float]], factor: float, shift: float) -> None:
+    x, y = (np.asarray(v) for v in zip(*sorted(drawn), strict=True))
+    before, after = chord_distances(x, y), chord_distances(factor * x + shift, 3 * y - shift)
+    if np.ptp(x) > 0.1 and np.ptp(y) > 0.1:
+        assert after == pytest.approx(before, abs=1e-6)
+    assert before[0] == before[-1] == 0
+
+
+def test_the_interval_of_the_sweet_spot_is_the_rule_on_every_resample() -> None:
+    drawn = [[0.1, 0.2, 0.0], [0.3, 1.4, 0.2], [0.9, 0.4, 2.5]]
+    found = from_losses(drawn)
+    spot = sweet_spot(found, "parameters", limit=1.0, unit="%")
+    took = []
+    for pick in itertools.product(range(3), repeat=3):
+        again = from_losses([[row[i] for i in pick] for row in drawn])
+        chosen = sweet_spot(again, "parameters", limit=1.0).removed
+        took.append(0.0 if chosen is None else chosen)
+    assert len({round(t, 6) for t in took}) > 2
+    assert spot.low == pytest.approx(-np.quantile(-np.asarray(took), 0.975, method="inverted_cdf"))
+    assert spot.high == pytest.approx(np.quantile(took, 0.975, method="inverted_cdf"))
+
+
+def test_of_several_lines_the_one_that_comes_furthest() -> None:
+    records = sweep({0.75: [98.0, 98.0], 0.5: [90.0, 91.0]}, [98.0, 98.0])
+    records += sweep({0.75: [98.0, 98.0], 0.5: [97.8, 97.9]}, [98.0, 98.0], method="taylor")[2:]
+    spot = sweet_spot(lines(records, goal="max"), "sparsity", limit=0.5, unit="%")
+    assert (spot.line, spot.point.amount if spot.point else None) == ("taylor one-shot", 0.5)
+
+
+def test_test_data_choose_nothing() -> None:
+    held_out = {0.75: [98.0, 97.9, 98.1], 0.5: [97.0, 97.2, 97.1], 0.25: [90.0, 91.0, 89.0]}
+    told = set()
+    for order in itertools.permutations([99.0, 50.0, 10.0]):
+        test = {a: [v] * 3 for a, v in zip(held_out, order, strict=True)}
+        records = sweep(held_out, [98.2, 98.0, 98.3], test=test)
+        for limit in (1.5, None):
+            spot = sweet_spot(lines(records, goal="max"), "sparsity", limit=limit, unit="%")
+            told.add((limit, spot.sentence))
+    assert len(told) == 2
+
+
+def test_without_held_out_data_nothing_is_chosen() -> None:
+    records = [trial("base", None, s, None, 98.0) for s in (0, 1)]
+    records += [trial("pruned", 0.5, s, None, 98.0) for s in (0, 1)]
+    for limit in (1.0, None):
+        spot = sweet_spot(lines(records, goal="max"), "sparsity", limit=limit)
+        assert spot.point is None
+        assert "held-out" in spot.sentence
+
+
+def test_with_one_seed_a_limit_has_no_bound_and_the_chord_no_interval() -> None:
+    found = lines(sweep({0.75: [98.0], 0.5: [97.9], 0.25: [80.0]}, [98.0]), goal="max")
+    limited = sweet_spot(found, "sparsity", limit=1.0, unit="%")
+    assert limited.point is None and "one seed" in limited.sentence
+    knee = sweet_spot(found, "sparsity", limit=None, unit="%")
+    assert knee.point is not None and knee.point.amount == 0.5
+    assert (knee.low, knee.high) == (None, None)
+    assert "no interval: one seed" in knee.sentence
+
+
+def test_a_point_without_all_its_seeds_is_not_chosen() -> None:
+    records = sweep({0.75: [98.0, 98.0], 0.5: [98.0, 98.0]}, [98.0, 98.0])
+    lost = next(r for r in records if r.cell["amount"] == 0.5 and r.cell["seed"] == 1)
+    failed = [{**lost.cell, "status": "crashed", "reason": "", "tail": []}]
+    spot = sweet_spot(lines([r for r in records if r is not lost], goal="max", failed=failed), "sparsity", limit=1.0)
+    assert spot.point is not None and spot.point.amount == 0.75
+
+
+def test_a_curve_that_falls_at_once_has_no_knee() -> None:
+    found = lines(sweep({0.75: [80.0, 81.0], 0.5: [79.0, 79.5], 0.25: [78.0, 78.5]}, [98.0, 98.0]), goal="max")
+    spot = sweet_spot(found, "sparsity", limit=None, unit="%")
+    assert spot.point is None
+    assert "above the chord" in spot.sentence
+
+
+# -------------------------------------------------------------------------------------------------- the dense question
+
+
+def with_control(kind: str, values: Sequence[float], **more: object) -> tuple[Line, ...]:
+    records = sweep({0.5: [97.0, 97.4, 97.2]}, [98.0, 98.1, 98.2])
+    records += [trial(kind, 0.5, s, v, v, **{"steps": 1000, **more}) for s, v in enumerate(values)]  # type: ignore[arg-type]
+    return lines(records, goal="max")
+
+
+def test_what_pruning_bought_is_paired_by_seed() -> None:
+    (found,) = compared(with_control("thin", [96.0, 96.0, 96.0]), goal="max", unit="%")
+    wanted = interval([1.0, 1.4, 1.2])
+    assert (found.gain.mean, found.gain.low, found.gain.high) == pytest.approx((wanted.mean, wanted.low, wanted.high))
+    assert found.comparable
+    assert found.sentence.startswith(
+        "pruning bought 1.20 ± 0.20 points over a uniformly thinner dense model at equal MACs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([97.1, 97.3, 97.2], "did not buy anything that shows"),
+        ([98.0, 98.4, 98.2], "bought nothing: it was 1.00 ± 0.00 points worse"),
+    ],
+)
+def test_or_that_it_bought_nothing(values: list[float], said: str) -> None:
+    (found,) = compared(with_control("scratch", values), goal="max", unit="%")
+    assert said in found.sentence
+
+
+def test_of_a_metric_to_be_small_less_is_a_gain() -> None:
+    records = sweep({0.5: [100.0, 102.0]}, [99.0, 99.0]) + [
+        trial("thin", 0.5, s, 110.0, 110.0, steps=1000) for s in (0, 1)
+    ]
+    (found,) = compared(lines(records, goal="min"), goal="min", unit="g")
+    assert found.gain.mean == pytest.approx(9.0)
+    assert "9.00 ± 1.00 g" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"macs": 0.6}, "+20 %"),
+        ({"steps": 500}, "500 steps"),
+        ({"details": {"not_comparable": "the base came trained"}}, "the base came trained"),
+    ],
+)
+def test_what_is_not_alike_is_not_comparable_and_says_why(more: dict[str, object], why: str) -> None:
+    (found,) = compared(with_control("scratch", [96.0, 96.0, 96.0], **more), goal="max", unit="%")
+    assert not found.comparable
+    assert why in found.why and f"Not comparable: {found.why}" in found.sentence
+
+
+def test_with_one_seed_the_verdict_has_no_interval() -> None:
+    records = [*sweep({0.5: [97.0]}, [98.0]), trial("thin", 0.5, 0, 96.0, 96.0, steps=1000)]
+    (found,) = compared(lines(records, goal="max"), goal="max", unit="%")
+    assert "no interval is available" in found.sentence
+    assert found.gain.low is None
+
+
+def test_the_verdict_stands_at_the_sweet_spot_against_the_better_dense_control() -> None:
+    records = sweep({0.75: [98.0, 98.1, 98.2], 0.5: [97.5, 97.6, 97.7]}, [98.0, 98.1, 98.2])
+    for amount in (0.75, 0.5):
+        records += [trial("scratch", amount, s, 97.0, 97.0, steps=1000) for s in range(3)]
+        records += [trial("thin", amount, s, 97.2, 96.0, steps=1000) for s in range(3)]
+        records += [trial("random", amount, s, 90.0, 90.0) for s in range(3)]
+    found = lines(records, goal="max")
+    spot = sweet_spot(found, "sparsity", limit=1.0, unit="%")
+    told = dense_verdict(spot, compared(found, goal="max", unit="%"), goal="max")
+    assert told.startswith(
+        "At the sweet spot (0.5 remains, l1 one-shot), pruning bought 1.60 ± 0.10 points over a uniformly"
+    )
+    assert "the same shape trained from scratch" in told
+    assert "random criterion" in told
+    assert "Not tested" in dense_verdict(spot, (), goal="max")
+
+
+def test_ten_thousand_trials_take_seconds() -> None:
+    import time
+
+    rng = np.random.default_rng(0)
+    amounts = [round(0.999 - 0.0019 * i, 4) for i in range(500)]
+    records = sweep({a: [*(98 - 3 * (1 - a) ** 2 + rng.normal(0, 0.1, 20))] for a in amounts}, [98.0] * 20)
+    assert len(records) > 10_000
+    start = time.process_time()
+    found = lines(records, goal="max")
+    for limit in (0.5, None):
+        assert sweet_spot(found, "sparsity", limit=limit, unit="%").point is not None
+    assert time.process_time() - start < 15

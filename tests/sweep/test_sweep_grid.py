@@ -1,0 +1,157 @@
+"""Grid: how many cells, what is shared, what a cell's recipe says, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paredown.errors import UsageError
+from paredown.recipe import Recipe, load_recipe, parse_recipe
+from paredown.sweep import Cell, grid
+
+
+def recipe(curve: dict[str, Any], **more: Any) -> Recipe:
+    return parse_recipe({"schema": 1, "task": "digits", "curve": curve, **more})
+
+
+def kinds(cells: tuple[Cell, ...]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for cell in cells:
+        found[cell.kind] = found.get(cell.kind, 0) + 1
+    return found
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    st.lists(st.sampled_from(["scratch", "thin", "random"]), unique=True),
+)
+def test_the_number_of_cells(amounts: int, seeds: int, both: bool, controls: list[str]) -> None:
+    schedules = ["one-shot", "multi-level"] if both else ["one-shot"]
+    given_amounts = [0.9 - 0.2 * i for i in range(amounts)]
+    made = recipe(
+        {"amounts": given_amounts, "seeds": [*range(seeds)], "schedules": schedules, "controls": {"kinds": controls}}
+    )
+    cells = grid(made)
+    assert len(cells) == seeds * (1 + amounts * (len(schedules) + len(controls)))
+    assert len({c.digest for c in cells}) == len(cells)
+    before: set[str] = set()
+    for cell in cells:  # what a cell needs stands before it
+        assert {digest for _, digest in cell.needs} <= before
+        before.add(cell.digest)
+
+
+def test_a_base_is_shared_by_its_seed_and_told_by_what_it_depends_on() -> None:
+    one = recipe({"amounts": [0.5], "seeds": [0, 1]}, recover={"epochs": 7}, prune={"criterion": "l2"})
+    two = recipe({"amounts": [0.75, 0.25], "seeds": [1]}, recover={"epochs": 1})
+    bases = [{c.digest for c in grid(r) if c.kind == "base"} for r in (one, two)]
+    assert bases[1] < bases[0]
+    other = recipe({"amounts": [0.5], "seeds": [1]}, base={"epochs": 3})
+    assert not {c.digest for c in grid(other)} & bases[0]
+
+
+def test_equal_recipes_give_equal_cells_and_every_key_counts() -> None:
+    curve = {"amounts": [0.5], "seeds": [0]}
+    plain = {c.digest for c in grid(recipe(curve)) if c.kind != "base"}
+    assert plain == {c.digest for c in grid(recipe(curve)) if c.kind != "base"}
+    for more in ({"recover": {"epochs": 9}}, {"prune": {"align": 4}}, {"threads": 2}, {"target": "openvino-x86"}):
+        assert not plain & {c.digest for c in grid(recipe(curve, **more)) if c.kind != "base"}, more
+    assert not plain & {c.digest for c in grid(recipe({**curve, "latency": True}))}
+
+
+def test_a_cells_recipe_is_one_that_compress_runs() -> None:
+    made = recipe(
+        {"amounts": [0.5], "seeds": [3], "schedules": ["multi-level"], "methods": ["taylor"]}, recover={"epochs": 5}
+    )
+    cell = next(c for c in grid(made) if c.kind == "pruned")
+    assert cell.recipe.curve is None and cell.recipe.seed == 3 and cell.recipe.threads == 1
+    assert cell.recipe.prune.criterion == "taylor"
+    channels = [level.channels for level in cell.recipe.prune.levels]
+    assert len(channels) == 2 and channels[0] is not None
+    assert float(channels[0]) ** 2 == pytest.approx(0.5)
+    assert cell.recipe.recover.epochs == 3  # half of 5, so that both levels are not shorter than one
+    again = load_recipe(__import__("yaml").safe_load(cell.recipe.to_yaml()))
+    assert again.digest == cell.recipe.digest
+
+
+def test_iterative_is_levels_of_units_and_a_schedule_of_masks() -> None:
+    curve = {"amounts": [0.25], "seeds": [0], "schedules": ["iterative"], "rounds": 3, "controls": {"kinds": []}}
+    units = next(c for c in grid(recipe(curve)) if c.kind == "pruned").recipe
+    masks = next(c for c in grid(recipe(curve, prune={"granularity": "element"})) if c.kind == "pruned").recipe
+    assert len(units.prune.levels) == 3 and units.prune.schedule == "one-shot"
+    assert len(masks.prune.levels) == 1 and masks.prune.levels[0].density == 0.25
+    assert (masks.prune.schedule, masks.prune.schedule_options) == ("iterative", {"rounds": 3})
+
+
+def test_controls_follow_the_first_way_that_prunes_a_trained_model() -> None:
+    made = recipe(
+        {
+            "amounts": [0.75, 0.5],
+            "seeds": [0],
+            "schedules": ["from-scratch", "one-shot"],
+            "controls": {"amounts": [0.5]},
+        }
+    )
+    cells = grid(made)
+    assert kinds(cells) == {"base": 1, "pruned": 2, "from-scratch": 2, "scratch": 1, "thin": 1, "random": 1}
+    by_digest = {c.digest: c for c in cells}
+    for cell in cells:
+        if cell.kind in ("scratch", "thin"):
+            assert by_digest[dict(cell.needs)["pruned"]].name == "l1 one-shot, 0.5 remains, seed 0"
+    random = next(c for c in cells if c.kind == "random")
+    assert random.recipe.prune.criterion == "random"
+    assert [role for role, _ in random.needs] == ["base"]
+
+
+def test_a_random_criterion_needs_no_random_control() -> None:
+    made = recipe({"amounts": [0.5], "seeds": [0], "methods": ["random"]})
+    assert "random" not in kinds(grid(made))
+
+
+@pytest.mark.parametrize(
+    ("curve", "more", "said"),
+    [
+        (None, {}, "must have a section `curve`"),
+        ({"amounts": []}, {}, "must hold at least one. Got none: the grid is empty"),
+        ({"amounts": [0.5], "seeds": []}, {}, "curve.seeds: must hold at least one|seeds must hold at least one"),
+        ({"amounts": [1]}, {}, "the dense model, which is always on the curve"),
+        ({"amounts": [1.0]}, {}, "the dense model, which is always on the curve"),
+        ({"amounts": [0]}, {}, "Nothing would remain"),
+        ({"amounts": [-0.1]}, {}, r"fraction in \(0, 1\)"),
+        ({"amounts": ["25%"]}, {}, "Write 25 % as 0.25"),
+        ({"amounts": [0.5, 0.5]}, {}, "each cell once. Got 0.5"),
+        ({"amounts": [0.5], "seeds": [1, 1]}, {}, "each cell once. Got 1"),
+        ({"amounts": [0.5], "methods": ["l1", "l1"]}, {}, "each cell once. Got l1"),
+        ({"amounts": [0.5], "methods": ["l1", {"name": "again", "criterion": "l1"}]}, {}, "which do the same"),
+        ({"amounts": [0.5], "schedules": ["oneshot"]}, {}, "Did you mean 'one-shot'"),
+        ({"amounts": [0.5], "controls": {"kinds": ["thick"]}}, {}, "Did you mean 'thin'"),
+        ({"amounts": [0.5], "controls": {"amounts": [0.4]}}, {}, "must be among curve.amounts"),
+        ({"amounts": [0.5], "limit": "1 %"}, {}, "in the metric's own unit"),
+        ({"amounts": [0.5], "limit": -1}, {}, "greater than or equal to 0"),
+        ({"amounts": [0.5], "axis": "latency"}, {}, "must come with curve.latency: true"),
+        ({"amounts": [0.5], "schedules": ["gradual"]}, {}, "where channels leave. Got 'gradual'"),
+        ({"amounts": [0.5], "by": "density"}, {}, "channels, parameters or macs. Got 'density'"),
+        ({"amounts": [0.5]}, {"prune": {"granularity": "2:4"}}, "a mask other than N:M"),
+        ({"amounts": [0.5], "methods": [{"granularity": "diagonal"}]}, {}, "diagonal"),
+        ({"amounts": [0.5], "trial": {"memory": "4 bananas"}}, {}, "4 bananas"),
+        ({"amounts": [0.5], "trial": {"seconds": 0}}, {}, "greater than 0"),
+        ({"amount": [0.5]}, {}, "Did you mean curve.amounts"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(curve: dict[str, Any] | None, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        grid(parse_recipe({"schema": 1, "task": "digits", **({} if curve is None else {"curve": curve}), **more}))
+
+
+def test_ten_thousand_cells_take_seconds() -> None:
+    import time
+
+    start = time.process_time()
+    amounts = [round(0.99 - 0.0009 * i, 5) for i in range(1000)]
+    cells = grid(recipe({"amounts": amounts, "seeds": [*range(10)], "controls": {"kinds": []}}))
+    assert len(cells) == 10_010
+    assert time.process_time() - start < 10

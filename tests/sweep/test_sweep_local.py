@@ -1,0 +1,343 @@
+"""Local: whatever ends a trial, or the sweep, ends as a mark or as the same records; nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paredown.errors import Interrupted, UsageError
+from paredown.recipe import parse_recipe
+from paredown.records import Record
+from paredown.sweep import Cell, grid
+from paredown.sweep.local import (
+    JOURNAL,
+    Event,
+    Machine,
+    key_of_trial,
+    read_results,
+    run_missing,
+    trial_folder,
+)
+
+VERSIONS = {"paredown": "1", "torch": "2"}
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    yield
+    deadline = time.monotonic() + 5
+    while servers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not servers(), "a process of a sweep was left behind"
+
+
+def servers() -> list[str]:
+    """Command lines of running servers of this worker, started from here."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            try:
+                line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                ours = f"PYTHONPATH={HERE}" in (process / "environ").read_bytes().decode(errors="replace")
+                dead = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                continue
+            if ours and not dead and ("sweep_worker" in line or "time.sleep(600)" in line):
+                found.append(line)
+    return found
+
+
+def cells(amounts: tuple[float, ...] = (0.75, 0.5), seeds: tuple[int, ...] = (0, 1), **curve: Any) -> tuple[Cell, ...]:
+    asked = {"amounts": [*amounts], "seeds": [*seeds], "controls": {"kinds": ["scratch", "random"]}, **curve}
+    return grid(parse_recipe({"schema": 1, "task": "digits", "curve": asked}))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that ran without any disturbance."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        run_missing(cells(), out, VERSIONS, machine())
+    return out
+
+
+def machine(**more: Any) -> Machine:
+    return Machine(**{"worker": "sweep_worker", "processes": 2, **more})
+
+
+def untimed(folder: Path, some: tuple[Cell, ...]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for digest, outcome in read_results(some, folder, VERSIONS).items():
+        assert outcome.record is not None, outcome
+        record = json.loads(outcome.record.to_json())
+        for value in record["measured"].values():
+            if value["timing"]:
+                value.clear()
+        found[digest] = record
+    return found
+
+
+def misdeeds(monkeypatch: pytest.MonkeyPatch, **how: str) -> None:
+    monkeypatch.setenv("MISDEEDS", json.dumps({k.replace("_", " "): v for k, v in how.items()}))
+
+
+# ------------------------------------------------------------------------------------------------------ what a sweep does
+
+
+def test_every_cell_gets_a_record_and_nothing_runs_twice(tmp_path: Path) -> None:
+    some, events = cells(), []
+    run_missing(some, tmp_path, VERSIONS, machine(), progress=events.append)
+    found = read_results(some, tmp_path, VERSIONS)
+    assert {o.status for o in found.values()} == {"done"}
+    assert len(found) == len(some) == 14
+    ends = [e for e in events if e.what == "ends"]
+    assert len(ends) == 14
+    assert any(e.what == "goes on" and e.told.get("training") == "counting" for e in events)
+    for end in ends:
+        assert end.outcome is not None and end.outcome.record is not None
+        assert end.outcome.record.cell["digest"] == end.cell.digest
+    again: list[Event] = []
+    run_missing(some, tmp_path, VERSIONS, machine(), progress=again.append)
+    assert again == []
+    assert len((tmp_path / JOURNAL).read_text().splitlines()) == 14
+
+
+def test_what_a_cell_needs_is_done_before(tmp_path: Path) -> None:
+    some, order = cells(seeds=(0,)), []
+    run_missing(
+        some, tmp_path, VERSIONS, machine(processes=3), progress=lambda e: order.append((e.what, e.cell.digest))
+    )
+    begins = {digest: i for i, (what, digest) in enumerate(order) if what == "begins"}
+    ends = {digest: i for i, (what, digest) in enumerate(order) if what == "ends"}
+    for cell in some:
+        for _, digest in cell.needs:
+            assert ends[digest] < begins[cell.digest]
+
+
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path: Path, finished: Path) -> None:
+    run_missing(cells(), tmp_path, VERSIONS, machine(processes=1))
+    assert untimed(tmp_path, cells()) == untimed(finished, cells())
+
+
+def test_a_trial_has_the_threads_it_is_given(tmp_path: Path) -> None:
+    some = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": []})
+    run_missing(some, tmp_path, VERSIONS, machine(processes=1, threads=2))
+    assert {r["measured"]["threads"]["value"] for r in untimed(tmp_path, some).values()} == {2}
+
+
+def test_other_versions_are_other_results(tmp_path: Path) -> None:
+    some = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": []})
+    run_missing(some, tmp_path, VERSIONS, machine())
+    other = {**VERSIONS, "torch": "3"}
+    assert read_results(some, tmp_path, other) == {}
+    run_missing(some, tmp_path, other, machine())
+    assert len((tmp_path / JOURNAL).read_text().splitlines()) == 4
+
+
+# ----------------------------------------------------------------------------------------------------- trials that fail
+
+
+FAILURES = {
+    0.9: ("raise", "crashed", "RuntimeError: the loss is no number"),
+    0.8: ("refuse", "refused", "nothing is left to remove"),
+    0.7: ("segfault", "crashed", "signal 11"),
+    0.6: ("exit", "crashed", "a line of user code on stdout"),
+    0.5: ("hang", "timeout", "not done in 6 s"),
+    0.4: ("grow", "out of memory", "more than 0.3 GB in memory"),
+    0.3: ("no memory", "out of memory", "can't allocate memory"),
+    0.2: ("kill the server", "crashed", "signal 9"),
+}
+
+
+def test_a_failure_is_a_mark_with_its_reason_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = cells(amounts=(*FAILURES, 0.1), controls={"kinds": []})
+    misdeeds(monkeypatch, **{f"pruned_{amount}_0": how for amount, (how, _, _) in FAILURES.items()})
+    run_missing(some, tmp_path, VERSIONS, machine(seconds=6.0, memory_bytes=300_000_000))
+    found = read_results(some, tmp_path, VERSIONS)
+    assert len(found) == len(some)
+    for cell in some:
+        outcome = found[cell.digest]
+        if cell.seed == 1 or cell.amount not in FAILURES:
+            assert outcome.status == "done", outcome
+            continue
+        how, status, said = FAILURES[cell.amount]
+        assert (outcome.status, outcome.record) == (status, None), (how, outcome)
+        assert said in outcome.reason
+        if how in ("raise", "refuse", "no memory"):
+            assert "Traceback" in "\n".join(outcome.tail)
+
+
+def test_a_failed_trial_stays_as_it_is_until_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, events = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": ["random"]}), []
+    misdeeds(monkeypatch, **{"pruned_0.5_0": "raise"})
+    run_missing(some, tmp_path, VERSIONS, machine())
+    monkeypatch.delenv("MISDEEDS")
+    run_missing(some, tmp_path, VERSIONS, machine(), progress=events.append)
+    assert events == []
+    run_missing(some, tmp_path, VERSIONS, machine(), retry=True, progress=events.append)
+    assert [e.cell.kind for e in events if e.what == "ends"] == ["pruned"]
+    assert {o.status for o in read_results(some, tmp_path, VERSIONS).values()} == {"done"}
+
+
+def test_what_needs_a_failed_trial_is_not_run_and_comes_with_its_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some, events = cells(), []
+    misdeeds(monkeypatch, base_None_1="raise")
+    run_missing(some, tmp_path, VERSIONS, machine(), progress=events.append)
+    skipped = [e.cell for e in events if e.outcome is not None and e.outcome.status == "not run"]
+    assert len(skipped) == 6
+    assert {c.seed for c in skipped} == {1}
+    found = read_results(some, tmp_path, VERSIONS)
+    assert sum(o.status == "done" for o in found.values()) == 7
+    assert len(found) == 8
+    monkeypatch.delenv("MISDEEDS")
+    run_missing(some, tmp_path, VERSIONS, machine(), retry=True)
+    assert {o.status for o in read_results(some, tmp_path, VERSIONS).values()} == {"done"}
+
+
+@pytest.mark.parametrize("bad", [{"processes": 0}, {"processes": -1}])
+def test_bad_machines_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--processes must be ≥ 1"):
+        machine(**bad)
+
+
+# -------------------------------------------------------------------------------------------------- sweeps that are ended
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_sweep_local import VERSIONS, cells, machine
+from paredown.sweep.local import run_missing
+Path(sys.argv[1]).mkdir(exist_ok=True)
+run_missing(cells(), Path(sys.argv[1]), VERSIONS, machine())
+"""
+
+
+def start(out: Path, step_seconds: float) -> subprocess.Popen[bytes]:
+    code = PROGRAM.format(tests=str(HERE))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], env={**os.environ, "STEP_SECONDS": str(step_seconds)}
+    )
+
+
+def progress_of(out: Path) -> int:
+    """Steps and results on disk."""
+    counts = [file.read_text() for file in out.glob("trials/*/count")]
+    return sum(int(c) for c in counts if c) + len(list(out.glob("trials/*/result.json")))
+
+
+def test_killed_at_random_moments_it_continues_to_the_same_records(tmp_path: Path, finished: Path) -> None:
+    some, rng, out, killed = cells(), random.Random(5), tmp_path / "killed", 0
+    while True:
+        process, until = start(out, 0.02), progress_of(out) + rng.randint(0, 14)
+        while process.poll() is None and progress_of(out) < until:
+            time.sleep(0.005)
+        if process.poll() is not None:
+            break
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        killed += 1
+    assert killed >= 4
+    assert process.returncode == 0
+    assert untimed(out, some) == untimed(finished, some)
+
+
+def test_a_kill_takes_the_trials_with_it(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", 30)
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("run/trials/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert servers()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 3
+    while servers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not servers()
+
+
+def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    some, seen = cells(), []
+
+    def stop(event: Event) -> None:
+        seen.append(event)
+        if event.what == "ends":
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match=r"1 of 14 trials are done or marked\. The same command goes on"):
+        run_missing(some, tmp_path, VERSIONS, machine(), progress=stop)
+    assert time.monotonic() - began < 15
+    monkeypatch.setenv("STEP_SECONDS", "0")
+    run_missing(some, tmp_path, VERSIONS, machine())
+    assert len(read_results(some, tmp_path, VERSIONS)) == 14
+
+
+@pytest.mark.parametrize("tear", ["half a line", "no line end", "garbage between", "journal lost"])
+def test_a_torn_journal_loses_nothing(tmp_path: Path, finished: Path, tear: str) -> None:
+    some, events = cells(), []
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    wanted, journal = untimed(finished, some), tmp_path / JOURNAL
+    text = journal.read_text()
+    lines = text.splitlines(keepends=True)
+    journal.write_text(
+        {
+            "half a line": text[: -len(lines[-1]) // 2],
+            "no line end": text[:-1],
+            "garbage between": "".join([*lines[:2], "\x00\x00 not json\n", *lines[3:]]),
+            "journal lost": "",
+        }[tear]
+    )
+    run_missing(some, tmp_path, VERSIONS, machine(), progress=events.append)
+    assert events == []
+    assert untimed(tmp_path, some) == wanted
+    assert all(json.loads(line)["key"] for line in journal.read_text().splitlines() if "not json" not in line)
+    assert len(journal.read_text().splitlines()) >= len(some)
+
+
+def test_ten_thousand_trials_are_read_in_seconds(tmp_path: Path) -> None:
+    amounts = tuple(round(0.99 - 0.0009 * i, 5) for i in range(1000))
+    many = cells(amounts=amounts, seeds=tuple(range(10)), controls={"kinds": []})
+    assert len(many) > 10_000
+    record = json.loads(Record(cell={"stage": "trial"}, details={"padding": "x" * 1500}).to_json())
+    with (tmp_path / JOURNAL).open("w") as file:
+        for cell in many[:-2]:
+            row = {
+                "key": key_of_trial(cell.digest, VERSIONS),
+                "digest": cell.digest,
+                "status": "done",
+                "record": record,
+            }
+            file.write(json.dumps(row) + "\n")
+        file.write('{"key": "torn')
+    start_s, events = time.process_time(), []
+    run_missing(many, tmp_path, VERSIONS, machine(), progress=events.append)
+    found = read_results(many, tmp_path, VERSIONS)
+    assert time.process_time() - start_s < 15
+    assert [e.cell.digest for e in events if e.what == "ends"] == [c.digest for c in many[-2:]]
+    assert len(found) == len(many)
+
+
+def test_a_trials_folder_is_named_by_what_it_is() -> None:
+    cell = cells()[0]
+    assert trial_folder(Path("out"), cell.digest, VERSIONS).name == key_of_trial(cell.digest, VERSIONS)
+    assert key_of_trial(cell.digest, VERSIONS) != key_of_trial(cell.digest, {**VERSIONS, "torch": "1"})
