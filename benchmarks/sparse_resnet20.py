@@ -74,7 +74,9 @@ def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
             yield Cell(table="elements", schedule=schedule, seed=seed, **ELEMENTS)
     for seed in seeds:
         yield Cell(table="elements", schedule="gradual", criterion="movement", seed=seed, **ELEMENTS)
-    yield Cell(table="elements", schedule="gradual", criterion="random", **ELEMENTS)  # what a mask without a reason gives
+    yield Cell(
+        table="elements", schedule="gradual", criterion="random", **ELEMENTS
+    )  # what a mask without a reason gives
     one_shot = {"density": 0.2, "schedule": "one-shot", "lr": 0.01}
     for change in (
         {"distil": "none"}, {}, {"lr": 0.05}, {"lr": 0.05, "schedule": "gradual"},

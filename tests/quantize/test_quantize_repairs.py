@@ -130,7 +130,9 @@ def test_a_relu6_is_opened_only_where_it_cuts_nothing(cuts: bool) -> None:
     assert bool(left) is cuts
 
 
-def test_smoothing_moves_outliers_of_a_norm_into_the_weights() -> None:
+@pytest.mark.parametrize("outliers", [True, False])
+def test_smoothing_moves_outliers_of_a_norm_into_the_weights(outliers: bool) -> None:
+    """Without outliers there is nothing to move: the negative control of the layer oracles, within 15 % of the noise."""
     torch.manual_seed(5)
 
     class Net(nn.Module):
@@ -145,14 +147,17 @@ def test_smoothing_moves_outliers_of_a_norm_into_the_weights() -> None:
 
     net, x = Net(), torch.randn(64, 10, 32)
     with torch.no_grad():  # the injection fixture: gains of four channels × 30, their columns ÷ 30
-        for channel in (3, 9, 17, 30):
+        for channel in (3, 9, 17, 30) if outliers else ():
             net.norm.weight[channel] *= 30
             net.up.weight[:, channel] /= 30
             net.gate.weight[:, channel] /= 30
     program = capture(net, x[:2])
     plain = signal(net, quantize(program, calibrate=[x]), x)
     smoothed = signal(net, quantize(program, calibrate=[x], repair=["smooth"]), x)
-    assert smoothed > plain + 6
+    if outliers:
+        assert smoothed > plain + 6
+    else:
+        assert abs(10 ** ((plain - smoothed) / 10) - 1) < 0.15
 
 
 @pytest.mark.parametrize("kind", ["bias", "bias-fast"])

@@ -1,0 +1,312 @@
+"""The case study: the weight of a newborn, in grams, from a picture beside a card of known size, for a cheap phone.
+
+Without `data` the pictures are the synthetic twin of scene.py. With `data: DIR` they are your own: DIR/labels.csv has the columns
+`file` (a picture under DIR) and `weight` (g), and may have `subject` (pictures of one subject never fall apart into training and
+test) and `split` (train, choose or test; without it 70, 10 and 20 % of the subjects, by a hash of their names).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paredown.errors import RejectedError
+from paredown.records import whole_file
+from paredown.train import Progress, fit
+
+METRIC = {"name": "mae", "unit": "g", "goal": "min"}
+NORMALISATION = "x = (pixels / 255 - 0.5) / 0.25, RGB, float32 [N, 3, 64, 64]; grams = 3000 + 500 × output"
+
+SIZE = 64
+COUNTS = {"test": 600, "choose": 300, "train": 2400}
+SEED = 2025
+CENTRE, SPREAD = 3000.0, 500.0
+"""The network answers in spreads from the centre, g: so its numbers are of order 1, which training and 8 bits both want."""
+BATCH, EPOCHS, LR, WEIGHT_DECAY = 64, 24, 2e-3, 1e-2
+WIDTH = 16
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions around a shortcut, which is a strided 1×1 convolution where the shape changes."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer)
+        self.conv2, self.bn2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inner != outer:
+            self.shortcut = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inner, H, W] -> [N, outer, H / stride, W / stride]."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Regressor(nn.Module):
+    """A residual backbone of four stages (width, 2, 4 and 8 times width) and a head of two linear layers."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width)
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.stages = nn.Sequential(*(Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)))
+        self.head = nn.Sequential(nn.Linear(8 * width, 8 * width), nn.ReLU(), nn.Linear(8 * width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures [N, 3, H, W] -> [N, 1], in spreads from the centre."""
+        x = self.stages(F.relu(self.norm(self.stem(x))))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------------ the task module
+
+
+def model(seed: int = 0, width: int = WIDTH) -> Regressor:
+    """An untrained network."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    made = Regressor(width)
+    torch.set_rng_state(state)
+    return made
+
+
+def inputs() -> Tensor:
+    """The shape and dtype of an input."""
+    return torch.zeros(2, 3, SIZE, SIZE)
+
+
+def train_batches(data: Path | None = None) -> Iterable[tuple[Tensor, Tensor]]:
+    """(pictures, targets) in random order; every second picture mirrored, light and place varied."""
+    return _Augmented(split("train", data))
+
+
+def choose_batches(data: Path | None = None) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pictures held out of training, with targets."""
+    return _batches(split("choose", data))
+
+
+def calibration_batches(data: Path | None = None) -> Iterable[Tensor]:
+    """The same pictures, alone."""
+    return (x for x, _ in choose_batches(data))
+
+
+def test_batches(data: Path | None = None) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pictures that nothing is chosen on."""
+    return _batches(split("test", data))
+
+
+def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Absolute error, squared below a tenth of a spread."""
+    pictures, targets = batch
+    return F.smooth_l1_loss(model(pictures), targets, beta=0.1)
+
+
+def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, np.ndarray]:
+    """Absolute error of every picture, g."""
+    errors = [(predict(x) - y).abs().reshape(-1).double().numpy() * SPREAD for x, y in batches]
+    return {"mae": np.concatenate(errors)}
+
+
+def base(
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    epochs: int = EPOCHS,
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+    data: Path | None = None,
+) -> nn.Module:
+    """The dense network, trained; its weights and the order of the pictures differ by seed."""
+    return scratch(
+        model(seed), epochs=epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint, data=data
+    )
+
+
+def scratch(
+    model: nn.Module,
+    *,
+    epochs: int = EPOCHS,
+    extra_epochs: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+    data: Path | None = None,
+) -> nn.Module:
+    """A given network, of whatever widths, trained as the base is and `extra_epochs` longer."""
+    return fit(
+        model, lambda: train_batches(data), step, epochs=epochs + extra_epochs, optimizer="adamw", lr=LR,
+        weight_decay=WEIGHT_DECAY, seed=1000 * seed, device=device, progress=progress, checkpoint=checkpoint,
+    ).module  # fmt: skip
+
+
+def twin(
+    parameters: int,
+    *,
+    extra_epochs: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+    data: Path | None = None,
+) -> nn.Module:
+    """A dense network of about that many parameters, trained as the base is and `extra_epochs` longer."""
+    width = min(range(2, WIDTH + 1), key=lambda w: abs(sum(p.numel() for p in Regressor(w).parameters()) - parameters))
+    thin = model(seed, width)
+    return scratch(
+        thin, extra_epochs=extra_epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint, data=data
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Split:
+    """Pictures of one role."""
+
+    pictures: Tensor
+    """uint8 [N, 3, H, W]."""
+    targets: Tensor
+    """float32 [N, 1], (grams - centre) / spread."""
+
+
+def split(role: str, data: Path | None = None) -> Split:
+    """The pictures of "train", "choose" or "test": the user's where there is a folder, else the synthetic twin's."""
+    return _synthetic()[role] if data is None else _own(Path(data))[role]
+
+
+def normalised(pictures: Tensor) -> Tensor:
+    """uint8 -> float32 of mean about 0."""
+    return (pictures.float() / 255 - 0.5) / 0.25
+
+
+def _batches(some: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    for pictures, targets in zip(some.pictures.split(BATCH), some.targets.split(BATCH), strict=True):
+        yield normalised(pictures), targets
+
+
+@dataclass(frozen=True, slots=True)
+class _Augmented:
+    some: Split
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.some.targets) / BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.randperm(len(self.some.targets)).split(BATCH):
+            x = normalised(self.some.pictures[index])
+            flip = torch.rand(len(x), 1, 1, 1) < 0.5
+            x = torch.where(flip, x.flip(3), x) * (1 + 0.2 * (torch.rand(len(x), 1, 1, 1) - 0.5))
+            yield torch.roll(x, tuple(torch.randint(-3, 4, (2,)).tolist()), (2, 3)), self.some.targets[index]
+
+
+def _split_of(pictures: np.ndarray, weights: np.ndarray) -> Split:
+    targets = torch.from_numpy((np.asarray(weights, np.float64) - CENTRE) / SPREAD).float()[:, None]
+    return Split(pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), targets=targets)
+
+
+@cache
+def _synthetic() -> dict[str, Split]:
+    """Drawn once and kept beside this file, since drawing takes a quarter of a minute."""
+    source = Path(__file__).with_name("scene.py")
+    digest = hashlib.sha256(source.read_bytes() + repr((COUNTS, SIZE, SEED)).encode()).hexdigest()[:12]
+    kept = Path(__file__).parent / "made" / f"scenes-{digest}.npz"
+    if not kept.exists():
+        pictures, weights, _ = _scene().scenes(sum(COUNTS.values()), SIZE, SEED)
+        with whole_file(kept) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, pictures=pictures, weights=weights)
+    with np.load(kept, allow_pickle=False) as found:
+        pictures, weights = found["pictures"], found["weights"]
+    cuts = np.cumsum(list(COUNTS.values()))[:-1]
+    parts = zip(np.split(pictures, cuts), np.split(weights, cuts), strict=True)
+    return {role: _split_of(*part) for role, part in zip(COUNTS, parts, strict=True)}
+
+
+def _scene():  # type: ignore[no-untyped-def]
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("newborn_scene", Path(__file__).with_name("scene.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def _own(folder: Path) -> dict[str, Split]:
+    table = folder / "labels.csv"
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        msg = f"labels.csv must be readable. Got {error} at {table}. It needs the columns file and weight (g)."
+        raise RejectedError(msg) from error
+    if not rows or not {"file", "weight"} <= set(rows[0]):
+        got = ", ".join(rows[0]) if rows else "no rows"
+        msg = f"labels.csv must have the columns file and weight (g). Got {got} at {table}."
+        raise RejectedError(msg)
+    roles: dict[str, tuple[list[np.ndarray], list[float]]] = {r: ([], []) for r in COUNTS}
+    for number, row in enumerate(rows, start=2):
+        pictures, weights = roles[_role(row, f"{table}:{number}")]
+        weights.append(_grams(row["weight"], f"{table}:{number}"))
+        pictures.append(_read(folder, row["file"], f"{table}:{number}"))
+    empty = [r for r, (p, _) in roles.items() if not p]
+    if empty:
+        msg = f"every split must have pictures. Got none for {', '.join(empty)} of {len(rows)} rows at {table}."
+        raise RejectedError(msg)
+    return {r: _split_of(np.stack(p), np.array(w)) for r, (p, w) in roles.items()}
+
+
+def _role(row: dict[str, str], where: str) -> str:
+    given = (row.get("split") or "").strip().lower()
+    if given in COUNTS:
+        return given
+    if given:
+        msg = f"split must be train, choose or test. Got {given!r} at {where}."
+        raise RejectedError(msg)
+    subject = (row.get("subject") or row["file"]).encode()
+    share = int.from_bytes(hashlib.sha256(subject).digest()[:4], "big") / 2**32
+    return "test" if share < 0.2 else "choose" if share < 0.3 else "train"
+
+
+def _grams(text: str, where: str) -> float:
+    try:
+        grams = float(text)
+    except ValueError:
+        grams = math.nan
+    if not 200 <= grams <= 8000:
+        hint = " It looks like kilograms: multiply by 1000." if 0.2 <= grams <= 8 else ""
+        msg = f"weight must be a newborn's in grams, 200 to 8000. Got {text!r} at {where}.{hint}"
+        raise RejectedError(msg)
+    return grams
+
+
+def _read(folder: Path, name: str, where: str) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        msg = f"file must lie under {folder}. Got {name!r} at {where}."
+        raise RejectedError(msg)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    except (OSError, UnidentifiedImageError) as error:
+        msg = f"file must be a picture. Got {type(error).__name__}: {error} at {where}."
+        raise RejectedError(msg) from error

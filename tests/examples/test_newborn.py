@@ -1,0 +1,174 @@
+"""The newborn case study: its pictures, its weights, its own-folder mode, and ResNet-50 by hand beside what is counted."""
+
+import csv
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import paredown as pare
+from paredown.errors import RejectedError
+from paredown.models import load_model
+from paredown.train import task_from_module
+
+FOLDER = Path(__file__).parents[2] / "examples" / "newborn"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"newborn_{name}_of_tests", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+scene, task = loaded("scene"), loaded("task")
+
+
+def test_a_newborn_has_one_picture_and_one_weight_whoever_else_is_drawn() -> None:
+    few, many = scene.scenes(3, 32, 7), scene.scenes(5, 32, 7)
+    for a, b in zip(few, many, strict=True):
+        assert np.array_equal(a, b[:3])
+    assert not np.array_equal(few[1], scene.scenes(3, 32, 8)[1])
+
+
+def test_the_error_that_no_picture_can_beat_is_what_it_says() -> None:
+    random = np.random.default_rng(0)
+    some = scene.body(random)
+    weights = np.array([scene.weight_of(some, random) for _ in range(20_000)])
+    assert np.abs(weights - some.expected_weight).mean() == pytest.approx(scene.IRREDUCIBLE_MAE, rel=0.02)
+    population = np.array([scene.body(random).expected_weight for _ in range(2000)])
+    assert 2800 < population.mean() < 3400 and 400 < population.std() < 700
+
+
+def test_the_volume_is_that_of_points_thrown_at_the_body() -> None:
+    """Monte Carlo in three dimensions, part by part, against the closed forms."""
+    some, random = scene.body(np.random.default_rng(3)), np.random.default_rng(0)
+    points = random.uniform(-1, 1, (400_000, 3))
+    share = ((points**2).sum(1) <= 1).mean() * 8  # of a unit ball
+    long, width, depth = some.trunk
+    total = share * (some.head / 2) ** 3 + share * long * width * depth / 8
+    for length, thick in (some.arm, some.leg):
+        box = np.array([thick / 2, thick / 2, length / 2])
+        x = points * box
+        axis = np.clip(x[:, 2], -(length - thick) / 2, (length - thick) / 2)
+        inside = (x[:, 0] ** 2 + x[:, 1] ** 2 + (x[:, 2] - axis) ** 2 <= (thick / 2) ** 2).mean()
+        total += 2 * inside * 8 * box.prod()
+    assert some.volume == pytest.approx(total, rel=0.01)
+
+
+def test_the_card_is_as_long_as_it_says_at_every_distance() -> None:
+    x, y = (np.mgrid[0:400, 0:400][::-1] - 200) / 8.0
+    drawn = scene._card(np.zeros((400, 400, 3)), x, y, 8.0, np.random.default_rng(1))
+    area = (drawn.max(2) > 0.1).sum() / 64  # cm²; its dark lines are 0.15
+    assert area == pytest.approx(math.prod(scene.CARD), rel=0.03)
+
+
+def folder_of(path: Path, rows: list[dict[str, str]], size: int = 40) -> Path:
+    from PIL import Image
+
+    pictures, _, _ = scene.scenes(len(rows), size, 1)
+    for picture, row in zip(pictures, rows, strict=True):
+        Image.fromarray(picture).save(path / Path(row["file"]).name)
+    with (path / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_folder_of_ones_own_is_read_and_subjects_stay_together(tmp_path: Path) -> None:
+    rows = [{"file": f"{i}.png", "weight": str(2500 + 10 * i), "subject": f"s{i // 2}"} for i in range(60)]
+    found = task_from_module(task, data=folder_of(tmp_path, rows))
+    weights = {}
+    for role, batches in (
+        ("train", found.train_batches),
+        ("choose", found.choose_batches),
+        ("test", found.test_batches),
+    ):
+        assert batches is not None
+        some = [(x, y) for x, y in batches()]
+        assert {tuple(x.shape[1:]) for x, _ in some} == {(3, 64, 64)}
+        weights[role] = {round(float(g) * 500 + 3000) for _, y in some for g in y.flatten()}
+    assert sum(len(w) for w in weights.values()) == 60
+    for a, b in (("train", "test"), ("train", "choose"), ("choose", "test")):
+        assert not {(g - 2500) // 20 for g in weights[a]} & {(g - 2500) // 20 for g in weights[b]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weight": "3.2"}, "kilograms"),
+        ({"weight": "heavy"}, "in grams"),
+        ({"split": "validation"}, "train, choose or test"),
+        ({"file": "../0.png"}, "must lie under"),
+        ({"file": "nothing.png"}, "must be a picture"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(change: dict[str, str], said: str, tmp_path: Path) -> None:
+    rows = [{"file": f"{i}.png", "weight": "3000", "split": ("train", "choose", "test")[i % 3]} for i in range(6)]
+    folder = folder_of(tmp_path, rows)
+    rows[3] |= change
+    with (folder / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(RejectedError, match=said) as raised:
+        task.split("train", folder)
+    assert "labels.csv:5" in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------- ResNet-50 by hand
+
+
+def by_hand(share: float, size: int = 256, classes: int = 1000) -> tuple[int, int]:
+    """(MACs, parameters) of torchvision's ResNet-50 with this share of all its filters, straight from its layer table."""
+
+    def kept(width: int) -> int:
+        return round(width * share)
+
+    macs = parameters = 0
+
+    def conv(inner: int, outer: int, kernel: int, side: int) -> None:
+        nonlocal macs, parameters
+        macs += inner * outer * kernel**2 * side**2
+        parameters += inner * outer * kernel**2 + 2 * outer  # a batch norm behind each
+
+    side, stream = size // 2, kept(64)
+    conv(3, stream, 7, side)
+    side //= 2
+    for stage, (planes, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        for block in range(blocks):
+            after = side // 2 if stage and not block else side
+            conv(stream, kept(planes), 1, side)
+            conv(kept(planes), kept(planes), 3, after)
+            conv(kept(planes), kept(4 * planes), 1, after)
+            if not block:
+                conv(stream, kept(4 * planes), 1, after)
+            side, stream = after, kept(4 * planes)
+    return macs + stream * classes, parameters + stream * classes + classes
+
+
+def test_resnet50_at_256_is_counted_as_by_hand() -> None:
+    cost = pare.examine(
+        pare.capture(load_model("torchvision:resnet50")[0].eval(), torch.zeros(2, 3, 256, 256), train=False)
+    )
+    assert (cost.macs, cost.parameters) == by_hand(1.0)
+    assert [round(by_hand(s)[0] / 1e9, 2) for s in (1.0, 0.75, 0.5)] == [5.34, 3.03, 1.37]  # of the talk's table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_pruned_by_filters_it_has_what_the_closed_form_says(share: float) -> None:
+    program = pare.capture(load_model("torchvision:resnet50")[0].eval(), torch.zeros(2, 3, 256, 256))
+    coupling, cost = pare.couple(program), pare.examine(program)
+    plan = pare.allocate(coupling, pare.score(program, coupling, "l1"), cost, pare.Budget(channels=share), align=1)
+    module = pare.prune(program, plan).module
+    small = pare.examine(pare.capture(module, torch.zeros(2, 3, 256, 256), train=False))
+    assert (small.macs, small.parameters) == by_hand(share)
