@@ -145,11 +145,11 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     >>> interval([1.0, 2.0, 6.0])
     Interval(mean=3.0, low=1.0, high=6.0, n=3)
     """
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        return Interval(mean=float(x.mean()), low=None, high=None, n=len(x))
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Interval(mean=mean, low=None, high=None, n=n)
     half = (1 + confidence) / 2
-    return Interval(mean=float(x.mean()), low=-_bound(-x, half), high=_bound(x, half), n=len(x))
+    return Interval(mean=mean, low=-_bound(tuple(-v for v in values), half), high=_bound(tuple(values), half), n=n)
 
 
 def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | None:
@@ -158,11 +158,12 @@ def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | No
     >>> upper_bound([0.1, 0.2, 0.6])
     0.6
     """
+    return None if len(values) < 2 else _bound(tuple(values), confidence)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a page asks for each point in every chart and table
+def _bound(values: tuple[float, ...], confidence: float) -> float:
     x = np.asarray(values, dtype=np.float64)
-    return None if len(x) < 2 else _bound(x, confidence)
-
-
-def _bound(x: Floats, confidence: float) -> float:
     picks, weights = resamples(len(x))
     # A mean over seeds can be off the seeds' own values by rounding: three times 0.1 is not 0.3.
     means = np.clip(picks @ x / len(x), x.min(), x.max())
@@ -372,15 +373,17 @@ def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: 
 
 def _chosen(x: Floats, loss: Floats, limit: float | None) -> tuple[int | None, float]:
     """Index of the point that the rule takes, and by how much it stands out; `loss` is [points, seeds]."""
+    means = loss.mean(axis=1)
     if limit is not None:
-        within = [i for i, row in enumerate(loss) if i and _within(row, limit)]
-        at = max(within, key=lambda i: (x[i], -float(loss[i].mean())), default=None)
-        return at, float("-inf") if at is None else float(x[at])
-    distances = chord_distances(x, -loss.mean(axis=1))
+        for at in sorted(range(1, len(x)), key=lambda i: (-x[i], means[i])):  # the first that holds is the furthest
+            if means[at] <= limit + 1e-9 and _within(loss[at], limit):
+                return at, float(x[at])
+        return None, float("-inf")
+    distances = chord_distances(x, -means)
     at = int(np.argmax(distances))
     if distances[at] > 0:
         return at, float(distances[at])
-    flat = float(np.ptp(loss.mean(axis=1))) == 0.0
+    flat = float(np.ptp(means)) == 0.0
     return (int(np.argmax(x)), 0.0) if flat and len(x) > 1 else (None, float("-inf"))
 
 

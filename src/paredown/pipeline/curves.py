@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.sweep_display import Shown, sweep_display
 from paredown.pipeline.ways import check_ways
 from paredown.recipe import Recipe, load_recipe
-from paredown.records import Record, write_text
+from paredown.records import Record, read, write_text
 from paredown.report.curves import curve_document, write_curve_report
 from paredown.sweep.grid import Cell, grid
 from paredown.sweep.local import Machine, Outcome, read_results, run_missing, trial_folder
@@ -124,12 +125,10 @@ def _told(recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found
         first = next((f["reason"] for f in failed if f["status"] != "not run"), "no trial ended")
         msg = f"a curve must have at least one pruned model. Got none of {len(cells)} trials: {first} (see journal.jsonl in {folder}; --retry runs them again)."
         raise RejectedError(msg)
-    head = _head(recipe, task, cells, failed, folder, found)
-    every = (head, *records)
-    write_text(folder / RECORDS, "".join(r.to_json() + "\n" for r in every))
+    head = _head(recipe, task, cells, failed, found)
+    write_text(folder / RECORDS, "".join(r.to_json() + "\n" for r in (head, *records)))
+    every = tuple(read(folder / RECORDS))  # what `paredown report` will read
     document = curve_document(every)
-    import json
-
     write_text(folder / "curve.json", json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
     write_curve_report(folder, every)
     return Curved(out=folder, records=every, document=document)
@@ -152,7 +151,6 @@ def _head(
     task: Task,
     cells: Sequence[Cell],
     failed: list[dict[str, Any]],
-    folder: Path,
     found: Mapping[str, Any],
 ) -> Record:
     """The first record: what the lines are drawn from, beside the trials."""

@@ -1,0 +1,149 @@
+"""A whole curve on a small network: every kind of trial, its controls trained as long, records that a kill does not change."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+from paredown.errors import RejectedError, UsageError
+from paredown.pipeline.curves import Curved, curve, machine_for
+from paredown.recipe import Recipe, parse_recipe
+from paredown.records import Record, read
+from paredown.report import write_report
+
+TASK = Path(__file__).with_name("curve_task.py")
+
+
+def recipe(task: Path = TASK, **curve_keys: Any) -> Recipe:
+    keys = {"amounts": [0.5], "seeds": [0], "limit": 5.0, **curve_keys}
+    return parse_recipe(
+        {
+            "schema": 1, "name": "moons", "task": str(task), "prune": {"align": 4}, "recover": {"epochs": 2, "lr": 0.02},
+            "curve": keys,
+        }
+    )  # fmt: skip
+
+
+def untimed(out: Path) -> list[dict[str, Any]]:
+    records = [json.loads(r.to_json()) for r in read(out / "records.jsonl")]
+    for record in records:
+        for value in record["measured"].values():
+            if value["timing"]:
+                value.clear()
+    return records
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Curved:
+    out = tmp_path_factory.mktemp("curve") / "run"
+    return curve(recipe(schedules=["one-shot", "multi-level", "from-scratch"]), out=out, quiet=True, processes=2)
+
+
+def by_kind(found: Curved) -> dict[tuple[str, str], Record]:
+    return {(r.cell["kind"], r.cell["schedule"]): r for r in found.records[1:]}
+
+
+def test_every_kind_of_trial_has_a_record_of_its_own_file(done: Curved) -> None:
+    found = by_kind(done)
+    assert {kind for kind, _ in found} == {"base", "pruned", "from-scratch", "scratch", "thin", "random"}
+    assert len(found) == len(done.records) - 1 == 7
+    for record in found.values():
+        assert record.measured["metric"].badge == record.measured["held_out"].badge == "measured"
+        assert record.measured["bytes"].value
+        assert record.details["check"]["max_error"] < 1e-4
+        if record.cell["kind"] not in ("base",):
+            assert record.details["proof"]["moved"] > 0
+    dense = found[("base", "")]
+    assert dense.measured["metric"].value > 80
+    half = found[("pruned", "one-shot")]
+    wanted = 8 * 16 + 16 + 16 * 16 + 16 + 16 * 2 + 2
+    assert half.measured["parameters"].value == half.measured["nonzero_parameters"].value == wanted
+    assert dense.measured["parameters"].value == 8 * 32 + 32 + 32 * 32 + 32 + 32 * 2 + 2
+
+
+def test_controls_are_trained_as_long_as_base_and_recovery_together(done: Curved) -> None:
+    found = by_kind(done)
+    steps = {key: sum(e * s for e, s in r.details["training"].values()) for key, r in found.items()}
+    assert steps[("base", "")] == 6 * 8
+    assert steps[("pruned", "one-shot")] == steps[("pruned", "multi-level")] == 2 * 8
+    assert steps[("scratch", "one-shot")] == steps[("from-scratch", "from-scratch")] == 8 * 8
+    assert found[("scratch", "one-shot")].details["not_comparable"] == ""
+    # Pruned alike everywhere to multiples of 4, the thinner network has that shape: it is trained once.
+    assert found[("thin", "one-shot")].details["same_as"] == "scratch"
+    assert found[("thin", "one-shot")].measured["macs"] == found[("scratch", "one-shot")].measured["macs"]
+    assert all(c["comparable"] for c in done.document["comparisons"])
+
+
+def test_the_document_the_journal_and_the_page_say_the_same(done: Curved) -> None:
+    out = done.out
+    assert json.loads((out / "curve.json").read_text()) == json.loads(json.dumps(done.document))
+    assert done.document["trials"] == {"cells": 7, "done": 7, "failed": 0}
+    assert [line["name"] for line in done.document["lines"]][:3] == ["l1 one-shot", "l1 multi-level", "l1 from-scratch"]
+    assert done.document["sweet_spot"]["rule"] == "limit"
+    assert "one seed" in done.document["sweet_spot"]["sentence"]
+    page = (out / "report.html").read_bytes()
+    assert write_report(out).read_bytes() == page
+    assert not list(out.rglob("*.tmp"))
+    for record in done.records[1:]:
+        if record.cell["kind"] == "pruned":
+            place = done.records[0].details["recipes"][record.cell["digest"]]
+            assert (out / place).is_file() and (out / place).with_name("model.onnx").is_file()
+
+
+def test_the_same_recipe_runs_nothing_again_and_another_is_refused(done: Curved) -> None:
+    before = untimed(done.out)
+    stamp = (done.out / "journal.jsonl").stat().st_mtime_ns
+    again = curve(recipe(schedules=["one-shot", "multi-level", "from-scratch"]), out=done.out, quiet=True)
+    assert untimed(done.out) == before
+    assert (done.out / "journal.jsonl").stat().st_mtime_ns == stamp
+    assert again.document == done.document
+    with pytest.raises(UsageError, match=r"curve\.amounts: \[0\.5\] → \[0\.75\]"):
+        curve(recipe(amounts=[0.75], schedules=["one-shot", "multi-level", "from-scratch"]), out=done.out, quiet=True)
+
+
+def test_names_are_checked_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'taylor'"):
+        curve(recipe(methods=["tayler"]), out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_no_trial_has_a_result_it_says_why(tmp_path: Path) -> None:
+    broken = tmp_path / "broken_task.py"
+    broken.write_text(TASK.read_text().replace("return F.cross_entropy", "return 0 / 0 * F.cross_entropy"))
+    with pytest.raises(RejectedError, match=r"ZeroDivisionError.*--retry"):
+        curve(recipe(broken, controls={"kinds": []}), out=tmp_path / "run", quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["crashed"]
+    assert any("ZeroDivisionError" in line for line in lines[0]["tail"])
+
+
+def test_processes_follow_cores_threads_and_latency() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert machine_for(recipe(), None).processes == cores
+    assert machine_for(recipe(latency=True), None).processes == 1
+    assert machine_for(recipe(latency=True), 3).processes == 3
+    assert machine_for(recipe(), None).threads == 1
+
+
+@pytest.mark.slow
+def test_killed_in_every_training_it_comes_to_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Curved
+) -> None:
+    made, marks = recipe(schedules=["one-shot", "multi-level", "from-scratch"]), tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setenv("KILL_DIR", str(marks))
+    for steps in (70, 30, 11, 9, 0):  # the trainings of epochs of 8 steps go on from their checkpoints
+        monkeypatch.setenv("KILL_STEPS", str(steps))
+        try:
+            found = curve(made, out=tmp_path / "run", quiet=True, retry=True, processes=2)
+        except RejectedError:
+            continue  # no pruned model yet
+    assert len(list(marks.iterdir())) >= 4
+    assert found.document["trials"]["failed"] == 0
+    assert untimed(tmp_path / "run") == untimed(done.out)

@@ -1,0 +1,226 @@
+"""The page of a curve: every number of it from the records, nothing fetched, small however many trials, names escaped."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import itertools
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curve_records import head, sweep, trial
+from paredown.errors import RejectedError
+from paredown.records import Record
+from paredown.report.curve_document import curve_document, curve_view
+from paredown.report.curve_figures import ticks
+from paredown.report.curves import render_curve, write_curve_report
+
+MEASURED = {0.75: [98.4, 98.2, 98.6], 0.5: [98.0, 97.8, 97.9], 0.25: [92.0, 94.0, 90.0]}
+DENSE = [98.5, 98.3, 98.6]
+
+
+def records(*, failed: bool = False, **details: Any) -> list[Record]:
+    found = sweep(MEASURED, DENSE)
+    found += sweep({a: [v - 0.3 for v in vs] for a, vs in MEASURED.items()}, DENSE, schedule="multi-level")[3:]
+    for amount in MEASURED:
+        for kind in ("scratch", "thin", "random"):
+            found += [trial(kind, amount, s, 96.0 + s / 10, 95.5 + s / 10, steps=1000) for s in range(3)]
+    lost: list[dict[str, Any]] = []
+    if failed:
+        gone = next(r for r in found if r.cell["kind"] == "pruned" and r.cell["amount"] == 0.5)
+        found.remove(gone)
+        tail = ["Traceback", "RuntimeError: <b>the loss</b> is no number"]
+        lost.append({**gone.cell, "name": "l1 one-shot, 0.5", "status": "crashed", "reason": tail[-1], "tail": tail})
+    recipes = {r.cell["digest"]: f"trials/{i:04d}/recipe.yaml" for i, r in enumerate(found)}
+    return [head(cells=len(found) + len(lost), failed=lost, recipes=recipes, **details), *found]
+
+
+class Page(HTMLParser):
+    """Tags, links, ids and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def csv(self, name: str) -> list[list[str]]:
+        (link,) = [a["href"] for tag, a in self.tags if tag == "a" and a.get("download") == name]
+        assert link is not None
+        return [*csv.reader(io.StringIO(base64.b64decode(link.partition("base64,")[2]).decode()))]
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(render_curve(records()))
+
+
+def test_it_says_what_was_chosen_and_whether_pruning_paid(page: Page) -> None:
+    text = re.sub(r"\s+", " ", page.text)
+    assert "Take 50 % of the weights out: l1 one-shot" in text
+    assert "the largest reduction whose one-sided 95 % bound on the loss, 0.70 points, is within 1.00 points" in text
+    assert "At the sweet spot (0.5 remains, l1 one-shot), pruning bought" in text
+    assert "pruning is better" in text
+    assert "test data chose nothing" in text
+
+
+def test_without_a_limit_it_says_the_chord() -> None:
+    assert "farthest above the chord" in render_curve(records(limit=None))
+
+
+def test_every_chart_has_a_csv_of_its_own_numbers(page: Page) -> None:
+    figures = sum(tag == "figure" for tag, _ in page.tags)
+    names = [a["download"] for tag, a in page.tags if tag == "a" and "download" in a]
+    assert figures == sum(str(n).startswith("curve-") for n in names) == 5
+    table = page.csv("curve-sparsity-held-out.csv")
+    row = next(r for r in table if r[:2] == ["l1 one-shot", "0.5"])
+    assert float(row[4]) == pytest.approx(np.mean(MEASURED[0.5]))
+    assert (float(row[5]), float(row[6])) == pytest.approx((97.8, 98.0))
+    assert len(table) == 1 + 5 * 4
+    assert len(page.csv("points.csv")) == 1 + 1 + 5 * 3
+    assert len(page.csv("dense.csv")) == 1 + 2 * 3 * 3
+
+
+def test_the_front_has_the_recipe_and_command_of_each_point(page: Page) -> None:
+    rows = page.csv("pareto.csv")[1:]
+    assert [r[0] for r in rows][:2] == ["dense", "l1 one-shot"]
+    assert all(re.fullmatch(r"trials/\d{4}/recipe\.yaml", r[-1]) for r in rows)
+    assert re.search(r"paredown compress trials/\d{4}/recipe\.yaml", page.text)
+
+
+def test_charts_draw_what_the_records_say(page: Page) -> None:
+    charts = [a for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
+    assert len(charts) == 5
+    assert all("All numbers are in the CSV" in str(c["aria-label"]) for c in charts)
+    assert sum(a.get("class") == "ring" for tag, a in page.tags if tag == "circle") == 5
+    bands = [a for tag, a in page.tags if tag == "rect" and a.get("class") == "band"]
+    assert len(bands) == 2  # where the choice was made, and its worth on the same axis
+    full = [a for _, a in page.tags if a.get("class") == "dot-full"]
+    assert len(full) == 5 * 5 * 4 + 5  # charts × lines × points, and the signs of the legend
+    for found in full:
+        if "cx" in found:
+            assert 0 <= float(str(found["cx"])) <= 440
+            assert 0 <= float(str(found["cy"])) <= 330
+
+
+def test_a_failed_trial_is_told_hollow_and_not_chosen() -> None:
+    page = Page(render_curve(records(failed=True)))
+    assert "Trials without a result" in page.text
+    assert "RuntimeError: <b>the loss</b> is no number" in page.text  # as text, not as a tag
+    assert not any(tag == "b" and "loss" in str(a) for tag, a in page.tags)
+    assert any(a.get("class") == "dot-hollow" for _, a in page.tags)
+    assert "Take 25 % of the weights out" in page.text or "l1 multi-level" in page.text
+    assert page.csv("failed.csv")[1][1] == "crashed"
+
+
+def test_no_script_no_network_and_valid_structure(page: Page) -> None:
+    source = render_curve(records(failed=True))
+    assert not re.search(r"<script|<link|<iframe|javascript:|https?://|@import|url\(", source)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = {str(a["href"])[1:] for tag, a in page.tags if tag == "a" and str(a.get("href", "")).startswith("#")}
+    assert targets <= set(map(str, ids))
+    assert "default-src 'none'" in source
+    assert len(source) < 300_000
+
+
+def test_names_are_only_text() -> None:
+    bad = "<script>alert(1)</script>"
+    found = records(name=bad)
+    for record in found[1:]:
+        if record.cell["kind"] == "pruned":
+            record.cell["method"] = bad  # type: ignore[index]
+    source = render_curve(found)
+    assert "<script" not in source
+    assert "&lt;script&gt;" in source
+
+
+def test_one_seed_has_no_interval_anywhere() -> None:
+    one = [r for r in records(seeds=[0]) if r.cell.get("seed", 0) == 0]
+    page = Page(render_curve(one))
+    assert "one seed" in page.text
+    assert not any(a.get("class") == "bar" for _, a in page.tags)
+    assert "± 0.00" not in page.text
+
+
+def test_without_held_out_data_the_test_data_choose_nothing() -> None:
+    found: list[Record] = [head(cells=4)]
+    found += [trial("base", None, s, None, 98.0) for s in (0, 1)]
+    found += [trial("pruned", 0.5, s, None, 98.0) for s in (0, 1)]
+    page = Page(render_curve(found))
+    assert "No sweet spot" in page.text
+    assert "test data choose nothing" in page.text
+    assert curve_document(found)["sweet_spot"]["line"] is None
+
+
+def test_ten_thousand_trials_give_a_small_page_in_seconds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    amounts = [round(0.99 - 0.0097 * i, 4) for i in range(100)]
+    dense, many = [98.0] * 10, []
+    for number in range(10):
+        line = {a: [*(98 - (2 + number) * (1 - a) ** 2 + rng.normal(0, 0.1, 10))] for a in amounts}
+        many += sweep(line, dense, method=f"method {number}")[(10 if number else 0) :]
+    failed = [
+        {
+            **trial("pruned", a, 99, None, 0.0).cell,
+            "name": "x",
+            "status": "crashed",
+            "reason": "why",
+            "tail": ["t" * 300] * 12,
+        }
+        for a in amounts
+    ]
+    assert len(many) > 10_000
+    start = time.process_time()
+    path = write_curve_report(tmp_path, [head(cells=10_110, failed=failed), *many])
+    assert time.process_time() - start < 20
+    assert path.stat().st_size < 1_000_000
+    text = path.read_text()
+    assert "3 more lines" in text
+    assert "drawn with some of their points" in text
+
+
+def test_the_document_is_plain_json_with_what_remains_and_what_was_removed() -> None:
+    document = curve_document(records(failed=True))
+    assert document["trials"]["failed"] == 1
+    assert {line["name"] for line in document["lines"]} >= {"l1 one-shot", "a random criterion"}
+    point = document["lines"][0]["points"][-1]
+    assert (point["amount"], round(point["removed"]["parameters"])) == (0.25, 75)
+    assert point["loss"]["upper"] >= point["loss"]["mean"]
+    marked = next(p for p in document["lines"][0]["points"] if p["amount"] == 0.5)
+    assert (marked["seeds"], len(marked["failed"])) == ([1, 2], 1)
+
+
+@pytest.mark.parametrize("bad", [[], [Record(cell={"stage": "dense"})]])
+def test_other_records_are_refused(bad: list[Record]) -> None:
+    with pytest.raises(RejectedError, match="must begin with the record that describes it"):
+        curve_view(bad)
+
+
+def test_an_edited_journal_is_refused() -> None:
+    found = records()
+    del found[3].cell["seed"]  # type: ignore[attr-defined]
+    with pytest.raises(RejectedError, match=r"Was records\.jsonl edited"):
+        curve_view(found)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 81.0), (97.123, 97.125), (0.0, 1e6), (-5.0, -4.9)])
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 8
+    assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
+    assert len({round(b - a, 9) for a, b in itertools.pairwise(found)}) == 1
