@@ -347,7 +347,7 @@ def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: 
     point below the chord is no sweet spot. Points where a seed has no result are not chosen.
     """
     rule: Literal["limit", "chord"] = "chord" if limit is None else "limit"
-    best: tuple[float, Line, list[Point], Floats, int] | None = None
+    best: tuple[tuple[float, float], Line, list[Point], Floats, int] | None = None
     seen = 0
     for line in found:
         points = [p for p in line.points if p.complete and axis in p.removed and p.loss]
@@ -357,8 +357,11 @@ def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: 
         x = np.asarray([p.removed[axis] for p in points])
         loss = np.asarray([[p.loss[seed] for seed in points[0].seeds] for p in points])
         at, merit = _chosen(x, loss, limit)
-        if at is not None and (best is None or merit > best[0]):
-            best = (merit, line, points, loss, at)
+        if at is None:
+            continue
+        rank = (round(merit, 9), -float(loss[at].mean()))  # of equal reductions the one that loses less
+        if best is None or rank > best[0]:
+            best = (rank, line, points, loss, at)
     if best is None:
         nothing = _nothing(seen, found, limit, unit)
         return SweetSpot(rule=rule, axis=axis, line="", point=None, removed=None, low=None, high=None, sentence=nothing)
@@ -460,11 +463,12 @@ def _why(
     where = (
         f"{line.name} with {point.removed[axis]:.1f} % of {_NOUNS[axis]} removed (the recipe's amount {point.amount:g})"
     )
-    interval_of = (
-        "no interval: one seed"
-        if spread[0] is None
-        else f"95 % interval {spread[0]:.1f} to {spread[1]:.1f} % over {len(loss)} seeds"
-    )
+    if spread[0] is None or spread[1] is None:
+        interval_of = "no interval: one seed"
+    elif spread[1] - spread[0] < 0.05:
+        interval_of = f"resampling the {loss.size} seeds the rule keeps to this point (95 % interval {spread[0]:.1f} to {spread[1]:.1f} %)"
+    else:
+        interval_of = f"95 % interval {spread[0]:.1f} to {spread[1]:.1f} % over {loss.size} seeds"
     lost = f"mean loss {_points(float(loss.mean()), unit)}"
     if limit is None:
         return f"{where}: the point farthest above the chord of the mean curve, both axes scaled to 0–1; {interval_of}; {lost} on held-out data."
@@ -536,9 +540,8 @@ def _verdict(kind: str, gain: Interval, why: str, unit: str) -> str:
     if gain.low is None or gain.high is None:
         more = "more" if gain.mean >= 0 else "less"
         return f"{subject} gave {_points(abs(gain.mean), unit)} {more} than {rival}, with one seed: no interval is available.{tail}"
-    said = f"{gain.mean:.2f} ± {(gain.high - gain.low) / 2:.2f} {'points' if unit == '%' else unit}".rstrip().replace(
-        "-", "−"
-    )
+    half = max(gain.high - gain.mean, gain.mean - gain.low)  # a bootstrap interval is not symmetric: its longer side
+    said = f"{gain.mean:.2f} ± {_points(half, unit)}".replace("-", "−")
     n = f"95 % interval over {gain.n} seeds"
     if gain.low > 0:
         return f"{subject} bought {said} over {rival} ({n}).{tail}"

@@ -284,7 +284,7 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
 
     began = time.monotonic()
-    with pytest.raises(Interrupted, match=r"1 of 14 trials are done or marked\. The same command goes on"):
+    with pytest.raises(Interrupted, match="1 of 14 trials are done or marked; the same command goes on"):
         run_missing(some, tmp_path, VERSIONS, machine(), progress=stop)
     assert time.monotonic() - began < 15
     monkeypatch.setenv("STEP_SECONDS", "0")

@@ -9,6 +9,8 @@ from cyclopts import Parameter
 
 from paredown.cli import options
 from paredown.cli.compress import told
+from paredown.cli.curve import told as told_curve
+from paredown.cli.show import emit, show
 from paredown.cli.sources import existing_folder
 from paredown.errors import UsageError
 
@@ -27,9 +29,17 @@ def report(
         hint = f" Runs in it: {', '.join(near)}." if near else ""
         msg = f"DIR must be the folder of a run, with records.jsonl. Got {str(folder)!r}.{hint}"
         raise UsageError(msg)
-    if not json:
-        from paredown.report import write_report
+    from paredown.report import write_report
+    from paredown.report.curve_document import curve_document, is_curve
+    from paredown.report.page import read_records
 
+    if not json:
         write_report(folder)
-    told(folder, json=json, quiet=quiet)
+    records = read_records(folder)
+    if not is_curve(records):
+        told(folder, json=json, quiet=quiet)
+    elif json:
+        emit(curve_document(records))
+    else:
+        show(*told_curve(curve_document(records)), f"report: {folder / 'report.html'}", quiet=quiet)
     return 0

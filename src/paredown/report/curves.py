@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def write_curve_report(folder: Path, records: Sequence[Record]) -> Path:
 def _content(seen: CurveView) -> dict[str, Any]:
     """Everything that the template names."""
     cell = mapping(seen.head.cell)
+    drawn = _drawn(seen)
     return {
         "name": text(entry(seen.head, "name")) or text(cell.get("task")) or "curve",
         "task": text(cell.get("task")),
@@ -53,10 +55,9 @@ def _content(seen: CurveView) -> dict[str, Any]:
         "spot": _spot(seen),
         "verdict": seen.verdict,
         "legend": [
-            {"name": line.name, "key": key(i, control=line.kind in CONTROLS)}
-            for i, line in enumerate(seen.lines[:LINES])
+            {"name": line.name, "key": key(i, control=line.kind in CONTROLS)} for i, line in enumerate(drawn[:LINES])
         ],
-        "unseen": max(0, len(seen.lines) - LINES),
+        "unseen": max(0, len(drawn) - LINES),
         "thinned": any(len(line.points) > POINTS for line in seen.lines),
         "charts": _charts(seen),
         "comparisons": _comparisons(seen),
@@ -69,6 +70,16 @@ def _content(seen: CurveView) -> dict[str, Any]:
         "warnings": _warnings(seen),
         "provenance": _provenance(seen),
     }
+
+
+def _drawn(seen: CurveView) -> tuple[Line, ...]:
+    """The lines of the charts: a thinner network that is the same as scratch at every amount would only hide it."""
+    alike = {line.kind for line in seen.lines if all(p.same_as for p in line.points if p.kind != "base")}
+    if "thin" not in alike:
+        return seen.lines
+    both = "from scratch: the same shape, which is also the uniformly thinner network"
+    named = [dataclasses.replace(line, name=both) if line.kind == "scratch" else line for line in seen.lines]
+    return tuple(line for line in named if line.kind != "thin")
 
 
 def _capital(word: str) -> str:
@@ -84,7 +95,7 @@ def _spot(seen: CurveView) -> dict[str, Any]:
     point = spot.point
     spread = "no interval: one seed" if spot.low is None else f"95 % interval {spot.low:.1f} to {spot.high:.1f} %"
     noun = TITLES[seen.axis]
-    found["headline"] = f"Take {spot.removed:.0f} % of the {noun} out: {spot.line}"
+    found["headline"] = f"Take {spot.removed:.1f} % of the {noun} out: {spot.line}"
     dense = next((p for p in seen.points if p.kind == "base"), None)
     cards = [
         {
@@ -96,7 +107,7 @@ def _spot(seen: CurveView) -> dict[str, Any]:
     loss = interval([*point.loss.values()])
     cards.append(
         {
-            "title": "Loss on held-out data",
+            "title": "Change on held-out data",
             "value": difference(-_sign(seen) * loss.mean, unit),
             "notes": _loss_notes(point, unit),
         }
@@ -149,7 +160,7 @@ def _charts(seen: CurveView) -> list[dict[str, Any]]:
 
 def _chart(seen: CurveView, axis: Axis, data: str) -> dict[str, Any] | None:
     unit, name = seen.metric["unit"], seen.metric["name"]
-    series = [_series(line, axis, data, unit) for line in seen.lines]
+    series = [_series(line, axis, data, unit) for line in _drawn(seen)]
     if not any(s.dots for s in series):
         return None
     where = "held-out data" if data == "held_out" else "test data"

@@ -13,6 +13,7 @@ from paredown.records import Record
 from paredown.report import curves, evidence, layers, masks
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
+from paredown.report.searching import search_lines
 from paredown.report.stages import HEADS, common_place, device_rows, stage_rows, twin_rows
 from paredown.report.verdict import verdict_strip
 from paredown.report.wording import mebibytes, megabytes, whole
@@ -53,7 +54,7 @@ def write_report(folder: str | Path) -> Path:
     Raises RejectedError (no journal, a line that is no record), MissingError (Jinja2), ResourceError (cannot write).
     """
     folder = Path(folder)
-    records = _read(folder / "records.jsonl")
+    records = read_records(folder)
     if curves.is_curve(records):
         return curves.write_curve_report(folder, records)
     path = folder / "report.html"
@@ -63,7 +64,12 @@ def write_report(folder: str | Path) -> Path:
 
 def read_run(folder: str | Path) -> View:
     """The records of a run folder, sorted. Raises RejectedError where there is no journal or a line is no record."""
-    return view(_read(Path(folder) / "records.jsonl"))
+    return view(read_records(folder))
+
+
+def read_records(folder: str | Path) -> list[Record]:
+    """The records of a run folder, as they stand there. Raises RejectedError as `read_run` does."""
+    return _read(Path(folder) / "records.jsonl")
 
 
 def _read(path: Path) -> list[Record]:
@@ -96,6 +102,7 @@ def _content(run: View) -> dict[str, Any]:
         "layers": layers.layer_table(run),
         "removed": layers.removed_table(run),
         "reached": layers.reached_lines(run),
+        "search": search_lines(run),
         "left_out": masks.left_out_lines(run),
         "masks": masks.masks_table(run),
         "pinned": layers.pinned_table(run),
@@ -110,7 +117,7 @@ def _content(run: View) -> dict[str, Any]:
         "remarks": evidence.remarks(run),
         "not_tested": [
             *not_tested(run),
-            *([] if run.stage("twin-int8") or run.verdict else ["an equal-size dense INT8 network"]),
+            *([] if run.twin or run.verdict else ["an equal-size dense network"]),
         ],
         "estimates": evidence.estimates(run),
     }

@@ -143,7 +143,7 @@ def run_missing(
         sweep.run()
     except KeyboardInterrupt as error:
         missing = len(todo) - sweep.ended
-        msg = f"{len(cells) - missing} of {len(cells)} trials are done or marked. The same command goes on with the others"
+        msg = f"{len(cells) - missing} of {len(cells)} trials are done or marked; the same command goes on with the others."
         raise Interrupted(msg) from error
     finally:
         sweep.stop()
