@@ -57,7 +57,7 @@ class Budget:
         for name in ("size_bytes", "peak_ram_bytes"):
             value = getattr(self, name)
             if isinstance(value, str):
-                object.__setattr__(self, name, parse_bytes(value, name))
+                object.__setattr__(self, name, parse_bytes(value, f"budget.{name}"))
         for name in _RELATIVE:
             value = getattr(self, name)
             if value is not None:
@@ -98,6 +98,8 @@ def parse_bytes(text: str, name: str = "size") -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         msg = f"{name} must be a number of bytes or a text such as '30 MB' or '30 MiB'. Got {text!r}."
+        if text.strip().endswith("%"):
+            msg += " Write 25 % as 0.25."
         raise UsageError(msg)
     return int(float(match[1]) * _UNITS[match[2]])
 

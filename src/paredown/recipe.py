@@ -394,7 +394,7 @@ def _mistake(path: str, mistake: Mapping[str, Any], where: str) -> str:
     return f"{path} must be {rule}. Got {shown} at {where}.{_hint(kind, got, context)}"
 
 
-_NOT_A_LEVEL = " A level gives channels, parameters, macs, density or modules; budget.{} bounds the finished file, after it was measured."
+_NOT_A_LEVEL = " A level gives channels, parameters, macs, density or modules; budget.{} bounds the finished file, after it was measured, and one more level is searched that meets it."
 _BY_LATENCY = (
     " Channels by a table of latencies are chosen in Python: paredown.allocate(…, Budget(latency_ms=…), latency=table)."
 )
@@ -420,9 +420,9 @@ def _hint(kind: str, got: Any, context: Mapping[str, Any]) -> str:
 
 def _suggestion(path: str) -> str:
     """What an unknown key was probably meant to be: a sibling, or the same key elsewhere."""
-    bound = re.fullmatch(r"prune\.levels\[\d+\]\.(latency_ms|size_bytes|peak_ram_bytes|metric_loss)", path)
+    bound = re.fullmatch(r"prune\.levels\[\d+\]\.(latency|latency_ms|size_bytes|peak_ram_bytes|metric_loss)", path)
     if bound:
-        return _NOT_A_LEVEL.format(bound[1]) + (_BY_LATENCY if bound[1] == "latency_ms" else "")
+        return _NOT_A_LEVEL.format(bound[1]) + (_BY_LATENCY if bound[1].startswith("latency") else "")
     known = dict(_fields(Recipe))
     parent, _, leaf = re.sub(r"\[\d+\]", "", path).rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}

@@ -86,11 +86,14 @@ def _refuse_inputs_folder(folder: Path, source: str, recipe: Recipe, *, overwrit
 # ------------------------------------------------------------------------------------------------------------- dry run
 
 
-def _planned(recipe: Recipe, *, strict: bool) -> tuple[Any, Any, Any, bool]:
-    """Cost, coupling and the plan of the first level, on the model as it is before any training."""
+def _planned(recipe: Recipe, *, strict: bool) -> tuple[Any, Any, Any, bool, Any]:
+    """Cost, coupling, the plan of the first level on the model as it is before any training, and what a budget without levels foresees."""
     import paredown
+    from paredown.pipeline.budgets import check_budget, level_of
     from paredown.pipeline.compress import task_of
+    from paredown.pipeline.foreseen import foreseen_budget
     from paredown.pipeline.ways import Here, Way, check_ways
+    from paredown.recipe_fields import Level
     from paredown.train.task import seed_all
 
     task, make, given = task_of(recipe)
@@ -99,17 +102,21 @@ def _planned(recipe: Recipe, *, strict: bool) -> tuple[Any, Any, Any, bool]:
     untrained = task.base is not None and recipe.weights is None and recipe.model is None
     program = paredown.capture(model, task.inputs())
     coupling, cost = paredown.couple(program, strict=strict), paredown.examine(program, strict=strict, model=task.name)
-    if not recipe.prune.levels:
-        return cost, coupling, None, given and not untrained
     check_ways(recipe, task)
-    way = Way(recipe=recipe, task=task, level=recipe.prune.levels[0], number=1, weights_given=given or untrained)
-    plan = way.foreseen(Here(program=program, coupling=coupling, cost=cost, masks={}))
-    return cost, coupling, plan, given and not untrained
+    check_budget(recipe)
+    here = Here(program=program, coupling=coupling, cost=cost, masks={})
+    level = recipe.prune.levels[0] if recipe.prune.levels else level_of(recipe)
+    asked = Level(parameters=0.5) if level is None else level
+    way = Way(recipe=recipe, task=task, level=asked, number=1, weights_given=given or untrained)
+    if level is None:
+        budget = foreseen_budget(recipe, way, here)
+        return cost, coupling, None if budget is None else budget.plan, given and not untrained, budget
+    return cost, coupling, way.foreseen(here), given and not untrained, None
 
 
 def _dry_run(recipe: Recipe, *, json: bool, quiet: bool, strict: bool) -> int:
     with only_document(json):
-        cost, coupling, plan, trained = _planned(recipe, strict=strict)
+        cost, coupling, plan, trained, budget = _planned(recipe, strict=strict)
         if plan is not None:
             after = counts_after(coupling, cost, plan)
     notes = [] if trained else ["The model is not trained yet: counts hold, which channels leave will differ."]
@@ -127,23 +134,59 @@ def _dry_run(recipe: Recipe, *, json: bool, quiet: bool, strict: bool) -> int:
                 "macs": reached[1],
                 "badge": "estimated",
                 "levels": len(recipe.prune.levels),
+                **({"budget": _amounts(budget)} if budget is not None else {}),
                 "plan_digest": None if plan is None else plan.digest,
                 "notes": notes,
             }
         )
         return 0
     show(cost, quiet=quiet)
+    if budget is not None:
+        show(*_foreseen(budget), quiet=quiet)
     if plan is None and recipe.prune.levels:
         show("Level 1 finds its own density in its training: nothing can be said before.", quiet=quiet)
+    elif plan is None and budget is not None:
+        show("The budget is foreseen to be met as it is: nothing leaves.", quiet=quiet)
     elif plan is None:
         show(
             "No level of pruning is asked for: the model is quantized, exported, checked and measured as it is.",
             quiet=quiet,
         )
     else:
-        show(f"Level 1 of {len(recipe.prune.levels)}:", plan_table(coupling, cost, plan), quiet=quiet)
+        title = f"Level 1 of {len(recipe.prune.levels)}:" if recipe.prune.levels else "For the budget:"
+        show(title, plan_table(coupling, cost, plan), quiet=quiet)
     show(*(f"note: {n}" for n in notes), "Dry run: nothing was trained or written.", quiet=quiet)
     return 0
+
+
+def _amounts(budget: Any) -> dict[str, Any]:
+    """Asked and foreseen, for scripts."""
+    rows = {n: {"asked": a, "before": b, "foreseen": f} for n, (a, b, f) in budget.amounts.items()}
+    return {"amounts": rows, "badge": "estimated", "feasible": not budget.nearest}
+
+
+def _foreseen(budget: Any) -> list[Any]:
+    """What a budget is foreseen to lead to: amounts, and layers with their steps."""
+    amounts = [(n, f"{a:,.4g}", f"{b:,.4g}", f"{f:,.4g}") for n, (a, b, f) in budget.amounts.items()]
+    lines: list[Any] = [table(("amount", "asked", "as it is", "foreseen (estimated)"), amounts)]
+    if budget.layers:
+        total = [max(sum(x.ms[i] for x in budget.layers), 1e-12) for i in (0, 1)]
+        rows = [
+            (
+                x.name,
+                f"{x.out_channels[0]} → {x.out_channels[1]}",
+                f"{x.in_channels[0]} → {x.in_channels[1]}",
+                f"{x.ms[0]:.3f} → {x.ms[1]:.3f}",
+                f"{100 * x.ms[1] / total[1]:.1f} %",
+                "  ".join(f"{n}: {ms:.3f}" for n, ms in x.steps),
+            )
+            for x in budget.layers
+        ]
+        titles = ("layer", "writes", "reads", "ms, alone", "share", "channels written: ms (measured, all read)")
+        lines.append(table(titles, rows))
+    if budget.nearest:
+        lines.append("The budget is foreseen to be out of reach; this is the nearest plan.")
+    return [*lines, *([f"note: {budget.note}"] if budget.note else [])]
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict

@@ -23,14 +23,16 @@ from paredown.errors import UsageError
 from paredown.measure.latency import readings
 from paredown.measure.layer_files import LayerShape, Scheme, feed_for, write_layer
 from paredown.measure.machine import machine, machine_text
-from paredown.records import Measured, Record, append, read, write_text
+from paredown.records import Measured, Record, append, mend, read, write_text
 
 FOLDER = "PAREDOWN_LATENCY"
 """The variable that moves the folder of all times."""
 RUNS, SECONDS, AT_ONCE = 25, 1.5, 36
 RUNTIMES = {"onnxruntime-x86": "onnxruntime", "onnxruntime-arm": "onnxruntime", "openvino-x86": "openvino"}
 """Targets whose layers can be timed here, and the runtime that does it."""
-PROTOCOL = f"lower quartile of at most {RUNS} readings (processor time where one thread works) in turns with the layer's other shapes"
+PROTOCOL = (
+    f"least of at most {RUNS} readings (processor time where one thread works) in turns with the layer's other shapes"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,7 @@ def _shape(cell: Mapping[str, Any]) -> LayerShape | None:
 def _keep(file: Path, setting: Setting, found: Mapping[LayerShape, Measured]) -> None:
     if not file.parent.is_dir():
         write_text(file.parent / "setting.json", json.dumps(setting.described(), indent=1) + "\n")
+    mend(file)
     for shape, measured in found.items():
         cell = {"stage": "layer latency", "layer": shape.described()}
         append(file, Record(cell=cell, measured={"latency_ms": measured}))
@@ -145,10 +148,10 @@ def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> dict[L
         times, _ = readings(sessions, feeds, runs=RUNS, seconds=SECONDS, clock=clock)
     out = {}
     for name, shape in zip(names, shapes, strict=True):
-        low, value, high = (float(q) for q in np.percentile(times[name], (10, 25, 90)))
+        value, high = float(min(times[name])), float(np.percentile(times[name], 90))
         out[shape] = Measured(
-            value=value, unit="ms", low=low, high=high, n=len(times[name]), timing=True, machine=where,
-            protocol=f"{PROTOCOL}, {setting.threads} thread; low–high is the 10th–90th percentile",
+            value=value, unit="ms", low=value, high=high, n=len(times[name]), timing=True, machine=where,
+            protocol=f"{PROTOCOL}, {setting.threads} thread; high is the 90th percentile",
         )  # fmt: skip
     return out
 

@@ -68,7 +68,7 @@ def check_budget(recipe: Recipe) -> None:
         msg = f"a budget that is searched must have a criterion of the table ({', '.join(TABLE)}). Got {recipe.prune.criterion!r}, which is learnt in a training."
         raise UsageError(msg)
     if set(LATENCY) & set(asked):
-        Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.scheme)
+        Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
 
 
 def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> Searched | None:
@@ -78,10 +78,9 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
     levels the run goes on, and its verdict says what was missed.
     """
     recipe, bounds = run.recipe, run.recipe.budget
-    if bounds.rounds and not recipe.prune.levels and (bounds.channels is not None or bounds.density is not None):
-        plain = recipe.prune.granularity == "channel" and bounds.density is not None
-        level = Level(channels=bounds.channels, density=bounds.density, granularity="element" if plain else None)
-        return Searched(level=level)
+    alone = level_of(recipe)
+    if alone is not None:
+        return Searched(level=alone)
     asked = limits(run, program)
     if not asked or not bounds.rounds or (tuned is not None and tuned.plan.masks) or not _by_units(recipe):
         return None
@@ -97,6 +96,15 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
         return None
     _keep(run, number, asked, program, tuned, result)
     return result
+
+
+def level_of(recipe: Recipe) -> Level | None:
+    """The level that a budget of channels or of a density is; None for amounts that are searched."""
+    bounds, prune = recipe.budget, recipe.prune
+    if prune.levels or not bounds.rounds or (bounds.channels is None and bounds.density is None):
+        return None
+    plain = prune.granularity == "channel" and bounds.density is not None
+    return Level(channels=bounds.channels, density=bounds.density, granularity="element" if plain else None)
 
 
 def limits(run: Run, program: Program) -> dict[str, float]:
@@ -121,6 +129,8 @@ def _by_units(recipe: Recipe) -> bool:
 def by_bits(recipe: Recipe) -> bool:
     """Whether bytes are met by bits and pruning together."""
     given = {n for n in SEARCHED if getattr(recipe.budget, n) is not None}
+    if recipe.quantize.scheme != "int8":  # another one has its bits already
+        return False
     return given == {"size_bytes"} and min(recipe.budget.bits) < 8 and recipe.target.startswith("onnxruntime")
 
 
@@ -146,7 +156,7 @@ def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Sea
     recipe, bounds, asked_of = run.recipe, run.recipe.budget, run.recipe.prune
     table = None
     if set(LATENCY) & asked.keys():
-        setting = Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.scheme)
+        setting = Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
         run.say("budget: time the layers")
         table = latency_table(here.program, here.coupling, here.cost, setting, align=_align(recipe))
     scores = way.scores(here)
@@ -232,4 +242,4 @@ def _keep(
     write_text(run.folder.steps / f"search-{number}.json", json.dumps(known, sort_keys=True) + "\n")
 
 
-__all__ = ["ALONE", "Searched", "check_budget", "limits", "search_of", "searched"]
+__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "level_of", "limits", "search_of", "searched"]

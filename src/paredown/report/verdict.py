@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from paredown.records import Record
-from paredown.report.reading import View, entry, figure, mapping, number, rows, text
+from paredown.report.reading import View, entry, figure, mapping, number, rows, stage_title, text
 from paredown.report.stages import NONE, Cell, cell, change, latency, metric, smaller, speed
 from paredown.report.wording import mebibytes, megabytes, quantity
 
 _NAMES = {
     "size_bytes": "Size",
     "metric_loss": "Loss of the metric",
+    "latency": "Latency",
     "latency_ms": "Latency",
+    "parameters": "Parameters",
+    "macs": "MACs",
     "peak_ram_bytes": "Peak memory",
 }
 
@@ -23,7 +26,7 @@ def verdict_strip(run: View) -> dict[str, Any]:
     state, headline = _headline(run)
     best = run.stage(run.recommended)
     bounds = [_bound(b) for b in rows(entry(run.verdict, "bounds"))]
-    judged = run.stage("int8") or best
+    judged = run.quantized or best
     return {
         "state": state,
         "headline": headline,
@@ -31,7 +34,7 @@ def verdict_strip(run: View) -> dict[str, Any]:
         "file": text(entry(best, "file")),
         "cards": _cards(run, best, bounds if judged is best else []),
         "bounds": bounds,
-        "bounds_of": "the INT8 file" if run.stage("int8") else "the recommended file",
+        "bounds_of": f"the {stage_title(run.quantized)} file" if run.quantized else "the recommended file",
         "sentence": _sentence(run, best),
     }
 
@@ -77,7 +80,11 @@ def _cards(run: View, best: Record | None, bounds: list[dict[str, Any]]) -> list
         ("Latency", "latency_ms", latency),
     ]
     return [
-        {"title": t, "cell": NONE if best is None else make(run, best), "bound": by_what.get(what)}
+        {
+            "title": t,
+            "cell": NONE if best is None else make(run, best),
+            "bound": by_what.get(what) or (by_what.get("latency") if what == "latency_ms" else None),
+        }
         for t, what, make in wanted
     ]
 

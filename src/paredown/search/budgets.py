@@ -17,7 +17,7 @@ from paredown.export import Artifact
 from paredown.measure import memory
 from paredown.measure.turns import timed_in_turns
 from paredown.plan import Plan
-from paredown.records import Measured, Record, append, read
+from paredown.records import Measured, Record, append, mend, read
 from paredown.score.nouns import Scores
 from paredown.search.candidates import Make, kept_units
 from paredown.search.lines import Line, fitted
@@ -175,6 +175,7 @@ class Search:
     def _keep(self, digest: str, found: Mapping[str, float], why: str) -> None:
         numbers = {n: Measured(value=v, unit=UNITS[n], timing=n in LATENCY) for n, v in found.items()}
         cell = {"stage": "search", "key": self.key}
+        mend(self.folder / "search.jsonl")
         append(
             self.folder / "search.jsonl",
             Record(cell=cell, plan_digest=digest, measured=numbers, details={"why": why} if why else {}),

@@ -1,0 +1,178 @@
+"""The search for a budget on real files: layers as they are after pruning, bytes as the disk has them, plans that hold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from paredown.allocate import allocate
+from paredown.budget import Budget
+from paredown.couple import couple
+from paredown.errors import InfeasibleError, UsageError
+from paredown.examine import examine
+from paredown.export import export
+from paredown.measure.layer_tables import Setting
+from paredown.program import capture
+from paredown.prune import prune
+from paredown.score import score
+from paredown.search.budgets import Search, layer_shares, meet
+from paredown.search.candidates import kept_units, maker
+from paredown.search.layers import latency_table, timed_layers
+
+
+class Net(nn.Module):
+    """Plain, depthwise, grouped and linear layers around a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.deep = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.point = nn.Conv2d(32, 32, 1)
+        self.inner = nn.Conv2d(32, 48, (3, 1), stride=2)
+        self.outer = nn.Conv2d(48, 32, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = x + self.point(torch.relu(self.deep(x)))
+        x = torch.relu(self.outer(torch.relu(self.inner(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def given():
+    torch.manual_seed(0)
+    program = capture(Net().eval(), torch.randn(2, 3, 12, 12))
+    return program, couple(program), examine(program)
+
+
+@pytest.fixture(scope="module")
+def search(given, tmp_path_factory):
+    program, coupling, cost = given
+    folder, x = tmp_path_factory.mktemp("search"), torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    return Search(
+        coupling=coupling, cost=cost, scores=score(program, coupling, "l1"), asked={"size_bytes": 1e9},
+        make=maker(program, target="onnxruntime-x86", scheme="fp32", calibrate=[x]),
+        dense=export(program, folder / "dense.onnx"), samples=[x], folder=folder, seconds=0.2, runs=10, key="k",
+        options={"allocation": "uniform"},
+    )  # fmt: skip
+
+
+def test_layers_are_all_that_multiplies(given):
+    program, coupling, cost = given
+    layers = timed_layers(program, coupling, cost)
+    assert [x.name for x in layers] == ["stem", "deep", "point", "inner", "outer", "head"]
+    assert sum(x.dense.macs for x in layers) == cost.macs
+    assert [x.dense.groups for x in layers] == [1, 32, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.25])
+def test_shapes_that_a_table_foresees_are_those_after_pruning(given, share):
+    program, coupling, cost = given
+    plan = allocate(coupling, score(program, coupling, "l1"), cost, Budget(channels=share))
+    small = capture(prune(program, plan).module, program.inputs)
+    wanted = {x.name: x.dense for x in timed_layers(small, couple(small), examine(small))}
+    units, kept = {s.name: len(s) for s in coupling.spaces}, kept_units(coupling, plan)
+    for layer in timed_layers(program, coupling, cost):
+        lengths = [int(length.of(units, kept)) for length in (layer.writes, layer.reads)]
+        assert layer.at(*lengths) == wanted[layer.name]
+
+
+def test_the_table_is_the_sum_of_what_was_timed(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAREDOWN_LATENCY", str(tmp_path))
+    program, coupling, cost = given
+    table = latency_table(program, coupling, cost, Setting())
+    units = {s.name: len(s) for s in coupling.spaces}
+    dense = float(table.total(units, {n: np.array(k) for n, k in units.items()}))
+    assert dense == pytest.approx(sum(float(x.ms[-1, -1]) for x in table.layers))
+    assert dense > 0
+    assert {x.name: len(x.out_channels) > 1 for x in table.layers} == {
+        "stem": True, "deep": True, "point": True, "inner": True, "outer": True, "head": False,
+    }  # fmt: skip
+
+
+def test_bytes_are_met_on_the_disk_and_nothing_is_given_away(search):
+    share = 0.6
+    dense = search.dense.path.stat().st_size
+    met = meet(dataclasses.replace(search, asked={"size_bytes": share * dense}))
+    file = search.make(met.plan, search.folder / "again.onnx")
+    assert file.path.stat().st_size == met.chosen.measured["size_bytes"]
+    assert (
+        0.8 * share * dense <= file.path.stat().st_size <= share * dense
+    )  # a step of 8 channels is a tenth of this file
+    assert [r.number for r in met.rounds] == list(range(len(met.rounds)))
+    assert len(met.rounds) <= 7
+    assert all(not r.foreseen or abs(r.foreseen["size_bytes"] / r.measured["size_bytes"] - 1) < 0.2 for r in met.rounds)
+
+
+def test_fault_72_a_budget_that_is_met_already_changes_nothing(search):
+    met = meet(dataclasses.replace(search, asked={"size_bytes": 1e9, "macs": 1e12}))
+    assert met.already_met
+    assert len(met.rounds) == 1
+
+
+def test_fault_71_an_impossible_budget_says_the_nearest_plan(search):
+    with pytest.raises(InfeasibleError, match=r"size_bytes must be at most 500 B. Got [\d,]+ B") as caught:
+        meet(dataclasses.replace(search, asked={"size_bytes": 500.0}))
+    assert caught.value.exit_code == 4
+    assert all(len(axes[0]) <= 8 for name, axes in caught.value.nearest.keep.items() if name == "stem.weight")
+
+
+def test_a_search_that_was_stopped_reads_its_journal(search, tmp_path):
+    asked = {"size_bytes": 0.5 * search.dense.path.stat().st_size}
+    mine = dataclasses.replace(search, asked=asked, folder=tmp_path)
+    first = meet(mine)
+
+    def never(plan, path):
+        raise AssertionError("made again")  # every file was measured before
+
+    again = meet(dataclasses.replace(mine, make=never))
+    assert again.chosen == first.chosen
+    assert [r.measured for r in again.rounds] == [r.measured for r in first.rounds]
+    with pytest.raises(AssertionError, match="made again"):
+        meet(dataclasses.replace(mine, make=never, key="another"))
+
+
+def test_counts_need_no_file_and_are_kept_exactly(search):
+    def never(plan, path):
+        raise AssertionError("made")
+
+    for name in ("parameters", "macs"):
+        limit = 0.5 * getattr(search.cost, name)
+        met = meet(
+            dataclasses.replace(search, asked={name: limit}, make=never, options={"allocation": "uniform", "align": 1})
+        )
+        assert 0.9 * limit <= met.chosen.measured[name] <= limit
+
+
+def test_latency_takes_turns_with_the_dense_file(given, search, tmp_path, monkeypatch):
+    """On a network this small a clock decides little: that the numbers belong together is what is tested."""
+    monkeypatch.setenv("PAREDOWN_LATENCY", str(tmp_path))
+    program, coupling, cost = given
+    table = latency_table(program, coupling, cost, Setting())
+    mine = dataclasses.replace(search, asked={"latency_ms": 1000.0}, table=table, folder=tmp_path)
+    met = meet(mine)
+    assert met.already_met
+    assert 0.5 < met.chosen.measured["latency"] < 2  # the same file against itself
+    shares = layer_shares(mine, None)
+    assert sum(shares.values()) == pytest.approx(1.0)
+    with pytest.raises(InfeasibleError, match=r"latency must be at most 0\.0001 × dense"):
+        meet(dataclasses.replace(mine, asked={"latency": 1e-4}, rounds=1))
+
+
+def test_memory_is_that_of_a_process(search, tmp_path):
+    met = meet(dataclasses.replace(search, asked={"peak_ram_bytes": 2e9}, folder=tmp_path))
+    assert met.already_met
+    assert 10e6 < met.chosen.measured["peak_ram_bytes"] < 2e9
+
+
+def test_limits_that_are_none_are_refused(search):
+    for asked in ({}, {"colour": 1.0}):
+        with pytest.raises(UsageError, match="must be given limits among"):
+            meet(dataclasses.replace(search, asked=asked))
+    with pytest.raises(UsageError, match="must come with a table"):
+        meet(dataclasses.replace(search, asked={"latency": 0.5}))
