@@ -183,10 +183,12 @@ class Recover(Strict):
 
 
 class Quantize(Strict):
-    """Static INT8 after the last level."""
+    """Codes instead of floats, after the last level."""
 
-    scheme: Literal["int8"] = "int8"
-    """Weights int8 per output channel, activations 8 bits per tensor, as the target wants them."""
+    scheme: Literal["int8", "w4a8", "int8-dynamic", "w4", "w2", "ternary", "binary"] = "int8"
+    """int8: weights 8 bits per output channel, activations 8 bits per tensor, as the target wants them. w4a8: weights 4 bits.
+    int8-dynamic: activations by each tensor's own range at run time. w4, w2, ternary, binary: weights alone. All but int8
+    and w4a8 are for ONNX Runtime."""
     observer: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "mse"
     """How the range of an activation is chosen: all values seen, moving averages of the batches' ranges, 99.99 % of the
     values, least squared error, or least KL divergence (not for outputs of sigmoid or softmax)."""
@@ -203,6 +205,20 @@ class Quantize(Strict):
     """Of quantization-aware training, from the calibrated network; 0 leaves it out. The dense network distils."""
     lr: float = Field(default=0.01, gt=0)
     """Learning rate of that training, falling to 0 as a cosine."""
+
+    @property
+    def kernels(self) -> Literal["int8", "fp32"]:
+        """What most layers of the file execute in, for tables of latency per layer."""
+        return "int8" if self.scheme in ("int8", "w4a8") else "fp32"
+
+    @model_validator(mode="after")
+    def _reads_samples(self) -> Quantize:
+        if self.scheme in ("int8-dynamic", "w4"):
+            asked = [n for n in ("repair", "spare", "epochs") if getattr(self, n)]
+            if asked:
+                msg = f"quantize.{asked[0]} must be left out for the scheme {self.scheme}, which reads no samples. Got {getattr(self, asked[0])!r}."
+                raise ValueError(msg)
+        return self
 
 
 class DenseTwin(Strict):

@@ -13,6 +13,7 @@ from paredown.export import predictor
 from paredown.pipeline.folder import RunFolder
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import _quantized
+from paredown.pipeline.ways import check_ways
 from paredown.recipe import parse_recipe
 from paredown.train import Task
 
@@ -102,3 +103,31 @@ def test_spare_needs_a_bound_and_data_to_choose_on(task: Task, tmp_path: Path) -
         quantized(dataclasses.replace(task, choose=None), tmp_path / "b", budget={"metric_loss": 1.0}, spare=True)
     with pytest.raises(UsageError, match=r"without quantize.epochs"):
         quantized(held, tmp_path / "c", budget={"metric_loss": 1.0}, spare=True, epochs=1)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "int8-dynamic"])
+def test_another_scheme_has_a_stage_a_file_and_a_verdict_of_its_name(task: Task, tmp_path: Path, scheme: str) -> None:
+    import onnx
+
+    done = pare.compress(
+        {
+            "schema": 1, "task": str(Path(__file__).with_name("small_task.py")), "quantize": {"scheme": scheme},
+            "prune": {"levels": [{"channels": 0.5}]}, "recover": {"epochs": 1, "batch_norm_batches": 2},
+            "measure": {"runs": 5, "seconds": 0.2}, "budget": {"metric_loss": 100},
+        },
+        out=tmp_path / "run",
+    )  # fmt: skip
+    assert done.recommended == scheme == done.artifact.scheme
+    assert done.artifact.path.name == f"{scheme}.onnx" and done.artifact.path.is_file()
+    kinds = {t.data_type for t in onnx.load(done.artifact.path).graph.initializer}
+    assert onnx.TensorProto.UINT8 in kinds  # of w4a8 two codes to a byte
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert {"w4a8": "W4A8", "int8-dynamic": "dynamic INT8"}[scheme] in page
+
+
+def test_schemes_without_samples_or_for_other_targets_are_refused_before_any_work(task: Task) -> None:
+    with pytest.raises(UsageError, match="reads no samples"):
+        parse_recipe({"schema": 1, "task": "small", "quantize": {"scheme": "w4", "repair": ["gptq"]}})
+    recipe = parse_recipe({"schema": 1, "task": "small", "target": "openvino-x86", "quantize": {"scheme": "w2"}})
+    with pytest.raises(UsageError, match="ONNX Runtime for quantize.scheme w2"):
+        check_ways(recipe, task)

@@ -41,6 +41,10 @@ from paredown.target import named
 from paredown.train import Roles, check_roles
 from paredown.train.task import seed_all
 
+TITLES = {
+    "int8": "INT8", "w4a8": "W4A8", "int8-dynamic": "dynamic INT8", "w4": "W4", "w2": "W2", "ternary": "ternary", "binary": "binary",
+}  # fmt: skip
+"""Scheme to what its stage is called."""
 PARITY = 0.2
 """Largest distance of the INT8 file's metric from its simulation: points where the unit is %, else % of the metric; of
 right-or-wrong samples one may differ however few they are."""
@@ -55,7 +59,7 @@ class Compressed:
     plan: Plan
     artifact: Artifact
     recommended: str
-    """Stage of the recommended file: "int8", a level, or "dense"."""
+    """Stage of the recommended file: the scheme ("int8"), a level, or "dense"."""
     verdict: Mapping[str, Any]
     records: tuple[Record, ...]
 
@@ -85,7 +89,8 @@ def run_stages(run: Run) -> Compressed:
     tuned = _for_the_budget(run, program, tuned, dense)
     last: Program | Pruned = tuned or program
     quantized = _quantized(run, last, dense)
-    _stage_int8(run, 50, "int8", "INT8", quantized, tuned)
+    scheme = recipe.quantize.scheme
+    _stage_int8(run, 50, scheme, TITLES[scheme], quantized, tuned)
     _twin(run, last)
     if tuned is not None:
         save(tuned, run.folder.path)
@@ -222,7 +227,7 @@ def _stage_float(
 
 
 def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantized, tuned: Pruned | None) -> None:
-    """Export in int8, check against the simulation, measure."""
+    """Export in codes, check against the simulation, measure."""
     run.say(f"{name}: export and check")
     artifact = export(quantized, _model_file(run, name), target=run.recipe.target)
 
@@ -242,7 +247,7 @@ def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantize
 
 
 def _refuse_far(run: Run, record: Record) -> None:
-    """The INT8 file must score as its simulation does."""
+    """The file in codes must score as its simulation does."""
     file, simulated = record.measured["metric"].value, record.measured["simulated_metric"].value
     assert file is not None and simulated is not None
     unit = run.task.metric.unit
@@ -251,7 +256,7 @@ def _refuse_far(run: Run, record: Record) -> None:
     )  # fewer than all samples, right or wrong, is no less than one
     allowed = max(PARITY, one_sample) if unit == "%" else PARITY / 100 * abs(simulated)
     if abs(file - simulated) > allowed + 1e-9:
-        msg = f"the INT8 file's {run.task.metric.name} must be within {allowed:.3g} {unit} of its simulation. Got {file:.4g} and {simulated:.4g}."
+        msg = f"the {TITLES[run.recipe.quantize.scheme]} file's {run.task.metric.name} must be within {allowed:.3g} {unit} of its simulation. Got {file:.4g} and {simulated:.4g}."
         raise VerificationError(msg, record)
 
 
@@ -427,7 +432,8 @@ def _twin(run: Run, last: Program | Pruned) -> None:
     }
     twin = run.task.twin(sum(p.numel() for p in module.parameters()), **accepted(run.task.twin, options))
     quantized = _quantized(run, capture(twin, run.task.inputs(), train=False), None)
-    _stage_int8(run, 60, "twin-int8", "Equal-size dense network, INT8", quantized, None)
+    scheme = run.recipe.quantize.scheme
+    _stage_int8(run, 60, f"twin-{scheme}", f"Equal-size dense network, {TITLES[scheme]}", quantized, None)
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
@@ -443,10 +449,11 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
     met = all(b["met"] for b in bounds)
     # Nothing in here is drawn from timings, so that two runs give the same verdict; the report adds what they say.
     otherwise = verdicts.fallback(run, by_stage, met=met)
-    recommended = "int8" if met else otherwise
+    recommended = run.recipe.quantize.scheme if met else otherwise
     details = {
         "recommended": recommended,
         "otherwise": otherwise,
+        "quantized": run.recipe.quantize.scheme,
         "target_met": met if bounds else None,
         "metric": dataclasses.asdict(run.task.metric),
         "bounds": bounds,
@@ -484,4 +491,4 @@ def _model_file(run: Run, stage: str) -> Path:
 def _artifact(run: Run, stage: str) -> Artifact:
     path = _model_file(run, stage)
     files = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
-    return Artifact(files=files, target=run.recipe.target, scheme="int8" if stage == "int8" else "fp32")
+    return Artifact(files=files, target=run.recipe.target, scheme=stage if stage in TITLES else "fp32")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # stages runs the verdict
 
 
 def bounds(run: Run, by_stage: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Every bound of the recipe's budget, with what was measured of the INT8 file, or counted in the last float one."""
-    int8, dense = by_stage["int8"], by_stage["dense"]
+    """Every bound of the recipe's budget, with what was measured of the file in codes, or counted in the last float one."""
+    int8, dense = by_stage[run.recipe.quantize.scheme], by_stage["dense"]
     last = [r for n, r in by_stage.items() if n.startswith("level-")] or [dense]
     given = _limits(run.recipe.budget.model_dump(exclude_none=True), dense, int8)
     sign = 1.0 if run.task.metric.goal == "max" else -1.0
@@ -83,17 +83,18 @@ def refuse_another_base(run: Run, values: Any) -> None:
 
 
 def fallback(run: Run, by_stage: Mapping[str, Record], *, met: bool) -> str:
-    """The smallest float file that keeps the metric bound and what the budget counts; without one the INT8 file where it keeps
+    """The smallest float file that keeps the metric bound and what the budget counts; without one the file in codes where it keeps
     all bounds, else the dense one."""
+    scheme = run.recipe.quantize.scheme
     bound, asked = run.recipe.budget.metric_loss, run.recipe.budget.model_dump(exclude_none=True)
-    limits = _limits(asked, by_stage["dense"], by_stage["int8"])
+    limits = _limits(asked, by_stage["dense"], by_stage[scheme])
     sign = 1.0 if run.task.metric.goal == "max" else -1.0
     dense = by_stage["dense"].measured["metric"].value or 0.0
     for name in sorted((n for n in by_stage if n.startswith("level-")), reverse=True):
         loss = sign * (dense - (by_stage[name].measured["metric"].value or 0.0))
         if (bound is None or loss <= bound) and _counts_hold(by_stage[name], limits):
             return name
-    return "int8" if met and not _counts_hold(by_stage["dense"], limits) else "dense"
+    return scheme if met and not _counts_hold(by_stage["dense"], limits) else "dense"
 
 
 def _counts_hold(record: Record, limits: Mapping[str, float]) -> bool:
@@ -105,9 +106,9 @@ def _counts_hold(record: Record, limits: Mapping[str, float]) -> bool:
 def not_tested(by_stage: Mapping[str, Record]) -> list[str]:
     """What the reader may expect and nobody looked at."""
     out = ["latency on the phone: these timings are of this machine", "runtimes other than ONNX Runtime"]
-    if "twin-int8" not in by_stage:
+    if not any(name.startswith("twin-") for name in by_stage):
         out.append("an equal-size dense network trained from scratch")
-    if "metric_change" not in by_stage["int8"].measured:
+    if not any("metric_change" in r.measured for r in by_stage.values()):
         out.append("the paired interval of the metric: evaluate returns no value per sample")
     return out
 
@@ -116,7 +117,7 @@ def gates(records: tuple[Record, ...], verdict: Mapping[str, Any]) -> None:
     """Raise GateError (metric) or InfeasibleError where a bound does not hold."""
     missed = [b for b in verdict["bounds"] if not b["met"]]
     for bound in missed:
-        msg = f"{bound['what']} must be at most {bound['bound']:.6g} {bound['unit']}. Got {bound['value']:.6g} on the INT8 file. The report names the best file that keeps it."
+        msg = f"{bound['what']} must be at most {bound['bound']:.6g} {bound['unit']}. Got {bound['value']:.6g} on the quantized file. The report names the best file that keeps it."
         if bound["what"] == "metric_loss":
             raise GateError(msg)
         raise InfeasibleError(msg)

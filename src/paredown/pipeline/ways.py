@@ -328,7 +328,10 @@ class Way:
 
 def check_ways(recipe: Recipe, task: Task) -> None:
     """Criterion, schedule and their options known, and every level able to run; raises UsageError before any work."""
-    asked = recipe.prune
+    asked, scheme = recipe.prune, recipe.quantize.scheme
+    if scheme not in ("int8", "w4a8") and not recipe.target.startswith("onnxruntime"):
+        msg = f"target must be one of ONNX Runtime for quantize.scheme {scheme}. Got {recipe.target!r}. Take int8, or another target."
+        raise UsageError(msg)
     known = (*TABLE, *IN_TRAINING)
     if asked.criterion not in known:
         near = difflib.get_close_matches(asked.criterion, known, n=1)

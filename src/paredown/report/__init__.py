@@ -8,8 +8,8 @@ The records, one per stage and in order. cell = {"stage": NAME, "title": text, "
     examine      the dense model, no file
     dense        its FP32 file
     level-1 …    pruned FP32 file after the recovery of each level
-    int8         INT8 file of the last level
-    twin-int8    INT8 file of a dense network of equal size, trained from scratch (may be absent)
+    int8         file in codes of the last level; its name is the scheme, which the verdict calls "quantized"
+    twin-int8    that of a dense network of equal size, trained from scratch (may be absent)
     device-…     what a device measured with a bundle, read back (may be absent)
     verdict      last
 

@@ -67,9 +67,9 @@ def layer_table(run: View) -> dict[str, Any] | None:
 
 
 def _after(run: View, names: set[str]) -> Record | None:
-    """The stage to show as "after": the recommended one, else the last level, else INT8, if its layers have these names."""
+    """The stage to show as "after": the recommended one, else the last level, else the one in codes, if its layers have these names."""
     levels = [r for r in run.stages if stage_name(r).startswith("level-")]
-    wanted = [run.stage(run.recommended) if run.recommended != "dense" else None, *levels[-1:], run.stage("int8")]
+    wanted = [run.stage(run.recommended) if run.recommended != "dense" else None, *levels[-1:], run.quantized]
     overlaps = [(len(names & set(_layers(r))), -i, r) for i, r in enumerate(wanted) if r is not None]
     best = max(overlaps, key=lambda o: o[:2], default=None)
     return best[2] if best is not None and best[0] else None

@@ -46,7 +46,18 @@ class View:
         named = text(entry(self.verdict, "recommended")) or None
         speedup = figure(self.stage(named), "speedup")
         slower = speedup.high is not None and speedup.high < 1
-        return text(entry(self.verdict, "otherwise")) or named if named == "int8" and slower else named
+        in_codes = self.quantized is not None and named == stage_name(self.quantized)
+        return text(entry(self.verdict, "otherwise")) or named if in_codes and slower else named
+
+    @property
+    def quantized(self) -> Record | None:
+        """The stage whose file is in codes: what the verdict names, else "int8"."""
+        return self.stage(text(entry(self.verdict, "quantized")) or "int8")
+
+    @property
+    def twin(self) -> Record | None:
+        """The stage of the equal-size dense network."""
+        return next((r for r in self.stages if stage_name(r).startswith("twin-")), None)
 
     @property
     def metric(self) -> dict[str, str]:

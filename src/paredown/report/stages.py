@@ -242,9 +242,9 @@ def _mark(*found: Measured) -> str:
 
 
 def twin_rows(run: View) -> dict[str, Any] | None:
-    """The recommended file beside the equal-size dense INT8 network; None where there is no twin."""
-    twin = run.stage("twin-int8")
-    ours = run.stage("int8") or run.stage(run.recommended)
+    """The quantized file beside that of the equal-size dense network; None where there is no twin."""
+    twin = run.twin
+    ours = run.quantized or run.stage(run.recommended)
     if twin is None or ours is None or ours is twin:
         return None
     both = (ours, twin)

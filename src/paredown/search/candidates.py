@@ -22,7 +22,7 @@ Make = Callable[[Plan | None, Path], Artifact]
 def maker(
     program: Program, *, target: str, scheme: str, calibrate: Any, float_layers: Sequence[str] = (), seed: int = 0
 ) -> Make:
-    """How a plan becomes a file: pruned with proof, quantized where the scheme is int8, exported.
+    """How a plan becomes a file: pruned with proof, quantized by the scheme, exported.
 
     The weights are not trained and their codes are calibrated on `calibrate` by the plainest observer: bytes, latency and
     memory depend on shapes and types alone.
@@ -30,9 +30,9 @@ def maker(
 
     def make(plan: Plan | None, path: Path) -> Artifact:
         thing: Any = program if plan is None else prune(program, plan, seed=seed)
-        if scheme == "int8":
+        if scheme != "fp32":
             thing = quantize(
-                thing, target=target, calibrate=calibrate, observer="minmax", num_samples=32, float_layers=float_layers
+                thing, target=target, scheme=scheme, calibrate=calibrate, observer="minmax", num_samples=32, float_layers=float_layers
             )
         return export(thing, path, target=target)
 
