@@ -1,4 +1,4 @@
-"""A synthetic twin of newborn anthropometry: pictures of a body beside a card of known size, with its weight in grams.
+"""A synthetic twin of newborn anthropometry: pictures of a body beside a board of known size, with its weight in grams.
 
 What is in a picture comes from a seed alone, so the data need no download and can be made again. A body has a length,
 widths, a head and limbs; its weight is its volume times its density, plus noise that no picture shows:
@@ -6,7 +6,7 @@ widths, a head and limbs; its weight is its volume times its density, plus noise
     weight = 1.03 g/cm³ × volume(length, widths, head, limbs) + N(0, 80 g)
 
 so the best possible predictor is off by 80 × √(2/π) = 63.8 g on average, whatever its size: `IRREDUCIBLE_MAE`. A camera looks down
-from a distance that differs from picture to picture; only the card (15 cm × 2.5 cm, always) tells how large the body is. Light, cloth,
+from a distance that differs from picture to picture; only the board (40 cm × 4 cm, always) tells how large the body is. Light, cloth,
 skin, pose and the place in the picture differ as well. Lengths are cm until the camera turns them into pixels.
 """
 
@@ -25,8 +25,8 @@ NOISE = 80.0
 """Standard deviation of what no picture shows, g."""
 IRREDUCIBLE_MAE = NOISE * math.sqrt(2 / math.pi)
 """Mean absolute error of a predictor that knows every dimension of the body, g."""
-CARD = (15.0, 2.5)
-"""Length and width of the card beside the body, cm."""
+BOARD = (40.0, 4.0)
+"""Length and width of the measuring board beside the body, cm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +75,16 @@ def weight_of(some: Body, random: np.random.Generator) -> float:
 
 
 def picture(some: Body, size: int, random: np.random.Generator) -> NDArray[np.uint8]:
-    """[size, size, 3]: the body and the card on a cloth, from above."""
-    scale = size / random.uniform(62, 86)  # pixels per cm: the camera's distance
-    turn, middle = random.uniform(-0.5, 0.5), size / 2 + random.uniform(-0.05, 0.05, 2) * size
+    """[size, size, 3]: the body and the board on a cloth, from above."""
+    scale = size / random.uniform(66, 84)  # pixels per cm: the camera's distance
+    turn, middle = random.uniform(-0.3, 0.3), size / 2 + random.uniform(-0.03, 0.03, 2) * size
     y, x = np.mgrid[0:size, 0:size].astype(np.float64)
     x, y = (x - middle[0]) / scale, (y - middle[1]) / scale  # cm from the navel
     u, v = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)  # v runs down the body
     skin = np.array([0.86, 0.62, 0.50]) * random.uniform(0.55, 1.1)
     cloth = np.array([random.uniform(0.2, 0.6), random.uniform(0.4, 0.8), random.uniform(0.5, 0.95)])
     image = np.broadcast_to(cloth, (size, size, 3)) * (1 + 0.06 * random.normal(size=(size, size, 1)))
-    image = _card(image, x, y, scale, random)
+    image = _board(image, x, y, scale, random)
     for cover in _parts(some, u, v, random):
         edge = np.clip(cover * scale + 0.5, 0, 1)[..., None]  # half a pixel of soft edge
         shade = np.clip(0.8 + 0.2 * np.minimum(cover, 3) / 3, 0, 1)[..., None]
@@ -116,14 +116,14 @@ def _capsule(u: Floats, v: Floats, start: tuple[float, float], angle: float, lon
     return inside
 
 
-def _card(image: Floats, x: Floats, y: Floats, scale: float, random: np.random.Generator) -> Floats:
-    """A white card with a dark line every 2.5 cm, left or right of the body."""
-    side, turn = random.choice((-1, 1)), random.uniform(-0.15, 0.15)
-    x, y = x - side * random.uniform(18, 21), y - random.uniform(-8, 8)
+def _board(image: Floats, x: Floats, y: Floats, scale: float, random: np.random.Generator) -> Floats:
+    """A white board with a dark line every 5 cm, left or right of the body."""
+    side, turn = random.choice((-1, 1)), random.uniform(-0.08, 0.08)
+    x, y = x - side * random.uniform(21, 24), y - random.uniform(-6, 6)
     across, along = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
-    inside = np.minimum(CARD[1] / 2 - np.abs(across), CARD[0] / 2 - np.abs(along))
+    inside = np.minimum(BOARD[1] / 2 - np.abs(across), BOARD[0] / 2 - np.abs(along))
     edge = np.clip(inside * scale + 0.5, 0, 1)[..., None]
-    dark = (np.abs((along / 2.5 + 0.5) % 1 - 0.5) < 0.12)[..., None]
+    dark = (np.abs((along / 5 + 0.5) % 1 - 0.5) < 0.1)[..., None]
     return image * (1 - edge) + np.where(dark, 0.15, 0.95) * edge
 
 

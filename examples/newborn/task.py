@@ -1,4 +1,4 @@
-"""The case study: the weight of a newborn, in grams, from a picture beside a card of known size, for a cheap phone.
+"""The case study: the weight of a newborn, in grams, from a picture beside a board of known size, for a cheap phone.
 
 Without `data` the pictures are the synthetic twin of scene.py. With `data: DIR` they are your own: DIR/labels.csv has the columns
 `file` (a picture under DIR) and `weight` (g), and may have `subject` (pictures of one subject never fall apart into training and

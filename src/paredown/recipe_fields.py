@@ -178,6 +178,8 @@ class Recover(Strict):
     """Of the kl distillation."""
     distil_weight: float = Field(default=0.9, ge=0, le=1)
     """Loss = (1 - distil_weight) × step + distil_weight × distillation; no effect with distil: none."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Steps of an epoch at most, also in training with rounding; needed where train_batches has no end."""
     batch_norm_batches: int = Field(default=100, ge=0)
     """Training batches that re-estimate batch norm at the end of a level; 0 skips it."""
 

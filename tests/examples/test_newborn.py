@@ -63,11 +63,11 @@ def test_the_volume_is_that_of_points_thrown_at_the_body() -> None:
     assert some.volume == pytest.approx(total, rel=0.01)
 
 
-def test_the_card_is_as_long_as_it_says_at_every_distance() -> None:
+def test_the_board_is_as_long_as_it_says_at_every_distance() -> None:
     x, y = (np.mgrid[0:400, 0:400][::-1] - 200) / 8.0
-    drawn = scene._card(np.zeros((400, 400, 3)), x, y, 8.0, np.random.default_rng(1))
+    drawn = scene._board(np.zeros((400, 400, 3)), x, y, 8.0, np.random.default_rng(1))
     area = (drawn.max(2) > 0.1).sum() / 64  # cm²; its dark lines are 0.15
-    assert area == pytest.approx(math.prod(scene.CARD), rel=0.03)
+    assert area == pytest.approx(math.prod(scene.BOARD), rel=0.03)
 
 
 def folder_of(path: Path, rows: list[dict[str, str]], size: int = 40) -> Path:

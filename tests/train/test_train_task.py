@@ -189,6 +189,19 @@ def test_training_on_test_samples_is_a_warning():
     assert roles.warnings == ("2 of 10 test samples are also training samples: the test figures are too good.",)
 
 
+def test_endless_loaders_are_named_and_hang_nothing(monkeypatch):
+    def endless():
+        while True:
+            yield IMAGES[:4], torch.zeros(4)
+
+    monkeypatch.setattr("paredown.train.task.TRAIN_SECONDS", 0.05)
+    (said,) = check_roles(task_from_module(module(train_batches=endless))).warnings
+    assert "recover.max_steps" in said
+    monkeypatch.setattr("paredown.train.task.MOST_BATCHES", 50)
+    with pytest.raises(RejectedError, match="calibration_batches must end"):
+        check_roles(task_from_module(module(calibration_batches=lambda: (x for x, _ in endless()))))
+
+
 @pytest.mark.parametrize("name", ["calibration_batches", "test_batches", "choose_batches", "train_batches"])
 @pytest.mark.parametrize("empty", [[], [(torch.zeros(0, 3), torch.zeros(0))]])
 def test_an_empty_role_is_refused(name, empty):

@@ -412,6 +412,7 @@ def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> 
         seed=run.recipe.seed,
         device=run.recipe.device,
         checkpoint=run.folder.steps / f"{name}.safetensors",
+        max_steps=run.recipe.recover.max_steps,
         progress=lambda p: run.on_training("train with rounding", p),
         **shared,
     )

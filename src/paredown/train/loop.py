@@ -445,7 +445,7 @@ def _count_steps(run: _Run) -> int:
     if isinstance(batches, Sized):
         count = len(batches)
     else:
-        most = 1_000_000 if run.options.max_steps is None else run.options.max_steps
+        most = 100_000 if run.options.max_steps is None else run.options.max_steps
         count = sum(1 for _ in islice(batches, most + 1))
         if run.options.max_steps is None and count > most:
             msg = f"batches must end. Got more than {most:,} in one epoch. Give max_steps, the steps of an epoch."

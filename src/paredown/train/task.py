@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from torch.utils import _pytree as pytree
 from paredown.errors import RejectedError, UsageError
 from paredown.program import call_inputs as call_inputs  # noqa: PLC0414  (it is this room's name for it as well)
 
+TRAIN_SECONDS = 120.0
+"""Time after which training data are no longer compared with the other roles."""
+MOST_BATCHES = 100_000
+"""Of calibration, held-out or test data; more have no end."""
 Batches = Callable[[], Iterable[Any]]
 Step = Callable[[nn.Module, Any], Tensor]
 Predict = Callable[..., Any]
@@ -227,15 +232,17 @@ def check_roles(task: Task) -> Roles:
     """Train, calibrate/choose and test data must be there and be different samples, by content.
 
     Samples that are both in training and in test are a warning (augmented training samples differ from their
-    originals, so only unaugmented duplicates are seen). Raises RejectedError: a role has no batches, calibration or
-    held-out samples are also test samples, calibration batches do not have the structure of `inputs()`.
+    originals, so only unaugmented duplicates are seen), as is a training set that is not read through in TRAIN_SECONDS.
+    Raises RejectedError: a role has no batches or no end, calibration or held-out samples are also test samples,
+    calibration batches do not have the structure of `inputs()`.
     """
     with kept_randomness():
         _check_structure(task)
         calibration = _role(task.calibration_batches, "calibration_batches")
         test = _role(task.test_batches, "test_batches")
         choose = _role(task.choose_batches, "choose_batches")
-        train = _role(task.train_batches, "train_batches")
+        reading = _Limited(task.train_batches, TRAIN_SECONDS)
+        train = None if task.train_batches is None else _role(reading, "train_batches")
     for name, role in (("calibration_batches", calibration), ("choose_batches", choose)):
         common = len((role or set()) & (test or set()))
         if common:
@@ -245,7 +252,7 @@ def check_roles(task: Task) -> Roles:
                 "Test data never chooses anything: take calibration samples from the training data."
             )
             raise RejectedError(msg)
-    warnings = []
+    warnings = [reading.warning] if reading.warning else []
     for name, role in (("test", test), ("held-out", choose)):
         common = len((train or set()) & (role or set()))
         if common:
@@ -282,10 +289,37 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
+class _Limited:
+    """Batches until a time is over; endless and very large training data are compared with the other roles by what was read."""
+
+    def __init__(self, batches: Batches | None, seconds: float) -> None:
+        self._batches, self._seconds, self.warning = batches, seconds, ""
+
+    def __call__(self) -> Iterator[Any]:
+        assert self._batches is not None
+        start = time.monotonic()
+        for number, batch in enumerate(self._batches(), start=1):
+            yield batch
+            if time.monotonic() - start > self._seconds:
+                self.warning = (
+                    f"training data were compared with the other roles for {self._seconds:g} s only: {number:,} batches. If "
+                    "train_batches has no end, set recover.max_steps."
+                )
+                return
+
+
+def _ending(batches: Iterable[Any], name: str) -> Iterator[Any]:
+    for number, batch in enumerate(batches):
+        if number == MOST_BATCHES:
+            msg = f"{name} must end. Got more than {MOST_BATCHES:,} batches. Is it an endless loader?"
+            raise RejectedError(msg)
+        yield batch
+
+
 def _role(batches: Batches | None, name: str) -> set[bytes] | None:
     if batches is None:
         return None
-    found = content_hashes(batches())
+    found = content_hashes(_ending(batches(), name), max_batches=MOST_BATCHES + 1)
     if not found:
         msg = f"{name} must yield at least one batch with a sample. Got none. Check the path and filters of the data."
         raise RejectedError(msg)
