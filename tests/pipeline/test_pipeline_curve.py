@@ -132,6 +132,31 @@ def test_processes_follow_cores_threads_and_latency() -> None:
 
 
 @pytest.mark.slow
+def test_a_curve_of_masks_has_controls_with_the_mask_and_of_its_effective_macs(tmp_path: Path) -> None:
+    made = parse_recipe(
+        {
+            "schema": 1, "name": "masks", "task": str(TASK), "prune": {"granularity": "element", "allocation": "global"},
+            "recover": {"epochs": 2},
+            "curve": {
+                "amounts": [0.25], "seeds": [0], "schedules": ["one-shot", "iterative", "from-scratch"], "latency": True,
+            },
+        }
+    )  # fmt: skip
+    found = by_kind(curve(made, out=tmp_path / "run", quiet=True))
+    base, masked = found[("base", "")], found[("pruned", "one-shot")]
+    assert masked.measured["parameters"] == base.measured["parameters"]  # a mask is zeros in a dense file
+    assert masked.measured["effective_macs"].badge == "estimated"
+    kept = masked.measured["nonzero_parameters"].value
+    assert kept == 8 * 32 + 32 * 32 + 32 * 2 - round(0.75 * (8 * 32 + 32 * 32 + 32 * 2)) + 32 + 32 + 2
+    assert found[("scratch", "one-shot")].measured["nonzero_parameters"].value == kept
+    assert found[("pruned", "iterative")].measured["nonzero_parameters"].value == kept
+    thin = found[("thin", "one-shot")].measured["macs"].value
+    assert thin == pytest.approx(masked.measured["effective_macs"].value, rel=0.05)
+    assert all(r.measured["latency_ms"].badge == "measured" for r in found.values())
+    assert all("speedup" in r.measured for (kind, _), r in found.items() if kind != "base")
+
+
+@pytest.mark.slow
 def test_killed_in_every_training_it_comes_to_the_same_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Curved
 ) -> None:

@@ -6,6 +6,7 @@ Killed at any time, the same request goes on: trainings from their checkpoints, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from paredown.allocate import allocate
 from paredown.budget import Budget
@@ -31,6 +33,7 @@ from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import accepted, base_of, metric_of
 from paredown.pipeline.ways import Here, Way, simulated
+from paredown.plan import Mask
 from paredown.program import Program, capture
 from paredown.prune import Pruned, fresh, load_pruned, prune, save
 from paredown.recipe import Recipe, parse_recipe
@@ -174,8 +177,7 @@ def _scratch(asked: Asked) -> Record:
     run, record = asked.run, _needed(asked, "pruned")
     program = capture(_dense(asked), run.task.inputs())
     small = load_pruned(asked.needs["pruned"], program)
-    anew = dataclasses.replace(small, module=fresh(small.module, seed=run.recipe.seed))
-    return _trained_anew(asked, anew, _recovery_epochs(record))
+    return _trained_anew(asked, _anew(small, run.recipe.seed), _recovery_epochs(record))
 
 
 def _thin(asked: Asked) -> Record:
@@ -199,8 +201,45 @@ def _thin(asked: Asked) -> Record:
     small = prune(program, plan, seed=run.recipe.seed)
     if "scratch" in asked.needs and _same_shape(small, load_pruned(asked.needs["pruned"], program)):
         return _as_scratch(asked)
-    anew = dataclasses.replace(small, module=fresh(small.module, seed=run.recipe.seed))
-    return _trained_anew(asked, anew, _recovery_epochs(record))
+    return _trained_anew(asked, _anew(small, run.recipe.seed), _recovery_epochs(record))
+
+
+def _anew(small: Pruned, seed: int) -> Pruned:
+    """The same shape and masks with fresh weights."""
+    module = fresh(small.module, seed=seed)
+    with torch.no_grad():
+        for name, mask in small.plan.masks.items():
+            module.get_parameter(name).mul_(torch.from_numpy(mask.kept))
+    return dataclasses.replace(small, module=module)
+
+
+class _Kept(nn.Module):
+    """A weight with its masked cells at zero, as a parametrization."""
+
+    kept: Tensor
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight, masked; so is its gradient."""
+        return weight * self.kept
+
+
+def _masked_through(train: Callable[[nn.Module], nn.Module], model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
+    """Train with masks in a loop that may train a copy, which hooks on this model's optimizer would not see."""
+    if not masks:
+        return train(model)
+    held = copy.deepcopy(model)
+    for name, mask in masks.items():
+        path, _, leaf = name.rpartition(".")
+        parametrize.register_parametrization(held.get_submodule(path), leaf, _Kept(torch.from_numpy(mask.kept)))
+    trained = train(held)
+    for name in masks:
+        path, _, leaf = name.rpartition(".")
+        parametrize.remove_parametrizations(trained.get_submodule(path), leaf, leave_parametrized=True)
+    return trained
 
 
 def _same_shape(one: Pruned, other: Pruned) -> bool:
@@ -265,7 +304,12 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
         options = {"seed": recipe.seed, "device": recipe.device, "extra_epochs": extra_epochs, **progress, **checkpoint}
         options |= recipe.base.model_dump(exclude_none=True)
         given = accepted(scratch, options)
-        tuned = recover(small, task.train_batches, train=lambda model: scratch(model, **given), **shared)
+        tuned = recover(
+            small,
+            task.train_batches,
+            train=lambda m: _masked_through(lambda held: scratch(held, **given), m, small.plan.masks),
+            **shared,
+        )
     elif task.train is not None:
         why = "the task's own train() is what a recovery is: how its base was trained is not known"
         tuned = recover(small, task.train_batches, train=task.train, **shared)
