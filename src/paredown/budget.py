@@ -12,7 +12,7 @@ from paredown.errors import UsageError
 _RELATIVE = ("channels", "parameters", "macs", "density", "size_bytes")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB)\s*")
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(us|µs|ms|s)\s*")
-_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -115,7 +115,7 @@ def parse_latency(value: object, name: str = "budget.latency") -> float:
         return value
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
     if match is not None and float(match[1]) > 0:
-        return float(match[1]) * _SECONDS[match[2]] / _SECONDS["ms"]
+        return float(match[1]) * _MILLISECONDS[match[2]]
     hint = ""
     if isinstance(value, str) and value.strip().endswith("%"):
         hint = " Write 50 % as 0.5."

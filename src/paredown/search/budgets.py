@@ -26,11 +26,11 @@ LATENCY = ("latency", "latency_ms")
 LIMITS = ("parameters", "macs", "size_bytes", *LATENCY, "peak_ram_bytes")
 """Amounts that a search meets."""
 UNITS = {"parameters": "", "macs": "MAC", "size_bytes": "B", "latency": "×", "latency_ms": "ms", "peak_ram_bytes": "B"}
-AIM = {"latency": 0.975, "latency_ms": 0.975, "size_bytes": 0.998, "peak_ram_bytes": 0.98}
+AIM = {"latency": 0.985, "latency_ms": 0.985, "size_bytes": 0.998, "peak_ram_bytes": 0.98}
 """What is aimed at, as a share of the limit: a limit is not to be missed by the noise of a clock."""
 CLOSE = {
-    "latency": 0.95,
-    "latency_ms": 0.95,
+    "latency": 0.96,
+    "latency_ms": 0.96,
     "size_bytes": 0.98,
     "peak_ram_bytes": 0.9,
     "parameters": 0.97,

@@ -1,0 +1,123 @@
+"""Budgets through the whole job: a file that holds them, or exit 4 with the nearest plan; said in records and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paredown.errors import InfeasibleError, UsageError
+from paredown.pipeline import compress
+from paredown.pipeline.budgets import check_budget
+from paredown.pipeline.shrink import unpacking_bytes
+from paredown.quantize.packed import packed_length
+from paredown.recipe import parse_recipe
+from paredown.records import read
+
+TASK = Path(__file__).with_name("small_task.py")
+
+
+def recipe(budget: dict[str, Any], **more: Any):
+    return parse_recipe(
+        {
+            "schema": 1,
+            "task": str(TASK),
+            "threads": 1,
+            "recover": {"epochs": 1},
+            "dense_twin": {"enabled": False},
+            "measure": {"runs": 6, "seconds": 0.2},
+            "budget": budget,
+            **more,
+        }
+    )
+
+
+def verdict(folder: Path) -> dict[str, Any]:
+    (found,) = [r for r in read(folder / "records.jsonl") if r.cell["stage"] == "verdict"]
+    return dict(found.details)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAREDOWN_LATENCY", str(tmp_path / "latency"))
+
+
+def test_bytes_are_met_by_bits_and_the_file_stays_within(tmp_path):
+    limit = 6000
+    found = compress(recipe({"size_bytes": limit, "trials": 0}), out=tmp_path / "run", quiet=True)
+    size = (tmp_path / "run" / "int8.onnx").stat().st_size
+    assert size <= limit
+    said = verdict(tmp_path / "run")
+    (bound,) = said["bounds"]
+    assert (bound["what"], bound["value"], bound["bound"], bound["met"]) == ("size_bytes", size, limit, True)
+    assert found.recommended == "int8"
+    assert said["otherwise"] != "dense"  # it does not keep the budget
+    assert said["search"]["trials"][0]["way"] == "none"
+    assert min(said["search"]["trials"][0]["bits"].values()) < 8
+    assert "How the budget was met" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_fault_72_a_latency_that_is_met_already_is_said(tmp_path):
+    compress(recipe({"latency": "1000 ms"}), out=tmp_path / "run", quiet=True)
+    said = verdict(tmp_path / "run")
+    assert said["search"]["already_met"] is True
+    assert said["target_met"] is True
+    assert said["bounds"][0]["unit"] == "ms"
+    assert sum(said["search"]["shares"].values()) == pytest.approx(1.0)
+    assert "The budget was met already" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_fault_71_an_impossible_latency_is_exit_4_with_the_nearest_plan(tmp_path):
+    asked = recipe({"latency": 0.001, "rounds": 1, "allocation": "uniform"})
+    with pytest.raises(InfeasibleError, match=r"latency must be at most 0\.001 × dense") as caught:
+        compress(asked, out=tmp_path / "run", quiet=True)
+    assert caught.value.exit_code == 4
+    assert caught.value.nearest.keep
+
+
+def test_multiply_accumulates_are_searched_without_files(tmp_path):
+    compress(recipe({"macs": 0.5, "allocation": "uniform"}), out=tmp_path / "run", quiet=True)
+    records = {r.cell["stage"]: r for r in read(tmp_path / "run" / "records.jsonl")}
+    assert records["level-1"].measured["macs"].value <= 0.5 * records["dense"].measured["macs"].value
+    assert verdict(tmp_path / "run")["bounds"][0]["met"] is True
+
+
+@pytest.mark.parametrize(
+    ("budget", "more", "says"),
+    [
+        ({"channels": 0.5}, {"prune": {"levels": [{"macs": 0.5}]}}, "must come without prune.levels"),
+        ({"latency": 0.5}, {"prune": {"granularity": "element"}}, "masks change neither bytes nor latency"),
+        ({"latency": 0.5}, {"prune": {"criterion": "gates"}}, "a criterion of the table"),
+        ({"latency": 0.5}, {"target": "litert"}, "run elsewhere"),
+        ({"size_bytes": 0.5, "metric_loss": 1.0}, {"quantize": {"spare": True}}, "Set budget.bits to"),
+    ],
+)
+def test_what_no_search_can_meet_is_refused_before_any_work(budget, more, says):
+    with pytest.raises(UsageError, match=says):
+        check_budget(recipe(budget, **more))
+
+
+def test_a_search_can_be_turned_off():
+    check_budget(recipe({"latency": 0.5, "rounds": 0}, prune={"granularity": "element"}))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_what_unpacking_takes_is_about_what_files_say(bits, tmp_path):
+    """One layer with 8 bits and with fewer: the files differ by the codes and by what unpacks them."""
+    from torch import nn
+
+    from paredown.export import export
+    from paredown.program import capture
+    from paredown.quantize import quantize
+
+    torch.manual_seed(0)
+    program, x = capture(nn.Sequential(nn.Linear(256, 64), nn.ReLU()), torch.randn(2, 256)), torch.randn(16, 256)
+    sizes = [
+        export(quantize(program, calibrate=[x], bits={"0.weight": b}), tmp_path / f"{b}.onnx").size_bytes
+        for b in (8, bits)
+    ]
+    codes = [packed_length(256 * 64, b) for b in (8, bits)]
+    extra = sizes[1] - sizes[0] - (codes[1] - codes[0])
+    assert 0 < extra < 3 * unpacking_bytes(bits) + 2500  # the tables are shared by all weights of one width
