@@ -71,7 +71,7 @@ def page() -> Page:
 
 def test_it_says_what_was_chosen_and_whether_pruning_paid(page: Page) -> None:
     text = re.sub(r"\s+", " ", page.text)
-    assert "Take 50 % of the weights out: l1 one-shot" in text
+    assert "Take 50.0 % of the weights out: l1 one-shot" in text
     assert "the largest reduction whose one-sided 95 % bound on the loss, 0.70 points, is within 1.00 points" in text
     assert "At the sweet spot (0.5 remains, l1 one-shot), pruning bought" in text
     assert "pruning is better" in text
@@ -123,7 +123,7 @@ def test_a_failed_trial_is_told_hollow_and_not_chosen() -> None:
     assert "RuntimeError: <b>the loss</b> is no number" in page.text  # as text, not as a tag
     assert not any(tag == "b" and "loss" in str(a) for tag, a in page.tags)
     assert any(a.get("class") == "dot-hollow" for _, a in page.tags)
-    assert "Take 25 % of the weights out" in page.text or "l1 multi-level" in page.text
+    assert "Take 25.0 % of the weights out" in page.text or "l1 multi-level" in page.text
     assert page.csv("failed.csv")[1][1] == "crashed"
 
 

@@ -14,6 +14,7 @@ from paredown.records import Record, write_text
 from paredown.report.curve_document import CurveView, curve_document, curve_view, is_curve
 from paredown.report.curve_figures import LINES, POINTS, Dot, Mark, Series, chart, key
 from paredown.report.layers import csv_link
+from paredown.report.page import _template
 from paredown.report.reading import entry, items, mapping, number, text
 from paredown.report.wording import difference, digits, large, quantity
 from paredown.report.wording import interval as said_interval
@@ -31,8 +32,6 @@ TITLES: dict[Axis, str] = {
 
 def render_curve(records: Sequence[Record]) -> str:
     """The report of a curve as one HTML page: no script, no fetching, under 1 MB however many the trials."""
-    from paredown.report.page import _template  # which hands the records of a curve to this page
-
     return str(_template("curve.html").render(_content(curve_view(records))))
 
 
