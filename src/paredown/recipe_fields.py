@@ -363,8 +363,8 @@ def _fraction(amount: Any) -> Any:
         msg = f"{rule}. Got the text {amount!r}.{' Write 25 % as 0.25.' if '%' in amount else ''}"
         raise ValueError(msg)
     if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
-        hint = {0: " Nothing would remain.", 1: " That is the dense model, which is always on the curve."}
-        msg = f"{rule}. Got {amount!r}.{hint.get(amount, '') if isinstance(amount, int | float) else ''}"
+        hint = " Nothing would remain." if amount == 0 else " That is the dense model, which is always on the curve."
+        msg = f"{rule}. Got {amount!r}.{hint if amount in (0, 1) and not isinstance(amount, bool) else ''}"
         raise ValueError(msg)
     return amount
 

@@ -129,5 +129,5 @@ def test_schemes_without_samples_or_for_other_targets_are_refused_before_any_wor
     with pytest.raises(UsageError, match="reads no samples"):
         parse_recipe({"schema": 1, "task": "small", "quantize": {"scheme": "w4", "repair": ["gptq"]}})
     recipe = parse_recipe({"schema": 1, "task": "small", "target": "openvino-x86", "quantize": {"scheme": "w2"}})
-    with pytest.raises(UsageError, match="ONNX Runtime for quantize.scheme w2"):
+    with pytest.raises(UsageError, match=r"ONNX Runtime for quantize\.scheme w2"):
         check_ways(recipe, task)

@@ -32,7 +32,13 @@ def maker(
         thing: Any = program if plan is None else prune(program, plan, seed=seed)
         if scheme != "fp32":
             thing = quantize(
-                thing, target=target, scheme=scheme, calibrate=calibrate, observer="minmax", num_samples=32, float_layers=float_layers
+                thing,
+                target=target,
+                scheme=scheme,
+                calibrate=calibrate,
+                observer="minmax",
+                num_samples=32,
+                float_layers=float_layers,
             )
         return export(thing, path, target=target)
 
