@@ -86,10 +86,14 @@ def test_ctrl_c_says_how_to_go_on_and_another_recipe_is_refused(call: Any, recip
     while not list(out.glob("trials/*/steps/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(out.glob("trials/*/steps/*")), "no trial began"
+    process.send_signal(
+        signal.SIGSTOP
+    )  # it must not end before it is interrupted, however long the other takes to start
     second = start(recipe, out).communicate()[1]
-    assert "must have one owner" in second
+    process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
+    assert "must have one owner" in second
     assert process.returncode == 130
     assert re.search("[01] of 2 trials are done or marked; the same command goes on with the others", err)
     done = call("curve", str(recipe), "--out", "run", "--set", "curve.limit=2.0")

@@ -492,7 +492,7 @@ def test_fault_34_pruned_right_or_protected(call, odd, tmp_path, name, shape, sm
         assert any("faults.flip" in n and "stay" in n for n in found["notes"])
         assert sum(found["unknown_ops"].values()) == 1
         strict = call(*ask, "--strict", "--out", "strict")
-        assert (strict.code, "faults.flip" in strict.err) == (3, True)
+        assert (strict.code, "faults.flip" in "".join(strict.err.split())) == (3, True)  # wherever the line breaks
         assert not (tmp_path / "strict").exists()
 
 

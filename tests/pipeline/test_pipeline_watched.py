@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import paredown as pare
-from paredown.errors import GateError
+from paredown.errors import GateError, VerificationError
+from paredown.measure.quality import paired, summarize
 from paredown.pipeline import stages
 from paredown.pipeline.folder import RunFolder
 from paredown.pipeline.run import Run
@@ -69,3 +71,41 @@ def test_a_base_that_does_not_score_what_is_known_of_it_stops_the_run(task: Task
         records(run_of(task, tmp_path / "c", known_metric=value + 0.6, known_within=0.5), task.model())
     with pytest.raises(GateError, match="the recipe knows"):
         records(run_of(task, tmp_path / "d", known_metric=97.0), task.model())
+
+
+def judged(task: Task, out: Path, simulated: Any, file: Any) -> None:
+    """`_refuse_far` on what the simulation and the file scored."""
+    unit = task.metric.unit
+    measured = {"simulated_metric": summarize(simulated, unit), "metric": summarize(file, unit)}
+    if np.ndim(file):
+        measured["simulated_change"] = paired(simulated, file, unit)
+    stages._refuse_far(run_of(task, out), Record(cell={"stage": "int8"}, environment={}, measured=measured, details={}))
+
+
+def test_a_file_may_differ_from_its_simulation_by_noise_and_by_no_more(task: Task, tmp_path: Path) -> None:
+    hits = 100.0 * (np.arange(200) % 10 > 0)
+    one, both = hits.copy(), hits.copy()
+    one[1] = 0.0
+    both[[1, 2]], both[[0, 10]] = 0.0, 100.0
+    judged(task, tmp_path, hits, one)  # 0.5 points are one of 200 samples
+    judged(task, tmp_path, hits, both)
+    worse = hits.copy()
+    worse[1:9] = 0.0
+    with pytest.raises(VerificationError, match="of its simulation"):
+        judged(task, tmp_path, hits, worse)
+    many = 100.0 * (np.arange(20_000) % 10 > 0)
+    less = many.copy()
+    less[1:120:2] = 0.0  # 0.3 points, and all of them lost
+    with pytest.raises(VerificationError, match=r"within 0\.2 %"):
+        judged(task, tmp_path, many, less)
+    with pytest.raises(VerificationError, match=r"within 0\.2 %"):
+        judged(task, tmp_path, 90.0, 89.7)  # one number: nothing tells noise
+
+
+def test_grams_are_judged_by_their_share(task: Task, tmp_path: Path) -> None:
+    grams = dataclasses.replace(task, metric=dataclasses.replace(task.metric, name="mae", unit="g", goal="min"))
+    errors = np.random.default_rng(0).uniform(0, 300, 100)
+    noise = np.random.default_rng(1).normal(0, 3, 100)
+    judged(grams, tmp_path, errors, errors + noise - noise.mean() + 0.4)
+    with pytest.raises(VerificationError, match="of its simulation"):
+        judged(grams, tmp_path, errors, errors + 2.0)

@@ -148,7 +148,9 @@ class Calibrated:
             held: Any = fetch(prepared, str(node.target)) if node.op == "call_module" else None
             if hasattr(held, "ch_axis"):
                 width = held.quant_max if held.levels in ODD else held.quant_max - held.quant_min
-                found[self.parameter_of(node)] = (int(width).bit_length(), held.levels)
+                # Integers without a most negative code are those of eight bits, whether all of them are used or not.
+                eight = held.levels == "integer" and held.quant_min == -held.quant_max
+                found[self.parameter_of(node)] = (8 if eight else int(width).bit_length(), held.levels)
         return found
 
     def parameter_of(self, observer: fx.Node) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from paredown.records import Record
-from paredown.report.reading import View, entry, figure, mapping, number, rows, stage_title, text
+from paredown.report.reading import View, entry, figure, mapping, number, rows, stage_name, stage_title, text
 from paredown.report.stages import NONE, Cell, cell, change, latency, metric, smaller, speed
 from paredown.report.wording import mebibytes, megabytes, quantity
 
@@ -34,9 +34,16 @@ def verdict_strip(run: View) -> dict[str, Any]:
         "file": text(entry(best, "file")),
         "cards": _cards(run, best, bounds if judged is best else []),
         "bounds": bounds,
-        "bounds_of": f"the {stage_title(run.quantized)} file" if run.quantized else "the recommended file",
+        "bounds_of": _judged(run),
         "sentence": _sentence(run, best),
     }
+
+
+def _judged(run: View) -> str:
+    """Which file the bounds were judged on."""
+    if run.quantized is None:
+        return "the recommended file"
+    return "the INT8 file" if stage_name(run.quantized) == "int8" else f"the {stage_title(run.quantized)} file"
 
 
 def _headline(run: View) -> tuple[str, str]:
