@@ -137,6 +137,7 @@ def write_both(folder: Path) -> list[bytes]:
     return [f.read_bytes() for artifact in made for f in artifact.files]
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes_here_and_in_another_process(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "some where else", "third")]
     for folder in folders:

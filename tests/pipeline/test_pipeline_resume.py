@@ -76,6 +76,7 @@ def test_the_run_did_its_job(whole: Path) -> None:
     assert (whole / "int8.onnx").stat().st_size == records["int8"]["measured"]["bytes"]["value"]
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal(whole: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "run") == 0
     compare(whole, tmp_path / "run")

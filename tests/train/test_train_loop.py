@@ -214,11 +214,12 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path, sign):
         time.sleep(0.01)
     process.send_signal(sign)
     begin = time.monotonic()
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - begin < 5
     if sign == signal.SIGINT:
-        assert "Interrupted" in errors
-    else:
+        assert process.stderr is not None
+        assert any("Interrupted" in line for line in process.stderr)
+        assert time.monotonic() - begin < 5  # then torch is taken down: 1 s on an idle machine, and not ours
+    process.communicate(timeout=60)
+    if sign == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     slow = Hook(name="slow")
     done: list[int] = []
