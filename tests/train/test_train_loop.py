@@ -186,8 +186,10 @@ def test_hook_state_survives_checkpoint_and_roll_back(tmp_path):
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
 sys.path.insert(0, {folder!r})
 import test_train_loop as t
 from paredown.train import Hook, fit
@@ -214,12 +216,11 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path, sign):
         time.sleep(0.01)
     process.send_signal(sign)
     begin = time.monotonic()
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - begin < 5
     if sign == signal.SIGINT:
-        assert process.stderr is not None
-        assert any("Interrupted" in line for line in process.stderr)
-        assert time.monotonic() - begin < 5  # then torch is taken down: 1 s on an idle machine, and not ours
-    process.communicate(timeout=60)
-    if sign == signal.SIGKILL:
+        assert "Interrupted" in errors
+    else:
         assert process.returncode == -signal.SIGKILL
     slow = Hook(name="slow")
     done: list[int] = []
