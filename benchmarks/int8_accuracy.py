@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from int8_latency import in_turns, theirs_in_openvino, told
+from int8_latency import in_turns, theirs_in_onnxruntime, theirs_in_openvino, told
 from torch import nn
 
 import paredown as pare
@@ -51,29 +51,6 @@ def drawn(data: Path, draw: int) -> torch.Tensor:
     """256 held-out training images, [256, 3, 32, 32]."""
     images = torch.cat([x for x, _ in cifar10.choose_batches(data)])
     return images[torch.from_numpy(np.random.default_rng(draw).permutation(len(images))[:NUM_IMAGES])]
-
-
-def static_in_onnxruntime(float_file: Path, images: torch.Tensor, out: Path, *, activations: str) -> Path:
-    import onnxruntime
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    name = onnxruntime.InferenceSession(str(float_file), providers=["CPUExecutionProvider"]).get_inputs()[0].name
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter([{name: x.numpy()} for x in images.split(32)])
-
-        def get_next(self) -> Any:
-            return next(self.left, None)
-
-    prepared = out.with_suffix(".prepared.onnx")
-    quant_pre_process(str(float_file), str(prepared), skip_symbolic_shape=True)
-    quantize_static(
-        str(prepared), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8 if activations == "uint8" else QuantType.QInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
-    return out
 
 
 def plain_torchao(model: nn.Module, images: torch.Tensor) -> Predict:
@@ -128,7 +105,7 @@ def made(tool: str, model: nn.Module, images: torch.Tensor, folder: Path) -> tup
         return Path(artifact.path), predictor(artifact)
     if tool.startswith("quantize_static"):
         kind = tool.rpartition(" ")[2]
-        path = static_in_onnxruntime(dense, images, folder / f"static-{kind}.onnx", activations=kind)
+        path = theirs_in_onnxruntime(dense, list(images.split(32)), folder / f"static-{kind}.onnx", kind)
         return path, in_onnxruntime(path)
     if tool == "NNCF":
         found = theirs_in_openvino(dense, list(images.split(1)), folder / "nncf.xml", transformer=False)

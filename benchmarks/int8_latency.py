@@ -47,8 +47,8 @@ def settled(name: str) -> nn.Module:
     return model.eval()
 
 
-def theirs_in_onnxruntime(float_file: Path, images: list[torch.Tensor], out: Path) -> Path:
-    """quantize_static as its documentation recommends it for processors of this kind."""
+def theirs_in_onnxruntime(float_file: Path, images: list[torch.Tensor], out: Path, activations: str = "uint8") -> Path:
+    """quantize_static as its documentation recommends it for processors of this kind; "int8" activations are its default."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -66,7 +66,7 @@ def theirs_in_onnxruntime(float_file: Path, images: list[torch.Tensor], out: Pat
     quant_pre_process(str(float_file), str(prepared), skip_symbolic_shape=True)
     quantize_static(
         str(prepared), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        activation_type=QuantType.QUInt8 if activations == "uint8" else QuantType.QInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
     return out
 
