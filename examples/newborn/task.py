@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import runpy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -225,7 +226,7 @@ def _synthetic() -> dict[str, Split]:
     digest = hashlib.sha256(source.read_bytes() + repr((COUNTS, SIZE, SEED)).encode()).hexdigest()[:12]
     kept = Path(__file__).parent / "made" / f"scenes-{digest}.npz"
     if not kept.exists():
-        pictures, weights, _ = _scene().scenes(sum(COUNTS.values()), SIZE, SEED)
+        pictures, weights, _ = runpy.run_path(str(source))["scenes"](sum(COUNTS.values()), SIZE, SEED)
         with whole_file(kept) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, pictures=pictures, weights=weights)
     with np.load(kept, allow_pickle=False) as found:
@@ -233,19 +234,6 @@ def _synthetic() -> dict[str, Split]:
     cuts = np.cumsum(list(COUNTS.values()))[:-1]
     parts = zip(np.split(pictures, cuts), np.split(weights, cuts), strict=True)
     return {role: _split_of(*part) for role, part in zip(COUNTS, parts, strict=True)}
-
-
-def _scene():  # type: ignore[no-untyped-def]
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("newborn_scene", Path(__file__).with_name("scene.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @cache

@@ -55,13 +55,13 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     if not program.exists() or not callable(getattr(importlib.import_module("paredown.cli"), "main", None)):
         pytest.skip("no command line is installed beside this Python")
     seconds = []
-    while len(seconds) < 15 and min(seconds, default=1.0) >= IMPORT_SECONDS:  # other work can only add to it
+    while len(seconds) < 15 and sum(s < IMPORT_SECONDS for s in seconds) < 3:  # other work can only add to it
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "compress" in done.stdout
-    assert min(seconds) < IMPORT_SECONDS
+    assert sorted(seconds)[2] < IMPORT_SECONDS
     loaded = python("import sys, paredown.cli; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))")
     assert loaded == "[]"
 

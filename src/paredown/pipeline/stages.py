@@ -461,7 +461,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
         "metric": dataclasses.asdict(run.task.metric),
         "bounds": bounds,
         **({"search": run.dense["search"]} if "search" in run.dense else {}),
-        "not_tested": verdicts.not_tested(by_stage),
+        "not_tested": verdicts.not_tested(by_stage, run.recipe.target),
         "normalisation": run.task.normalisation,
         "input": input_of(program),
         "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),

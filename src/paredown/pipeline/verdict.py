@@ -103,9 +103,10 @@ def _counts_hold(record: Record, limits: Mapping[str, float]) -> bool:
     return all((record.measured[k].value or 0) <= limits[n] for n, k in of.items() if n in limits)
 
 
-def not_tested(by_stage: Mapping[str, Record]) -> list[str]:
+def not_tested(by_stage: Mapping[str, Record], target: str) -> list[str]:
     """What the reader may expect and nobody looked at."""
-    out = ["latency on the phone: these timings are of this machine", "runtimes other than ONNX Runtime"]
+    runtime = "ONNX Runtime" if target.startswith("onnxruntime") else f"that of {target}"
+    out = ["latency on the phone: these timings are of this machine", f"runtimes other than {runtime}"]
     if not any(name.startswith("twin-") for name in by_stage):
         out.append("an equal-size dense network trained from scratch")
     if not any("metric_change" in r.measured for r in by_stage.values()):

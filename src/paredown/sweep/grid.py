@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from paredown.curve import CONTROLS
 from paredown.errors import UsageError
 from paredown.granularity import Granularity
 from paredown.recipe import Recipe
 from paredown.recipe_fields import CurveGrid, DenseTwin, Level, Method, Prune, Recover
 
 Kind = Literal["base", "pruned", "from-scratch", "scratch", "thin", "random"]
-CONTROLS = ("scratch", "thin", "random")
 OF_MASKS = ("gradual", "lottery", "rigl", "set")
 """Schedules that only masks have."""
 MULTI = 2
@@ -121,7 +121,7 @@ def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
     """What the pruned model of one amount and seed must beat."""
     both: tuple[tuple[str, str], ...] = (("base", base.digest), ("pruned", first.digest))
     scratch: tuple[tuple[str, str], ...] = ()
-    for kind in sorted(curve.controls.kinds, key=CONTROLS.index):
+    for kind in sorted(curve.controls.kinds, key=[*CONTROLS].index):
         recipe, needs = first.recipe, both if kind != "thin" else both + scratch
         if kind == "random":
             prune = first.recipe.prune
