@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from paredown.cli import main
 from paredown.coverage import Limits, counts, markdown, sweep
 from paredown.coverage.one import main as one
+from paredown.coverage.sweep import _Server
 from paredown.errors import UsageError
 
 NETS = '''
@@ -153,6 +156,16 @@ def test_a_model_that_fills_memory_or_kills_the_server_is_marked_and_the_rest_go
     rows = sweep([f"{nets}:fills", f"{nets}:orphans", f"{nets}:Known"], limits=Limits(memory_bytes=8 * 10**9))
     assert [r["status"] for r in rows] == ["not captured", "killed", "proven"]
     assert "memory" in rows[0]["message"].lower()
+
+
+def test_a_server_that_has_closed_its_end_is_not_asked_again() -> None:
+    server = _Server(1)
+    silent = "import os, time; os.close(1); time.sleep(60)"  # as one that was killed and is not gone yet
+    server.process = subprocess.Popen([sys.executable, "-c", silent], stdin=-1, stdout=-1, text=True)
+    began = server.process
+    assert list(server.rows({"asked": {}})) == []
+    assert server.process is None
+    assert began.poll() is not None
 
 
 @pytest.mark.parametrize("channels", [0.0, 1.0, 2, -0.5])

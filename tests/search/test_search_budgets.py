@@ -19,7 +19,7 @@ from paredown.measure.layer_tables import Setting
 from paredown.program import capture
 from paredown.prune import prune
 from paredown.score import score
-from paredown.search.budgets import Search, layer_shares, meet
+from paredown.search.budgets import Round, Search, _infeasible, layer_shares, meet
 from paredown.search.candidates import kept_units, maker
 from paredown.search.layers import latency_table, timed_layers
 
@@ -113,6 +113,18 @@ def test_fault_72_a_budget_that_is_met_already_changes_nothing(search):
     met = meet(dataclasses.replace(search, asked={"size_bytes": 1e9, "macs": 1e12}))
     assert met.already_met
     assert len(met.rounds) == 1
+
+
+def test_the_network_as_it_is_is_never_the_nearest_plan(search, given):
+    _program, coupling, cost = given
+    plan = allocate(coupling, search.scores, cost, Budget(parameters=0.9))
+    asked = dataclasses.replace(search, asked={"latency": 0.5})
+    noisy = [
+        Round(number=0, plan=None, foreseen={}, measured={"latency": 1.0}, holds=False),
+        Round(number=1, plan=plan, foreseen={}, measured={"latency": 1.01}, holds=False),
+    ]
+    assert _infeasible(asked, noisy).nearest is plan
+    assert _infeasible(asked, noisy[:1]).nearest is None
 
 
 def test_fault_71_an_impossible_budget_says_the_nearest_plan(search):

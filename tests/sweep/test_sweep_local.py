@@ -333,7 +333,8 @@ def test_ten_thousand_trials_are_read_in_seconds(tmp_path: Path) -> None:
     run_missing(many, tmp_path, VERSIONS, machine(), progress=events.append)
     found = read_results(many, tmp_path, VERSIONS)
     assert time.process_time() - start_s < 15
-    assert [e.cell.digest for e in events if e.what == "ends"] == [c.digest for c in many[-2:]]
+    ended = [e.cell.digest for e in events if e.what == "ends"]  # in any order: two run at a time
+    assert sorted(ended) == sorted(c.digest for c in many[-2:])
     assert len(found) == len(many)
 
 

@@ -98,11 +98,13 @@ class _Server:
                 yield row
                 if "ended" in row:
                     return
+        self.stop()  # it has closed its end, yet may not count as ended for a moment: the next model needs another one
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
+            self.process = None
 
 
 def _run(server: _Server, model: str, options: Mapping[str, Any], limits: Limits, threads: int) -> dict[str, Any]:

@@ -315,7 +315,8 @@ def _excess(search: Search, found: Round) -> float:
 
 
 def _infeasible(search: Search, rounds: Sequence[Round]) -> InfeasibleError:
-    best = min(rounds, key=lambda r: _excess(search, r))
+    # the network as it is holds nothing and is no answer, even where the noise of a clock puts it nearest
+    best = min([r for r in rounds if r.plan is not None and r.measured] or rounds, key=lambda r: _excess(search, r))
     worst = max(search.asked, key=lambda n: best.measured.get(n, float("inf")) / search.asked[n])
     got = (
         f"{_figure(worst, best.measured[worst])} at the nearest of {len(rounds)} files" if best.measured else "no file"
