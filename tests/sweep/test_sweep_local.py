@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def _worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("STARTED_BY", str(os.getpid()))  # other workers of pytest have servers of their own
     yield
     deadline = time.monotonic() + 5
     while servers() and time.monotonic() < deadline:
@@ -50,7 +51,7 @@ def servers() -> list[str]:
         if process.name.isdecimal():
             try:
                 line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                ours = f"PYTHONPATH={HERE}" in (process / "environ").read_bytes().decode(errors="replace")
+                ours = f"STARTED_BY={os.getpid()}\0" in (process / "environ").read_bytes().decode(errors="replace")
                 dead = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
             except OSError:
                 continue
