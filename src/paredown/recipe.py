@@ -105,6 +105,8 @@ class Recipe(Strict):
         plain = self.model_dump(mode="json", by_alias=True)
         if self.curve is None:  # most recipes have none: theirs stay as they are
             del plain["curve"]
+        if self.prune.sensitivity is None:
+            del plain["prune"]["sensitivity"]
         return plain
 
 
@@ -213,6 +215,9 @@ def _absolute(data: dict[str, Any], folder: Path | None) -> None:
         value = data.get(key)
         if isinstance(value, str) and value:
             data[key] = _absolute_text(key, value, folder or Path.cwd())
+    prune = data.get("prune")
+    if isinstance(prune, dict) and isinstance(prune.get("sensitivity"), str):
+        prune["sensitivity"] = _absolute_path(prune["sensitivity"], folder or Path.cwd())
 
 
 def _absolute_text(key: str, value: str, folder: Path) -> str:
@@ -266,6 +271,8 @@ def _override(data: dict[str, Any], text: str, changed: dict[str, Any]) -> None:
     parsed: Any = value if _takes_text(path) else _read_value(value, key)
     if len(path) == 1 and key in _FILE_FIELDS and parsed is not None:
         parsed = _absolute_text(key, parsed, Path.cwd())
+    if path == ["prune", "sensitivity"] and parsed is not None:
+        parsed = _absolute_path(str(parsed), Path.cwd())
     owner: Any = data
     for depth, part in enumerate(path[:-1]):
         owner = _descend(owner, part, ".".join(path[: depth + 1]))
@@ -299,7 +306,9 @@ def _index(owner: list[Any], part: str, key: str) -> int:
 
 def _takes_text(path: list[str]) -> bool:
     """Whether a key holds a text that must not be read as YAML (a path may hold ':' or '#')."""
-    return len(path) == 1 and path[0] in (*_FILE_FIELDS, "name", "device", "target")
+    return path == ["prune", "sensitivity"] or (
+        len(path) == 1 and path[0] in (*_FILE_FIELDS, "name", "device", "target")
+    )
 
 
 def _read_value(value: str, key: str) -> Any:

@@ -92,6 +92,9 @@ class Prune(Strict):
     allocation: Literal["uniform", "global", "erk", "sensitivity", "greedy", "knapsack"] = "uniform"
     """uniform keeps one ratio of every space or layer; global ranks all of the model; erk (masks) by layer size; the
     others measure first how far the outputs move on calibration data when one space or layer alone keeps less."""
+    sensitivity: str | None = Field(default=None, max_length=4096)
+    """Folder that `paredown sensitivity` wrote for this network (relative to the recipe): those allocations take its output
+    distances on held-out data and measure nothing."""
     normalize: Literal["mean", "max", "none", "size"] | None = None
     """What a global ranking divides the scores of a space or layer by; null: mean for units, none for masks."""
     schedule: Literal["one-shot", "iterative", "gradual", "lottery", "rigl", "set"] = "one-shot"

@@ -159,7 +159,7 @@ def _run(
             opened(out, recipe.to_yaml(), lambda there: difference(there, recipe), overwrite=overwrite) as folder,
             display(quiet=quiet) as shown,
         ):
-            return run_stages(_context(recipe, task, model, given, folder, shown))
+            return run_stages(run_of(recipe, task, model, given, folder, shown))
     finally:
         torch.set_num_threads(threads)
 
@@ -171,9 +171,10 @@ def difference(there: str, recipe: Recipe) -> str:
     return diff(there, recipe.to_yaml())
 
 
-def _context(
+def run_of(
     recipe: Recipe, task: Task, model: Callable[[], nn.Module], given: bool, folder: RunFolder, shown: Display
 ) -> Run:
+    """A run in an opened folder."""
     return Run(
         recipe=recipe,
         task=task,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
@@ -36,6 +37,15 @@ class Display:
         self._progress.update(self._bars[name], completed=done, total=total, description=f"{name} {loss}")
         if done >= total:
             self._progress.remove_task(self._bars.pop(name))
+
+
+    def measuring(self, done: int, total: int, name: str) -> None:
+        """A point of many is measured."""
+        if self._progress is None:
+            return
+        if "points" not in self._bars:
+            self._bars["points"] = self._progress.add_task("points", total=total)
+        self._progress.update(self._bars["points"], completed=done, total=total, description=escape(name[-40:]))
 
 
 @contextmanager

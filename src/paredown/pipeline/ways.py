@@ -20,6 +20,7 @@ from paredown.errors import NothingToDo, UsageError
 from paredown.examine import Cost, examine
 from paredown.factorize import choose_ranks, factorize
 from paredown.granularity import Granularity
+from paredown.pipeline.kept_sensitivity import about_units, kept_table
 from paredown.plan import Mask, Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, depth_candidates, drop_lowest, prune, score_depth, sparsify
@@ -166,14 +167,14 @@ class Way:
         options: dict[str, Any] = {"realiser": self.recipe.prune.realiser, "seed": self.recipe.seed}
         if not plan.ranks:
             return prune(here.program, plan, **options)
-        return factorize(here.program, plan, batches=self._inputs() if self._reads_data else None, **options)
+        return factorize(here.program, plan, batches=self.inputs() if self._reads_data else None, **options)
 
     def _updated(self, here: Here, plan: Plan) -> Pruned:
         """The masks with the update of obs. Its sweep chooses anew only where no earlier level holds zeros."""
         asked, own = self.recipe.prune, self.task.step is None or self.task.train_batches is None
         options: dict[str, Any] = dict(asked.update_options)
         return obs_on_plan(
-            here.program, plan, self._inputs if own else self._batches, step=None if own else self.task.step,
+            here.program, plan, self.inputs if own else self._batches, step=None if own else self.task.step,
             choose=asked.criterion == "obs" and self.cut.kind in ("element", "n:m") and not here.masks,
             num_batches=asked.score_batches, **options,
         )  # fmt: skip
@@ -219,12 +220,23 @@ class Way:
         return dataclasses.replace(scores, by_cell=below_the_living(scores.by_cell, kept, self.cut))
 
     def sensitivity(self, here: Here, scores: Scores) -> Any:
-        """How far the outputs move on calibration inputs, measured for each space or weight alone; kept as it comes."""
+        """How far the outputs move when each space or weight alone keeps less.
+
+        From the folder that the recipe names, where that is of this network; else measured on calibration inputs and kept as
+        it comes. What the recipe names must fit its first level; later ones start from another network.
+        """
         asked = self.recipe.prune
+        repair = asked.reconstruct and not self.cut.masked
+        if asked.sensitivity is not None:
+            try:
+                return kept_table(Path(asked.sensitivity), about_units(here.program, scores, repair=repair))
+            except UsageError:
+                if self.number == 1 and self.steps is not None:  # without steps: a dry run, the base is not trained yet
+                    raise
         return sensitivity(
-            here.program, here.coupling, scores, batches=self._inputs(), distance="mse", include=asked.include,
+            here.program, here.coupling, scores, batches=self.inputs(), distance="mse", include=asked.include,
             exclude=asked.exclude, num_batches=asked.score_batches, seed=self.recipe.seed, device=self.recipe.device,
-            repair=asked.reconstruct and not self.cut.masked,
+            repair=repair,
             journal=None if self.steps is None else self.steps / f"level-{self.number}-sensitivity.jsonl",
         )  # fmt: skip
 
@@ -235,7 +247,7 @@ class Way:
         if not found:
             msg = "a level of modules must have residual blocks that may be left out. Got a model without: use channels, or a plan of your own."
             raise NothingToDo(msg)
-        influence = score_depth(here.program, self._inputs())
+        influence = score_depth(here.program, self.inputs())
         if self.level.modules >= len(influence):
             return Plan(keep={}, made_by={"verb": "drop_lowest", "already_met": True})
         plan = drop_lowest(influence, self.level.modules)
@@ -254,7 +266,7 @@ class Way:
         return choose_ranks(
             here.program, self.budget(), method=self.level.factorize, include=asked.include, exclude=asked.exclude,
             allocation="uniform" if asked.allocation == "uniform" else "global", align=asked.align,
-            target=self.recipe.target, batches=self._inputs() if self._reads_data else None, **options,
+            target=self.recipe.target, batches=self.inputs() if self._reads_data else None, **options,
         )  # fmt: skip
 
     @property
@@ -320,7 +332,7 @@ class Way:
         seed_all(self.recipe.seed)
         return self.task.train_batches()
 
-    def _inputs(self) -> Any:
+    def inputs(self) -> Any:
         """Calibration inputs."""
         seed_all(self.recipe.seed)
         return self.task.calibration_batches()

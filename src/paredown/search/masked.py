@@ -65,6 +65,20 @@ class Copy:
                     self._tensors[parameter].copy_(weight)
             yield module
 
+    @contextmanager
+    def rounded(self, name: str, weight: Tensor) -> Iterator[nn.Module]:
+        """The model with another weight of the same shape in the place of that parameter."""
+        before = self._tensors[name].clone()
+        try:
+            self._tensors[name].copy_(weight)
+            yield self.module
+        finally:
+            self._tensors[name].copy_(before)
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter, as it is now."""
+        return self._tensors[name]
+
     def _slices(self, space: Space, leaves: Bools) -> dict[str, Tensor]:
         """Elements that read removed units, by parameter."""
         found: dict[str, Tensor] = {}

@@ -47,7 +47,7 @@ class Measuring:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Point:
+class Point:
     """One thing to measure: a space with these units gone, or a weight with this mask."""
 
     name: str
@@ -94,10 +94,10 @@ class _Run:
             raise RejectedError(msg)
         return dense
 
-    def measured(self, point: _Point, dense: float) -> tuple[float | None, str]:
+    def measured(self, point: Point, dense: float) -> tuple[float | None, str]:
         """The increase, or None and why."""
         try:
-            with kept_randomness(), torch.no_grad(), self.copy.without(point.name, self._stays(point)) as module:
+            with kept_randomness(), torch.no_grad(), self.copy.without(point.name, stays_of(point, self.scores, self.copy)) as module:
                 seed_all(self.seed)
                 worse = self.value.worse(self.value.of(self._renewed(module)), dense)
         except KeyboardInterrupt as error:
@@ -113,11 +113,14 @@ class _Run:
     def _renewed(self, module: nn.Module) -> nn.Module:
         return module if self.norms is None else self.norms.renewed(module)
 
-    def _stays(self, point: _Point) -> Any:
-        if not isinstance(point.stays, tuple):
-            return point.stays
-        granularity, amount, rows = point.stays
-        return layer_mask(self.scores.by_cell[point.name], self.copy.shape(point.name), granularity, amount, rows=rows)
+
+
+def stays_of(point: Point, scores: Scores, copy: Copy) -> Any:
+    """What stays at a point, bool: one per unit, or of the shape of the weight."""
+    if not isinstance(point.stays, tuple):
+        return point.stays
+    granularity, amount, rows = point.stays
+    return layer_mask(scores.by_cell[point.name], copy.shape(point.name), granularity, amount, rows=rows)
 
 
 def sensitivity(
@@ -173,7 +176,7 @@ def sensitivity(
     value = value_of(
         batches, loss=loss, evaluate=evaluate, metric=metric, distance=distance, num_batches=num_batches, device=device
     )
-    points = _points(program, coupling, scores, _amounts(amounts, scores), include, exclude)
+    points = points_of(program, coupling, scores, amounts, include, exclude)
     norms = None
     if batch_norm is not None:
         norms = _BatchNorm(
@@ -210,7 +213,7 @@ def _repair(program: Program, scores: Scores, value: Value) -> Repair:
 
 
 def _increases(
-    run: _Run, points: Sequence[_Point], dense: float, log: Journal, progress: Callable[[Measuring], None] | None
+    run: _Run, points: Sequence[Point], dense: float, log: Journal, progress: Callable[[Measuring], None] | None
 ) -> tuple[dict[str, dict[int, float | None]], dict[str, str]]:
     """Every point, from the journal or measured now; and why points are missing."""
     increase: dict[str, dict[int, float | None]] = {}
@@ -241,14 +244,19 @@ def _amounts(amounts: Sequence[float], scores: Scores) -> tuple[float, ...]:
     return tuple(sorted(set(amounts), reverse=True))
 
 
-def _points(
+def points_of(
     program: Program,
     coupling: Coupling,
     scores: Scores,
     amounts: Sequence[float],
     include: Sequence[str],
     exclude: Sequence[str],
-) -> list[_Point]:
+) -> list[Point]:
+    """What is measured: each free space (or weight) at each amount that takes at least one unit away.
+
+    Raises UsageError (amounts, scores of another model) and NothingToDo.
+    """
+    amounts = _amounts(amounts, scores)
     granularity, cost = Granularity.parse(scores.granularity), examine(program)
     if granularity.masked:
         points = _masks(
@@ -267,7 +275,7 @@ def _points(
 
 def _units(
     coupling: Coupling, scores: Scores, granularity: Granularity, amounts: Sequence[float], guard: Sequence[str]
-) -> list[_Point]:
+) -> list[Point]:
     points = []
     for space in coupling.spaces:
         if space.name in guard or (granularity.kind == "head" and space.kind != "head"):
@@ -277,7 +285,7 @@ def _units(
             raise UsageError(msg)
         counts = dict.fromkeys(max(1, round(a * len(space))) for a in amounts)
         points += [
-            _Point(
+            Point(
                 name=space.name,
                 kept=count,
                 of=len(space),
@@ -291,8 +299,8 @@ def _units(
 
 def _masks(
     scores: Scores, granularity: Granularity, cost: Cost, amounts: Sequence[float], guard: Sequence[str]
-) -> list[_Point]:
-    points: dict[tuple[str, int], _Point] = {}
+) -> list[Point]:
+    points: dict[tuple[str, int], Point] = {}
     multiplied = {w for node in cost.by_node for w in node.weights}
     rows = scores.scope == "row" and granularity.kind not in ("row", "column")
     for name, values in scores.by_cell.items():
@@ -307,6 +315,6 @@ def _masks(
             kept = int(np.count_nonzero(stays))
             if kept < stays.size:
                 points.setdefault(
-                    (name, kept), _Point(name=name, kept=kept, of=stays.size, stays=(granularity, amount, rows))
+                    (name, kept), Point(name=name, kept=kept, of=stays.size, stays=(granularity, amount, rows))
                 )
     return list(points.values())

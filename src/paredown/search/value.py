@@ -156,14 +156,24 @@ def _batches(batches: Iterable[Any] | Batches | None, num_batches: int) -> tuple
     return found
 
 
-def _divergence(scores: Tensor, wanted: Tensor) -> float:
-    """Mean KL(wanted || scores) over samples (and pixels). The class axis is the last, or 1 of a map [N, C, H, W]."""
+def divergences(scores: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted || scores) of class scores in nats, [N] float64: of each sample, the mean over its other positions.
+
+    The class axis is the last, or 1 of a map [N, C, H, W]. Raises UsageError for outputs without one.
+
+    >>> divergences(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist()
+    [0.0, 0.0]
+    """
     axis = 1 if wanted.dim() > 3 else -1
     if wanted.dim() < 2 or wanted.shape[axis] < 2:
         msg = f"distance 'kl' must have class scores to compare. Got an output of shape {tuple(wanted.shape)}. Take 'mse'."
         raise UsageError(msg)
     target, given = F.log_softmax(wanted.double(), axis), F.log_softmax(scores.double(), axis)
-    return float((target.exp() * (target - given)).sum(axis).mean())
+    return (target.exp() * (target - given)).sum(axis).reshape(len(wanted), -1).mean(1)
 
 
-__all__: Sequence[str] = ["Value", "value_of"]
+def _divergence(scores: Tensor, wanted: Tensor) -> float:
+    return float(divergences(scores, wanted).mean())
+
+
+__all__: Sequence[str] = ["Value", "divergences", "value_of"]
