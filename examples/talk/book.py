@@ -1,0 +1,250 @@
+"""The book: every page built in turn, its result kept as JSON as soon as it is there, all of them bound into one HTML file.
+
+`python -m talk.book OUT` builds what is missing in OUT and writes OUT/book.html; a killed run goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from paredown.measure import machine_text
+from paredown.records import locked, write_text
+from paredown.report import figures
+from paredown.report.wording import digits, whole
+from talk.page import Setting, plain
+
+PAGES = (
+    "thirteen_models",
+    "alexnet",
+    "redundancy",
+    "pruning_pictures",
+    "which_zeros",
+    "tiles",
+    "pruning_recipe",
+    "noise",
+    "iterative",
+    "adaptive",
+    "low_rank",
+    "from_scratch",
+    "cast",
+    "scale_and_zero_point",
+    "quantization_recipe",
+    "dynamic_static_qat",
+    "examine",
+    "case_study",
+    "glossary",
+    "later",
+)
+"""Modules of this folder, in the order of the book; each has build(setting) -> Page."""
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def build(names: Sequence[str], setting: Setting, out: Path) -> dict[str, dict[str, Any]]:
+    """The result of every page, {"name", "status": "done" | "failed", "seconds", "page" or "reason"}, kept in OUT/pages.
+
+    A page is built again where its code or the setting has changed since, or where it failed. A page that fails leaves
+    its reason, and the others are built.
+    """
+    results = {}
+    for number, name in enumerate(names, 1):
+        place, key = out / "pages" / f"{name}.json", _key(name, setting)
+        there = _read(place)
+        if there.get("key") == key and there.get("status") == "done":
+            results[name] = there
+            _say(f"[{number}/{len(names)}] {name}: there already")
+            continue
+        _say(f"[{number}/{len(names)}] {name} …")
+        results[name] = {"name": name, "key": key, **_built(name, setting)}
+        write_text(place, json.dumps(results[name], ensure_ascii=False, allow_nan=False))
+        told = results[name]
+        _say(
+            f"    {told['status']} in {told['seconds']:.0f} s{': ' + told['reason'] if told['status'] != 'done' else ''}"
+        )
+    return results
+
+
+def _built(name: str, setting: Setting) -> dict[str, Any]:
+    start = (time.perf_counter(), time.process_time())
+    try:
+        page = plain(importlib.import_module(f"talk.{name}").build(setting))
+        json.dumps(page, allow_nan=False)  # a number that is none fails the page, not the book
+        found = {"status": "done", "page": page}
+    except Exception as error:  # whatever a page raises is the page's, and is shown
+        traceback.print_exc()
+        found = {"status": "failed", "reason": f"{type(error).__name__}: {str(error) or 'no message'}"[:600]}
+    return {
+        **found,
+        "seconds": time.perf_counter() - start[0],
+        "processor_seconds": time.process_time() - start[1],
+        "machine": machine_text(),
+        "quick": setting.quick,
+        "source": _source(name),
+    }
+
+
+def _key(name: str, setting: Setting) -> str:
+    """What a result depends on, so that an old one is not taken for a new one."""
+    told = [_source(name), setting.quick, setting.data and str(setting.data), _stamp(setting.newborn)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _stamp(folder: Path | None) -> list[int]:
+    """When the case study last wrote something: its page follows."""
+    return [] if folder is None else [f.stat().st_mtime_ns for f in sorted(folder.glob("curve.json"))]
+
+
+def _source(name: str) -> str:
+    try:
+        return inspect.getsource(importlib.import_module(f"talk.{name}"))
+    except Exception as error:  # it cannot even be imported: _built says why
+        return f"# not readable: {type(error).__name__}"
+
+
+def _read(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- binding
+
+
+def bind(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The pages as one HTML file: no script, nothing fetched."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"marked": marked, "cell": cell, "safe_svg": Markup}
+    style = (resources.files("paredown.report") / "style.css").read_text(encoding="utf-8")
+    return env.get_template("book.html").render(
+        style=Markup(style), results=[_ready(r) for r in results.values()], bars=bars,
+        quick=any(r["quick"] for r in results.values()),
+        machines=sorted({r["machine"] for r in results.values()}),
+    )  # fmt: skip
+
+
+def _ready(result: Mapping[str, Any]) -> dict[str, Any]:
+    number = PAGES.index(result["name"]) + 1 if result["name"] in PAGES else 0
+    title = result["page"]["title"] if result["status"] == "done" else result["name"].replace("_", " ")
+    return {**result, "number": number, "title": title}
+
+
+def marked(text: str) -> Markup:
+    """Escaped text with **strong** and `code` as HTML.
+
+    >>> str(marked("a **b** `<c>`"))
+    'a <strong>b</strong> <code>&lt;c&gt;</code>'
+    """
+    safe = str(escape(text))
+    safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe))
+
+
+def cell(value: Any, form: str = "") -> Markup:
+    """One cell: a number as its column writes it, with its interval; "not tested" where there is none."""
+    if value is None:
+        return Markup('<span class="badge">not tested</span>')
+    if isinstance(value, dict):
+        main = cell(value["value"], form)
+        if value["low"] is None or value["high"] is None:
+            return main
+        return Markup("{}<small>{} to {}</small>").format(main, cell(value["low"], form), cell(value["high"], form))
+    if isinstance(value, str):
+        return marked(value)
+    if form:
+        return escape(f"{value:{form}}".replace("-", "−"))
+    return escape(whole(value) if isinstance(value, int) else digits(value))
+
+
+def bars(column: int, table: Mapping[str, Any]) -> list[Markup]:
+    """The bars of one column."""
+    found = [row[column] for row in table["rows"]]
+    values = [v["value"] if isinstance(v, dict) else v for v in found]
+    top = max((v for v in values if isinstance(v, int | float)), default=0)
+    return [Markup(figures.bar(v, top).markup) if isinstance(v, int | float) else Markup() for v in values]
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build and bind; 0 where every page is there, 1 where one failed."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/book", description="Every table and figure of the talk, rebuilt as one HTML book."
+    )
+    parser.add_argument(
+        "out", type=Path, help="folder for book.html and the results of its pages; an earlier run goes on there"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer seeds, epochs and points: under 15 minutes on two cores"
+    )
+    parser.add_argument(
+        "--pages", nargs="+", choices=PAGES, default=PAGES, metavar="PAGE", help=f"only some: {', '.join(PAGES)}"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=_there("../shared/data"),
+        help="folder with cifar10.npz and resnet20_cifar10.safetensors, for the book without --quick",
+    )
+    parser.add_argument(
+        "--newborn",
+        type=Path,
+        default=_there("runs/newborn-curve"),
+        help="results of `paredown curve examples/newborn/curve.yaml`, for the case study",
+    )
+    given = parser.parse_args(arguments)
+    import torch
+
+    torch.set_num_threads(1)  # what is timed runs on one thread, and small networks train no faster on two
+    data = None if given.quick else given.data
+    setting = Setting(quick=given.quick, folder=given.out / "work", data=data, newborn=given.newborn)
+    busy = f"{given.out} must be free. Another run works there. Wait for it, or choose another folder."
+    with locked(given.out / ".lock", writable=f"{given.out} must be writable", held=busy):
+        setting.folder.mkdir(parents=True, exist_ok=True)
+        found = build([p for p in PAGES if p in given.pages], setting, given.out)
+        kept = {name: _read(given.out / "pages" / f"{name}.json") for name in PAGES if name not in found}
+        every = {
+            **{n: r for n, r in kept.items() if r.get("status") == "done" and r.get("quick") == given.quick},
+            **found,
+        }
+        book = given.out / "book.html"
+        write_text(book, bind({name: every[name] for name in PAGES if name in every}))
+    failed = [name for name, r in found.items() if r["status"] != "done"]
+    _say(
+        f"{book}: {len(every) - len(failed)} pages, {book.stat().st_size / 1e6:.2f} MB"
+        + (f"; FAILED: {', '.join(failed)}" if failed else "")
+    )
+    return 1 if failed else 0
+
+
+def _there(path: str) -> Path | None:
+    """A folder beside or in this checkout, where it exists."""
+    found = Path(__file__).parents[2] / path
+    return found if found.is_dir() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
