@@ -47,6 +47,7 @@ OPTIONS = {
         *"calibrate float-layers input observer opset out overwrite repair samples scheme target".split(),
     ],
     "report": ["json", "quiet"],
+    "sensitivity": "amounts bits device distance json out overwrite quiet set threads weights".split(),
     "setup": ["json", "overwrite", "quiet"],
 }
 

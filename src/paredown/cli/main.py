@@ -43,6 +43,7 @@ COMMANDS = {
     "paredown.cli.prune:prune": "Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.",
     "paredown.cli.quantize:quantize": "Quantize to 8 bits or fewer, with samples where the scheme needs them; export, and check the file in its runtime.",
     "paredown.cli.report:report": "Write report.html of a run from records.jsonl alone, and print the verdict.",
+    "paredown.cli.sensitivity:sensitivity": "What every space at several amounts and every layer at several bits costs by itself; heat map, ranking, how stable.",
     "paredown.cli.setup:setup": "Make the environment of a target whose converter cannot share ours: pinned versions, in a folder of their own.",
 }
 """Where a command is, and the first line of its docstring: a list of commands needs none of their modules."""

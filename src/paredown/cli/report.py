@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from paredown.cli import options
 from paredown.cli.compress import told
 from paredown.cli.curve import told as told_curve
+from paredown.cli.sensitivity import told as told_sensitivity
 from paredown.cli.show import emit, show
 from paredown.cli.sources import existing_folder
 from paredown.errors import UsageError
@@ -32,14 +33,20 @@ def report(
     from paredown.report import write_report
     from paredown.report.curve_document import curve_document, is_curve
     from paredown.report.page import read_records
+    from paredown.report.sensitivity_document import is_sensitivity, sensitivity_document
 
     if not json:
         write_report(folder)
     records = read_records(folder)
-    if not is_curve(records):
-        told(folder, json=json, quiet=quiet)
-    elif json:
-        emit(curve_document(records))
+    if is_curve(records):
+        document, lines = curve_document(records), told_curve
+    elif is_sensitivity(records):
+        document, lines = sensitivity_document(records), told_sensitivity
     else:
-        show(*told_curve(curve_document(records)), f"report: {folder / 'report.html'}", quiet=quiet)
+        told(folder, json=json, quiet=quiet)
+        return 0
+    if json:
+        emit(document)
+    else:
+        show(*lines(document), f"report: {folder / 'report.html'}", quiet=quiet)
     return 0

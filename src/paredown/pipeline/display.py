@@ -38,7 +38,6 @@ class Display:
         if done >= total:
             self._progress.remove_task(self._bars.pop(name))
 
-
     def measuring(self, done: int, total: int, name: str) -> None:
         """A point of many is measured."""
         if self._progress is None:

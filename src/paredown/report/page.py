@@ -59,6 +59,10 @@ def write_report(folder: str | Path) -> Path:
         from paredown.report.curves import write_curve_report  # it computes: the page of a run needs no numpy
 
         return write_curve_report(folder, records)
+    if records and mapping(records[0].cell).get("stage") == "sensitivity":
+        from paredown.report.sensitivity import write_sensitivity_report
+
+        return write_sensitivity_report(folder, records)
     path = folder / "report.html"
     journal.write_text(path, render(records))
     return path

@@ -97,7 +97,11 @@ class _Run:
     def measured(self, point: Point, dense: float) -> tuple[float | None, str]:
         """The increase, or None and why."""
         try:
-            with kept_randomness(), torch.no_grad(), self.copy.without(point.name, stays_of(point, self.scores, self.copy)) as module:
+            with (
+                kept_randomness(),
+                torch.no_grad(),
+                self.copy.without(point.name, stays_of(point, self.scores, self.copy)) as module,
+            ):
                 seed_all(self.seed)
                 worse = self.value.worse(self.value.of(self._renewed(module)), dense)
         except KeyboardInterrupt as error:
@@ -112,7 +116,6 @@ class _Run:
 
     def _renewed(self, module: nn.Module) -> nn.Module:
         return module if self.norms is None else self.norms.renewed(module)
-
 
 
 def stays_of(point: Point, scores: Scores, copy: Copy) -> Any:

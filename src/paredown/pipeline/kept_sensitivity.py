@@ -1,0 +1,80 @@
+"""A sensitivity that `paredown sensitivity` measured, as the table that an allocation reads, where it is of this network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paredown.allocate import Sensitivity
+from paredown.errors import UsageError
+from paredown.pipeline.folder import RECORDS
+from paredown.program import Program
+from paredown.records import Record, read
+from paredown.score import Scores
+
+STAGE = "sensitivity"
+
+
+def about_units(program: Program, scores: Scores, *, repair: bool) -> dict[str, Any]:
+    """What a table of units depends on besides the data: the network, and what the scores rank lowest."""
+    state = hashlib.sha256()
+    for by_name in (scores.by_space, scores.by_cell):
+        for name, array in sorted(by_name.items()):
+            state.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return {
+        "network": program.source_digest,
+        "criterion": scores.criterion,
+        "granularity": scores.granularity,
+        "scores": state.hexdigest(),
+        "repair": repair,
+    }
+
+
+def kept_table(folder: Path, about: Mapping[str, Any]) -> Sensitivity:
+    """The output distances of a folder's spaces (or weights), measured on held-out data; nothing is measured again.
+
+    Raises UsageError where the folder holds none, or one of another network, criterion, granularity or repair: `about`
+    is what `about_units` says of the network at hand.
+    """
+    records = read(folder / RECORDS)
+    if not records or records[0].cell.get("stage") != STAGE:
+        msg = f"prune.sensitivity must be a folder that `paredown sensitivity` finished. Got {folder}. Run it into that folder, or leave the key out."
+        raise UsageError(msg)
+    head, points = records[0], [r for r in records[1:] if r.cell["kind"] == "units"]
+    there: Mapping[str, Any] = head.details["units"]
+    for key, wanted in about.items():
+        if there.get(key) != wanted:
+            what = {"scores": "the scores of its units", "network": "the network (its weights or its shape)"}.get(
+                key, key
+            )
+            msg = f"prune.sensitivity must fit this run in {what}: {wanted!s:.16}. Got {there.get(key)!s:.16} in {folder}. Measure it with this recipe, or leave the key out."
+            raise UsageError(msg)
+    if not points:
+        msg = f"prune.sensitivity must hold amounts of spaces or weights. Got bits alone in {folder}. Measure it with --amounts."
+        raise UsageError(msg)
+    return _table(head, points)
+
+
+def _table(head: Record, points: list[Record]) -> Sensitivity:
+    increase: dict[str, dict[int, float | None]] = {}
+    missing = {}
+    for record in points:
+        name, kept = record.cell["name"], record.cell["kept"]
+        value = record.measured["distance"].value
+        increase.setdefault(name, {})[kept] = None if value is None else float(value)
+        if value is None:
+            missing[f"{name} @ {kept}"] = str(record.details.get("why", ""))
+    return Sensitivity(
+        increase=increase,
+        of={r.cell["name"]: r.cell["of"] for r in points},
+        unit=points[0].measured["distance"].unit,
+        dense=0.0,
+        granularity=head.details["units"]["granularity"],
+        num_samples=points[0].measured["distance"].n or 0,
+        missing=missing,
+        made_by={"criterion": head.details["units"]["criterion"], "source": head.details["units"]["network"]},
+    )
