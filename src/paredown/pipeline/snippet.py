@@ -21,8 +21,11 @@ def input_of(program: Program) -> dict[str, Any]:
     return {"name": str(name), "shape": [*first, *[int(s) for s in tensor.shape[1:]]]}
 
 
-def snippet(file: str, normalisation: str, program: Program) -> str:
-    """Python text that loads the file in its runtime and runs it on one sample of the right shape."""
+def snippet(file: str, normalisation: str, program: Program, *, exact: bool = False) -> str:
+    """Python text that loads the file in its runtime and runs it on one sample of the right shape.
+
+    `exact`: no session option is needed, see export.session.has_exact_products.
+    """
     tensors = [t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor)]
     shapes = [[1, *t.shape[1:]] if program.batch == "dynamic" else list(t.shape) for t in tensors]
     kinds = [str(t.dtype).removeprefix("torch.") for t in tensors]
@@ -35,14 +38,18 @@ def snippet(file: str, normalisation: str, program: Program) -> str:
             f"np.zeros({[*t.shape]}, np.{k})" for t, k in zip(_per_run(program, tensors), kinds, strict=True)
         )
         return (_executorch if file.endswith(".pte") else _litert)(file, how, one)
+    options = [
+        "options = ort.SessionOptions()",
+        f"options.add_session_config_entry{PRECISE!r}  # exact int8 sums on x86 without VNNI, too",
+    ]
+    given = "" if exact else "options, "
     return "\n".join(
         [
             "import numpy as np",
             "import onnxruntime as ort",
             "",
-            "options = ort.SessionOptions()",
-            f"options.add_session_config_entry{PRECISE!r}  # exact int8 sums on x86 without VNNI, too",
-            f"session = ort.InferenceSession({file!r}, options, providers=['CPUExecutionProvider'])",
+            *([] if exact else options),
+            f"session = ort.InferenceSession({file!r}, {given}providers=['CPUExecutionProvider'])",
             f"# {how}",
             f"inputs = [{values}]  # put your samples here",
             "names = [i.name for i in session.get_inputs()]",

@@ -20,6 +20,7 @@ from paredown.couple import couple
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
+from paredown.export.session import has_exact_products
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.measure.quality import keep_values, kept_values
 from paredown.measure.watched import Watch, another_range, oddities, range_of
@@ -453,6 +454,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
     # Nothing in here is drawn from timings, so that two runs give the same verdict; the report adds what they say.
     otherwise = verdicts.fallback(run, by_stage, met=met)
     recommended = run.recipe.quantize.scheme if met else otherwise
+    file = str(by_stage[recommended].details["file"])
     details = {
         "recommended": recommended,
         "otherwise": otherwise,
@@ -464,7 +466,9 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
         "not_tested": verdicts.not_tested(by_stage, run.recipe.target),
         "normalisation": run.task.normalisation,
         "input": input_of(program),
-        "snippet": snippet(by_stage[recommended].details["file"], run.task.normalisation, program),
+        "snippet": snippet(
+            file, run.task.normalisation, program, exact=has_exact_products(run.folder.path / file)
+        ),
         "warnings": [*roles.warnings, *random_note(run), *_alarms(by_stage)],
         "test_data": roles.test_digest,
     }

@@ -58,7 +58,7 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
             for kind, what in (("units", "amounts of spaces"), ("bits", "bits"))
             if not tables[kind]
         ),
-        *([f"{lost} points without a number (see the tables)"] if lost else []),
+        *([f"{lost} point{'' if lost == 1 else 's'} without a number (see the tables)"] if lost else []),
         "spaces or layers together: each was hurt alone, and errors need not add up",
         "activations of fewer bits, and any training after the damage",
     ]

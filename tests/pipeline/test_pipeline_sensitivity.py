@@ -1,0 +1,255 @@
+"""Sensitivities of a recipe: against networks hurt by hand, stopped and gone on with, and read by an allocation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from paredown.allocate import allocate
+from paredown.errors import Interrupted, UsageError
+from paredown.pipeline.compress import task_of
+from paredown.pipeline.sensitivity import Sensed, sensitivity
+from paredown.pipeline.ways import Here, Way
+from paredown.program import capture
+from paredown.recipe import Recipe, load_recipe
+from paredown.recipe_fields import Level
+
+TASK = Path(__file__).with_name("sensitive_task.py")
+POINTS = 2 * 4 + 3 * 5
+"""Two spaces at four amounts, three layers at five widths."""
+
+
+def recipe_of(**prune: Any) -> Recipe:
+    return load_recipe({"schema": 1, "name": "own", "task": str(TASK), "prune": prune})
+
+
+def sensed(out: Path, **options: Any) -> Sensed:
+    return sensitivity(recipe_of(), out=out, quiet=True, **options)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "count"
+    path.touch()
+    monkeypatch.setenv("COUNT", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def own() -> Any:
+    return task_of(recipe_of())[0].model.__globals__
+
+
+def rows(found: Sensed, kind: str) -> dict[str, dict[Any, Any]]:
+    return {r["name"]: {p["kept"]: p for p in r["points"]} for r in found.document[kind]["rows"]}
+
+
+def both(own: Any, net: Any) -> tuple[float, float]:
+    """(loss of accuracy in points, mean KL in nats) of a network against the dense one, all data at once."""
+    x, y = (torch.cat(parts) for parts in zip(own["data"](70, 2), own["data"](30, 3), strict=True))
+    with torch.no_grad():
+        dense, now = own["made"]()(x), net(x)
+    kl = F.kl_div(F.log_softmax(now.double(), 1), F.softmax(dense.double(), 1), reduction="batchmean")
+    return float(100 * (1 - (now.argmax(1) == y).double().mean())), float(kl)
+
+
+def test_a_space_and_a_layer_cost_what_they_cost_by_hand(own: Any, tmp_path: Path) -> None:
+    found = sensed(tmp_path / "out")
+    assert found.measured_now == POINTS and found.document["distance"]["name"] == "kl"
+    assert found.document["dense"] == 100.0 and found.document["num_samples"] == 100
+    net = own["made"]()
+    with torch.no_grad():
+        net[2].weight[:, net[0].weight.abs().sum(1).argsort()[:12]] = 0
+    point = rows(found, "units")["0.weight[0]"][12]
+    assert (point["metric_loss"], point["distance"]) == pytest.approx(both(own, net), rel=1e-5)
+    assert point["metric_loss"] > 3  # else nothing was damaged
+    net = own["made"]()
+    with torch.no_grad():
+        weight = net[2].weight.double()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        net[2].weight.copy_((weight / scale).round().clamp(-127, 127) * scale)
+    point = rows(found, "bits")["2.weight"][8]
+    assert point["distance"] == pytest.approx(both(own, net)[1], rel=1e-3)
+    assert 0 < 100 * point["distance"] < rows(found, "bits")["2.weight"][2]["distance"]
+
+
+def test_squared_errors_on_request(own: Any, tmp_path: Path) -> None:
+    found = sensed(tmp_path / "out", distance="mse", bits=(), amounts=(0.5,))
+    net, x = own["made"](), torch.cat([own["data"](70, 2)[0], own["data"](30, 3)[0]])
+    with torch.no_grad():
+        dense = net(x)
+        net[4].weight[:, net[2].weight.abs().sum(1).argsort()[:8]] = 0
+        wanted = float((net(x) - dense).square().sum() / dense.square().sum())
+    assert rows(found, "units")["2.weight[0]"][8]["distance"] == pytest.approx(wanted, rel=1e-5)
+    assert found.document["bits"] is None and any("bits" in t for t in found.document["not_tested"])
+
+
+def test_stopped_it_goes_on_to_the_same_records(monkeypatch: Any, count: Path, tmp_path: Path) -> None:
+    whole = sensed(tmp_path / "whole")
+    evaluations = count.read_text().count("e")
+    assert evaluations == POINTS + 1  # and the dense network
+    count.write_text("")
+    monkeypatch.setenv("STOP", "9")
+    with pytest.raises(Interrupted, match="goes on from its journal"):
+        sensed(tmp_path / "out")
+    journal = tmp_path / "out" / "journal.jsonl"
+    assert len(journal.read_text().splitlines()) == 7
+    with journal.open("a") as file:
+        file.write('{"torn')  # as a kill leaves it
+    monkeypatch.delenv("STOP")
+    count.write_text("")
+    again = sensed(tmp_path / "out")
+    assert again.measured_now == POINTS - 7
+    assert count.read_text().count("e") == POINTS - 7 + 1
+    assert [dataclasses.asdict(r) for r in again.records] == [dataclasses.asdict(r) for r in whole.records]
+    assert again.document == whole.document
+    assert sensed(tmp_path / "out").measured_now == 0
+
+
+def test_other_weights_are_measured_anew(monkeypatch: Any, tmp_path: Path) -> None:
+    first = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
+    monkeypatch.setenv("NET", "1")
+    second = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
+    assert first.measured_now == second.measured_now == 5
+    assert first.document["units"]["rows"] != second.document["units"]["rows"]
+    assert sensed(tmp_path / "out", bits=(4, 3), amounts=(0.5,)).measured_now == 3  # only what is new
+
+
+def test_test_data_change_nothing(monkeypatch: Any, tmp_path: Path) -> None:
+    first = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
+    monkeypatch.setenv("TESTED", "6")
+    again = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
+    assert again.measured_now == 0 and again.document == first.document
+
+
+def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path) -> None:
+    sensed(tmp_path / "out", bits=(), amounts=(0.5,))
+    with pytest.raises(UsageError, match="criterion"):
+        sensitivity(recipe_of(criterion="l2"), out=tmp_path / "out", quiet=True)
+
+
+def test_the_order_and_what_it_is_worth(tmp_path: Path) -> None:
+    found = sensed(tmp_path / "out").document
+    bits = found["bits"]
+    assert set(bits["order"]) == {"0.weight", "2.weight", "4.weight"}
+    means = {
+        r["name"]: r[f"mean_{'metric_loss' if bits['ordered_by'] == 'metric' else 'distance'}"] for r in bits["rows"]
+    }
+    assert [means[n] for n in bits["order"]] == sorted(means.values())
+    stable = bits["stability"]["distance"]
+    assert -1 <= stable["low"] <= stable["tau"] <= stable["high"] <= 1 and stable["groups"] == 64
+    assert found["units"]["stability"]["distance"] is None  # two spaces have no order to speak of
+    assert bits["order"][0] in found["verdict"] and "τ" in found["verdict"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert found["units"]["sentence"] in page.replace("&#39;", "'") and "not tested" in page
+    lines = (tmp_path / "out" / "sensitivity.csv").read_text().splitlines()
+    assert len(lines) == POINTS + 1
+    assert json.loads((tmp_path / "out" / "sensitivity.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_one_number_for_all_samples_has_no_stability_by_the_metric(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("PLAIN", "1")
+    found = sensed(tmp_path / "out", amounts=()).document
+    assert found["bits"]["stability"]["metric"] is None and found["bits"]["stability"]["distance"] is not None
+    assert all(p["metric_loss"] is not None for r in found["bits"]["rows"] for p in r["points"])
+
+
+def test_without_held_out_data_there_are_distances_alone(tmp_path: Path) -> None:
+    text = TASK.read_text().replace("def choose_batches", "def not_choose_batches")
+    (tmp_path / "task.py").write_text(text)
+    recipe = load_recipe({"schema": 1, "task": str(tmp_path / "task.py")})
+    found = sensitivity(recipe, out=tmp_path / "out", quiet=True, amounts=(0.5,), bits=(4,)).document
+    assert found["metric"] is None and found["data"] == "calibration_batches" and found["num_samples"] == 64
+    assert all(p["metric_loss"] is None and p["distance"] > 0 for r in found["units"]["rows"] for p in r["points"])
+    assert found["not_tested"][0].startswith("the metric")
+
+
+def test_masks_are_measured_per_weight(tmp_path: Path) -> None:
+    recipe = recipe_of(granularity="element", levels=[{"density": 0.5}])
+    found = sensitivity(recipe, out=tmp_path / "out", quiet=True, amounts=(0.5,), bits=())
+    assert {n: [*p] for n, p in rows(found, "units").items()} == {"0.weight": [96], "2.weight": [192], "4.weight": [24]}
+
+
+# ------------------------------------------------------------------------------------------------ read by an allocation
+
+
+def way_of(recipe: Recipe, tmp_path: Path, level: Level, number: int = 1) -> tuple[Way, Here]:
+    task = task_of(recipe)[0]
+    way = Way(recipe=recipe, task=task, level=level, number=number, weights_given=True, steps=tmp_path / "steps")
+    return way, Here.of(capture(task.model(), task.inputs()), None)
+
+
+def test_an_allocation_reads_the_folder_and_measures_nothing(count: Path, tmp_path: Path) -> None:
+    measured = sensed(tmp_path / "out")
+    recipe = recipe_of(allocation="knapsack", sensitivity=str(tmp_path / "out"), align=1)
+    way, here = way_of(recipe, tmp_path, Level(macs=0.6))
+    count.write_text("")
+    plan = way.plan(here)
+    assert count.read_text() == "" and not (tmp_path / "steps").exists()
+    table = {n: {k / p["of"]: p["distance"] for k, p in ps.items()} for n, ps in rows(measured, "units").items()}
+    by_hand = allocate(
+        here.coupling, way.scores(here), here.cost, way.budget(), target=recipe.target, allocation="knapsack",
+        sensitivity=table, align=1,
+    )  # fmt: skip
+    assert {k: dict(v) for k, v in plan.keep.items()} == {k: dict(v) for k, v in by_hand.keep.items()}
+    plain, _ = way_of(recipe_of(allocation="knapsack", align=1), tmp_path, Level(macs=0.6))
+    plain.plan(here)
+    assert count.read_text() == "c" and (tmp_path / "steps" / "level-1-sensitivity.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"criterion": "l2"}, "criterion"),
+        ({"reconstruct": True}, "repair"),
+        ({"granularity": "element"}, "granularity"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+    sensed(tmp_path / "out", amounts=(0.5,), bits=())
+    masked = "granularity" in change
+    recipe = recipe_of(allocation="knapsack", sensitivity=str(tmp_path / "out"), **change)
+    way, here = way_of(recipe, tmp_path, Level(density=0.5) if masked else Level(macs=0.6))
+    with pytest.raises(UsageError, match=f"must fit this run in {said}"):
+        way.plan(here)
+    later, _ = way_of(recipe, tmp_path, Level(density=0.5) if masked else Level(macs=0.6), number=2)
+    assert later.plan(here).made_by["allocation"] == "knapsack"  # another network: measured there
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    way, here = way_of(recipe_of(allocation="greedy", sensitivity=str(tmp_path)), tmp_path, Level(macs=0.6))
+    with pytest.raises(UsageError, match="that `paredown sensitivity` finished"):
+        way.plan(here)
+    sensed(tmp_path / "bits", amounts=())
+    way, here = way_of(recipe_of(allocation="greedy", sensitivity=str(tmp_path / "bits")), tmp_path, Level(macs=0.6))
+    with pytest.raises(UsageError, match="bits alone"):
+        way.plan(here)
+
+
+def test_a_recipe_without_the_key_has_the_digest_that_it_had(tmp_path: Path) -> None:
+    assert "sensitivity" not in recipe_of().to_yaml().replace("allocation: sensitivity", "")
+    (tmp_path / "r.yaml").write_text(f"schema: 1\ntask: {TASK}\nprune: {{sensitivity: here/there}}\n")
+    assert load_recipe(tmp_path / "r.yaml").prune.sensitivity == str(tmp_path / "here" / "there")
+    changed = load_recipe(tmp_path / "r.yaml", ["prune.sensitivity=other"])
+    assert changed.prune.sensitivity == str(Path.cwd() / "other") and changed.digest != recipe_of().digest
+    assert load_recipe(changed.model_dump(mode="json", by_alias=True)).digest == changed.digest
+
+
+def test_a_metric_that_fails_on_damage_leaves_a_point_without_a_number(
+    monkeypatch: Any, count: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FAIL", "3")
+    found = sensed(tmp_path / "out", bits=()).document
+    lost = [p for r in found["units"]["rows"] for p in r["points"] if p["distance"] is None]
+    assert [(p["why"], p["badge"]) for p in lost] == [("ValueError: no boxes left", "not tested")]
+    assert found["units"]["order"] == ["2.weight[0]"] and "1 point without a number" in str(found["not_tested"])
+    count.write_text("e" * 9)
+    again = sensed(tmp_path / "out", bits=())
+    assert again.measured_now == 1  # what failed is tried again
+    assert len(again.document["units"]["order"]) == 2

@@ -1,0 +1,121 @@
+"""The page of sensitivities: nothing runs in it, names of strangers are escaped, thousands of layers stay under a megabyte."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paredown.errors import RejectedError
+from paredown.records import Measured, Record, append
+from paredown.report import write_report
+from paredown.report.sensitivity import render_sensitivity
+from paredown.report.sensitivity_document import sensitivity_document
+
+BAD = '</style><script>alert("x")</script>{{ 7*7 }}'
+
+
+def head(**details: object) -> Record:
+    known = {
+        "name": "nets", "metric": {"name": "error", "unit": "g", "goal": "min"}, "dense": 210.0, "distance": "mse",
+        "num_samples": 400, "data": "choose_batches", "amounts": [0.5, 0.25], "spaces": {}, "parameters": {}, "notes": [BAD],
+    }  # fmt: skip
+    return Record(cell={"stage": "sensitivity", "task": BAD, "target": "onnxruntime-x86"}, details={**known, **details})
+
+
+def point(name: str, kept: int, of: int, loss: float | None, groups: np.ndarray | None = None) -> Record:
+    many = [] if groups is None else groups.tolist()
+    return Record(
+        cell={"stage": "sensitivity-point", "kind": "units", "name": name, "kept": kept, "of": of},
+        measured={
+            "metric_loss": Measured(value=loss, unit="g", badge="not tested" if loss is None else "measured"),
+            "distance": Measured(
+                value=None if loss is None else loss / 100, unit="", badge="not tested" if loss is None else "measured"
+            ),
+        },
+        details={
+            "metric": many,
+            "distance": [v / 100 for v in many],
+            "why": "RuntimeError: no" if loss is None else "",
+        },
+    )
+
+
+def clear(number: int = 5) -> list[Record]:
+    """Space i loses about i grams per half that leaves."""
+    rng = np.random.default_rng(0)
+    made = [head()]
+    for i in range(number):
+        for kept, factor in ((5, 1.0), (2, 2.0)):
+            groups = i * factor + 0.1 * rng.normal(size=16)
+            made.append(point(f"layer{i}", kept, 10, float(groups.mean()), groups))
+    return made
+
+
+def test_the_order_is_that_of_the_losses() -> None:
+    found = sensitivity_document(clear())["units"]
+    assert found["order"] == [f"layer{i}" for i in range(5)] and found["columns"] == [50.0, 25.0]
+    assert found["ordered_by"] == "metric" and found["stability"]["metric"]["tau"] == 1.0
+    assert found["stability"]["between"] == pytest.approx(1.0)
+    assert "Cut layer0 first" in found["sentence"] and "leave layer4 alone" in found["sentence"]
+    assert "+4.0" in found["sentence"]  # a smaller error is better: what is lost is added
+
+
+def test_an_order_of_noise_is_not_to_be_relied_on() -> None:
+    rng = np.random.default_rng(1)
+    noise = [point(f"l{i}", 5, 10, 0.0, rng.normal(size=32)) for i in range(12)]
+    assert "Do not rely on the order" in sensitivity_document([head(), *noise])["verdict"]
+
+
+def test_units_that_only_come_near_an_amount_stand_in_its_column() -> None:
+    some = [point("a", 5, 11, 1.0), point("b", 48, 96, 2.0), point("b", 23, 96, 3.0)]
+    assert sensitivity_document([head(), *some])["units"]["columns"] == [50.0, 25.0]
+
+
+def test_what_failed_is_marked_and_takes_no_rank() -> None:
+    document = sensitivity_document([*clear(), point("odd", 5, 10, None)])
+    odd = next(r for r in document["units"]["rows"] if r["name"] == "odd")
+    assert odd["rank"] is None and "odd" not in document["units"]["order"]
+    page = render_sensitivity([*clear(), point("odd", 5, 10, None)])
+    assert 'title="RuntimeError: no"><span class="badge">not tested</span>' in page
+
+
+def test_nothing_runs_and_nothing_is_fetched() -> None:
+    page = render_sensitivity([*clear(), point(BAD, 5, 10, 1.0)])
+    assert "<script" not in page and "{{ 7*7 }}" in page
+    assert not re.search(r'(?:src|href)="(?!#|data:)', page) and "http" not in page
+    assert all(tag in page for tag in ('scope="col"', 'scope="row"', 'lang="en"', "Skip to the verdict"))
+
+
+def test_thousands_of_layers_stay_under_a_megabyte() -> None:
+    many = clear(3000)
+    page = render_sensitivity(many)
+    assert len(page.encode()) < 1_000_000 and "and 2750 more rows" in page
+
+
+def test_the_csv_holds_every_figure() -> None:
+    page = render_sensitivity(clear())
+    data = re.search(r'download="sensitivity.csv" href="data:text/csv;charset=utf-8;base64,([^"]+)"', page)
+    assert data is not None
+    lines = list(csv.DictReader(io.StringIO(base64.b64decode(data[1]).decode())))
+    assert (
+        len(lines) == 10
+        and lines[9]["name"] == "layer4"
+        and float(lines[9]["metric_loss"]) == pytest.approx(8, abs=0.2)
+    )
+
+
+def test_a_folder_is_reported_again_from_its_records(tmp_path: Path) -> None:
+    for record in clear():
+        append(tmp_path / "records.jsonl", record)
+    assert write_report(tmp_path).read_text() == render_sensitivity(clear())
+
+
+def test_other_records_are_refused() -> None:
+    with pytest.raises(RejectedError, match="paredown sensitivity"):
+        sensitivity_document([Record(cell={"stage": "dense"})])
