@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 SPLITS, DRAWS = 200, 200
+PAIRS, LEAST_SPLITS = 40_000_000, 20
+"""Pairs of rows that are compared in all, about: with very many rows there are fewer splits."""
 LEAST_ROWS, LEAST_GROUPS = 3, 4
 """With fewer there is no order, or no halves, to speak of."""
 
@@ -63,6 +65,7 @@ def stability(groups: Floats, *, splits: int = SPLITS, seed: int = 0) -> Stabili
     if rows < LEAST_ROWS or count < LEAST_GROUPS:
         return None
     rng, found = np.random.default_rng(seed), []
+    splits = min(splits, max(LEAST_SPLITS, PAIRS // (rows * rows)))
     for _ in range(splits):
         order = rng.permutation(count)
         half = count // 2
@@ -81,8 +84,9 @@ def ranks(scores: Sequence[float] | Floats) -> Floats:
     >>> ranks([0.5, 0.1, 0.5]).tolist()
     [2.5, 1.0, 2.5]
     """
-    x = np.asarray(scores, dtype=np.float64)
-    return np.asarray(1.0 + (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) - 1) / 2.0)
+    _, place, counts = np.unique(np.asarray(scores, dtype=np.float64), return_inverse=True, return_counts=True)
+    below = np.cumsum(counts) - counts
+    return np.asarray((below + (counts + 1) / 2.0)[place])
 
 
 def rank_intervals(groups: Floats, *, draws: int = DRAWS, seed: int = 0) -> list[tuple[float, float]] | None:
