@@ -53,19 +53,20 @@ def build(setting: Setting) -> Page:
     ]
     if setting.data is not None:
         parts.append(_resnet20(setting))
-    change = [
-        trained["half of the channels, trained"][n][0].value - trained["dense, trained"][n][0].value for n in layers
-    ]
-    excess = [trained["dense, trained"][n][0].value - chance["dense, random weights"][n][0].value for n in layers]
+    excess = {
+        now: float(np.mean([trained[now][n][0].value - chance[then][n][0].value for n in layers]))
+        for now, then in zip(trained, chance, strict=True)
+    }
+    before, after = excess.values()
     return Page(
         title="Redundancy of filters",
         told=("Networks are over-parameterised: many parameters encode the same or similar information (the talk cites Blier & Ollivier 2018 on description length). So some can leave.",),
         parts=tuple(parts),
         differ=(
-            f"Trained filters are {'more' if np.mean(excess) > 0 else 'not more'} alike than random ones of the same shape: {np.mean(excess):+.2f} in the largest |cosine|, mean over layers. The comparison is needed: in few dimensions even random filters have a near neighbour.",
-            f"After pruning the largest |cosine| is {'lower' if np.mean(change) < 0 else 'higher'} by {abs(np.mean(change)):.2f}, mean over layers: "
-            + ("what is left is less redundant, as the talk has it." if np.mean(change) < 0 else "similarity alone does not explain what pruning removed. Fewer filters have fewer neighbours, but each has shorter rows too, and random ones move as well.")
-            + " The L1 criterion does not look at similarity.",
+            f"Trained filters are {'more' if before > 0 else 'not more'} alike than random ones of the same shape: {before:+.2f} in the largest |cosine|, mean over layers. The comparison is needed: in few dimensions even random filters have a near neighbour.",
+            f"After pruning that excess is {after:+.2f}: "
+            + ("what is left is less redundant, as the talk has it." if after < before - 0.005 else "no smaller. Pruning by L1 norm and training again left filters that are as alike as before, only fewer of them.")
+            + " In the share of directions the layers can be compared one by one.",
             "Parameters that could be left out without loss need not look alike: similarity is one sign of redundancy, the curve of the pruning recipe is another.",
         ),
         not_tested=("Description length as in Blier & Ollivier.",),

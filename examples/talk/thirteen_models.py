@@ -126,7 +126,7 @@ def _differences(found: list[tuple[tuple, pare.Cost]]) -> Iterator[str]:
         for row, cost in found
         if abs(cost.macs / 1e9 / row[4] - 1) > 0.05
     ]
-    yield f"Multiply-adds differ by more than 5 % for {', '.join(apart) or 'none'}. The talk calls MACs FLOPs: in FLOPs as most define them, its numbers are half."
+    yield f"Multiply-adds differ by more than 5 % for {', '.join(apart) or 'none'}. The talk calls MACs FLOPs; counted as two operations each, there are twice as many."
     alex = next(cost for row, cost in found if row[0] == "AlexNet")
     yield f"AlexNet’s 1.0 G is not what torchvision’s network of 61 M parameters does: {alex.macs / 1e9:.2f} G multiply-adds, so {alex.macs / alex.parameters:.1f} per parameter and not 16.4. 1.1 G is the original without groups (next page)."
     mebi = sum(

@@ -10,7 +10,7 @@ from paredown.measure.layer_files import LayerShape, feed_for, write_layer
 from paredown.target import TARGETS
 from talk import draw
 from talk.page import Column, Page, Setting, Spread, Table
-from talk.timing import PROTOCOL, in_turns, opened
+from talk.timing import PROTOCOL, in_turns, middle, opened
 
 RUNTIMES = ("ONNX Runtime", "OpenVINO")
 WIDTHS = (4, 8, 16, 32)
@@ -68,7 +68,7 @@ def timed(runtime: str, channels: range, setting: Setting) -> dict[int, Spread]:
         sessions = {name: opened(file, runtime) for name, file in files.items()}
         feeds = {str(c): feed_for(layer(c), "fp32") for c in some}
         times = in_turns(sessions, feeds, runs=setting.pick(40, 100))
-        found |= {c: times[str(c)] for c in some}
+        found |= {c: middle(times[str(c)]) for c in some}
     return found
 
 
@@ -83,9 +83,11 @@ def step_at(times: dict[int, Spread], width: int) -> float | None:
 def _told(runtime: str, steps: list[tuple]) -> str:
     """The width that stands out, from the numbers."""
     rises = dict(zip(WIDTHS, next(row[1:] for row in steps if row[0] == runtime), strict=True))
-    most = max((w for w in WIDTHS if rises[w] is not None), key=lambda w: rises[w])
+    most = max(r for r in rises.values() if r is not None)
+    width = next(w for w in WIDTHS if rises[w] is not None and rises[w] > 0.9 * most)
+    if most < 2:
+        return f"{runtime}: no width stands out here; the line is nearly smooth."
     return (
-        f"{runtime}: the step is largest at width {most}, where one more channel costs as much as {rises[most]:.1f} average ones. Pruning to one channel less than a multiple gains next to nothing; to the multiple, all of it."
-        if rises[most] > 2
-        else f"{runtime}: no width stands out here; the line is nearly smooth."
+        f"{runtime}: the tile is {width} channels wide. The first channel of a new tile costs as much as {rises[width]:.0f} average ones, "
+        "so pruning to a multiple gains what the channels are worth, and pruning to one more than that gains next to nothing."
     )

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paredown.export.openvino_session import Session as OpenVino
 from paredown.export.session import open_session
 from paredown.measure.latency import readings
 from talk.page import Spread
+
+Floats = NDArray[np.float64]
 
 PROTOCOL = "median with quartiles of readings in turns, one thread, processor time"
 
@@ -36,11 +39,13 @@ def opened(file: Path, runtime: str) -> Any:
 
 def in_turns(
     sessions: Mapping[str, Any], feeds: Mapping[str, Any], *, runs: int = 60, seconds: float = 30.0
-) -> dict[str, Spread]:
-    """Milliseconds of one run of each; every round runs all of them, so that a change of load meets all."""
+) -> dict[str, Floats]:
+    """Milliseconds of one run of each, round by round; every round runs all, so that a change of load meets all."""
     times, _ = readings(dict(sessions), dict(feeds), runs=runs, seconds=seconds, clock=time.process_time_ns)
-    found = {}
-    for name, each in times.items():
-        low, middle, high = (float(q) for q in np.percentile(each, (25, 50, 75)))
-        found[name] = Spread(value=middle, low=low, high=high)
-    return found
+    return {name: np.asarray(each) for name, each in times.items()}
+
+
+def middle(values: Floats) -> Spread:
+    """Median with quartiles."""
+    low, median, high = (float(q) for q in np.percentile(values, (25, 50, 75)))
+    return Spread(value=median, low=low, high=high)

@@ -1,0 +1,124 @@
+"""Pruning from scratch: which mask to start from, and the same mask on random, rewound and trained weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import paredown as pare
+from paredown.prune.schedule import OneShot
+from paredown.recipes import digits
+from talk import draw, nets
+from talk.page import Column, Heading, Page, Setting, Spread, Table, over_seeds
+
+DENSITY = 0.05
+STARTS = {"snip": OneShot(), "grasp": OneShot(), "synflow": OneShot(rounds=100), "l1": OneShot(), "random": OneShot()}
+WEIGHTS = ("random", "rewound", "trained")
+
+
+def build(setting: Setting) -> Page:
+    """Both experiments at 5 % of the weights."""
+    epochs = nets.base_epochs(setting) + nets.recovery_epochs(setting)
+    starts = [
+        (f"`{c}` on fresh weights", over_seeds([_from_scratch(setting, c, seed) for seed in setting.seeds]))
+        for c in STARTS
+    ]
+    starts.append(
+        ("`l1` on trained weights, then recovery", over_seeds([_afterwards(setting, seed) for seed in setting.seeds]))
+    )
+    starts.append(("nothing pruned", over_seeds([nets.accuracy(nets.dense(setting, seed)) for seed in setting.seeds])))
+    rates = setting.pick((0.003, 0.03, 0.3), (0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
+    imposed = {
+        (w, lr): over_seeds([_imposed(setting, w, lr, seed) for seed in setting.seeds])
+        for w, lr in itertools.product(WEIGHTS, rates)
+    }
+    best = {w: max(rates, key=lambda lr: imposed[w, lr].value) for w in WEIGHTS}
+    return Page(
+        title="Pruning from scratch",
+        told=(
+            "An open problem: which mask to start from? The talk says that a mask **imposed on a pretrained model does worse**, because of its minimum and its optimizer settings.",
+        ),
+        parts=(
+            Heading(text="Which mask to start from"),
+            Table(
+                caption=f"{100 * DENSITY:g} % of the weights stay; {epochs} epochs in all each. Accuracy in % on 540 test images, in PyTorch, means over {len(setting.seeds)} seeds",
+                columns=(Column(title="Mask"), Column(title="Accuracy, %", mark="measured", form=".2f", bar=True)),
+                rows=starts,
+            ),
+            Heading(text="One mask on three sets of weights"),
+            Table(
+                caption=f"The mask: magnitudes of the trained network, {100 * DENSITY:g} % stay. Laid on fresh random weights, on the weights before training (rewound), and on the trained ones; then {_epochs(setting)} epochs of SGD at each learning rate",
+                columns=(Column(title="Weights under the mask"), *(Column(title=f"lr {lr:g}", mark="measured", form=".1f") for lr in rates)),
+                rows=[(w, *(imposed[w, lr] for lr in rates)) for w in WEIGHTS],
+            ),
+            draw.lines({w: [(math.log10(lr), imposed[w, lr]) for lr in rates] for w in WEIGHTS}, x="log₁₀ of the learning rate", y="accuracy, %", caption="The same as lines. Bars: 95 % intervals over seeds"),
+        ),
+        differ=(_verdict(imposed, best), *(f"{w.capitalize()} weights do best at lr {best[w]:g}: {imposed[w, best[w]].value:.1f} %." for w in WEIGHTS), _spread_over_rates(imposed, rates)),
+        not_tested=("Masks that move (`schedule=\"rigl\"`).", "A network whose task is hard enough that all of this matters more."),
+        shortened=f"{len(setting.seeds)} seeds, {len(rates)} learning rates, {_epochs(setting)} epochs." if setting.quick else "",
+    )  # fmt: skip
+
+
+def _epochs(setting: Setting) -> int:
+    return setting.pick(4, 20)
+
+
+def _from_scratch(setting: Setting, criterion: str, seed: int) -> float:
+    """A mask chosen on fresh weights, then one training as long as base and recovery."""
+    sparse = pare.sparsify(
+        pare.capture(digits.model(seed=seed), digits.inputs()), digits.train_batches, step=digits.step, density=DENSITY,
+        criterion=criterion, schedule=STARTS[criterion], optimizer="adamw", lr=digits.LR, weight_decay=digits.WEIGHT_DECAY,
+        epochs=nets.base_epochs(setting) + nets.recovery_epochs(setting), seed=seed,
+        checkpoint=setting.folder / f"scratch-{criterion}-{seed}.safetensors",
+    )  # fmt: skip
+    return nets.accuracy(sparse)
+
+
+def _mask(setting: Setting, seed: int) -> pare.Plan:
+    """The largest weights of the trained network, across layers."""
+    program = pare.capture(nets.dense(setting, seed), digits.inputs())
+    coupling = pare.couple(program)
+    scores = pare.score(program, coupling, "l1", granularity="element")
+    return pare.allocate(coupling, scores, pare.examine(program), pare.Budget(density=DENSITY), allocation="global")
+
+
+def _afterwards(setting: Setting, seed: int) -> float:
+    pruned = pare.prune(pare.capture(nets.dense(setting, seed), digits.inputs()), _mask(setting, seed))
+    tuned = pare.recover(
+        pruned, digits.train_batches, step=digits.step, optimizer="adamw", lr=digits.LR, weight_decay=digits.WEIGHT_DECAY,
+        epochs=nets.recovery_epochs(setting), seed=seed, checkpoint=setting.folder / f"scratch-afterwards-{seed}.safetensors",
+    )  # fmt: skip
+    return nets.accuracy(tuned)
+
+
+def _imposed(setting: Setting, weights: str, lr: float, seed: int) -> float:
+    """The same mask on other weights, trained; `rewound` are those that the trained network began with."""
+    trained, start = nets.dense(setting, seed), digits.model(seed=seed)
+    net = {"random": pare.fresh(start, seed=1000 + seed), "rewound": start, "trained": trained}[weights]
+    sparse = pare.prune(pare.capture(net, digits.inputs()), _mask(setting, seed))
+    tuned = pare.recover(
+        sparse, digits.train_batches, step=digits.step, lr=lr, epochs=_epochs(setting), seed=seed,
+        checkpoint=setting.folder / f"imposed-{weights}-{lr}-{seed}.safetensors",
+    )  # fmt: skip
+    return nets.accuracy(tuned)
+
+
+def _verdict(imposed: dict[tuple[str, float], Spread], best: dict[str, float]) -> str:
+    tops = {w: imposed[w, best[w]].value for w in WEIGHTS}
+    order = sorted(WEIGHTS, key=lambda w: -tops[w])
+    worse = tops["trained"] < min(tops["random"], tops["rewound"])
+    told = (
+        "That trained weights do worse under an imposed mask holds here"
+        if worse
+        else "That trained weights do worse under an imposed mask does not hold here"
+    )
+    return f"{told}: each at its best learning rate, {', '.join(f'{w} {tops[w]:.1f} %' for w in order)}."
+
+
+def _spread_over_rates(imposed: dict[tuple[str, float], Spread], rates: tuple[float, ...]) -> str:
+    widths = {w: max(imposed[w, lr].value for lr in rates) - min(imposed[w, lr].value for lr in rates) for w in WEIGHTS}
+    return (
+        "The optimizer’s settings matter: between the worst and the best learning rate lie "
+        + ", ".join(f"{v:.1f} points ({w})" for w, v in widths.items())
+        + ". A comparison at one learning rate could be made to say anything."
+    )
