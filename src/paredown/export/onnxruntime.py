@@ -160,7 +160,7 @@ def _polish(
     on_codes: bool,
     packed: Mapping[str, Packed],
 ) -> None:
-    from paredown.export import onnx_packed, onnx_passes
+    from paredown.export import onnx_packed, onnx_passes, onnx_products
 
     _name_edges(model, program)
     held = {model.graph.initializers[k]: name for k, name in names.items()}
@@ -168,6 +168,7 @@ def _polish(
     left = {str(v.name): held[v] for v in model.graph.initializers.values() if v in held}
     onnx_passes.shorten(model, left, keep_weights=not quantized)
     onnx_packed.pack_weights(model, {v: packed[name] for v, name in held.items() if name in packed})
+    onnx_products.mark(model)
 
 
 def _name_edges(model: Any, program: ExportedProgram) -> None:

@@ -27,8 +27,12 @@ from paredown.quantize.nouns import Quantized
 
 Predict = Callable[..., Any]
 PRECISE = ("session.x64quantprecision", "1")
-"""Session option of ONNX Runtime. On x86 without VNNI its uint8 × int8 products saturate at 16 bit unless it is set (a cosine
-of 0.96 to 0.99 instead of 1 was measured); with VNNI, and elsewhere, it changes nothing."""
+"""Session option of ONNX Runtime. On x86 without VNNI its uint8 × int8 products may saturate at 16 bit unless it is set (a cosine
+of 0.96 to 0.99 instead of 1 was measured), and are up to twice as slow where it is; with VNNI, and elsewhere, it changes nothing."""
+EXACT = "exact_products"
+"""Metadata of a file whose products are exact without it (see export.onnx_products)."""
+_TAIL = 65_536
+"""Bytes at the end of a file in which its metadata is looked for: it is written last."""
 
 
 _TOO_NEW = re.compile(r"unsupported model IR version|till opset|opset \d+ is under development", re.IGNORECASE)
@@ -71,7 +75,8 @@ def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry(*PRECISE)
+    if not has_exact_products(path):
+        options.add_session_config_entry(*PRECISE)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -87,6 +92,16 @@ def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None)
             ) from error
         msg = f"an ONNX file must load in ONNX Runtime {onnxruntime.__version__}. Got {path.name}: {reason}."
         raise RejectedError(msg) from error
+
+
+def has_exact_products(path: Path) -> bool:
+    """Whether the file says that its 8-bit products are exact in every session. Another tool's file says nothing."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            return EXACT.encode() in file.read()
+    except OSError:
+        return False
 
 
 def predictor(thing: Artifact | Program | Pruned | Quantized | nn.Module, *, threads: int = 1) -> Predict:

@@ -27,6 +27,8 @@ from paredown.measure.watched import Watch, another_range, oddities, range_of
 from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, key_of
+from paredown.pipeline.insight import STAGE as INSIGHT
+from paredown.pipeline.insight import checked_slices, insight
 from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import fitted_bits, repair_of
@@ -79,6 +81,8 @@ def run_stages(run: Run) -> Compressed:
     program = capture(dense, task.inputs())
     _stage_examine(run, program, roles.warnings)
     _stage_float(run, 1, "dense", "Dense FP32", program, None, {})
+    values = run.dense["values"]
+    run.dense["slices"] = checked_slices(run, len(values) if values.ndim else None)
     tuned: Pruned | None = None
     for number, level in enumerate(recipe.prune.levels, start=1):
         done = one_level(run, number, level, program, tuned, dense)
@@ -89,6 +93,7 @@ def run_stages(run: Run) -> Compressed:
     tuned = _for_the_budget(run, program, tuned, dense)
     last: Program | Pruned = tuned or program
     quantized = _quantized(run, last, dense)
+    run.dense["quantized"] = quantized
     scheme = recipe.quantize.scheme
     _stage_int8(run, 50, scheme, TITLES[scheme], quantized, tuned)
     _twin(run, last)
@@ -448,7 +453,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
 
     run.folder.write_records()
     records = read(run.folder.path / "records.jsonl")
-    by_stage = {str(r.cell["stage"]): r for r in records if r.cell["stage"] != "verdict"}
+    by_stage = {str(r.cell["stage"]): r for r in records if r.cell["stage"] not in ("verdict", INSIGHT)}
     bounds = verdicts.bounds(run, by_stage)
     met = all(b["met"] for b in bounds)
     # Nothing in here is drawn from timings, so that two runs give the same verdict; the report adds what they say.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -47,12 +46,10 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         self.target, self.observer, self.weights = target, observer, weights
         self.only_weights = scheme.activations == "float"
         self.activation = self._activation(8 if self.only_weights else scheme.activation_bits)
-        self.weight = self._weight(scheme.weight_bits, scheme.levels)
+        self.scheme_bits, self.levels = scheme.weight_bits, scheme.levels
         self.end_bits = scheme.end_bits
-        self.first_weight = self._narrow_weight() if scheme.name == "int8" else self.weight
         self.bits = dict(bits or {})
         self.coarse = scheme.activation_bits < 8
-        self.first: frozenset[fx.Node] = frozenset()
         self.ends: frozenset[fx.Node] = frozenset()
         self.wanted: dict[fx.Node, QuantizationSpec] = {}
         """What an op that only moves values was given: an end may want more bits than the rest."""
@@ -68,7 +65,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             observer_or_fake_quant_ctr=observer_named(self.observer),
         )
 
-    def _weight(self, bits: int, levels: Levels) -> QuantizationSpec:
+    def _weight(self, bits: int, levels: Levels, pair_sum: int | None = None) -> QuantizationSpec:
         low, high = weight_range(bits, levels)
         return QuantizationSpec(
             dtype=torch.int8,
@@ -76,31 +73,25 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             quant_max=high,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
-            observer_or_fake_quant_ctr=WEIGHT_OBSERVERS[self.weights].with_args(levels=levels),
+            observer_or_fake_quant_ctr=WEIGHT_OBSERVERS[self.weights].with_args(levels=levels, pair_sum=pair_sum),
         )
-
-    def _narrow_weight(self) -> QuantizationSpec:
-        """Of layers that read the model's inputs; without the most negative code, so that 255 × (|w| + |w'|) fits in 16 bits."""
-        if self.target.input_weight_bits is None:
-            return self.weight
-        most = 2 ** (self.target.input_weight_bits - 1) - 1
-        return dataclasses.replace(self.weight, quant_min=-most, quant_max=most)
 
     def _weight_of(self, node: fx.Node) -> QuantizationSpec:
         """Of a layer: the bits that it was given by name, those of an end, those of the scheme."""
         own = next((b for pattern, b in self.bits.items() if matches(layer_names(node), [pattern])), None)
+        bits, levels = self.scheme_bits, self.levels
         if own is not None:
-            return self._weight(own, levels_at(own))
-        if node in self.ends and self.end_bits:
-            return self._weight(self.end_bits, "integer")
-        return self.first_weight if node in self.first else self.weight
+            bits, levels = own, levels_at(own)
+        elif node in self.ends and self.end_bits:
+            bits, levels = self.end_bits, "integer"
+        return self._weight(bits, levels, None if self.only_weights or is_depthwise(node) else self.target.pair_sum)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Write the annotations."""
         nodes = [n for n in model.graph.nodes if n.op == "call_function"]
         weighted = [n for n in nodes if self.target.ops.get(op_name(n)) == "weighted" and is_constant(n.args[1])]
-        self.first, last = ends_of(weighted)
-        self.ends = self.first | last
+        first, last = ends_of(weighted)
+        self.ends = first | last
         if self.only_weights:
             for node in nodes:
                 self._code_weight(node)
@@ -259,6 +250,13 @@ def is_float(value: Any) -> bool:
     """Whether a node's value is a float32 tensor."""
     fake = value.meta.get("val") if isinstance(value, fx.Node) else None
     return isinstance(fake, Tensor) and fake.dtype == torch.float32
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether every channel is filtered alone: kernels for that have no neighbours to sum with."""
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    weight: Any = node.args[1]
+    return "conv" in op_name(node) and bool(groups != 1) and int(weight.meta["val"].shape[1]) == 1
 
 
 def is_constant(value: Any) -> bool:

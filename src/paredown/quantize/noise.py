@@ -90,7 +90,7 @@ def weight_noise(
     """
     _refuse(bits, granularities)
     found = []
-    for name, kind, weight, axis in _weights(program):
+    for name, kind, weight, axis in folded_weights(program):
         if not weight.numel():
             continue
         noise: dict[str, dict[int, float | None]] = {g: {} for g in granularities}
@@ -133,7 +133,7 @@ def _layers(program: Program, graph: fx.GraphModule) -> Iterator[tuple[fx.Node, 
             yield node, first.get(id(program.state.get(name)), name)
 
 
-def _weights(program: Program) -> Iterator[tuple[str, str, Tensor, int]]:
+def folded_weights(program: Program) -> Iterator[tuple[str, str, Tensor, int]]:
     """(name, op, weight with batch norm folded, axis of its channels), each parameter once."""
     graph = program.eval_graph.module(check_guards=False)
     done: set[str] = set()

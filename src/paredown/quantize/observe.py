@@ -17,6 +17,7 @@ from paredown.quantize.numerics import (
     symmetric,
     symmetric_of_least_error,
 )
+from paredown.quantize.pairs import pair_floor
 from paredown.quantize.schemes import Levels
 
 _RATIOS = torch.linspace(1.0, 0.2, 81, dtype=torch.float64)
@@ -223,7 +224,7 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
     """Symmetric scales of a weight along `ch_axis`.
 
     Eight bits hold the largest weight; fewer take the scales of least squared error. `floor` keeps an int32 bias from
-    overflowing. `fixed` are scales that a repair has chosen; the weight lies on their grid.
+    overflowing, `pair_sum` two products of neighbours 16 bits (see Target.pair_sum). `fixed` are scales that a repair has chosen; the weight lies on their grid.
     """
 
     one_scale = False
@@ -237,11 +238,12 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
         quant_max: int = WEIGHT_MAX,
         is_dynamic: bool = False,
         levels: Levels = "integer",
+        pair_sum: int | None = None,
         **_: Any,
     ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max, self.qscheme, self.ch_axis = quant_min, quant_max, qscheme, ch_axis
-        self.levels = levels
+        self.levels, self.pair_sum = levels, pair_sum
         self.weight: Tensor | None = None
         self.floor: Tensor | None = None
         self.fixed: Tensor | None = None
@@ -258,7 +260,7 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
             raise RuntimeError(msg)
         scales = self.fixed
         if scales is None and self.quant_max == WEIGHT_MAX:
-            scales = symmetric(self.weight, self.ch_axis, self.floor)
+            scales = symmetric(self.weight, self.ch_axis, self._lowest())
         elif scales is None:
             scales = symmetric_of_least_error(
                 self.weight,
@@ -269,6 +271,12 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
                 levels=self.levels,
             )
         return scales, torch.zeros_like(scales, dtype=torch.int64)
+
+    def _lowest(self) -> Tensor | None:
+        if self.pair_sum is None or self.weight is None:
+            return self.floor
+        floor = pair_floor(self.weight.movedim(self.ch_axis, 0), self.pair_sum)
+        return floor if self.floor is None else torch.maximum(self.floor, floor)
 
 
 class PerChannelOneScale(PerChannel):

@@ -39,9 +39,9 @@ class Target:
     """Ops that can return float from codes, which they do where nothing reads codes, through views of them too; "*" is all."""
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Op → smallest and largest value of its result, where its int8 kernel has one scale and takes no other."""
-    input_weight_bits: int | None = None
-    """Of int8 weights that no other layer comes before, None: 8. On x86 without VNNI, two products of a uint8 and an 8-bit weight
-    are summed in 16 bits, which saturates: most in layers that read the model's inputs, whose codes are large everywhere."""
+    pair_sum: int | None = None
+    """How much the codes of two neighbouring int8 weights of one output may add up to, above or below 0; None: anything. On x86
+    without VNNI, the products of two uint8 activations with two weights are summed in 16 bits, which saturate beyond 128 × 255."""
     environment: tuple[str, ...] = ()
     """Pinned packages that are installed apart, by `paredown setup`, because they conflict with others."""
     own_modules: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ _ORT = Target(
     alignment=8,
     limits={"opset": 18, "opset_max": 23},
     fixed=_ORT_FIXED,
-    input_weight_bits=7,
+    pair_sum=128,
     float_results=("linear",),  # QGemm; its integers become floats once, not codes and then floats
 )
 
@@ -144,7 +144,7 @@ TARGETS: Mapping[str, Target] = {
         extras=("onnx", "openvino"),
         modules=("onnx", "onnxscript", "openvino"),
         float_results=("*",),
-        input_weight_bits=7,
+        pair_sum=128,
     ),
     "executorch-xnnpack": Target(
         name="executorch-xnnpack",

@@ -257,12 +257,14 @@ def _onnxruntime(path: Path, threads: int) -> tuple[Callable[[Any], Any], str, d
         stop(8, "this model needs ONNX Runtime. Install it here: python3 -m pip install onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    settings = {"providers": "CPUExecutionProvider"}
+    if b"exact_products" not in path.read_bytes()[-65_536:]:
+        settings["session.x64quantprecision"] = "1"
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         _refused("onnxruntime " + onnxruntime.__version__, str(error))
-    settings = {"providers": "CPUExecutionProvider", "session.x64quantprecision": "1"}
     return lambda feed: session.run(None, feed), str(onnxruntime.__version__), settings
 
 

@@ -1,0 +1,112 @@
+"""Pairs: sums of two products of uint8 and int8 fit in 16 bits, counted with integers and in the runtime itself."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from paredown.export import export
+from paredown.export.session import has_exact_products
+from paredown.program import capture
+from paredown.quantize import quantize
+from paredown.quantize.pairs import pair_floor, pair_sums
+
+
+def saturating(a: np.ndarray, w: np.ndarray) -> int:
+    """What vpmaddubsw makes of a row: neighbours' products are summed in int16, and these sums in int32."""
+    products = a.astype(np.int64) * w.astype(np.int64)
+    pairs = np.pad(products, (0, len(products) % 2)).reshape(-1, 2).sum(1)
+    return int(np.clip(pairs, -(2**15), 2**15 - 1).sum())
+
+
+@given(st.lists(st.integers(-127, 127), min_size=1, max_size=12))
+def test_within_128_no_activations_saturate_and_beyond_some_do(row: list[int]) -> None:
+    w = np.array(row, np.int8)
+    extremes = [np.where(w > 0, 255, 0), np.where(w < 0, 255, 0), np.full(len(w), 255)]
+    exact = all(saturating(a.astype(np.uint8), w) == int((a * w.astype(np.int64)).sum()) for a in extremes)
+    found = int(pair_sums(torch.from_numpy(w)[None])[0])
+    same_sign = [abs(int(a) + int(b)) for a, b in zip(w[::2], w[1::2], strict=False)]
+    assert found == max([*same_sign, *([abs(int(w[-1]))] if len(w) % 2 else [])])
+    assert exact == (found <= 128)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(3, 4, 3, 3), (2, 3, 3, 2), (2, 1, 5, 5), (4, 7), (2, 3, 5), (2, 2, 3, 3, 2)]))
+def test_scales_at_the_floor_hold_the_rule_in_every_order(seed: int, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    floor = torch.maximum(pair_floor(weight, 128), weight.abs().flatten(1).amax(1) / 127)
+    codes = torch.round(weight / floor.reshape(-1, *[1] * (len(shape) - 1))).to(torch.int8)
+    assert int(pair_sums(codes).max()) <= 128
+    by_place = codes.reshape(shape[0], shape[1], -1).numpy().astype(int)
+    for out, place in itertools.product(range(shape[0]), range(by_place.shape[2])):  # neighbouring inputs at one place
+        column = np.pad(by_place[out, :, place], (0, shape[1] % 2)).reshape(-1, 2).sum(1)
+        assert np.abs(column).max() <= 128
+
+
+class Bright(nn.Module):
+    """Weights of one sign in every kind of layer: products of bright inputs saturate if they can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, groups=8, padding=1)
+        self.c = nn.Conv2d(8, 12, 3, groups=2)
+        self.d = nn.Linear(12, 16)
+        self.e = nn.Linear(16, 5)
+        for p in self.parameters():
+            nn.init.uniform_(p, 0.05, 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x))))))
+        return self.e(torch.relu(self.d(x.mean((2, 3)))))
+
+
+def both_sessions(path: Path, x: torch.Tensor) -> list[np.ndarray]:
+    found = []
+    for exact in (False, True):
+        options = onnxruntime.SessionOptions()
+        if exact:
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found.append(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    return found
+
+
+def test_a_session_with_no_options_computes_what_an_exact_one_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, bright = Bright().eval(), torch.rand(8, 3, 9, 9) * 0.1 + 0.9
+    quantized = quantize(capture(net, bright[:2]), target="onnxruntime-x86", calibrate=[bright])
+    path = export(quantized, tmp_path / "bright.onnx").path
+    assert has_exact_products(path)
+    fast, exact = both_sessions(path, bright)
+    assert (fast == exact).all()
+    with torch.no_grad():
+        wanted = net(bright).numpy()
+    assert np.abs(fast - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("layer", ["conv", "linear"])
+def test_codes_that_break_the_rule_are_not_called_exact(tmp_path: Path, layer: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    x = torch.rand(32, 2, 2, 2)
+    quantized = quantize(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[x])
+    assert has_exact_products(export(quantized, tmp_path / "fits.onnx").path)
+    quantized.weights["0.weight" if layer == "conv" else "3.weight"].codes[0].fill_(65)  # 65 + 65
+    assert not has_exact_products(export(quantized, tmp_path / "breaks.onnx").path)
+
+
+def test_files_of_floats_have_nothing_to_saturate_and_others_say_nothing(tmp_path: Path) -> None:
+    net = nn.Linear(4, 2)
+    assert has_exact_products(export((net, torch.zeros(2, 4)), tmp_path / "float.onnx").path)
+    assert not has_exact_products(tmp_path / "missing.onnx")
+    foreign = tmp_path / "foreign.onnx"
+    torch.onnx.export(net, (torch.zeros(2, 4),), str(foreign), dynamo=True, verbose=False)
+    assert not has_exact_products(foreign)
