@@ -99,7 +99,9 @@ def _program(setting: Setting, seed: int) -> pare.Program:
     return pare.capture(nets.dense(setting, seed), digits.inputs())
 
 
-def _one(setting: Setting, scheme: str, seed: int) -> tuple[pare.Artifact | object, pare.Quantized | None]:
+def _one(
+    setting: Setting, scheme: str, seed: int
+) -> tuple[pare.Artifact | pare.Quantized | str, pare.Quantized | None]:
     """(what gives the accuracy: the file, or the simulation where no runtime executes it; what it was made of)."""
     name, _, trained = scheme.partition(", ")
     data = None if name in ("int8-dynamic", "w4") else digits.calibration_batches
@@ -117,7 +119,7 @@ def _one(setting: Setting, scheme: str, seed: int) -> tuple[pare.Artifact | obje
     try:
         return pare.export(quantized, path), quantized
     except ParedownError:
-        return quantized.module, quantized
+        return quantized, quantized
 
 
 def _latency(file: pare.Artifact, baseline: pare.Artifact | None) -> pare.Measured:

@@ -22,7 +22,7 @@ def build(setting: Setting) -> Page:
             f"base.epochs={nets.base_epochs(setting)}", f"recover.epochs={nets.recovery_epochs(setting)}",
             f"curve.schedules={setting.pick('[one-shot]', '[one-shot, multi-level]')}",
         ],
-        quiet=True, processes=1,
+        quiet=True,
     ).document  # fmt: skip
     spot = found["sweet_spot"]
     return Page(

@@ -37,7 +37,7 @@ def build(setting: Setting) -> Page:
             Text(text="**Observe, calibrate, convert.** What every weight became:"),
             _codes(quantized),
             Text(text="**Evaluate the file.** Whatever the simulation promised, the claim is made on the file:"),
-            _file(before, measured, parity, nets.accuracy(before), nets.accuracy(quantized.module)),
+            _file(before, measured, parity, nets.accuracy(before), nets.accuracy(quantized)),
         ),
         differ=(
             "The talk’s slide was a picture, so the steps are our reading of it. What we add is the last one: the file is opened in the runtime that will execute it, and what stayed float there is named.",
