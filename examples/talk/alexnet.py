@@ -28,11 +28,7 @@ def build(setting: Setting) -> Page:
     """Both networks through examine, layer by layer."""
     theirs, _ = load_model("torchvision:alexnet")
     first, second = examined(original(), 227), examined(theirs, 224)
-    sums = {
-        "the talk's rows": sum(TOLD),
-        "original": sum(r[4] for r in first),
-        "torchvision": sum(r[4] for r in second),
-    }
+    equal = sum(row[4] == told for row, told in zip(first, TOLD, strict=True))
     return Page(
         title="AlexNet, layer by layer",
         told=(
@@ -43,13 +39,13 @@ def build(setting: Setting) -> Page:
             _table("The original widths (Krizhevsky et al. 2012), without groups, input 3×227×227", first, TOLD),
             _table("torchvision’s AlexNet (after “One weird trick”, 2014), input 3×224×224", second, None),
             Table(
-                caption="The totals",
-                columns=(Column(title="Of"), Column(title="Parameters", mark="counted")),
-                rows=[*sums.items(), ("the talk’s total, as printed", TOLD_TOTAL)],
+                caption="The totals. The talk prints the second one under the first one’s rows; the first is their sum",
+                columns=(Column(title="Of"), Column(title="Parameters", mark="talk"), Column(title="Parameters", mark="counted"), Column(title="MACs", mark="counted")),
+                rows=[("original", sum(TOLD), *_sums(first)), ("torchvision", TOLD_TOTAL, *_sums(second))],
             ),
         ),
         differ=(
-            f"The rows are those of the original: each one is equal to what we count. They add up to {sum(TOLD):,}.",
+            f"{equal} of the talk’s {len(TOLD)} rows are equal to what we count of the original. They add up to {sum(TOLD):,}.",
             f"The total that is printed, {TOLD_TOTAL:,}, is that of torchvision’s AlexNet, whose convolutions have other widths: a table of one network with the total of another.",
             "The paper’s own network has two groups in convolutions 2, 4 and 5, because it ran on two GPUs; without groups, as in the talk’s rows, these layers have twice the weights.",
         ),
@@ -69,6 +65,11 @@ def examined(net: nn.Module, size: int) -> list[tuple[str, str, str, str, int, i
                 (layer.name, layer.kind, "×".join(map(str, kernel)) or "–", output, layer.parameters, layer.macs)
             )
     return rows
+
+
+def _sums(rows: list[tuple[str, str, str, str, int, int]]) -> tuple[int, int]:
+    """Parameters and MACs of all layers."""
+    return sum(r[4] for r in rows), sum(r[5] for r in rows)
 
 
 def _table(caption: str, rows: list[tuple[str, str, str, str, int, int]], told: tuple[int, ...] | None) -> Table:

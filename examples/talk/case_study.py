@@ -27,8 +27,8 @@ COMMAND = "paredown curve examples/newborn/curve.yaml --out runs/newborn-curve"
 
 def build(setting: Setting) -> Page:
     """A ResNet-50 at 256×256 counted beside the talk, and the errors of the synthetic twin where they were measured."""
-    counted = _resnet50()
     twin = _twin(setting.newborn)
+    counted = _resnet50()
     return Page(
         title="Case study: the weight of a newborn",
         told=(
@@ -38,7 +38,7 @@ def build(setting: Setting) -> Page:
         parts=(
             Table(
                 caption="The talk’s four rows",
-                columns=(Column(title="Filters pruned"), *(Column(title=t, mark="talk") for t in ("“MB”", "“GFLOPs”", "MAE, g")), Column(title="MACs remain", mark="talk", form=".3f"), Column(title="(1 − p)²", mark="counted", form=".4f")),
+                columns=(Column(title="Filters pruned"), *(Column(title=t, mark="talk", form="g") for t in ("“MB”", "“GFLOPs”", "MAE, g")), Column(title="MACs remain", mark="talk", form=".3f"), Column(title="(1 − p)²", mark="counted", form=".4f")),
                 rows=[(*row, row[2] / TOLD[0][2], _remains(k) ** 2) for row, k in zip(TOLD, KEPT, strict=True)],
             ),
             Heading(text="Size and multiply-adds, counted"),
@@ -110,7 +110,7 @@ def _head(counted: list[tuple[Cell, ...]]) -> Table:
     return Table(
         caption="An inference: the printed MB read as MiB of float32, and what is left for a head beside the backbone, in millions of parameters",
         columns=(
-            Column(title="Filters pruned"), Column(title="“MB”", mark="talk"), Column(title="Parameters, M, if MiB", mark="estimated", form=".2f"),
+            Column(title="Filters pruned"), Column(title="“MB”", mark="talk", form="g"), Column(title="Parameters, M, if MiB", mark="estimated", form=".2f"),
             Column(title="Backbone, M", mark="counted", form=".2f"), Column(title="Left for a head, M", mark="estimated", form=".2f"),
         ),
         rows=rows,

@@ -2,72 +2,41 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
 
 import paredown as pare
-from paredown.errors import ParedownError
 from paredown.recipes import digits
 from talk import nets
 from talk.page import Cell, Column, Page, Setting, Table, over_seeds, spread
 
+Make = Callable[[Setting, int], nn.Module]
 SCHEMES = {
-    "int8-dynamic": "dynamic: weights stored in int8, ranges of activations found at run time",
+    "int8-dynamic": "dynamic: weights in int8, ranges of activations found at run time",
     "int8": "static: ranges of activations calibrated after training",
     "int8, trained": "QAT: the rounding is in the forward pass while training",
+    "w4": "weights alone in 4 bits, computed in float",
     "w4a8": "static, 4-bit weights",
     "w4a8, trained": "QAT, 4-bit weights",
-    "w4": "weights alone in 4 bits, computed in float",
-    "w4a4": "4-bit weights and activations, static",
+    "w4a4": "static, 4-bit weights and activations",
     "w4a4, trained": "QAT, 4-bit weights and activations",
     "ternary, trained": "QAT, weights −1, 0, 1",
 }
+SIMULATED = ("w4a4",)
+"""Schemes that no runtime here executes."""
+QUICK = ("int8-dynamic", "int8", "int8, trained", "w4", "w4a8", "w4a8, trained")
+LINEAR = ("int8-dynamic", "int8", "w4")
 
 
 def build(setting: Setting) -> Page:
     """Every scheme from the same trained networks; accuracy of the files where a runtime executes them."""
-    rows: list[tuple[Cell, ...]] = []
-    dense = [pare.export(_program(setting, seed), setting.folder / f"float-{seed}.onnx") for seed in setting.seeds]
-    base = [nets.accuracy(file) for file in dense]
-    rows.append(
-        (
-            "float32",
-            "nothing",
-            dense[0].size_bytes,
-            1.0,
-            over_seeds(base),
-            over_seeds([0.0] * len(base)),
-            "file",
-            spread(_latency(dense[0], None)),
-            "–",
-        )
-    )
-    for scheme, told in SCHEMES.items():
-        found = [_one(setting, scheme, seed) for seed in setting.seeds]
-        what, where = found[0]
-        if where is None:
-            rows.append((scheme, f"{told}. {what}", None, None, None, None, "–", None, "–"))
-            continue
-        accuracies = [nets.accuracy(f) for f, _ in found]
-        lost = over_seeds([a - b for a, b in zip(accuracies, base, strict=True)])
-        if isinstance(what, pare.Artifact):
-            floats = pare.check(what, where, digits.calibration_batches, strict=False).float_nodes
-            rows.append(
-                (
-                    scheme,
-                    told,
-                    what.size_bytes,
-                    dense[0].size_bytes / what.size_bytes,
-                    over_seeds(accuracies),
-                    lost,
-                    "file",
-                    spread(_latency(what, dense[0])),
-                    ", ".join(floats) or "none",
-                )
-            )
-        else:
-            rows.append(
-                (scheme, told, None, None, over_seeds(accuracies), lost, "simulated", None, "all: no runtime has it")
-            )
+    schemes = setting.pick(QUICK, tuple(SCHEMES))
+    convolutions = _rows(setting, nets.dense, schemes, "conv")
+    layers = _rows(setting, perceptron, LINEAR, "linear")
+    seeds = f"540 test images, means over {len(setting.seeds)} seeds"
     return Page(
         title="Dynamic, static and trained quantization",
         told=(
@@ -75,73 +44,136 @@ def build(setting: Setting) -> Page:
             "while training. INT8 is 4 times smaller; lower widths are in scope.",
         ),
         parts=(
-            Table(
-                caption=f"The digits network, 540 test images, means over {len(setting.seeds)} seeds. “file”: executed in ONNX Runtime; “simulated”: in PyTorch. Latency of one image, one thread, in turns with the float file: median, 10th to 90th percentile",
-                columns=(
-                    Column(title="Scheme"), Column(title="What it is"), Column(title="Bytes", mark="measured"), Column(title="Times smaller", mark="measured", form=".2f"),
-                    Column(title="Accuracy, %", mark="measured", form=".2f"), Column(title="Against float, points", mark="measured", form="+.2f"),
-                    Column(title="Accuracy of"), Column(title="Latency, ms", mark="measured"), Column(title="Operations in float"),
-                ),
-                rows=rows,
-            ),
+            _table(f"A network of convolutions, {seeds}. “file”: executed in ONNX Runtime; “simulated”: in PyTorch. Latency of one image, one thread, in turns with the float file: median, 10th to 90th percentile", convolutions),
+            _table(f"Three linear layers, 64 → 256 → 256 → 10, {seeds}", layers),
         ),
-        differ=_findings(rows),
-        not_tested=("Phones and processors with VNNI or dot-product instructions, where int8 gains more.", "Rounding repairs (`repair=[\"equalize\", \"gptq\"]`) on this page."),
-        shortened=f"{len(setting.seeds)} seeds, {_epochs(setting)} epochs of QAT." if setting.quick else "",
+        differ=_findings(convolutions, layers),
+        not_tested=("Phones and processors with VNNI or dot-product instructions, where int8 gains more.", "Repairs of the rounding (`repair=[\"equalize\", \"gptq\"]`) on this page."),
+        shortened=f"{len(setting.seeds)} seeds, {_epochs(setting)} epochs of QAT; no {', '.join(s for s in SCHEMES if s not in QUICK)}." if setting.quick else "",
     )  # fmt: skip
 
 
-def _epochs(setting: Setting) -> int:
-    return setting.pick(2, 5)
-
-
-def _program(setting: Setting, seed: int) -> pare.Program:
-    return pare.capture(nets.dense(setting, seed), digits.inputs())
-
-
-def _one(
-    setting: Setting, scheme: str, seed: int
-) -> tuple[pare.Artifact | pare.Quantized | str, pare.Quantized | None]:
-    """(what gives the accuracy: the file, or the simulation where no runtime executes it; what it was made of)."""
-    name, _, trained = scheme.partition(", ")
-    data = None if name in ("int8-dynamic", "w4") else digits.calibration_batches
-    try:
-        if trained:
-            quantized = pare.train_quantized(
-                _program(setting, seed), digits.train_batches, step=digits.step, calibrate=data, scheme=name, seed=seed,
-                epochs=_epochs(setting), teacher=nets.dense(setting, seed), checkpoint=setting.folder / f"qat-{name}-{seed}.safetensors",
-            )  # fmt: skip
-        else:
-            quantized = pare.quantize(_program(setting, seed), scheme=name, calibrate=data)
-    except ParedownError as error:  # a scheme that this network has no layer for
-        return str(error).split(". ")[0], None
-    path: Path = setting.folder / f"scheme-{scheme.replace(', ', '-')}-{seed}.onnx"
-    try:
-        return pare.export(quantized, path), quantized
-    except ParedownError:
-        return quantized, quantized
-
-
-def _latency(file: pare.Artifact, baseline: pare.Artifact | None) -> pare.Measured:
-    return pare.measure(file, digits.calibration_batches, baseline=baseline, memory=False, runs=60, seconds=2.0)[
-        "latency_ms"
-    ]
-
-
-def _findings(rows: list[tuple[Cell, ...]]) -> tuple[str, ...]:
-    by = {row[0]: row for row in rows}
-    told = []
-    if by["int8"][3] is not None:
-        told.append(
-            f"Static INT8 makes this file {by['int8'][3]:.2f} times smaller, not 4: scales, zero points and the graph itself take bytes too, and in a small network they show."
-        )
-    for plain in ("int8", "w4a8", "w4a4"):
-        a, b = by[plain][5], by[f"{plain}, trained"][5]
-        if a is not None and b is not None:
-            told.append(
-                f"{plain}: {a.value:+.2f} points after calibration, {b.value:+.2f} after training with the rounding."
-            )
-    told.append(
-        "Dynamic quantization is for linear and recurrent layers in most frameworks; a network of convolutions has little that it could change. How much stayed in float is in the last column."
+def perceptron(setting: Setting, seed: int) -> nn.Module:
+    """Three linear layers, trained."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    return digits.scratch(
+        net, epochs=nets.base_epochs(setting), seed=seed, checkpoint=setting.folder / f"linear-{seed}.safetensors"
     )
+
+
+def _epochs(setting: Setting) -> int:
+    return setting.pick(1, 5)
+
+
+def _rows(setting: Setting, make: Make, schemes: Sequence[str], name: str) -> list[tuple[Cell, ...]]:
+    """The float file, then every scheme."""
+    floats = [
+        pare.export((make(setting, seed), digits.inputs()), setting.folder / f"{name}-float-{seed}.onnx")
+        for seed in setting.seeds
+    ]
+    base = [nets.accuracy(file) for file in floats]
+    rows: list[tuple[Cell, ...]] = [
+        (
+            "float32",
+            "as it was trained",
+            floats[0].size_bytes,
+            1.0,
+            over_seeds(base),
+            "–",
+            "file",
+            _latency(floats[0]),
+            "all",
+        )
+    ]
+    for scheme in schemes:
+        networks = [_quantized(setting, make, scheme, seed, name) for seed in setting.seeds]
+        path = setting.folder / f"{name}-{scheme.replace(', ', '-')}.onnx"
+        simulated = scheme.partition(",")[0] in SIMULATED
+        things = (
+            networks
+            if simulated
+            else [pare.export(q, path.with_stem(f"{path.stem}-{i}")) for i, q in enumerate(networks)]
+        )
+        accuracies = [nets.accuracy(thing) for thing in things]
+        lost = over_seeds([a - b for a, b in zip(accuracies, base, strict=True)])
+        if simulated:
+            rows.append(
+                (
+                    scheme,
+                    SCHEMES[scheme],
+                    None,
+                    None,
+                    over_seeds(accuracies),
+                    lost,
+                    "simulated",
+                    None,
+                    "no runtime has it",
+                )
+            )
+            continue
+        size, latency = things[0].size_bytes, _latency(things[0], floats[0])
+        stayed = pare.check(things[0], networks[0], digits.calibration_batches, strict=False).float_nodes
+        rows.append(
+            (
+                scheme,
+                SCHEMES[scheme],
+                size,
+                floats[0].size_bytes / size,
+                over_seeds(accuracies),
+                lost,
+                "file",
+                latency,
+                _counted(stayed),
+            )
+        )
+    return rows
+
+
+def _quantized(setting: Setting, make: Make, scheme: str, seed: int, name: str) -> pare.Quantized:
+    bits, _, trained = scheme.partition(", ")
+    net = make(setting, seed)
+    program = pare.capture(net, digits.inputs())
+    data = None if bits in ("int8-dynamic", "w4") else digits.calibration_batches
+    if not trained:
+        return pare.quantize(program, scheme=bits, calibrate=data)
+    return pare.train_quantized(
+        program, digits.train_batches, step=digits.step, calibrate=data, scheme=bits, teacher=net, seed=seed,
+        epochs=_epochs(setting), checkpoint=setting.folder / f"qat-{name}-{bits}-{seed}.safetensors",
+    )  # fmt: skip
+
+
+def _latency(file: pare.Artifact, baseline: pare.Artifact | None = None) -> Cell:
+    measured = pare.measure(file, digits.calibration_batches, baseline=baseline, memory=False, runs=100, seconds=2.0)
+    return spread(measured["latency_ms"])
+
+
+def _counted(nodes: Sequence[str]) -> str:
+    """Operations by kind: "Conv 6, Add 2"."""
+    kinds = Counter(node.partition(":")[0] for node in nodes)
+    return ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) or "none"
+
+
+def _table(caption: str, rows: list[tuple[Cell, ...]]) -> Table:
+    return Table(
+        caption=caption,
+        columns=(
+            Column(title="Scheme"), Column(title="What it is"), Column(title="Bytes", mark="measured"), Column(title="Times smaller", mark="measured", form=".2f"),
+            Column(title="Accuracy, %", mark="measured", form=".2f"), Column(title="Against float, points", mark="measured", form="+.2f"),
+            Column(title="Accuracy of"), Column(title="Latency, ms", mark="measured"), Column(title="Operations in float", mark="measured"),
+        ),
+        rows=rows,
+    )  # fmt: skip
+
+
+def _findings(convolutions: list[tuple[Cell, ...]], layers: list[tuple[Cell, ...]]) -> tuple[str, ...]:
+    by, linear = {row[0]: row for row in convolutions}, {row[0]: row for row in layers}
+    told = [
+        f"Static INT8 makes the file {by['int8'][3]:.2f} times smaller, not 4: scales, zero points and the graph itself take bytes too, and in a small network they show.",
+        f"Dynamic quantization is for linear and recurrent layers, in paredown as in PyTorch: the network of convolutions shrinks by × {by['int8-dynamic'][3]:.2f}, the linear one by × {linear['int8-dynamic'][3]:.2f}.",
+    ]
+    for plain in ("int8", "w4a8", "w4a4"):
+        if f"{plain}, trained" in by:
+            a, b = by[plain][5].value, by[f"{plain}, trained"][5].value
+            told.append(f"{plain}: {a:+.2f} points after calibration, {b:+.2f} after training with the rounding.")
     return tuple(told)

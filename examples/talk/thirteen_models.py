@@ -42,18 +42,18 @@ def build(setting: Setting) -> Page:
             Table(
                 caption="Memory. MB of the state_dict in float32: 10⁶ bytes, and MiB, 2²⁰ bytes",
                 columns=(
-                    Column(title="Network"), Column(title="Input"), Column(title="Parameters, M", mark="talk"),
+                    Column(title="Network"), Column(title="Input"), Column(title="Parameters, M", mark="talk", form="g"),
                     Column(title="Parameters", mark="counted", bar=True), Column(title="Off by, %", mark="counted", form="+.2f"),
-                    Column(title="“MB”", mark="talk"), Column(title="MiB", mark="counted", form=".1f"), Column(title="MB", mark="counted", form=".1f"),
+                    Column(title="“MB”", mark="talk", form="g"), Column(title="MiB", mark="counted", form=".1f"), Column(title="MB", mark="counted", form=".1f"),
                 ),
                 rows=[_memory(row, cost) for row, cost in found],
             ),
             Table(
                 caption="Arithmetic of one image. FLOPs = 2 × MACs; what the talk calls FLOPs are MACs (multiply-adds)",
                 columns=(
-                    Column(title="Network"), Column(title="“GFLOPs”", mark="talk"), Column(title="GMACs", mark="counted", form=".3f", bar=True),
+                    Column(title="Network"), Column(title="“GFLOPs”", mark="talk", form="g"), Column(title="GMACs", mark="counted", form=".3f", bar=True),
                     Column(title="GFLOPs", mark="counted", form=".3f"), Column(title="Off by, %", mark="counted", form="+.1f"),
-                    Column(title="“FLOPs” per parameter", mark="talk"), Column(title="MACs per parameter", mark="counted", form=".1f", bar=True),
+                    Column(title="“FLOPs” per parameter", mark="talk", form="g"), Column(title="MACs per parameter", mark="counted", form=".1f", bar=True),
                     Column(title="FLOPs per parameter", mark="counted", form=".1f"),
                 ),
                 rows=[_arithmetic(row, cost) for row, cost in found],
@@ -128,7 +128,7 @@ def _differences(found: list[tuple[tuple, pare.Cost]]) -> Iterator[str]:
     ]
     yield f"Multiply-adds differ by more than 5 % for {', '.join(apart) or 'none'}. The talk calls MACs FLOPs; counted as two operations each, there are twice as many."
     alex = next(cost for row, cost in found if row[0] == "AlexNet")
-    yield f"AlexNet’s 1.0 G is not what torchvision’s network of 61 M parameters does: {alex.macs / 1e9:.2f} G multiply-adds, so {alex.macs / alex.parameters:.1f} per parameter and not 16.4. 1.1 G is the original without groups (next page)."
+    yield f"AlexNet’s 1.0 G is not what torchvision’s network of 61 M parameters does: {alex.macs / 1e9:.2f} G multiply-adds, so {alex.macs / alex.parameters:.1f} per parameter and not 16.4. The original, without groups, comes nearer (next page)."
     mebi = sum(
         abs(cost.state_dict_bytes / 2**20 - row[6]) < abs(cost.state_dict_bytes / 1e6 - row[6]) for row, cost in found
     )

@@ -30,7 +30,7 @@ def build(setting: Setting) -> Page:
     times = {runtime: timed(runtime, channels, setting) for runtime in RUNTIMES}
     curves = {runtime: [(c, t) for c, t in found.items()] for runtime, found in times.items()}
     per_channel = {
-        runtime: [(c, 1000 * t.value / c) for c, t in found.items() if c >= 4] for runtime, found in times.items()
+        runtime: [(c, 1000 * t.value / c) for c, t in found.items() if c >= 16] for runtime, found in times.items()
     }
     steps = [(runtime, *(step_at(found, w) for w in WIDTHS)) for runtime, found in times.items()]
     return Page(

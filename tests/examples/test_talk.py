@@ -1,0 +1,359 @@
+"""The book of the talk: its pages against numbers worked out here, and a book that is killed, fails, goes on, and stands alone."""
+
+import ast
+import io
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+
+from curve_records import head, sweep, trial
+from paredown.records import Measured
+from paredown.report.curve_document import curve_document
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from talk import book, case_study, noise, page, redundancy, thirteen_models, tiles, which_zeros  # noqa: E402  # fmt: skip
+
+CHEAP = ("cast", "alexnet", "scale_and_zero_point", "glossary", "later")
+"""Pages that tests build; the others are marked slow."""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("book")
+
+
+@pytest.fixture(scope="module")
+def quick(out: Path) -> page.Setting:
+    (out / "work").mkdir()
+    return page.Setting(quick=True, folder=out / "work")
+
+
+@pytest.fixture(scope="module")
+def built(out: Path, quick: page.Setting) -> dict[str, dict[str, Any]]:
+    return book.build(CHEAP, quick, out)
+
+
+def tables(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in result["page"]["parts"] if part["kind"] == "table"]
+
+
+# --------------------------------------------------------------------------------------------------------- the pages
+
+
+def test_every_module_of_the_folder_is_a_page_of_the_book_or_serves_pages() -> None:
+    serving = {"__init__", "book", "draw", "nets", "page", "timing"}
+    assert {p.stem for p in (EXAMPLES / "talk").glob("*.py")} == serving | set(book.PAGES)
+    assert len(set(book.PAGES)) == len(book.PAGES) == 20
+
+
+def test_every_page_has_a_build_and_a_title_of_its_own() -> None:
+    titles = []
+    for name in book.PAGES:
+        tree = ast.parse((EXAMPLES / "talk" / f"{name}.py").read_text(encoding="utf-8"))
+        assert [f.name for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "build"] == ["build"], name
+        made = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Page"]
+        given = {k.arg: k.value for k in made[0].keywords}
+        assert {"title", "told", "parts", "differ"} <= given.keys(), name
+        titles.append(ast.literal_eval(given["title"]))
+    assert len(set(titles)) == len(book.PAGES) and all(titles)
+
+
+def test_the_thirteen_rows_are_those_of_the_talk() -> None:
+    names = "AlexNet VGG-16 VGG-19 ResNet-18 ResNet-50 ResNet-101 ResNet-152 InceptionV3 Xception MobileNetV1 MobileNetV2 EfficientNet-B0 EfficientNet-B7"
+    told = (61, 1.0, 16.4, 233, 138, 15.5, 112.3, 528, 144, 19.6, 136.1, 549, 11.7, 1.8, 153.8, 44, 25.6, 4.1, 160.2, 98, 44.6, 7.6, 170.6, 167,
+            60.2, 11.3, 187.5, 230, 23.8, 5.7, 239.3, 92, 22.9, 8.4, 366.3, 88, 4.2, 0.57, 135.7, 16, 3.5, 0.3, 85.7, 14, 5.3, 0.39, 73.6, 20,
+            66, 37, 560.6, 255)  # fmt: skip
+    assert [row[0] for row in thirteen_models.TOLD] == names.split()
+    assert [v for row in thirteen_models.TOLD for v in row[3:]] == [*told]
+    sides = {row[0]: row[2] for row in thirteen_models.TOLD}
+    assert {n for n, s in sides.items() if s != 224} == {"InceptionV3", "Xception", "EfficientNet-B7"}
+
+
+def resnet18() -> tuple[int, int]:
+    """Parameters and MACs of ResNet-18 at 224×224, by hand."""
+    parameters, macs = 3 * 64 * 49 + 128, 3 * 64 * 49 * 112**2
+    for stage, width in enumerate((64, 128, 256, 512)):
+        before, side = (64 if stage == 0 else width // 2), 56 // 2**stage
+        convolutions = [(before, width, 9), (width, width, 9), (width, width, 9), (width, width, 9)]
+        convolutions += [(before, width, 1)] if stage else []
+        parameters += sum(i * o * k + 2 * o for i, o, k in convolutions)
+        macs += sum(i * o * k for i, o, k in convolutions) * side**2
+    return parameters + 513_000, macs + 512_000
+
+
+def alexnet_by_hand(widths: tuple[int, ...], sides: tuple[int, ...], size: int) -> tuple[list[int], list[int]]:
+    """Parameters and MACs of every layer."""
+    kernels, before = (121, 25, 9, 9, 9), (3, *widths[:-1])
+    weights = [i * o * k for i, o, k in zip(before, widths, kernels, strict=True)]
+    linear = [(widths[-1] * 36, 4096), (4096, 4096), (4096, 1000)]
+    parameters = [w + o for w, o in zip(weights, widths, strict=True)] + [i * o + o for i, o in linear]
+    assert size in (224, 227)
+    return parameters, [w * s**2 for w, s in zip(weights, sides, strict=True)] + [i * o for i, o in linear]
+
+
+def test_two_of_the_thirteen_in_closed_form() -> None:
+    cost = thirteen_models.examined("torchvision:resnet18", 224)
+    assert (cost.parameters, cost.macs) == resnet18() == (11_689_512, 1_814_073_344)
+    parameters, macs = alexnet_by_hand((64, 192, 384, 256, 256), (55, 27, 13, 13, 13), 224)
+    cost = thirteen_models.examined("torchvision:alexnet", 224)
+    assert (cost.parameters, cost.macs) == (sum(parameters), sum(macs)) == (61_100_840, 714_188_480)
+    row = thirteen_models._memory(thirteen_models.TOLD[0], cost)
+    assert row[4] == pytest.approx(100 * (61.10084 / 61 - 1)) and row[6] == pytest.approx(61_100_840 * 4 / 2**20)
+    told = " ".join(thirteen_models._differences([(thirteen_models.TOLD[0], cost)]))
+    assert "1 of 1 are within 1 %" in told and "AlexNet (0.714 against 1)" in told and "11.7 per parameter" in told
+
+
+def test_the_rows_of_alexnet_are_exactly_the_talks(built: dict[str, Any]) -> None:
+    original, theirs, totals = tables(built["alexnet"])
+    rows = [34_944, 614_656, 885_120, 1_327_488, 884_992, 37_752_832, 16_781_312, 4_097_000]
+    assert [r[4] for r in original["rows"]] == [r[5] for r in original["rows"]] == rows
+    parameters, macs = alexnet_by_hand((96, 256, 384, 384, 256), (55, 27, 13, 13, 13), 227)
+    assert rows == parameters and [r[6] for r in original["rows"]] == macs
+    parameters, macs = alexnet_by_hand((64, 192, 384, 256, 256), (55, 27, 13, 13, 13), 224)
+    assert [(r[4], r[5]) for r in theirs["rows"]] == [*zip(parameters, macs, strict=True)]
+    assert [r[1:3] for r in totals["rows"]] == [[62_378_344] * 2, [61_100_840] * 2]
+    assert built["alexnet"]["page"]["differ"][0].startswith("8 of the talk’s 8 rows")
+    assert original["rows"][0][2:4] == ["11×11", "96×55×55"]
+
+
+def test_the_casts_of_pi_are_numpys(built: dict[str, Any]) -> None:
+    rows = {r[0]: r for r in tables(built["cast"])[0]["rows"]}
+    kept = {
+        "float64": np.float64(np.pi),
+        "float32": np.float32(np.pi),
+        "float16": np.float16(np.pi),
+        "int8": np.int8(np.rint(np.pi)),
+    }
+    for kind, value in kept.items():
+        assert float(rows[kind][4]) == float(value)
+        assert rows[kind][5] == abs(float(value) - np.pi) and rows[kind][1] == value.itemsize * 8
+        assert rows[kind][6] == pytest.approx(100 * abs(float(value) - np.pi) / np.pi, rel=1e-12)
+    assert rows["float16"][6] == pytest.approx(3.08e-2, rel=0.01) and rows["int8"][6] == pytest.approx(4.51, rel=0.01)
+    weights = {r[0]: r for r in tables(built["cast"])[1]["rows"]}
+    assert weights["int8, plain cast"][1] > 99 and weights["int8, plain cast"][2] < weights["float32"][2] - 50
+    assert abs(weights["int8, one scale per channel"][2] - weights["float32"][2]) < 2
+
+
+def test_the_zero_points_are_those_of_the_formula(built: dict[str, Any]) -> None:
+    cases = next(t for t in tables(built["scale_and_zero_point"]) if "10,001" in t["caption"])
+    low, high, x = -1.0, 3.0, np.linspace(-1, 3, 10_001)
+    for (quant_min, quant_max), pair in zip(
+        ((0, 255), (-128, 127)), (cases["rows"][:2], cases["rows"][2:]), strict=True
+    ):
+        scale = (high - low) / (quant_max - quant_min)
+        for row, zero in zip(pair, (quant_min - round(low / scale), (high + low) / 2), strict=True):
+            codes = np.clip(np.rint(x / scale + zero), quant_min, quant_max)
+            errors = np.abs(scale * (codes - zero) - x)
+            assert row[2] == zero
+            assert row[3] == pytest.approx(errors.max(), rel=1e-4) and row[4] == pytest.approx(
+                np.sqrt((errors**2).mean()), rel=1e-4
+            )
+    assert cases["rows"][1][3] > 100 * cases["rows"][0][3]
+
+
+def test_the_glossary_is_that_of_the_docs(built: dict[str, Any]) -> None:
+    said = " ".join(p["text"] for p in built["glossary"]["page"]["parts"])
+    source = (EXAMPLES.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^\*\*(.+?)\*\*", source, flags=re.MULTILINE)
+    assert len(terms) > 40 and all(f"**{t}**" in said for t in terms)
+
+
+def test_what_is_left_for_later_claims_nothing(built: dict[str, Any]) -> None:
+    (table,) = tables(built["later"])
+    assert {"MobileLLM", "QuEST"} <= {r[0] for r in table["rows"]} and all(r[-1] is None for r in table["rows"])
+
+
+# --------------------------------------------------------------------------------------------- what pages compute with
+
+
+def test_similarity_of_filters_against_a_loop() -> None:
+    weight = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    rows = weight.flatten(1).numpy().astype(np.float64)
+    cosine = np.abs([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in rows] for a in rows])
+    largest = np.mean([max(c for j, c in enumerate(row) if j != i) for i, row in enumerate(cosine)])
+    signed = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in rows] for a in rows])
+    values = np.linalg.eigvalsh(signed)
+    found = redundancy.similarity(weight)
+    assert found == pytest.approx((largest, values.sum() ** 2 / (values**2).sum() / 6))
+    alike = redundancy.similarity(torch.ones(4, 2, 1, 1))
+    assert alike == pytest.approx((1.0, 0.5))
+    assert redundancy.similarity(torch.eye(4)[..., None, None]) == pytest.approx((0.0, 1.0))
+
+
+def test_blur_is_a_gaussian_and_jpeg_is_pillows() -> None:
+    from PIL import Image
+
+    image = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = scipy.ndimage.gaussian_filter(image[0, 0].numpy(), 0.8, mode="constant", radius=2)
+    assert noise.blur(image, 0.8)[0, 0].numpy() == pytest.approx(wanted, abs=1e-5)
+    file = io.BytesIO()
+    Image.fromarray((image[1, 0] * 255).round().byte().numpy()).save(file, "JPEG", quality=20)
+    assert noise.jpeg(image, 20)[1, 0].numpy() == pytest.approx(np.asarray(Image.open(file)) / 255, abs=1e-6)
+    wide = noise.gaussian(torch.full((1, 1, 200, 200), 0.5), 0.1)
+    assert float(wide.std()) == pytest.approx(0.1, rel=0.02) and torch.equal(
+        noise.gaussian(image, 0.1), noise.gaussian(image, 0.1)
+    )
+
+
+def at(value: float) -> page.Spread:
+    return page.Spread(value=value, low=None, high=None)
+
+
+def test_break_even_is_where_the_line_comes_to_one_for_good() -> None:
+    assert which_zeros.crossing([(50, at(2.0)), (70, at(1.5)), (90, at(0.5))]) == pytest.approx(80)
+    assert which_zeros.crossing([(50, at(0.9)), (70, at(1.2)), (90, at(0.8))]) == pytest.approx(80)
+    assert which_zeros.crossing([(50, at(2.0)), (90, at(1.1))]) is None
+    assert which_zeros.crossing([(50, at(0.5)), (90, at(0.4))]) == 50
+
+
+def test_the_step_of_a_tile_is_found_and_a_smooth_line_has_none() -> None:
+    tiled = {c: at(math.ceil(c / 8)) for c in range(1, 65)}
+    smooth = {c: at(float(c)) for c in range(1, 65)}
+    mean = 7 / 63
+    assert tiles.step_at(tiled, 8) == pytest.approx(1 / mean) and tiles.step_at(smooth, 8) == pytest.approx(1)
+    assert tiles.step_at(tiled, 4) == 0  # at 7 of its 15 multiples a tile begins
+    rows = [
+        ("one", *(tiles.step_at(tiled, w) for w in tiles.WIDTHS)),
+        ("two", *(tiles.step_at(smooth, w) for w in tiles.WIDTHS)),
+    ]
+    assert "8 channels wide" in tiles._told("one", rows) and "no width" in tiles._told("two", rows)
+
+
+def test_a_layer_of_the_tiles_page_does_what_its_shape_says() -> None:
+    assert tiles.layer(24).macs == 24 * 64 * 9 * 14 * 14
+
+
+def test_the_four_rows_of_the_twin_are_read_from_its_curve(tmp_path: Path) -> None:
+    assert [r[1:] for r in case_study._twin(None)[-1].rows] == [(None, None, None)] * 4
+    levels = [trial("pruned", 0.5, seed, 97.0 - seed, 96.5 - seed, schedule="multi-level") for seed in range(3)]
+    records = sweep({0.75: [98.0, 98.5, 97.5], 0.5: [95.0, 96.0, 94.0]}, [99.0, 99.1, 98.9])
+    document = curve_document([head(), *records, *levels])
+    (tmp_path / "curve.json").write_text(json.dumps(document))
+    found = case_study._twin(tmp_path)[0]
+    points = {(p["kind"], p["schedule"], p["amount"]): p for line in document["lines"] for p in line["points"]}
+    wanted = [
+        ("base", None, None),
+        ("pruned", "one-shot", 0.75),
+        ("pruned", "multi-level", 0.5),
+        ("pruned", "one-shot", 0.5),
+    ]
+    for row, (kind, schedule, amount) in zip(found.rows, wanted, strict=True):
+        point = next(
+            p
+            for key, p in points.items()
+            if (key == (kind, schedule, amount) if kind == "pruned" else key[0] == "base")
+        )
+        assert row[3].value == point["test"]["mean"] and row[1] == point["absolute"]["bytes"] / 1e6
+
+
+def test_cells_say_where_nobody_looked_and_keep_their_interval() -> None:
+    assert "not tested" in str(book.cell(None)) and str(book.cell(1234567)) == "1,234,567"
+    assert str(book.cell(-0.5, "+.2f")) == "−0.50" and str(book.cell("<b>`x`")) == "&lt;b&gt;<code>x</code>"
+    told = str(book.cell({"value": 1.5, "low": 1.0, "high": 2.0}, ".1f"))
+    assert told == "1.5<small>1.0 to 2.0</small>"
+    assert page.spread(Measured(value=None, unit="ms", badge="not tested")) is None
+    with pytest.raises(ValueError, match="2 cells"):
+        page.Table(caption="", columns=(page.Column(title="a"), page.Column(title="b")), rows=[("one",)])
+
+
+# ----------------------------------------------------------------------------------------------------------- the book
+
+
+class Tags(HTMLParser):
+    """Every tag is closed in order; references are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"]] if given.get("id") else []
+        self.references += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "action", "data") and v]
+        if tag not in ("meta", "img", "br", "path", "rect", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("path", "rect", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+
+def test_the_book_stands_alone(built: dict[str, Any]) -> None:
+    text = book.bind(built)
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open and len(set(tags.ids)) == len(tags.ids) > 10
+    inside = {r.removeprefix("#") for r in tags.references if r.startswith("#")}
+    assert inside <= set(tags.ids) and all(r.startswith(("#", "data:")) for r in tags.references)
+    assert not re.search(r"<script|<link|@import|url\(|https?://", text)
+    assert "default-src 'none'" in text and len(text) < 3e6
+    for name, result in built.items():
+        assert result["status"] == "done" and f'href="#{name}"' in text and result["page"]["title"] in text
+    assert text.count("data:image/svg+xml;base64,") >= 5 and "def build(setting" in text
+    assert "estimated</span>" in text and "not tested</span>" in text and "talk</span>" in text
+
+
+def test_a_page_that_is_there_is_not_built_again_and_a_torn_one_is(
+    built: dict[str, Any], out: Path, quick: page.Setting
+) -> None:
+    place = out / "pages" / "later.json"
+    before = place.stat().st_mtime_ns
+    assert book.build(["later"], quick, out)["later"] == built["later"] and place.stat().st_mtime_ns == before
+    place.write_text(place.read_text(encoding="utf-8")[:-40], encoding="utf-8")  # as if killed, were it not atomic
+    assert book.build(["later"], quick, out)["later"]["status"] == "done" and json.loads(
+        place.read_text(encoding="utf-8")
+    )
+    full = page.Setting(quick=False, folder=quick.folder)
+    assert book._key("later", full) != book._key("later", quick)
+
+
+def test_a_page_that_fails_is_marked_and_the_others_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "curve.json").write_text("{ torn")
+    out = tmp_path / "out"
+    command = [str(out), "--quick", "--newborn", str(tmp_path / "twin"), "--pages", "case_study", "later"]
+    assert book.main(command) == 1
+    text = (out / "book.html").read_text(encoding="utf-8")
+    assert "This page failed." in text and "JSONDecodeError" in text and "Left for later" in text
+    assert "FAILED: case_study" in capsys.readouterr().err
+    assert book.main([str(out), "--quick", "--pages", "later"]) == 0
+    assert "later: there already" in capsys.readouterr().err
+
+
+def test_a_book_of_some_pages_keeps_those_of_before(tmp_path: Path) -> None:
+    assert book.main([str(tmp_path), "--quick", "--pages", "later"]) == 0
+    assert book.main([str(tmp_path), "--quick", "--pages", "glossary"]) == 0
+    text = (tmp_path / "book.html").read_text(encoding="utf-8")
+    assert text.index('id="glossary"') < text.index('id="later"')  # in the order of the book
+
+
+def test_an_unknown_page_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as refused:
+        book.main([str(tmp_path), "--pages", "nonsense"])
+    assert refused.value.code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in book.PAGES if n not in CHEAP])
+def test_every_page_is_built(name: str, quick: page.Setting, out: Path) -> None:
+    result = book.build([name], quick, out)[name]
+    assert result["status"] == "done", result.get("reason")
+    page_ = result["page"]
+    assert page_["told"] and page_["parts"] and page_["differ"] and book.bind({name: result})
+    marks = {c["mark"] for t in tables(result) for c in t["columns"]}
+    assert marks & {"measured", "counted"}
