@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=["resnet20", "resnet56"])
     parser.add_argument("--draws", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--tools", nargs="*", help="tools whose names begin like this; default: all")
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -200,7 +201,7 @@ def main() -> None:
     rows = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
     done = [{k: r[k] for k in ("model", "tool", "draw")} for r in rows]
     for cell in cells(given.models, given.draws):
-        if cell in done or given.show:
+        if cell in done or given.show or (given.tools and not any(cell["tool"].startswith(t) for t in given.tools)):
             continue
         with tempfile.TemporaryDirectory() as folder:
             row = run(cell, given.data, Path(folder))

@@ -54,8 +54,8 @@ def quantize(
 
     q = clamp(round(x / s) + z, qmin, qmax). `scheme` is "int8" (8-bit weights and activations), "w4a8" or "w4a4".
     Weights: z = 0; eight bits have s = max|w| / 127 per channel and codes in [-127, 127], four bits the scale of least
-    squared error and codes in [-8, 7]. In int8 for x86 the layers that read the model's inputs have codes in [-63, 63], with scales of
-    least squared error: see `Target.input_weight_bits`. Activations: the target's dtype (uint8 for ONNX Runtime on x86), range by
+    squared error and codes in [-8, 7]. For x86, s is larger where two neighbouring weights would add up to more than ±128: their products
+    could saturate (see `Target.pair_sum`). Activations: the target's dtype (uint8 for ONNX Runtime on x86), range by
     `observer`: "minmax" (all values seen), "moving-average" (of the batches' ranges), "percentile" (99.99 % of the
     values; another one as "percentile=99.9"), "mse" (least squared error) or "entropy" (TensorRT's; not for outputs of
     sigmoid or softmax), the last three from a streaming histogram. Batch norm is folded first. Works on a user's own
