@@ -242,6 +242,9 @@ class Measure(Strict):
     """Readings at most."""
     seconds: float = Field(default=10.0, gt=0)
     """Time at most, seconds; whichever of runs and seconds ends first, but not before 5 readings."""
+    noise: bool = False
+    """Measure the metric of the dense and of the recommended file on disturbed pictures too: noise, blur and contrast in three
+    strengths each, 20 evaluations."""
     known_metric: float | None = None
     """What the dense model is known to score, in the metric's unit; a run stops with exit code 5 where its file does not."""
     known_within: float | None = Field(default=None, ge=0)

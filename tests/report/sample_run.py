@@ -217,6 +217,55 @@ def verdict(**more: Any) -> Record:
     return record("verdict", "Verdict", details=details)
 
 
+def insight() -> Record:
+    """The closer look of the sample run, as of a regression so that every part of it is there."""
+    names = [n["name"] for n in layers(WIDTHS["level-2"])]
+    figures = {
+        "peak_flops": Measured(value=3.1e10, unit="FLOP/s", protocol="matrix product", timing=True),
+        "bandwidth": Measured(value=8e9, unit="B/s", protocol="copy", timing=True),
+    }
+    both = {"value": 98.0, "low": 96.5, "high": 98.9}
+    details = {
+        "subject": "int8",
+        "bits": {
+            "moved": "",
+            "layers": [
+                {"name": f"{n}.weight", "kind": "conv2d", "parameters": 90, "bits": 8, "weight_db": 41.0 - i, "input_db": 44.5}
+                for i, n in enumerate(names)
+            ],
+        },
+        "changed": {
+            "n": 540,
+            "hits": False,
+            "turns": {"gained": 2, "lost": 4, "both": 528, "neither": 6},
+            "worst": {"n": 54, "dense": 61.5, "now": 58.0, "of_dense": 60.25},
+            "slices": [
+                {"column": "hospital", "value": "north", "n": 80, "dense": 98.0, "now": 91.0, "change": -7.0, "low": -9.0, "high": -5.0},
+                {"column": "hospital", "value": "south", "n": 90, "dense": 97.0, "now": 97.5, "change": 0.5, "low": -1.0, "high": 2.0},
+            ],
+            "most": [{"id": "image-0074", "dense": 100.0, "now": 0.0}],
+            "best": [{"id": "image-0240", "dense": 0.0, "now": 100.0}],
+            "named": True,
+            "scatter": [[1.0, 2.0], [2.0, 2.5], [3.0, 2.0]],
+        },
+        "bias": {"files": {
+            "dense": {"value": 0.1, "low": -0.2, "high": 0.4, "n": 540, "scatter": [[1.0, 1.1], [2.0, 2.3]]},
+            "int8": {"value": 1.9, "low": 1.5, "high": 2.3, "n": 540, "scatter": [[1.0, 2.9], [2.0, 3.9]]},
+        }},
+        "noise": {"spread": 0.3, "rows": [
+            {"kind": "none", "strength": 0.0, "dense": both, "now": both},
+            {"kind": "blur", "strength": 1.0, "dense": both, "now": {**both, "value": 88.0}},
+        ]},
+        "roofline": [
+            {"name": names[0], "kind": "conv2d", "flops": 1_179_648, "bytes": 53_248},
+            {"name": "head", "kind": "linear", "flops": 1280, "bytes": 2896},
+        ],
+        "slices_given": True,
+        "noise_asked": True,
+    }  # fmt: skip
+    return record("insight", "A closer look", measured=figures, details=details)
+
+
 def sample() -> list[Record]:
     """All records of the run."""
     dense, small = WIDTHS["dense"], WIDTHS["level-2"]
@@ -257,5 +306,6 @@ def sample() -> list[Record]:
             measured=twin,
             details=exported("twin-int8", (12, 24, 32), int8=True),
         ),
+        insight(),
         verdict(),
     ]

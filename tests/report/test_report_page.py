@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_run import MACHINE, exported, layers, measured, record, sample, verdict
+from sample_run import MACHINE, exported, insight, layers, measured, record, sample, verdict
 
 from paredown.errors import MissingError, RejectedError
 from paredown.records import Measured, Record, append
@@ -21,7 +21,7 @@ from paredown.report import page, render, write_report
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 ALLOWED = set(
-    "html head meta title style body a header h1 h2 h3 p nav ul li main section div span b strong small table caption thead tbody tfoot tr th td svg rect polyline pre code dl dt dd footer".split()
+    "html head meta title style body a header h1 h2 h3 p nav ul li main section div span b strong small table caption thead tbody tfoot tr th td svg rect polyline circle path pre code dl dt dd footer".split()
 )
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -187,10 +187,46 @@ def test_hostile_names_reach_the_disk(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["records.jsonl", "report.html"]
 
 
+def test_the_closer_look_says_for_whom_and_what_bounds_a_layer() -> None:
+    html = render(sample())
+    text = Page(html).text
+    for said in (
+        "hospital north 80 98.00 % 91.00 % −7.00 points −9.00 to −5.00 points",
+        "South".lower() + " 90 97.00 % 97.50 % +0.50 points −1.00 to +2.00 points no difference shown",
+        "image-0074 100.00 % 0.00 %",
+        "right before, wrong now",
+        "dense file, mean of its own worst 54",
+        "stage1.0.conv1.weight conv2d 8 bits 90 41.0 dB 44.5 dB",
+        "1 of 2 layers of the dense network are memory-bound here",
+        "fewer than 3.88 FLOP per byte waits for memory",
+        "blur, σ = 1 pixels",
+        "no bias shown",
+        "biased",
+        "Pruned, level 1, FP32 level-1.onnx Dense FP32",
+    ):
+        assert said in text, said
+    assert html.count("<circle") == 3 + 2 + 2 + 2
+
+
+def test_what_was_not_looked_at_is_named() -> None:
+    run = sample()
+    text = Page(render([*run[:6], run[7]])).text
+    assert "this run is from before" in text and "For whom" not in text
+    less = {
+        "changed": {**run[6].details["changed"], "slices": []},
+        "bias": None,
+        "noise": {"why": "inputs are not pictures"},
+    }
+    plain = dataclasses.replace(run[6], details={**run[6].details, **less, "slices_given": False})
+    text = Page(render([*run[:6], plain, run[7]])).text
+    for said in ("the task module has no slices()", "no column target", "inputs are not pictures"):
+        assert said in text.split("Provenance Not tested")[1], said
+
+
 def test_csv_holds_no_formula() -> None:
     shown = Page(render(with_names("=HYPERLINK(1)")))
     links = [a["href"] for _, a in shown.tags if (a.get("href") or "").startswith("data:")]
-    assert len(links) == 3
+    assert len(links) == 12  # one per chart
     cells = [
         c
         for h in links
@@ -371,12 +407,19 @@ def test_large_networks_fit() -> None:
         for m in many
     ]
     nodes = [f"Conv: {m['name']}" for m in many]
+    closer = insight()
+    bits = [
+        {"name": m["name"], "kind": "conv2d", "parameters": 9, "bits": 8, "weight_db": 40.0, "input_db": 41.0}
+        for m in many
+    ]
+    roof = [{"name": m["name"], "kind": "conv2d", "flops": 1000 + i, "bytes": 999} for i, m in enumerate(many)]
     pins = [{"reason": f"because {i}", "units": i, "where": m["name"]} for i, m in enumerate(many)]
     run = [
         record("examine", "Dense", details={"layers": many, "pinned": pins, "uncounted": nodes, "alarms": nodes}),
         record("dense", "Dense", details={"layers": many}),
         record("level-1", "Level 1", details={"layers": many, "removed": spaces, "history": list(range(1, 3000))}),
         record("int8", "INT8", details=exported("int8", (8, 8, 8), True) | {"float_nodes": nodes, "notes": nodes}),
+        dataclasses.replace(closer, details={**closer.details, "bits": {"layers": bits}, "roofline": roof}),
         verdict(warnings=nodes),
     ]
     text = harmless(render(run)).text

@@ -459,6 +459,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
     # Nothing in here is drawn from timings, so that two runs give the same verdict; the report adds what they say.
     otherwise = verdicts.fallback(run, by_stage, met=met)
     recommended = run.recipe.quantize.scheme if met else otherwise
+    _closer(run, by_stage, recommended, program)
     file = str(by_stage[recommended].details["file"])
     details = {
         "recommended": recommended,
@@ -471,9 +472,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
         "not_tested": verdicts.not_tested(by_stage, run.recipe.target),
         "normalisation": run.task.normalisation,
         "input": input_of(program),
-        "snippet": snippet(
-            file, run.task.normalisation, program, exact=has_exact_products(run.folder.path / file)
-        ),
+        "snippet": snippet(file, run.task.normalisation, program, exact=has_exact_products(run.folder.path / file)),
         "warnings": [*roles.warnings, *random_note(run), *_alarms(by_stage)],
         "test_data": roles.test_digest,
     }
@@ -487,6 +486,14 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
 
     write_report(run.folder.path)
     return (*by_stage.values(), record), details
+
+
+def _closer(run: Run, by_stage: Mapping[str, Record], recommended: str, program: Program) -> None:
+    """What else is to be seen of the recommended file; where that is the dense one, of the quantized one."""
+    subject = recommended if recommended != "dense" else run.recipe.quantize.scheme
+    files = [by_stage[n].details["digest"] for n in ("dense", subject)]
+    key = key_of(run.recipe.digest, subject, files, run.environment, run.dense["slices"])
+    run.folder.stage(80, INSIGHT, key, lambda: insight(run, subject, program, lambda name: _artifact(run, name)))
 
 
 def _alarms(by_stage: Mapping[str, Record]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from paredown.records import Record
 from paredown.report.figures import line
+from paredown.report.layers import SMALL, csv_link
 from paredown.report.reading import View, entry, figure, items, mapping, number, stage_name, stage_title, text
 from paredown.report.wording import difference, digits, quantity, whole
 
@@ -130,6 +131,15 @@ def training_lines(run: View) -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def training_csv(run: View) -> str:
+    """Loss of every epoch, for a spreadsheet."""
+    lines = []
+    for record in run.records:
+        losses = [_loss(e) for e in items(entry(record, "history"))]
+        lines += [[stage_name(record), i, v] for i, v in enumerate(losses, start=1) if v is not None]
+    return csv_link(("stage", "epoch", "loss"), lines, SMALL)
 
 
 def _loss(epoch: Any) -> float | None:

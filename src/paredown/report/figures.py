@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -50,6 +51,42 @@ def line(values: list[float]) -> Svg:
         f"{i * step:.2f},{2 + 36 * (1 - _share(v - low, high - low) / 100):.2f}" for i, v in enumerate(values)
     )
     return _svg(40, f'<polyline class="line" points="{points}" vector-effect="non-scaling-stroke"/>')
+
+
+def scatter(points: list[tuple[float, float]]) -> Svg:
+    """Dots on equal axes, from the least to the largest of all numbers; on the thin line both are equal."""
+    ends = [v for p in points for v in p]
+    scale = (min(ends), max(ends))
+    dots = "".join(
+        f'<circle class="dot-of" cx="{_place(x, scale):.1f}" cy="{100 - _place(y, scale):.1f}" r="1.1"/>'
+        for x, y in points
+    )
+    line = '<path class="even" d="M0 100L100 0"/>'
+    return Svg(
+        markup=f'<svg class="square" viewBox="-2 -2 104 104" aria-hidden="true" focusable="false">{line}{dots}</svg>'
+    )
+
+
+def roof(points: list[tuple[float, float, bool]], peak: float, bandwidth: float) -> Svg:
+    """A roofline on logarithmic axes: FLOP per byte across, FLOP/s up; dots are layers, the darker ones bound by memory."""
+    ridge = peak / bandwidth
+    across = [p[0] for p in points] + [ridge]
+    x = (math.log10(min(across)) - 0.3, math.log10(max(across)) + 0.3)
+    y = (min(math.log10(bandwidth) + x[0], *(math.log10(p[1]) for p in points)), math.log10(peak) + 0.15)
+
+    def at(intensity: float, speed: float) -> tuple[float, float]:
+        return 2 * _place(math.log10(intensity), x), 80 - 0.8 * _place(math.log10(speed), y)
+
+    low, high = 10 ** x[0], 10 ** x[1]
+    corner, left, right = at(ridge, peak), at(low, bandwidth * low), at(high, peak)
+    path = f"M{left[0]:.1f} {left[1]:.1f}L{corner[0]:.1f} {corner[1]:.1f}L{right[0]:.1f} {right[1]:.1f}"
+    dots = "".join(
+        f'<circle class="{"dot-memory" if memory else "dot-of"}" cx="{at(i, s)[0]:.1f}" cy="{at(i, s)[1]:.1f}" r="1.8"/>'
+        for i, s, memory in points
+    )
+    return Svg(
+        markup=f'<svg class="roof" viewBox="0 -2 200 86" aria-hidden="true" focusable="false"><path class="even" d="{path}"/>{dots}</svg>'
+    )
 
 
 def _svg(height: int, body: str) -> Svg:

@@ -13,6 +13,8 @@ from paredown.report.figures import bar, pair
 from paredown.report.reading import View, entry, items, number, rows, stage_name, stage_title, text
 from paredown.report.wording import large, whole
 
+LARGE, SMALL = 75_000, 12_000
+"""Characters of a CSV file in the page of a run: with all its charts it stays under a megabyte."""
 LAYERS = 240
 """Rows of the layer table; smaller layers of larger networks are summed in one row, and all are in the CSV."""
 SPACES = 300
@@ -62,6 +64,7 @@ def layer_table(run: View) -> dict[str, Any] | None:
                 ]
                 for n in names
             ),
+            LARGE,
         ),
     }
 
@@ -147,7 +150,7 @@ def removed_table(run: View) -> dict[str, Any] | None:
         "more": max(0, len(lines) - SPACES),
         "touched": sum(line["last"] < line["most"] for line in lines),
         "count": len(lines),
-        "csv": csv_link(head, ([s["name"], s["kind"], *s["counts"]] for s in spaces.values())),
+        "csv": csv_link(head, ([s["name"], s["kind"], *s["counts"]] for s in spaces.values()), LARGE),
     }
 
 
@@ -197,17 +200,26 @@ def pinned_table(run: View) -> dict[str, Any] | None:
     lines = [
         {"units": whole(u), "reason": why, "where": where, "chart": bar(u, top)} for u, why, where in counted[:PINS]
     ]
-    return {"lines": lines, "more": len(counted) - len(lines), "units": whole(sum(p[0] for p in counted))}
+    return {
+        "lines": lines,
+        "more": len(counted) - len(lines),
+        "units": whole(sum(p[0] for p in counted)),
+        "csv": csv_link(("channels", "reason", "where"), counted, SMALL),
+    }
 
 
-def csv_link(head: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
-    """A data: address of a CSV file. A text that a spreadsheet would run as a formula gets a leading apostrophe."""
+def csv_link(head: Iterable[str], lines: Iterable[Iterable[Any]], most: int = 150_000) -> str:
+    """A data: address of a CSV file. A text that a spreadsheet would run as a formula gets a leading apostrophe.
+
+    After `most` characters the file ends with a line that says so: the records have more.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(list(head))
     for line in lines:
         writer.writerow([_inert(v) for v in line])
-        if out.tell() > 150_000:
+        if out.tell() > most:
+            writer.writerow(["cut here, records.jsonl has more"])
             break
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(out.getvalue().encode("utf-8")).decode()
 

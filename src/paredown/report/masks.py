@@ -7,6 +7,7 @@ from typing import Any
 
 from paredown.records import Record
 from paredown.report.figures import Svg
+from paredown.report.layers import SMALL, csv_link
 from paredown.report.reading import View, entry, items, mapping, number, stage_title, text
 from paredown.report.wording import megabytes, whole
 
@@ -27,6 +28,11 @@ def masks_table(run: View) -> dict[str, Any] | None:
         "totals": _totals(found, record),
         "lines": every[:WEIGHTS],
         "more": max(0, len(every) - WEIGHTS),
+        "csv": csv_link(
+            ("weight", "granularity", "kept", "zeros", "bytes"),
+            [[line[k] for k in ("name", "granularity", "kept", "zeros", "bytes")] for line in every],
+            SMALL,
+        ),
     }
 
 

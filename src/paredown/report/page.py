@@ -10,7 +10,7 @@ from typing import Any
 from paredown import records as journal
 from paredown.errors import MissingError, RejectedError
 from paredown.records import Record
-from paredown.report import evidence, layers, masks
+from paredown.report import evidence, insight, layers, masks
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
 from paredown.report.searching import search_lines
@@ -112,10 +112,17 @@ def _content(run: View) -> dict[str, Any]:
         "left_out": masks.left_out_lines(run),
         "masks": masks.masks_table(run),
         "pinned": layers.pinned_table(run),
+        "bits": insight.bits_table(run),
+        "changed": insight.changed_lines(run),
+        "bias": insight.bias_lines(run),
+        "noise": insight.noise_lines(run),
+        "roof": insight.roofline(run),
+        "lineage": insight.lineage(run),
         "floats": evidence.float_lines(run),
         "proofs": evidence.proof_lines(run),
         "checks": evidence.check_lines(run),
         "training": evidence.training_lines(run),
+        "training_csv": evidence.training_csv(run),
         "snippet": block(entry(run.verdict, "snippet")),
         "normalisation": block(entry(run.verdict, "normalisation"), 2000),
         "input": _input(run),
@@ -124,6 +131,7 @@ def _content(run: View) -> dict[str, Any]:
         "not_tested": [
             *not_tested(run),
             *([] if run.twin or run.verdict else ["an equal-size dense network"]),
+            *insight.not_looked(run),
         ],
         "estimates": evidence.estimates(run),
     }
@@ -173,4 +181,4 @@ def _stages_csv(run: View) -> str:
                     found.badge,
                 ]
             )
-    return layers.csv_link(("stage", "figure", "value", "low", "high", "n", "unit", "badge"), lines)
+    return layers.csv_link(("stage", "figure", "value", "low", "high", "n", "unit", "badge"), lines, layers.LARGE)

@@ -29,6 +29,8 @@ class View:
     verdict: Record | None
     stages: tuple[Record, ...]
     """Those with an exported file, in the order of the journal."""
+    insight: Record | None = None
+    """The closer look: for whom the result changed, noise per layer, the roofline."""
     devices: tuple[Record, ...] = ()
     """What `paredown measure --import --into` read back of other devices."""
 
@@ -75,11 +77,12 @@ def view(records: list[Record]) -> View:
     by_name: dict[str, Record] = {}
     for record in records:
         by_name[stage_name(record)] = record
-    others = tuple(r for name, r in by_name.items() if name not in ("examine", "verdict"))
+    others = tuple(r for name, r in by_name.items() if name not in ("examine", "verdict", "insight"))
     return View(
         records=tuple(by_name.values()),
         examine=by_name.get("examine"),
         verdict=by_name.get("verdict"),
+        insight=by_name.get("insight"),
         stages=tuple(r for r in others if not stage_name(r).startswith(DEVICE)),
         devices=tuple(r for r in others if stage_name(r).startswith(DEVICE)),
     )

@@ -85,13 +85,27 @@ class Task:
     """`scratch(model, extra_epochs=…, seed=…)` trains a given untrained model as `base` does, and longer; of any widths."""
     twin: Callable[..., nn.Module] | None = None
     """`twin(parameters, seed=…)`: an untrained dense model of about that many parameters, to compare with."""
+    slices: Callable[[], Mapping[str, Iterable[Any]]] | None = None
+    """`slices()`: {column: one value per test sample, in evaluate's order}. The report says for which values the metric changed.
+    The column "id" names samples; "target", in the unit of the network's one output, gives bias and scatter."""
     normalisation: str = ""
     """One line for the report's snippet: how raw data becomes the model's input."""
     data: Path | None = None
 
 
 _REQUIRED = ("model", "inputs", "calibration_batches", "evaluate")
-_OPTIONAL = ("test_batches", "train_batches", "step", "train", "optimizer", "choose_batches", "base", "scratch", "twin")
+_OPTIONAL = (
+    "test_batches",
+    "train_batches",
+    "step",
+    "train",
+    "optimizer",
+    "choose_batches",
+    "base",
+    "scratch",
+    "twin",
+    "slices",
+)
 
 
 def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> Task:
@@ -99,7 +113,7 @@ def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> T
 
     Required: `model`, `inputs`, `calibration_batches`, `evaluate`, `METRIC = {"name", "unit", "goal"}`, and either
     `train_batches` with `step`, or `train`. An `evaluate(predict, batches)` gets `test_batches()`; it then also
-    serves `choose_batches()`. Optional: `batch_inputs`, `optimizer`, `base`, `scratch`, `twin`, `NORMALISATION`.
+    serves `choose_batches()`. Optional: `batch_inputs`, `optimizer`, `base`, `scratch`, `twin`, `slices`, `NORMALISATION`.
 
     Raises UsageError (a function or METRIC is missing or malformed, or one needs `data` and there is none).
     """
