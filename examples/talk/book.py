@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 import inspect
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -61,7 +63,7 @@ def build(names: Sequence[str], setting: Setting, out: Path) -> dict[str, dict[s
     """The result of every page, {"name", "status": "done" | "failed", "seconds", "page" or "reason"}, kept in OUT/pages.
 
     A page is built again where its code or the setting has changed since, or where it failed. A page that fails leaves
-    its reason, and the others are built.
+    its reason, and the others are built. What a page needs to go on from where it was killed lies in OUT/work.
     """
     results = {}
     for number, name in enumerate(names, 1):
@@ -72,20 +74,35 @@ def build(names: Sequence[str], setting: Setting, out: Path) -> dict[str, dict[s
             _say(f"[{number}/{len(names)}] {name}: there already")
             continue
         _say(f"[{number}/{len(names)}] {name} …")
-        results[name] = {"name": name, "key": key, **_built(name, setting)}
-        write_text(place, json.dumps(results[name], ensure_ascii=False, allow_nan=False))
-        told = results[name]
+        told = results[name] = {"name": name, "key": key, **_built(name, _placed(setting, out, name, key))}
+        write_text(place, json.dumps(told, ensure_ascii=False, allow_nan=False))
         _say(
             f"    {told['status']} in {told['seconds']:.0f} s{': ' + told['reason'] if told['status'] != 'done' else ''}"
         )
+        if told["status"] == "done":
+            shutil.rmtree(_work(out, name, key))
     return results
+
+
+def _work(out: Path, name: str, key: str) -> Path:
+    return out / "work" / f"{name}-{key}"
+
+
+def _placed(setting: Setting, out: Path, name: str, key: str) -> Setting:
+    """The setting with folders that are there. They go by what they depend on: a checkpoint of another program never fits."""
+    placed = dataclasses.replace(
+        setting, folder=_work(out, name, key), shared=_work(out, "networks", _digest(_source("nets"), setting.quick))
+    )
+    for folder in (placed.folder, placed.shared):
+        folder.mkdir(parents=True, exist_ok=True)
+    return placed
 
 
 def _built(name: str, setting: Setting) -> dict[str, Any]:
     start = (time.perf_counter(), _processor_seconds())
     try:
         page = plain(importlib.import_module(f"talk.{name}").build(setting))
-        json.dumps(page, allow_nan=False)  # a number that is none fails the page, not the book
+        page = json.loads(json.dumps(page, allow_nan=False))  # a number that is none fails the page, not the book
         found = {"status": "done", "page": page}
     except Exception as error:  # whatever a page raises is the page's, and is shown
         traceback.print_exc()
@@ -107,7 +124,13 @@ def _processor_seconds() -> float:
 
 def _key(name: str, setting: Setting) -> str:
     """What a result depends on, so that an old one is not taken for a new one."""
-    told = [_source(name), setting.quick, setting.data and str(setting.data), _stamp(setting.newborn)]
+    programs = [_source(each) for each in (name, "nets", "draw", "timing", "page")]
+    return _digest(
+        *programs, setting.quick, str(setting.data), _stamp(setting.newborn) if name == "case_study" else None
+    )
+
+
+def _digest(*told: Any) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -145,7 +168,7 @@ def bind(results: Mapping[str, Mapping[str, Any]]) -> str:
     env.filters |= {"marked": marked, "cell": cell, "safe_svg": Markup}
     style = (resources.files("paredown.report") / "style.css").read_text(encoding="utf-8")
     return env.get_template("book.html").render(
-        style=Markup(style), results=[_ready(r) for r in results.values()], bars=bars,
+        style=Markup(style), results=[_ready(r) for r in results.values()], bars=bars, alignment=alignment,
         quick=any(r["quick"] for r in results.values()),
         machines=sorted({r["machine"] for r in results.values()}),
     )  # fmt: skip
@@ -182,6 +205,16 @@ def cell(value: Any, form: str = "") -> Markup:
     if form:
         return escape(f"{value:{form}}".replace("-", "−"))
     return escape(whole(value) if isinstance(value, int) else digits(value))
+
+
+def alignment(table: Mapping[str, Any]) -> list[str]:
+    """The class of every column: "n" for numbers, "w" for words that want room, "" for other words."""
+    found = []
+    for values in zip(*table["rows"], strict=True):
+        words = [v for v in values if isinstance(v, str) and not v[:1].isdigit()]
+        wordy = len(words) > len(values) / 2
+        found.append("n" if not wordy else "w" if max(map(len, words)) > 24 else "")
+    return ["", *found[1:]]
 
 
 def bars(column: int, table: Mapping[str, Any]) -> list[Markup]:
@@ -226,10 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)  # what is timed runs on one thread, and small networks train no faster on two
     data = None if given.quick else given.data
-    setting = Setting(quick=given.quick, folder=given.out / "work", data=data, newborn=given.newborn)
+    setting = Setting(quick=given.quick, folder=given.out, shared=given.out, data=data, newborn=given.newborn)
     busy = f"{given.out} must be free. Another run works there. Wait for it, or choose another folder."
     with locked(given.out / ".lock", writable=f"{given.out} must be writable", held=busy):
-        setting.folder.mkdir(parents=True, exist_ok=True)
         found = build([p for p in PAGES if p in given.pages], setting, given.out)
         kept = {name: _read(given.out / "pages" / f"{name}.json") for name in PAGES if name not in found}
         every = {

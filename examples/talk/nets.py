@@ -29,7 +29,7 @@ def recovery_epochs(setting: Setting) -> int:
 
 def dense(setting: Setting, seed: int = 0) -> nn.Module:
     """DigitsNet of width 32, trained; 77,290 parameters."""
-    place = setting.folder / f"dense-{seed}.safetensors"
+    place = setting.shared / f"dense-{seed}.safetensors"
     return digits.scratch(digits.model(seed=seed), epochs=base_epochs(setting), seed=seed, checkpoint=place)
 
 
@@ -43,14 +43,14 @@ def halved(setting: Setting, seed: int = 0) -> Pruned:
     )
     return pare.recover(
         pare.prune(program, plan), digits.train_batches, step=digits.step, teacher=net, lr=0.03, seed=seed,
-        epochs=recovery_epochs(setting), checkpoint=setting.folder / f"halved-{seed}.safetensors",
+        epochs=recovery_epochs(setting), checkpoint=setting.shared / f"halved-{seed}.safetensors",
     )  # fmt: skip
 
 
 def thin(setting: Setting, seed: int = 0) -> nn.Module:
     """The shape of `halved` with fresh weights, trained as long as base and recovery together."""
     shape = pare.fresh(halved(setting, seed).module, seed=seed)
-    place = setting.folder / f"thin-{seed}.safetensors"
+    place = setting.shared / f"thin-{seed}.safetensors"
     epochs = base_epochs(setting) + recovery_epochs(setting)
     return digits.scratch(shape, epochs=epochs, seed=seed, checkpoint=place)
 

@@ -22,7 +22,9 @@ class Setting:
 
     quick: bool
     folder: Path
-    """For trained networks and files, shared by the pages."""
+    """For files and checkpoints of the page that is built; gone once it is done."""
+    shared: Path
+    """For the networks that several pages share."""
     data: Path | None = None
     """Folder with cifar10.npz and resnet20_cifar10.safetensors; used where `quick` is off."""
     newborn: Path | None = None

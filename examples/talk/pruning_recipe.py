@@ -16,7 +16,7 @@ def build(setting: Setting) -> Page:
     amounts, seeds = setting.pick([0.75, 0.5, 0.25], [0.85, 0.7, 0.55, 0.4, 0.25]), [*setting.seeds]
     found = curve(
         "digits",
-        out=setting.folder / f"curve-{setting.pick('quick', 'full')}",
+        out=setting.folder / "curve",
         overrides=[
             f"curve.amounts={amounts}", f"curve.seeds={seeds}", "curve.limit=1.0", f"curve.controls.amounts={[amounts[1], amounts[-1]]}",
             f"base.epochs={nets.base_epochs(setting)}", f"recover.epochs={nets.recovery_epochs(setting)}",

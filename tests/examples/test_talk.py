@@ -35,8 +35,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick(out: Path) -> page.Setting:
-    (out / "work").mkdir()
-    return page.Setting(quick=True, folder=out / "work")
+    return page.Setting(quick=True, folder=out, shared=out)
 
 
 @pytest.fixture(scope="module")
@@ -316,8 +315,10 @@ def test_a_page_that_is_there_is_not_built_again_and_a_torn_one_is(
     assert book.build(["later"], quick, out)["later"]["status"] == "done" and json.loads(
         place.read_text(encoding="utf-8")
     )
-    full = page.Setting(quick=False, folder=quick.folder)
+    full = page.Setting(quick=False, folder=out, shared=out)
     assert book._key("later", full) != book._key("later", quick)
+    left = [p.name for p in (out / "work").iterdir()]
+    assert len(left) == 1 and left[0].startswith("networks-")  # what pages share stays, a page's own folder does not
 
 
 def test_a_page_that_fails_is_marked_and_the_others_are_there(
