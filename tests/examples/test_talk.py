@@ -4,7 +4,9 @@ import ast
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -347,6 +349,20 @@ def test_an_unknown_page_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as refused:
         book.main([str(tmp_path), "--pages", "nonsense"])
     assert refused.value.code == 2
+
+
+@pytest.mark.slow
+def test_a_killed_book_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "talk.book", str(tmp_path), "--quick", "--pages", "alexnet", "cast"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as first:
+        assert first.stderr is not None
+        while "cast …" not in (line := first.stderr.readline()):
+            assert line, "it ended before its second page"
+        first.kill()
+    assert not (tmp_path / "book.html").exists()
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "alexnet: there already" in again.stderr and (tmp_path / "book.html").stat().st_size > 50_000
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -98,3 +100,25 @@ def test_a_fixed_batch_stays(recwarn: pytest.WarningsRecorder) -> None:
     placeholders = [n for n in exported(program).graph.nodes if n.op == "placeholder"]
     assert tuple(placeholders[-1].meta["val"].shape) == (4, 6, 8)
     assert len(rows(program.inputs, slice(0, 1)).args[0]) == 1
+
+
+FRESH = """
+import sys, torch
+from torch import nn
+from paredown.export.executorch import _apart
+from paredown.export.litert import _unfold
+from paredown.program import capture
+
+program = capture(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.zeros(2, 4)).eval_graph
+before = str(program.graph)
+_apart(program), _unfold(program)
+assert str(program.graph) == before
+assert not any(name.startswith("torchao") for name in sys.modules)
+print("well")
+"""
+
+
+def test_a_float_network_in_a_process_that_quantized_nothing() -> None:
+    """There torch knows no quantize and dequantize."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "well", done.stderr

@@ -38,6 +38,8 @@ def write(
 
 def _unfold(program: ExportedProgram) -> None:
     """A constant that is dequantized becomes its float value, quantized and dequantized, in place."""
+    if not any("dequantize" in str(n.target) for n in program.graph.nodes):
+        return  # where nothing was quantized, torch has no such ops
     ops = torch.ops.quantized_decomposed
     pairs = {
         ops.dequantize_per_tensor.default: ops.quantize_per_tensor.default,
