@@ -67,7 +67,7 @@ def compare(whole: Path, out: Path) -> None:
 
 def test_the_run_did_its_job(whole: Path) -> None:
     records = {r["cell"]["stage"]: r for r in untimed(whole / "records.jsonl")}
-    assert list(records) == ["examine", "dense", "level-1", "level-2", "int8", "verdict"]
+    assert list(records) == ["examine", "dense", "level-1", "level-2", "int8", "insight", "verdict"]
     assert (
         records["int8"]["measured"]["parameters"]["value"] < 0.6 * records["dense"]["measured"]["parameters"]["value"]
     )

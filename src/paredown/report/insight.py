@@ -88,6 +88,7 @@ def changed_lines(run: View) -> dict[str, Any] | None:
         "most": [_sample(one, unit) for one in most[:20]],
         "best": [_sample(one, unit) for one in best[:20]],
         "scatter": scatter(points) if len(points) > 1 else None,
+        "ends": _ends(points, unit),
         "csvs": [
             (
                 "slices.csv",
@@ -168,6 +169,7 @@ def bias_lines(run: View) -> dict[str, Any] | None:
                 "interval": interval(low, high, "", signed=True) or "–",
                 "word": "no bias shown" if even else "biased",
                 "scatter": scatter(pairs) if len(pairs) > 1 else None,
+                "ends": _ends(pairs, ""),
             }
         )
         points += [[text(name, 40), *p] for p in pairs]
@@ -361,6 +363,11 @@ def _pair(value: Any) -> tuple[float, float] | None:
     if len(found) != 2 or found[0] is None or found[1] is None:
         return None
     return (float(found[0]), float(found[1]))
+
+
+def _ends(pairs: list[tuple[float, float]], unit: str) -> str:
+    ends = [v for pair in pairs for v in pair]
+    return f"both axes from {quantity(min(ends), unit)} to {quantity(max(ends), unit)}" if ends else ""
 
 
 def _plain(value: Any) -> Any:
