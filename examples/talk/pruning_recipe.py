@@ -18,7 +18,7 @@ def build(setting: Setting) -> Page:
         "digits",
         out=setting.folder / "curve",
         overrides=[
-            f"curve.amounts={amounts}", f"curve.seeds={seeds}", "curve.limit=1.0", f"curve.controls.amounts={[amounts[1], amounts[-1]]}",
+            f"curve.amounts={amounts}", f"curve.seeds={seeds}", "curve.limit=1.0", f"curve.controls.amounts={setting.pick(amounts[1:2], [amounts[1], amounts[-1]])}",
             f"base.epochs={nets.base_epochs(setting)}", f"recover.epochs={nets.recovery_epochs(setting)}",
             f"curve.schedules={setting.pick('[one-shot]', '[one-shot, multi-level]')}",
         ],
@@ -52,13 +52,18 @@ def build(setting: Setting) -> Page:
             "The sweet spot is chosen on held-out images and told on test images: a point chosen on test data would flatter itself. Amounts are of channels; what is drawn is weights, so half of the channels removed is three quarters of the weights.",
         ),
         not_tested=("Other tasks than the digits in this book: `paredown curve` takes any.",),
-        shortened=f"{len(amounts)} amounts, {len(seeds)} seeds, {nets.base_epochs(setting)} + {nets.recovery_epochs(setting)} epochs; one-shot only; with two seeds an interval is little more than the two values." if setting.quick else "",
+        shortened=f"{len(amounts)} amounts, {len(seeds)} seeds, {nets.base_epochs(setting)} + {nets.recovery_epochs(setting)} epochs; one-shot only, controls at one amount; with two seeds an interval is little more than the two values." if setting.quick else "",
     )  # fmt: skip
 
 
 def _lines(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those with points; a control that is the same network as another one is drawn once."""
-    return [line for line in found["lines"] if len(line["points"]) > 1]
+    """Those with points of their own; a control that is the same network as another one (the verdict says so) is left out."""
+    kept: list[dict[str, Any]] = []
+    for line in found["lines"]:
+        alike = any([p["test"] for p in line["points"]] == [p["test"] for p in other["points"]] for other in kept)
+        if len(line["points"]) > 1 and not alike:
+            kept.append(line)
+    return kept
 
 
 def _chart(found: dict[str, Any]) -> draw.Figure:
@@ -87,12 +92,18 @@ def _spread(over_seeds: dict[str, Any]) -> Spread:
 
 
 def _points(found: dict[str, Any]) -> Table:
+    """The dense network once, then every point of every line."""
+    lines = _lines(found)
+    points = [
+        ("dense", lines[0]["points"][0]),
+        *((line["name"], p) for line in lines for p in line["points"] if p["amount"]),
+    ]
     rows = [
         (
-            line["name"], "all" if p["amount"] is None else f"{100 * p['amount']:g} %", p["removed"]["sparsity"],
+            name, "all" if p["amount"] is None else f"{100 * p['amount']:g} %", p["removed"]["sparsity"],
             round(p["absolute"]["bytes"]), round(p["absolute"]["macs"]), _spread(p["held_out"]), _spread(p["test"]),
         )
-        for line in _lines(found) for p in line["points"]
+        for name, p in points
     ]  # fmt: skip
     return Table(
         caption="Every point: means over seeds",

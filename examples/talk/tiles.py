@@ -43,7 +43,7 @@ def build(setting: Setting) -> Page:
             draw.lines(curves, x="output channels", y="milliseconds", caption=f"A 3×3 convolution, 64 channels in, 14×14, float32. Bars: quartiles; {PROTOCOL}"),
             draw.lines(per_channel, x="output channels", y="microseconds per channel", caption="The same, for one channel: teeth are tiles that are not full"),
             Table(
-                caption="What the first channel beyond a multiple of the width costs, against an average channel: 1 would be a smooth line. Median over all multiples",
+                caption="What the first channel beyond a multiple of the width costs, against an average channel: 1 would be a smooth line. Of lower quartiles, median over all multiples",
                 columns=(Column(title="Runtime"), *(Column(title=f"Width {w}", mark="measured", form=".1f") for w in WIDTHS)),
                 rows=steps,
             ),
@@ -73,10 +73,13 @@ def timed(runtime: str, channels: range, setting: Setting) -> dict[int, Spread]:
 
 
 def step_at(times: dict[int, Spread], width: int) -> float | None:
-    """Median cost of channel k·width + 1 over the mean cost of a channel; None with fewer than two multiples."""
-    counts = sorted(times)
-    mean = (times[counts[-1]].value - times[counts[0]].value) / (len(counts) - 1)
-    rises = [times[b].value - times[a].value for a, b in pairwise(counts) if a % width == 0]
+    """Median cost of channel k·width + 1 over the mean cost of a channel; None with fewer than two multiples.
+
+    Of lower quartiles: other work on the machine makes a reading longer, never shorter.
+    """
+    counts, least = sorted(times), {c: t.value if t.low is None else t.low for c, t in times.items()}
+    mean = (least[counts[-1]] - least[counts[0]]) / (len(counts) - 1)
+    rises = [least[b] - least[a] for a, b in pairwise(counts) if a % width == 0]
     return float(np.median(rises)) / mean if len(rises) > 1 else None
 
 
@@ -84,7 +87,7 @@ def _told(runtime: str, steps: list[tuple]) -> str:
     """The width that stands out, from the numbers."""
     rises = dict(zip(WIDTHS, next(row[1:] for row in steps if row[0] == runtime), strict=True))
     most = max(r for r in rises.values() if r is not None)
-    width = next(w for w in WIDTHS if rises[w] is not None and rises[w] > 0.9 * most)
+    width = next(w for w in WIDTHS if rises[w] is not None and rises[w] > 0.7 * most)
     if most < 2:
         return f"{runtime}: no width stands out here; the line is nearly smooth."
     return (
