@@ -288,6 +288,51 @@ def test_a_linear_layer_in_float_between_codes_stays_in_float(tmp_path: Path) ->
     assert [sum("MatMul" in n or "Gemm" in n for n in found.float_nodes) for found in checks] == [0, 1]
 
 
+@pytest.mark.parametrize("opset", [18, 20])
+def test_the_exporter_with_its_table_kept_is_the_public_one(opset: int) -> None:
+    net, inputs = deploy_nets.made("vision")
+    program = capture(net, inputs(2)).eval_graph
+    public = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
+    assert public is not None
+    for _ in range(2):
+        ours = runtime._export(program, opset).model_proto
+        assert ours.SerializeToString(deterministic=True) == public.model_proto.SerializeToString(deterministic=True)
+
+
+LATER = """
+import sys, torch
+from torch import nn
+from pathlib import Path
+from paredown.export import check, export
+from paredown.program import capture
+from paredown.quantize import quantize
+
+program = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.zeros(2, 4))
+export(program, Path(sys.argv[1]) / "float.onnx")
+assert not any(name.startswith("torchao") for name in sys.modules)
+x = torch.randn(32, 4)
+quantized = quantize(program, calibrate=[x])
+assert check(export(quantized, Path(sys.argv[1]) / "int8.onnx"), quantized, [x]).holds
+print("well")
+"""
+
+
+def test_ops_of_libraries_that_are_imported_after_the_first_export_are_found(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LATER, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "well", done.stderr[-2000:]
+
+
+def test_another_version_of_the_exporter_is_called_in_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter import _core
+
+    monkeypatch.setattr(_core, "export", lambda model: None)
+    program = capture(nn.Linear(4, 2), torch.zeros(2, 4)).eval_graph
+    called: list[int] = []
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **more: called.append(more["opset_version"]))
+    runtime._export(program, 19)
+    assert called == [19]
+
+
 def test_side_files_are_written_counted_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "SPLIT_BYTES", 1000)
     net, inputs = deploy_nets.made("residual")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import inspect
 import io
 import json
 import tempfile
@@ -92,17 +94,15 @@ def _onnx_dynamic() -> Any:
 
 
 def _argument_names(quantized: Quantized) -> list[str]:
-    import inspect
-
     parameters = inspect.signature(quantized.module.forward).parameters.values()
     return [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
 
 
 def _refuse_unsupported(program: ExportedProgram, opset: int) -> None:
     """List every op that has no translation; the exporter itself stops at the first. Nothing is written by then."""
-    from torch.onnx._internal.exporter import _decomp, _dispatching, _registration
+    from torch.onnx._internal.exporter import _decomp, _dispatching
 
-    registry = _registration.ONNXRegistry.from_torchlib()
+    registry = _translations(opset, _num_ops())
     table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
     missing: dict[str, tuple[int, str]] = {}
     for node in program.run_decompositions(table).graph.nodes:
@@ -122,7 +122,7 @@ def _converted(program: ExportedProgram, opset: int) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
+            result = _export(program, opset)
     except ImportError as error:
         msg = f"export must have onnx and onnxscript. Got: {error}. Run: pip install 'paredown[onnx]'."
         raise MissingError(msg) from error
@@ -135,6 +135,34 @@ def _converted(program: ExportedProgram, opset: int) -> Any:
         msg = "the ONNX exporter must return a program. Got None."
         raise RejectedError(msg)
     return result.model
+
+
+def _export(program: ExportedProgram, opset: int) -> Any:
+    """torch.onnx.export, but the table of translations, which it makes anew in every call and which takes longer than a small network, is kept."""
+    try:
+        from torch.onnx._internal.exporter import _core
+
+        kept = _translations(opset, _num_ops())
+        if (
+            not {"registry", "opset_version", "optimize", "verbose"}
+            <= inspect.signature(_core.export).parameters.keys()
+        ):
+            raise AttributeError
+    except (ImportError, AttributeError, TypeError):  # another version of PyTorch
+        return torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
+    return _core.export(program, registry=kept, opset_version=opset, verbose=False, optimize=True)
+
+
+def _num_ops() -> int:
+    """How many ops PyTorch knows by now: libraries that are imported later bring theirs, and the table leaves out what is not there."""
+    return len(torch._C._dispatch_get_all_op_names())
+
+
+@functools.lru_cache(maxsize=4)
+def _translations(opset: int, num_ops: int) -> Any:
+    from torch.onnx._internal.exporter import _constants, _registration
+
+    return _registration.ONNXRegistry.from_torchlib(opset_version=max(opset, _constants.TORCHLIB_OPSET))
 
 
 def _parameter_names(thing: Program | Quantized, model: Any) -> dict[str, str]:
