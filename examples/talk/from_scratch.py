@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import paredown as pare
 from paredown.prune.schedule import OneShot
@@ -28,10 +29,8 @@ def build(setting: Setting) -> Page:
     )
     starts.append(("nothing pruned", over_seeds([nets.accuracy(nets.dense(setting, seed)) for seed in setting.seeds])))
     rates = setting.pick((0.003, 0.03, 0.3), (0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
-    imposed = {
-        (w, lr): over_seeds([_imposed(setting, w, lr, seed) for seed in setting.seeds])
-        for w, lr in itertools.product(WEIGHTS, rates)
-    }
+    runs = {w: [_imposed(setting, w, rates, seed) for seed in setting.seeds] for w in WEIGHTS}
+    imposed = {(w, lr): over_seeds([run[lr] for run in runs[w]]) for w, lr in itertools.product(WEIGHTS, rates)}
     best = {w: max(rates, key=lambda lr: imposed[w, lr].value) for w in WEIGHTS}
     return Page(
         title="Pruning from scratch",
@@ -60,7 +59,7 @@ def build(setting: Setting) -> Page:
 
 
 def _epochs(setting: Setting) -> int:
-    return setting.pick(4, 20)
+    return setting.pick(3, 20)
 
 
 def _from_scratch(setting: Setting, criterion: str, seed: int) -> float:
@@ -76,14 +75,14 @@ def _from_scratch(setting: Setting, criterion: str, seed: int) -> float:
 
 def _mask(setting: Setting, seed: int) -> pare.Plan:
     """The largest weights of the trained network, across layers."""
-    program = pare.capture(nets.dense(setting, seed), digits.inputs())
+    program = nets.program(setting, seed)
     coupling = pare.couple(program)
     scores = pare.score(program, coupling, "l1", granularity="element")
     return pare.allocate(coupling, scores, pare.examine(program), pare.Budget(density=DENSITY), allocation="global")
 
 
 def _afterwards(setting: Setting, seed: int) -> float:
-    pruned = pare.prune(pare.capture(nets.dense(setting, seed), digits.inputs()), _mask(setting, seed))
+    pruned = pare.prune(nets.program(setting, seed), _mask(setting, seed))
     tuned = pare.recover(
         pruned, digits.train_batches, step=digits.step, optimizer="adamw", lr=digits.LR, weight_decay=digits.WEIGHT_DECAY,
         epochs=nets.recovery_epochs(setting), seed=seed, checkpoint=setting.folder / f"scratch-afterwards-{seed}.safetensors",
@@ -91,16 +90,21 @@ def _afterwards(setting: Setting, seed: int) -> float:
     return nets.accuracy(tuned)
 
 
-def _imposed(setting: Setting, weights: str, lr: float, seed: int) -> float:
-    """The same mask on other weights, trained; `rewound` are those that the trained network began with."""
-    trained, start = nets.dense(setting, seed), digits.model(seed=seed)
-    net = {"random": pare.fresh(start, seed=1000 + seed), "rewound": start, "trained": trained}[weights]
+def _imposed(setting: Setting, weights: str, rates: Sequence[float], seed: int) -> dict[float, float]:
+    """The same mask on other weights, trained at each rate; `rewound` are those that the trained network began with."""
+    start = digits.model(seed=seed)
+    net = {"random": pare.fresh(start, seed=1000 + seed), "rewound": start, "trained": nets.dense(setting, seed)}[
+        weights
+    ]
     sparse = pare.prune(pare.capture(net, digits.inputs()), _mask(setting, seed))
-    tuned = pare.recover(
-        sparse, digits.train_batches, step=digits.step, lr=lr, epochs=_epochs(setting), seed=seed,
-        checkpoint=setting.folder / f"imposed-{weights}-{lr}-{seed}.safetensors",
-    )  # fmt: skip
-    return nets.accuracy(tuned)
+    found = {}
+    for lr in rates:
+        tuned = pare.recover(
+            sparse, digits.train_batches, step=digits.step, lr=lr, epochs=_epochs(setting), seed=seed,
+            checkpoint=setting.folder / f"imposed-{weights}-{lr}-{seed}.safetensors",
+        )  # fmt: skip
+        found[lr] = nets.accuracy(tuned)
+    return found
 
 
 def _verdict(imposed: dict[tuple[str, float], Spread], best: dict[str, float]) -> str:

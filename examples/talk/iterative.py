@@ -58,10 +58,9 @@ def _row(setting: Setting, epochs: int, density: float) -> tuple[Cell, ...]:
 
 
 def _one(setting: Setting, schedule: str, density: float, epochs: int, seed: int) -> float:
-    net = nets.dense(setting, seed)
     sparse = pare.sparsify(
-        pare.capture(net, digits.inputs()), digits.train_batches, step=digits.step, density=density, schedule=schedule,
-        epochs=epochs, lr=0.03, teacher=net, seed=seed,
+        nets.program(setting, seed), digits.train_batches, step=digits.step, density=density, schedule=schedule,
+        epochs=epochs, lr=0.03, teacher=nets.dense(setting, seed), seed=seed,
         checkpoint=setting.folder / f"{schedule}-{density}-{epochs}-{seed}.safetensors",
     )  # fmt: skip
     return nets.accuracy(sparse)

@@ -71,8 +71,7 @@ def _finding(rows: list[tuple[Cell, ...]], share: float) -> str:
 
 def _one(setting: Setting, way: str, share: float, seed: int) -> tuple[float, float, int, int]:
     """Accuracy before and after recovery, parameters, MACs."""
-    net = nets.dense(setting, seed)
-    program = pare.capture(net, digits.inputs())
+    program = nets.program(setting, seed)
     if way == "channels":
         coupling = pare.couple(program)
         small = pare.prune(
@@ -86,7 +85,7 @@ def _one(setting: Setting, way: str, share: float, seed: int) -> tuple[float, fl
         plan = pare.choose_ranks(program, pare.Budget(macs=share), method=way, align=1, batches=data)
         small = pare.factorize(program, plan, batches=data)
     tuned = pare.recover(
-        small, digits.train_batches, step=digits.step, teacher=net, lr=0.03, seed=seed, epochs=nets.recovery_epochs(setting),
+        small, digits.train_batches, step=digits.step, teacher=nets.dense(setting, seed), lr=0.03, seed=seed, epochs=nets.recovery_epochs(setting),
         checkpoint=setting.folder / f"rank-{way}-{share}-{seed}.safetensors",
     )  # fmt: skip
     cost = pare.examine(pare.capture(tuned.module, digits.inputs(), train=False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,21 +30,34 @@ def recovery_epochs(setting: Setting) -> int:
 
 
 def dense(setting: Setting, seed: int = 0) -> nn.Module:
-    """DigitsNet of width 32, trained; 77,290 parameters."""
-    place = setting.shared / f"dense-{seed}.safetensors"
-    return digits.scratch(digits.model(seed=seed), epochs=base_epochs(setting), seed=seed, checkpoint=place)
+    """DigitsNet of width 32, trained; 77,290 parameters. Not to be changed: pages share it."""
+    return _dense(setting.shared, base_epochs(setting), seed)
+
+
+def program(setting: Setting, seed: int = 0) -> pare.Program:
+    """The dense network, captured."""
+    return _program(setting.shared, base_epochs(setting), seed)
+
+
+@functools.cache
+def _dense(folder: Path, epochs: int, seed: int) -> nn.Module:
+    return digits.scratch(
+        digits.model(seed=seed), epochs=epochs, seed=seed, checkpoint=folder / f"dense-{seed}.safetensors"
+    )
+
+
+@functools.cache
+def _program(folder: Path, epochs: int, seed: int) -> pare.Program:
+    return pare.capture(_dense(folder, epochs, seed), digits.inputs())
 
 
 def halved(setting: Setting, seed: int = 0) -> Pruned:
     """Half of its channels by L1 norm, then recovery with the dense network as teacher."""
-    net = dense(setting, seed)
-    program = pare.capture(net, digits.inputs())
-    coupling = pare.couple(program)
-    plan = pare.allocate(
-        coupling, pare.score(program, coupling, "l1"), pare.examine(program), pare.Budget(channels=0.5)
-    )
+    whole = program(setting, seed)
+    coupling = pare.couple(whole)
+    plan = pare.allocate(coupling, pare.score(whole, coupling, "l1"), pare.examine(whole), pare.Budget(channels=0.5))
     return pare.recover(
-        pare.prune(program, plan), digits.train_batches, step=digits.step, teacher=net, lr=0.03, seed=seed,
+        pare.prune(whole, plan), digits.train_batches, step=digits.step, teacher=dense(setting, seed), lr=0.03, seed=seed,
         epochs=recovery_epochs(setting), checkpoint=setting.shared / f"halved-{seed}.safetensors",
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 import paredown as pare
-from paredown.recipes import digits
 from talk import draw, nets
 from talk.page import Column, Page, Setting, Table
 
@@ -16,7 +15,7 @@ WAYS = {"element": "unstructured: the smallest weights", "row": "structured: the
 def build(setting: Setting) -> Page:
     """One trained weight matrix, half of it pruned in four ways."""
     net = nets.dense(setting)
-    program = pare.capture(net, digits.inputs())
+    program = nets.program(setting)
     coupling, cost = pare.couple(program), pare.examine(program)
     dense_norm = float(program.state[WEIGHT].detach().abs().sum())
     figures, rows = [], [("nothing pruned", 100.0, 100.0, cost.macs, cost.macs, nets.accuracy(net))]

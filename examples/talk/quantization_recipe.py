@@ -19,7 +19,7 @@ STEPS = [
 
 def build(setting: Setting) -> Page:
     """Static INT8 from the trained network to the measured file."""
-    program = pare.capture(nets.dense(setting), digits.inputs())
+    program = nets.program(setting)
     quantized = pare.quantize(program, calibrate=digits.calibration_batches)
     before = pare.export(program, setting.folder / "recipe-fp32.onnx")
     after = pare.export(quantized, setting.folder / "recipe-int8.onnx")

@@ -12,7 +12,7 @@ from talk.page import Column, Figure, Formula, Heading, Page, Setting, Table, Te
 
 def build(setting: Setting) -> Page:
     """The facts of `paredown numerics`, of the arithmetic and of the digits network."""
-    program = pare.capture(nets.dense(setting), digits.inputs())
+    program = nets.program(setting)
     facts = numerics_facts(program, digits.calibration_batches(), name="digits", worst=1)
     mapped, demo = facts["mapping"], facts["granularity"]
     low, high = mapped["range"]
