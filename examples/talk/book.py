@@ -187,6 +187,7 @@ def marked(text: str) -> Markup:
     'a <strong>b</strong> <code>&lt;c&gt;</code>'
     """
     safe = str(escape(text))
+    safe = re.sub(r"(?<![\w)`-])-(?=\d)", "−", safe)  # a minus, as in tables
     safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
     return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe))
 

@@ -49,7 +49,7 @@ def build(setting: Setting) -> Page:
         ),
         differ=_findings(convolutions, layers),
         not_tested=("Phones and processors with VNNI or dot-product instructions, where int8 gains more.", "Repairs of the rounding (`repair=[\"equalize\", \"gptq\"]`) on this page."),
-        shortened=f"{len(setting.seeds)} seeds, {_epochs(setting)} epochs of QAT; no {', '.join(s for s in SCHEMES if s not in QUICK)}." if setting.quick else "",
+        shortened=f"{len(setting.seeds)} seeds, {_epochs(setting)} epochs of QAT; without {' · '.join(s for s in SCHEMES if s not in QUICK)}." if setting.quick else "",
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def build(setting: Setting) -> Page:
         title="Two footprints: thirteen networks",
         told=(
             "Reduce memory and computation of **inference**, keep the accuracy. A table of thirteen networks with parameters in M, GFLOPs, "
-            "FLOPs per parameter, and MB: they differ by a factor of 40 in parameters and of 120 in arithmetic.",
+            "FLOPs per parameter, and MB.",
         ),
         parts=(
             Table(
