@@ -181,15 +181,16 @@ def _ready(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def marked(text: str) -> Markup:
-    """Escaped text with **strong** and `code` as HTML.
+    """Escaped text with **strong**, *emphasis* and `code` as HTML.
 
-    >>> str(marked("a **b** `<c>`"))
-    'a <strong>b</strong> <code>&lt;c&gt;</code>'
+    >>> str(marked("a **b** *d* `<c>`"))
+    'a <strong>b</strong> <em>d</em> <code>&lt;c&gt;</code>'
     """
     safe = str(escape(text))
     safe = re.sub(r"(?<![\w)`-])-(?=\d)", "−", safe)  # a minus, as in tables
     safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
-    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe))
+    safe = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe)
+    return Markup(re.sub(r"(?<![\w*])\*(\w[^*]*)\*(?![\w*])", r"<em>\1</em>", safe))
 
 
 def cell(value: Any, form: str = "") -> Markup:

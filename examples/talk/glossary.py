@@ -25,6 +25,5 @@ def build(setting: Setting) -> Page:
 
 
 def _plain(text: str) -> str:
-    """Emphasis and links of markdown that the book does not have: as their text."""
-    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
-    return re.sub(r"(?<![*\w])\*([^*\s][^*]*)\*(?![*\w])", r"\1", text)
+    """Links of markdown as their text: the book has none to outside."""
+    return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)

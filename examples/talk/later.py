@@ -8,12 +8,12 @@ LATER = (
     (
         "Block-sparse kernels (OpenAI)",
         "products that skip blocks of zeros",
-        "masks of any block; torch’s BSR and its break-even, page 5",
+        "masks of any block; torch’s BSR and its break-even, on the page “Which zeros speed up what”",
     ),
     (
         "Tiles and waves of a GPU",
         "a tile that is half empty costs as much as a full one; so does a last wave of tiles",
-        "the same effect on a processor, page 6",
+        "the same effect on a processor, on the page “Tiles and alignment”",
     ),
     (
         "Pruning of large language models",
@@ -28,12 +28,12 @@ LATER = (
     (
         "The era of 1-bit LLMs",
         "weights −1, 0, 1 in all linear layers",
-        "the schemes `ternary` and `binary`, trained in simulation, packed on disk, page 16",
+        "the schemes `ternary` and `binary`, trained in simulation, packed on disk; on the page “Dynamic, static and trained quantization” of the full book",
     ),
     (
         "QuEST",
         "training with 1 to 4 bits in weights and activations from the start",
-        "`w4a4` from trained weights, in simulation, page 16",
+        "`w4a4` from trained weights, in simulation; on the same page",
     ),
 )
 

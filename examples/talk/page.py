@@ -98,7 +98,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """A paragraph; `**strong**` and backquotes are understood."""
+    """A paragraph; `**strong**`, `*emphasis*` and backquotes are understood."""
 
     text: str
     kind: str = "text"

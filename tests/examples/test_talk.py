@@ -261,6 +261,7 @@ def test_the_four_rows_of_the_twin_are_read_from_its_curve(tmp_path: Path) -> No
 def test_cells_say_where_nobody_looked_and_keep_their_interval() -> None:
     assert "not tested" in str(book.cell(None)) and str(book.cell(1234567)) == "1,234,567"
     assert str(book.cell(-0.5, "+.2f")) == "−0.50" and str(book.cell("<b>`x`")) == "&lt;b&gt;<code>x</code>"
+    assert str(book.marked("-2 to 3-4 *a* **b** 2 * 3")) == "−2 to 3-4 <em>a</em> <strong>b</strong> 2 * 3"
     told = str(book.cell({"value": 1.5, "low": 1.0, "high": 2.0}, ".1f"))
     assert told == "1.5<small>1.0 to 2.0</small>"
     assert page.spread(Measured(value=None, unit="ms", badge="not tested")) is None
