@@ -60,7 +60,7 @@ def onnx_model(
     quantized = isinstance(thing, Quantized)
     with quiet("onnxscript", "onnx_ir"):
         program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
-        model = _converted(program, opset)
+        model = _converted(program, opset, direct=quantized)
         names = _parameter_names(thing, model)
         if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
             names = _onnx_dynamic().lower(model, names, accuracy_level)
@@ -117,12 +117,12 @@ def _refuse_unsupported(program: ExportedProgram, opset: int) -> None:
         raise RejectedError(msg)
 
 
-def _converted(program: ExportedProgram, opset: int) -> Any:
+def _converted(program: ExportedProgram, opset: int, *, direct: bool) -> Any:
     """The exporter's model; its own words are kept out of the way unless it fails."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            result = _export(program, opset)
+            result = _export(program, opset, direct=direct)
     except ImportError as error:
         msg = f"export must have onnx and onnxscript. Got: {error}. Run: pip install 'paredown[onnx]'."
         raise MissingError(msg) from error
@@ -137,20 +137,32 @@ def _converted(program: ExportedProgram, opset: int) -> Any:
     return result.model
 
 
-def _export(program: ExportedProgram, opset: int) -> Any:
-    """torch.onnx.export, but the table of translations, which it makes anew in every call and which takes longer than a small network, is kept."""
+def _export(program: ExportedProgram, opset: int, *, direct: bool = False) -> Any:
+    """torch.onnx.export, but its table of translations is kept: making it anew in every call takes longer than a small network.
+
+    `direct`: a graph of integers, for which there is a shorter way (see onnx_direct).
+    """
+    asked: dict[str, Any] = {"opset_version": opset, "verbose": False, "optimize": True}
     try:
         from torch.onnx._internal.exporter import _core
 
-        kept = _translations(opset, _num_ops())
-        if (
-            not {"registry", "opset_version", "optimize", "verbose"}
-            <= inspect.signature(_core.export).parameters.keys()
-        ):
+        asked["registry"] = _translations(opset, _num_ops())
+        if not asked.keys() <= inspect.signature(_core.export).parameters.keys():
             raise AttributeError
     except (ImportError, AttributeError, TypeError):  # another version of PyTorch
         return torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
-    return _core.export(program, registry=kept, opset_version=opset, verbose=False, optimize=True)
+    if direct and opset == _OPSET_OF_TRANSLATIONS:
+        from paredown.export import onnx_direct
+
+        with contextlib.suppress(Exception):  # whatever it is, the long way says it better
+            result = onnx_direct.convert(program, asked["registry"])
+            if result is not None:
+                return result
+    return _core.export(program, **asked)
+
+
+_OPSET_OF_TRANSLATIONS = 18
+"""For a later one the exporter converts the model afterwards."""
 
 
 def _num_ops() -> int:
