@@ -25,6 +25,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from paredown.errors import Interrupted
 from paredown.measure import machine_text
 from paredown.records import locked, write_text
 from paredown.report import figures
@@ -104,6 +105,8 @@ def _built(name: str, setting: Setting) -> dict[str, Any]:
         page = plain(importlib.import_module(f"talk.{name}").build(setting))
         page = json.loads(json.dumps(page, allow_nan=False))  # a number that is none fails the page, not the book
         found = {"status": "done", "page": page}
+    except Interrupted:
+        raise
     except Exception as error:  # whatever a page raises is the page's, and is shown
         traceback.print_exc()
         found = {"status": "failed", "reason": f"{type(error).__name__}: {str(error) or 'no message'}"[:600]}
@@ -231,7 +234,7 @@ def bars(column: int, table: Mapping[str, Any]) -> list[Markup]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build and bind; 0 where every page is there, 1 where one failed."""
+    """Build and bind; 0 where every page is there, 1 where one failed, 130 where it was interrupted."""
     parser = argparse.ArgumentParser(
         prog="scripts/book", description="Every table and figure of the talk, rebuilt as one HTML book."
     )
@@ -264,7 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(quick=given.quick, folder=given.out, shared=given.out, data=data, newborn=given.newborn)
     busy = f"{given.out} must be free. Another run works there. Wait for it, or choose another folder."
     with locked(given.out / ".lock", writable=f"{given.out} must be writable", held=busy):
-        found = build([p for p in PAGES if p in given.pages], setting, given.out)
+        try:
+            found = build([p for p in PAGES if p in given.pages], setting, given.out)
+        except (KeyboardInterrupt, Interrupted):
+            _say("Interrupted. The same command goes on with this page.")
+            return 130
         kept = {name: _read(given.out / "pages" / f"{name}.json") for name in PAGES if name not in found}
         every = {
             **{n: r for n, r in kept.items() if r.get("status") == "done" and r.get("quick") == given.quick},
