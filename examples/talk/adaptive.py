@@ -52,8 +52,8 @@ def build(setting: Setting) -> Page:
         differ=(
             *(f"At {100 * (1 - d):g} % removed the best of the five is `{best[d]}`; movement accumulated {two[d][0]:.1f} %, drift {two[d][1]:.1f} %, chance {two[d][2]:.1f} %." for d in densities),
             "The sentence can be read in two ways, so both are offered. They are near opposites: a weight with a large drift away from zero is kept by the first and pruned by the second.",
-            "Movement pruning was made for a network that learns a new task. Here the weights have converged on this one, and what is left of the gradients is mostly noise.",
-            "Masks are chosen across layers. A criterion that empties one layer ends at 10 %, which is chance among ten digits; the columns of the emptiest layer tell.",
+            "Movement pruning was made for a network that learns a new task. Here the weights have converged on this one before anything is monitored.",
+            "Masks are chosen across layers, and every layer keeps at least 1 %. A criterion that takes one layer down to this floor may cut the network there; 10 % is chance among ten digits.",
         ),
         not_tested=("Fine-tuning on another task, for which movement pruning was made.",),
         shortened=f"{len(densities)} densities, {len(setting.seeds)} seeds, {_epochs(setting)} epochs." if setting.quick else "",
