@@ -38,7 +38,10 @@ def test_within_128_no_activations_saturate_and_beyond_some_do(row: list[int]) -
     assert exact == (found <= 128)
 
 
-@given(st.integers(0, 2**31), st.sampled_from([(3, 4, 3, 3), (2, 3, 3, 2), (2, 1, 5, 5), (4, 7), (2, 3, 5), (2, 2, 3, 3, 2)]))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(3, 4, 3, 3), (2, 3, 3, 2), (2, 1, 5, 5), (4, 7), (2, 3, 5), (2, 2, 3, 3, 2)]),
+)
 def test_scales_at_the_floor_hold_the_rule_in_every_order(seed: int, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     floor = torch.maximum(pair_floor(weight, 128), weight.abs().flatten(1).amax(1) / 127)
