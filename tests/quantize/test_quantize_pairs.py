@@ -17,7 +17,7 @@ from paredown.export import export
 from paredown.export.session import has_exact_products
 from paredown.program import capture
 from paredown.quantize import quantize
-from paredown.quantize.pairs import pair_floor, pair_sums
+from paredown.quantize.pairs import pair_floor, pair_sums, within
 
 
 def saturating(a: np.ndarray, w: np.ndarray) -> int:
@@ -33,8 +33,7 @@ def test_within_128_no_activations_saturate_and_beyond_some_do(row: list[int]) -
     extremes = [np.where(w > 0, 255, 0), np.where(w < 0, 255, 0), np.full(len(w), 255)]
     exact = all(saturating(a.astype(np.uint8), w) == int((a * w.astype(np.int64)).sum()) for a in extremes)
     found = int(pair_sums(torch.from_numpy(w)[None])[0])
-    same_sign = [abs(int(a) + int(b)) for a, b in zip(w[::2], w[1::2], strict=False)]
-    assert found == max([*same_sign, *([abs(int(w[-1]))] if len(w) % 2 else [])])
+    assert found == max((abs(int(a) + int(b)) for a, b in zip(w[::2], w[1::2], strict=False)), default=0)
     assert exact == (found <= 128)
 
 
@@ -51,6 +50,17 @@ def test_scales_at_the_floor_hold_the_rule_in_every_order(seed: int, shape: tupl
     for out, place in itertools.product(range(shape[0]), range(by_place.shape[2])):  # neighbouring inputs at one place
         column = np.pad(by_place[out, :, place], (0, shape[1] % 2)).reshape(-1, 2).sum(1)
         assert np.abs(column).max() <= 128
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(3, 3, 3), (5,), (4,), (1, 5, 5), (3, 4), (3, 2, 2, 2)]))
+def test_codes_that_break_the_rule_give_way_and_no_others(seed: int, shape: tuple[int, ...]) -> None:
+    codes = torch.randint(-127, 128, (4, int(np.prod(shape))), generator=torch.Generator().manual_seed(seed)).double()
+    found = within(codes, shape, 128)
+    assert int(pair_sums(found.reshape(4, *shape)).max()) <= 128
+    assert (found.abs() <= codes.abs()).all() and (found * codes >= 0).all()
+    fits = pair_sums(codes.reshape(4, *shape)) <= 128
+    assert torch.equal(found[fits], codes[fits])
+    assert (found != codes).sum() <= codes.numel() // 2 + 1 + codes.numel() * (shape[0] % 2)
 
 
 class Bright(nn.Module):
@@ -93,6 +103,25 @@ def test_a_session_with_no_options_computes_what_an_exact_one_does(tmp_path: Pat
     with torch.no_grad():
         wanted = net(bright).numpy()
     assert np.abs(fast - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("repair", ["gptq", "adaround", "blocks"])
+def test_repairs_keep_to_the_rule(tmp_path: Path, repair: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+    ).eval()
+    for p in net.parameters():
+        nn.init.uniform_(p, -0.02, 0.1)
+    x = torch.rand(64, 3, 6, 6)
+    quantized = quantize(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[x], repair=[repair])
+    path = export(quantized, tmp_path / "repaired.onnx").path
+    assert has_exact_products(path)
+    fast, exact = both_sessions(path, x)
+    assert (fast == exact).all()
+    with torch.no_grad():
+        wanted = net(x).numpy()
+    assert np.abs(fast - wanted).max() < 0.03 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("layer", ["conv", "linear"])

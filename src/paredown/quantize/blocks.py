@@ -15,6 +15,7 @@ from paredown.program import Inputs
 from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Changes, Lane, Lanes, Layer, layers_of, walk
 from paredown.quantize.numerics import ODD
+from paredown.quantize.pairs import within
 from paredown.quantize.rounding import Rounded, round_layer
 
 ITERATIONS = 500
@@ -58,15 +59,19 @@ class _Choice:
     steps: Tensor
     offset: Tensor
     """float32 [out, 1] both."""
+    pair_sum: int | None
     bias: nn.Parameter | None
 
     def up(self) -> Tensor:
         """h, from 0 to 1."""
         return (1.2 * torch.sigmoid(self.raw) - 0.1).clamp(0.0, 1.0)
 
-    def weight(self, up: Tensor) -> Tensor:
-        """In the layer's own shape."""
-        return (self.steps * (self.low + up) + self.offset).reshape(self.layer.use.shape)
+    def weight(self, up: Tensor, *, final: bool = False) -> Tensor:
+        """In the layer's own shape. `final` codes are whole, and keep to the pair rule."""
+        codes = self.low + up
+        if final and self.pair_sum is not None:
+            codes = within(codes, self.layer.use.shape[1:], self.pair_sum)
+        return (self.steps * codes + self.offset).reshape(self.layer.use.shape)
 
 
 def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
@@ -208,11 +213,11 @@ def _rebuilt(work: _Work, rounded: Sequence[Rounded], iterations: int, lr: float
     choices = [_choice(work, x, r) for x, r in zip(work.block.layers, rounded, strict=True)]
     before, scale = work.error({}), max(float(work.wanted.double().square().sum()), 1e-30)
     _learn(work, choices, before / max(len(work.x), 1), iterations, lr, seed)
-    final = _held(work, choices, [(c.raw.detach() >= 0).float() for c in choices])
+    final = _held(work, choices, [(c.raw.detach() >= 0).float() for c in choices], final=True)
     error = work.error(final)
     if error < before:
         for c in choices:
-            work.changes.weights[c.layer.weight] = c.weight((c.raw.detach() >= 0).float()).detach()
+            work.changes.weights[c.layer.weight] = c.weight((c.raw.detach() >= 0).float(), final=True).detach()
             if c.bias is not None and c.layer.bias is not None:
                 work.changes.biases[c.layer.bias] = c.bias.detach().clone()
     names = tuple(x.weight for x in work.block.layers)
@@ -236,15 +241,18 @@ def _choice(work: _Work, layer: Layer, rounded: Rounded) -> _Choice:
         raw=nn.Parameter(-torch.log(1.2 / (start + 0.1) - 1)),
         steps=2 * scales if odd else scales,
         offset=scales if odd else torch.zeros_like(scales),
+        pair_sum=None if odd else observer.pair_sum,
         bias=None if bias is None else nn.Parameter(bias.clone()),
     )
 
 
-def _held(work: _Work, choices: Sequence[_Choice], ups: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+def _held(
+    work: _Work, choices: Sequence[_Choice], ups: Sequence[Tensor], *, final: bool = False
+) -> dict[fx.Node, Tensor]:
     """What `run` takes in place of the graph's weights and biases."""
     held: dict[fx.Node, Tensor] = {}
     for c, up in zip(choices, ups, strict=True):
-        held[c.layer.use.weight] = c.weight(up)
+        held[c.layer.use.weight] = c.weight(up, final=final)
         if c.bias is not None:
             held[c.layer.node.args[2]] = c.bias  # type: ignore[index]
     return held

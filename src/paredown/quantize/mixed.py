@@ -241,6 +241,7 @@ def _rounded(
             quant_min=low,
             quant_max=high,
             levels=levels_at(bits),
+            pair_sum=own.pair_sum,
         )
         observer.floor = own.floor
         observer(weight)

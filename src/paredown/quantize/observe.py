@@ -243,7 +243,8 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
     ) -> None:
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max, self.qscheme, self.ch_axis = quant_min, quant_max, qscheme, ch_axis
-        self.levels, self.pair_sum = levels, pair_sum
+        self.levels = levels
+        self.pair_sum = pair_sum if pair_sum is not None and 2 * max(-quant_min, quant_max) > pair_sum else None
         self.weight: Tensor | None = None
         self.floor: Tensor | None = None
         self.fixed: Tensor | None = None
@@ -260,7 +261,7 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
             raise RuntimeError(msg)
         scales = self.fixed
         if scales is None and self.quant_max == WEIGHT_MAX:
-            scales = symmetric(self.weight, self.ch_axis, self._lowest())
+            scales = symmetric(self.weight, self.ch_axis, self.lowest())
         elif scales is None:
             scales = symmetric_of_least_error(
                 self.weight,
@@ -272,7 +273,8 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
             )
         return scales, torch.zeros_like(scales, dtype=torch.int64)
 
-    def _lowest(self) -> Tensor | None:
+    def lowest(self) -> Tensor | None:
+        """The smallest scales that are allowed, [channels]: for the bias, and for sums of two products."""
         if self.pair_sum is None or self.weight is None:
             return self.floor
         floor = pair_floor(self.weight.movedim(self.ch_axis, 0), self.pair_sum)

@@ -7,29 +7,47 @@ scale that is a little wider where two large weights are neighbours gives the sa
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def pair_sums(weight: Tensor) -> Tensor:
-    """The largest |w0 + w1| of two neighbours in each output. Shape [out], the dtype of `weight` (int32 for integers).
+@functools.lru_cache(maxsize=256)
+def neighbours(shape: tuple[int, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What kernels may put side by side in a weight's row [in, *kernel], as pairs of places in the row laid flat.
 
-    weight [out, in] or [out, in, *kernel]. Neighbours are what kernels may put side by side: inputs 2i and 2i + 1 at one place of the
-    kernel, the two at 2i and 2i + 1 of the row with places first (im2col of channels last) and, but for pictures, with inputs first.
+    Inputs 2i and 2i + 1 at one place of the kernel; the two at 2i and 2i + 1 of the row with places first (im2col of channels
+    last); and, but for pictures, of the row as it is.
+
+    >>> [(a.tolist(), b.tolist()) for a, b in neighbours((4,))]
+    [([0, 2], [1, 3])]
+    """
+    inputs, taps = shape[0], math.prod(shape[1:])
+    by_tap = torch.arange(inputs * taps).reshape(inputs, taps).T  # [taps, inputs]
+    even = inputs - inputs % 2
+    orders = [(by_tap[:, 0:even:2].flatten(), by_tap[:, 1:even:2].flatten())]
+    rows = [by_tap.flatten()] if inputs % 2 and taps > 1 else []
+    rows += [torch.arange(inputs * taps)] if len(shape) not in (1, 3) else []
+    orders += [(row[: len(row) - len(row) % 2 : 2], row[1::2]) for row in rows]
+    return tuple(pair for pair in orders if len(pair[0]))
+
+
+def pair_sums(weight: Tensor) -> Tensor:
+    """The largest |w0 + w1| of two neighbours in each output; 0 without any. Shape [out], the dtype of `weight` (int32 for integers).
+
+    weight [out, in] or [out, in, *kernel].
 
     >>> pair_sums(torch.tensor([[100, 27, -90, -60]], dtype=torch.int8)).tolist()
     [150]
     """
-    held = weight if weight.is_floating_point() else weight.to(torch.int32)
-    by_place = held.reshape(held.shape[0], held.shape[1], -1).transpose(1, 2)
-    found = torch.maximum(_largest(by_place), _largest(by_place.flatten(1)))
-    return found if held.dim() in (2, 4) else torch.maximum(found, _largest(held.flatten(1)))
-
-
-def _largest(rows: Tensor) -> Tensor:
-    even = torch.nn.functional.pad(rows, (0, rows.shape[-1] % 2))
-    sums: Tensor = even.reshape(*even.shape[:-1], -1, 2).sum(-1)
-    return sums.abs().flatten(1).amax(1)
+    rows = (weight if weight.is_floating_point() else weight.to(torch.int32)).flatten(1)
+    found = torch.zeros(len(rows), dtype=rows.dtype)
+    for a, b in neighbours(tuple(weight.shape[1:])):
+        found = torch.maximum(found, (rows[:, a] + rows[:, b]).abs().amax(1))
+    return found
 
 
 def pair_floor(weight: Tensor, pair_sum: int) -> Tensor:
@@ -38,3 +56,24 @@ def pair_floor(weight: Tensor, pair_sum: int) -> Tensor:
     Rounding adds up to a half to each, so the sum before it is at most pair_sum - 1.
     """
     return pair_sums(weight.detach().float()) / (pair_sum - 1)
+
+
+def within(codes: Tensor, shape: Sequence[int], pair_sum: int) -> Tensor:
+    """Codes [out, K] of a weight with rows of `shape` [in, *kernel], of which no two neighbours add up to more than `pair_sum`.
+
+    Of two that do, the larger gives way; the others stay as they are.
+
+    >>> within(torch.tensor([[100.0, 60.0, -5.0, 7.0]]), (4,), 128)
+    tensor([[68., 60., -5.,  7.]])
+    """
+    held, changed = codes.clone(), True
+    while changed:  # every round makes codes smaller
+        changed = False
+        for a, b in neighbours(tuple(shape)):
+            left, right = held[:, a], held[:, b]
+            beyond = left + right - (left + right).clamp(-pair_sum, pair_sum)
+            if bool((beyond != 0).any()):
+                first = left.abs() >= right.abs()
+                held[:, a], held[:, b] = left - beyond * first, right - beyond * ~first
+                changed = True
+    return held

@@ -15,6 +15,7 @@ from paredown.program import Inputs
 from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Changes, Lanes, Layer, walk
 from paredown.quantize.numerics import ODD, scales_of_least_error, snap
+from paredown.quantize.pairs import within
 from paredown.statistics.inputs import inputs_of
 
 SWEEPS = 4
@@ -261,7 +262,8 @@ def rounded_rows(
     low, high = observer.quant_min, observer.quant_max
     seen = [m.centred() if with_bias else m.plain() for m in sums]
     wanted = [fitted(w, gram, cross, ridge) for w, (gram, cross) in zip(rows, seen, strict=True)]
-    floors = [None] * len(rows) if observer.floor is None else list(observer.floor.double().reshape(rows.shape[:2]))
+    lowest, limit = observer.lowest(), observer.pair_sum
+    floors = [None] * len(rows) if lowest is None else list(lowest.double().reshape(rows.shape[:2]))
     scales = [
         scales_of_least_error(w, low, high, gram=gram, floor=f, levels=observer.levels)
         for w, (gram, _), f in zip(wanted, seen, floors, strict=True)
@@ -275,6 +277,7 @@ def rounded_rows(
             codes = 2 * METHODS[method](w - s[:, None], gram, 2 * s, (low - 1) // 2, (high - 1) // 2) + 1
         else:
             codes = METHODS[method](w, gram, s, low, high)
+            codes = codes if limit is None else within(codes, observer.weight.shape[1:], limit)
         nearest = snap(w / s[:, None], low, high, observer.levels)
         spread = float((w @ gram * w).sum()) or 1.0
         near, away = w - s[:, None] * nearest, w - s[:, None] * codes
