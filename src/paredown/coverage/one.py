@@ -1,6 +1,6 @@
 """One model: captured, coupled, cut in every space, proven; a row that grows.
 
-A model may crash the interpreter, fill memory or never end: `serve` runs this in a fork of its own.
+A model may crash the interpreter, fill memory or never end: `worker` runs this in a fork of its own.
 """
 
 from __future__ import annotations

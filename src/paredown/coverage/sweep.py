@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from paredown.errors import Interrupted, UsageError
+from paredown.sweep.serve import MARK
 
 Row = Mapping[str, Any]
+WORKER = "paredown.coverage.worker"
 _VERSIONS = ("paredown", "torch", "torchvision", "timm")
 
 
@@ -84,7 +86,7 @@ class _Server:
         """What the server answers, up to how the fork ended."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "paredown.coverage.serve"],
+                [sys.executable, "-m", "paredown.sweep.serve", WORKER],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace", env=self.environment,
             )  # fmt: skip
         given, answers = self.process.stdin, self.process.stdout
@@ -93,7 +95,7 @@ class _Server:
         given.write(json.dumps(request) + "\n")
         given.flush()
         for line in answers:
-            if line.startswith("\x1e"):
+            if line.startswith(MARK):
                 row = json.loads(line[1:])
                 yield row
                 if "ended" in row:
@@ -109,9 +111,9 @@ class _Server:
 
 def _run(server: _Server, model: str, options: Mapping[str, Any], limits: Limits, threads: int) -> dict[str, Any]:
     asked = {"model": model, "channels": options["channels"], "export": options["export"], "threads": threads}
-    request = {"asked": asked, "seconds": limits.seconds, "memory_bytes": limits.memory_bytes}
+    request = {"request": {"asked": asked, "memory_bytes": limits.memory_bytes}, "seconds": limits.seconds}
     row: dict[str, Any] = {}
-    end: dict[str, Any] = {"ended": None, "late": False, "tail": "the process that starts others ended"}
+    end: dict[str, Any] = {"ended": None, "stopped": "", "tail": ["the process that starts others ended"]}
     for answer in server.rows(request):
         if "ended" in answer:
             end = answer
@@ -119,9 +121,9 @@ def _run(server: _Server, model: str, options: Mapping[str, Any], limits: Limits
             row = answer
     if row.pop("done", False):
         return row
-    if end["late"]:
+    if end["stopped"]:
         return _ended(row | {"model": model, "seconds": limits.seconds}, "timeout", f"not done in {limits.seconds:g} s")
-    return _ended(row | {"model": model}, "killed", f"exit {end['ended']}: {end['tail']}")
+    return _ended(row | {"model": model}, "killed", f"exit {end['ended']}: {''.join(end['tail'][-1:])[:300]}")
 
 
 def _ended(row: dict[str, Any], status: str, message: str) -> dict[str, Any]:

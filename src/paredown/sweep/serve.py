@@ -2,7 +2,7 @@
 
     python -m paredown.sweep.serve MODULE
 
-imports MODULE, which has `main(request, emit)` and may have `LOADS`, names to import as well; reads one request per line,
+imports MODULE, which has `main(request, emit)` and may have `LOADS`, names to import as well, and `prepare()`; reads one request per line,
 {"request", "seconds", "memory_bytes"}; and answers on stdout with lines after a record separator (libraries print as well):
 what `main` emits, then {"ended": exit code or minus signal, "stopped": "" | "time" | "memory", "tail": last lines of stderr}.
 A fork, with all processes it started, ends when its time or memory is used up, and when the pipe to here is closed.
@@ -39,6 +39,8 @@ def serve(module: str) -> None:
     for name in getattr(trial, "LOADS", ()):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    if hasattr(trial, "prepare"):
+        trial.prepare()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks; the closed pipe tells us
     asked = b""
     while True:
