@@ -38,6 +38,14 @@ class Silent(Known):
         return super().forward(x) * 0
 
 
+class Unborn(Known):
+    """A last layer of zeros, as published vision transformers have before they are trained."""
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.c.weight)
+        nn.init.zeros_(self.c.bias)
+
+
 class Growing(Known):
     def forward(self, x):
         return super().forward(x) if x.mean() > 0 else x
@@ -125,6 +133,13 @@ def test_the_exported_file_is_compared(nets: str) -> None:
     assert last["parity"]["max_error"] <= 1e-4 * last["parity"]["scale"]
     assert last["parity"]["scale"] > 0
     assert counts([last])["export parity"] == 1
+
+
+def test_an_output_of_zeros_compares_nothing(nets: str) -> None:
+    last, _ = row(nets, "Unborn", export=True)
+    assert last["parity"]["scale"] > 1e-6
+    assert counts([last])["export parity"] == 1
+    assert counts([{**last, "parity": {"max_error": 0.0, "scale": 0.0}}])["export parity"] == 0
 
 
 def test_processes_end_by_themselves_or_are_stopped_and_the_journal_goes_on(nets: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _agrees(parity: Mapping[str, Any]) -> bool:
-    return "max_error" in parity and parity["max_error"] <= PARITY * parity["scale"]
+    return "max_error" in parity and parity["scale"] > 0 and parity["max_error"] <= PARITY * parity["scale"]
 
 
 def markdown(rows: Sequence[Row], *, title: str = "Coverage", note: str = "") -> str:
