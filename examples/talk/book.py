@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +165,11 @@ def _say(line: str) -> None:
 
 def bind(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The pages as one HTML file: no script, nothing fetched."""
-    loader = FileSystemLoader(Path(__file__).parent)
+    loader = FileSystemLoader([Path(__file__).parent, Path(figures.__file__).parent])
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"marked": marked, "cell": cell, "safe_svg": Markup}
-    style = (resources.files("paredown.report") / "style.css").read_text(encoding="utf-8")
     return env.get_template("book.html").render(
-        style=Markup(style), results=[_ready(r) for r in results.values()], bars=bars, alignment=alignment,
+        results=[_ready(r) for r in results.values()], bars=bars, alignment=alignment,
         quick=any(r["quick"] for r in results.values()),
         machines=sorted({r["machine"] for r in results.values()}),
     )  # fmt: skip

@@ -110,12 +110,19 @@ def through_a_view(x: Tensor) -> Tensor:
     return y + 1.0
 
 
+def a_view_from_before(x: Tensor) -> Tensor:
+    y = x * 1.0
+    view = y.reshape(y.shape[0], -1)
+    return y.relu_().mean() + view
+
+
 @pytest.mark.parametrize(
     ("function", "short"),
     [
         (lambda x: (x * 1.0).relu_() + 1.0, True),
         (read_later, True),  # PyTorch writes that both are one value
         (through_a_view, False),
+        (a_view_from_before, False),
         (lambda x: torch.cumsum(x, 1), False),
         (lambda x: x.reshape(x.shape[0], -1).softmax(1), False),
     ],

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import paredown
 from paredown.export import export
-from paredown.export.session import has_exact_products
+from paredown.export.session import EXACT, has_exact_products
 from paredown.program import capture
 from paredown.quantize import quantize
 from paredown.quantize.pairs import pair_floor, pair_sums, within
@@ -135,9 +136,31 @@ def test_codes_that_break_the_rule_are_not_called_exact(tmp_path: Path, layer: s
     assert not has_exact_products(export(quantized, tmp_path / "breaks.onnx").path)
 
 
-def test_files_of_floats_have_nothing_to_saturate_and_others_say_nothing(tmp_path: Path) -> None:
-    net = nn.Linear(4, 2)
-    assert has_exact_products(export((net, torch.zeros(2, 4)), tmp_path / "float.onnx").path)
+def test_what_another_tool_makes_of_our_float_file_is_not_called_exact(tmp_path: Path) -> None:
+    """It hands the metadata on."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter([{"input": np.ones((2, 4), np.float32)}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    path = export((nn.Linear(4, 2).eval(), torch.zeros(2, 4)), tmp_path / "float.onnx").path
+    quantize_static(path, tmp_path / "theirs.onnx", Reader(), weight_type=QuantType.QInt8)
+    assert not has_exact_products(tmp_path / "theirs.onnx")
+
+
+def test_what_runs_without_paredown_looks_for_the_same_word() -> None:
+    folder = Path(paredown.__file__).parent / "measure"
+    for file in (folder / "memory.py", folder / "bundled" / "runner.py"):
+        assert f'b"{EXACT}"' in file.read_text(encoding="utf-8")
+
+
+def test_files_of_floats_and_of_others_say_nothing(tmp_path: Path) -> None:
+    net = nn.Linear(4, 2).eval()
+    assert not has_exact_products(export((net, torch.zeros(2, 4)), tmp_path / "float.onnx").path)
     assert not has_exact_products(tmp_path / "missing.onnx")
     foreign = tmp_path / "foreign.onnx"
     torch.onnx.export(net, (torch.zeros(2, 4),), str(foreign), dynamo=True, verbose=False)

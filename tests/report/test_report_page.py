@@ -279,7 +279,8 @@ def test_malformed_details_do_no_harm(wrong: Any) -> None:
     run = sample()
     for at, one in enumerate(run):
         bad = dataclasses.replace(one, details=dict.fromkeys(one.details, wrong))
-        harmless(render([*run[:at], bad, *run[at + 1 :]]))
+        shown = harmless(render([*run[:at], bad, *run[at + 1 :]]))
+        assert "Before and after" in shown.text and "Provenance" in shown.text  # the whole page, whatever is wrong
         rows = {
             k: [dict.fromkeys(r, wrong) for r in v] if isinstance(v, list) and v and isinstance(v[0], dict) else v
             for k, v in one.details.items()

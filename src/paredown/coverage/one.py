@@ -174,10 +174,8 @@ def _parity(pruned: Pruned) -> dict[str, Any]:
 
     args, kwargs = pruned.program.inputs
     for parameter in pruned.module.parameters():
-        if parameter.dim() > 1 and not bool(
-            parameter.any()
-        ):  # a head that starts at zero: equality would prove nothing
-            nn.init.normal_(parameter, std=0.02)
+        if parameter.dim() > 1 and not bool(parameter.any()):
+            nn.init.normal_(parameter, std=0.02)  # a head that starts at zero: equality would prove nothing
     with tempfile.TemporaryDirectory() as folder:
         artifact = export(pruned, Path(folder) / "model.onnx")
         program = capture(pruned.module, {"args": args, "kwargs": kwargs}, train=False)

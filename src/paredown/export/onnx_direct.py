@@ -1,7 +1,7 @@
 """Direct: the exporter without its decompositions, which trace a graph of integers anew and take half of its time.
 
 A quantized graph in eval mode has few kinds of ops, and all of these have a translation of their own. What is left of the
-decompositions is written here: ops that change their input in place, where nobody reads it afterwards, and the global mean. Any other
+decompositions is written here: ops that change their input in place, where nobody else reads it, and the global mean. Any other
 graph takes the exporter's own way; the tests hold both ways to the same ONNX graph.
 """
 
@@ -42,13 +42,12 @@ def convert(program: ExportedProgram, registry: Any) -> Any:
 
 def _made_functional(graph: fx.Graph) -> bool:
     """Whether all ops are known now, and none changes a tensor."""
-    places = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         if not isinstance(node.target, torch._ops.OpOverload):
             return False
-        if node.target._schema.is_mutable and not _copied(node, places):
+        if node.target._schema.is_mutable and not _copied(node):
             return False
         if node.target is torch.ops.aten.adaptive_avg_pool2d.default and all(size == 1 for size in node.args[1]):
             node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-1, -2], True)
@@ -57,8 +56,8 @@ def _made_functional(graph: fx.Graph) -> bool:
     return True
 
 
-def _copied(node: fx.Node, places: dict[fx.Node, int]) -> bool:
-    """relu_ as relu, where its input is a tensor of its own that nobody reads later."""
+def _copied(node: fx.Node) -> bool:
+    """relu_ as relu, where its input is a tensor of its own that nobody else reads: not later, and not as a view from before."""
     target: Any = node.target
     source, name = node.args[0], target._schema.name.split("::")[1]
     if not isinstance(source, fx.Node) or source.op != "call_function" or not name.endswith("_"):
@@ -67,7 +66,7 @@ def _copied(node: fx.Node, places: dict[fx.Node, int]) -> bool:
     own = isinstance(made, torch._ops.OpOverload) and not any(a.alias_info for a in made._schema.returns)
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     overload = getattr(packet, target._overloadname, None)
-    if not own or overload is None or max(places[u] for u in source.users) > places[node]:
+    if not own or overload is None or len(source.users) > 1:
         return False
     node.target = overload
     return True

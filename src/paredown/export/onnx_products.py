@@ -19,9 +19,13 @@ _VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 
 
 def mark(model: ir.Model) -> None:
-    """Write the metadata where every int8 weight keeps within the pair rule (see quantize.pairs); a file of floats does."""
+    """Write the metadata where there are int8 weights and all keep within the pair rule (see quantize.pairs).
+
+    Not into a file of floats, which needs no mark: another tool would hand it on to what it quantizes.
+    """
     held = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    if all(_fits(v) for v in held if v.const_value is not None and v.const_value.dtype == ir.DataType.INT8):
+    codes = [v for v in held if v.const_value is not None and v.const_value.dtype == ir.DataType.INT8]
+    if codes and all(_fits(v) for v in codes):
         model.metadata_props[EXACT] = "1"
 
 

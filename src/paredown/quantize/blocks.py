@@ -241,7 +241,7 @@ def _choice(work: _Work, layer: Layer, rounded: Rounded) -> _Choice:
         raw=nn.Parameter(-torch.log(1.2 / (start + 0.1) - 1)),
         steps=2 * scales if odd else scales,
         offset=scales if odd else torch.zeros_like(scales),
-        pair_sum=None if odd else observer.pair_sum,
+        pair_sum=None if odd else observer.limit,
         bias=None if bias is None else nn.Parameter(bias.clone()),
     )
 

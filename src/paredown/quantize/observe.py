@@ -244,7 +244,7 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.quant_min, self.quant_max, self.qscheme, self.ch_axis = quant_min, quant_max, qscheme, ch_axis
         self.levels = levels
-        self.pair_sum = pair_sum if pair_sum is not None and 2 * max(-quant_min, quant_max) > pair_sum else None
+        self.pair_sum = pair_sum
         self.weight: Tensor | None = None
         self.floor: Tensor | None = None
         self.fixed: Tensor | None = None
@@ -273,11 +273,17 @@ class PerChannel(ObserverBase):  # type: ignore[misc]
             )
         return scales, torch.zeros_like(scales, dtype=torch.int64)
 
+    @property
+    def limit(self) -> int | None:
+        """`pair_sum`, where two codes can be beyond it."""
+        beyond = self.pair_sum is not None and 2 * max(-self.quant_min, self.quant_max) > self.pair_sum
+        return self.pair_sum if beyond else None
+
     def lowest(self) -> Tensor | None:
         """The smallest scales that are allowed, [channels]: for the bias, and for sums of two products."""
-        if self.pair_sum is None or self.weight is None:
+        if self.limit is None or self.weight is None:
             return self.floor
-        floor = pair_floor(self.weight.movedim(self.ch_axis, 0), self.pair_sum)
+        floor = pair_floor(self.weight.movedim(self.ch_axis, 0), self.limit)
         return floor if self.floor is None else torch.maximum(self.floor, floor)
 
 

@@ -262,7 +262,7 @@ def rounded_rows(
     low, high = observer.quant_min, observer.quant_max
     seen = [m.centred() if with_bias else m.plain() for m in sums]
     wanted = [fitted(w, gram, cross, ridge) for w, (gram, cross) in zip(rows, seen, strict=True)]
-    lowest, limit = observer.lowest(), observer.pair_sum
+    lowest, limit = observer.lowest(), observer.limit
     floors = [None] * len(rows) if lowest is None else list(lowest.double().reshape(rows.shape[:2]))
     scales = [
         scales_of_least_error(w, low, high, gram=gram, floor=f, levels=observer.levels)

@@ -258,7 +258,10 @@ def _onnxruntime(path: Path, threads: int) -> tuple[Callable[[Any], Any], str, d
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     settings = {"providers": "CPUExecutionProvider"}
-    if b"exact_products" not in path.read_bytes()[-65_536:]:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_536))
+        exact = b"exact_products" in file.read()
+    if not exact:
         settings["session.x64quantprecision"] = "1"
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
