@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paredown.cli.main import COMMANDS, app, main
+from paredown.cli.app import app
+from paredown.cli.front import COMMANDS, page
+from paredown.cli.main import main
 
 INPUT = ("--input", "1x3x12x12")
 COMMON = "device json pruned quiet strip-prefix threads weights".split()
@@ -77,6 +79,19 @@ def test_the_list_of_commands_says_what_each_of_them_says():
     for place, summary in COMMANDS.items():
         module, _, name = place.partition(":")
         assert inspect.getdoc(getattr(importlib.import_module(module), name)) == summary
+
+
+@pytest.mark.parametrize("asked", [[], ["--help"], ["-h"]])
+def test_the_front_page_lists_every_command_in_full(call, asked):
+    done = call(*asked)
+    assert done.code == 0
+    for columns in (10, 80, 1000):
+        lines = page(columns).splitlines()
+        assert max(map(len, lines)) <= min(max(columns, 60), 120)
+        text = " ".join(" ".join(lines).split())
+        for place, summary in COMMANDS.items():
+            assert f" {place.rpartition(':')[2]} {summary}" in text
+    assert set(re.findall(r"(?m)^  (\w+)  ", done.out)) == set(OPTIONS)
 
 
 def test_the_module_is_the_command():

@@ -83,7 +83,7 @@ def test_commands_are_those_of_the_program() -> None:
     )
     assert len(named) >= 9
     done = subprocess.run([sys.executable, "-m", "paredown", "--help"], capture_output=True, text=True, check=True)
-    there = set(re.findall(r"^│ ([a-z]+) ", done.stdout, re.MULTILINE))
+    there = set(re.findall(r"^  ([a-z]+) ", done.stdout, re.MULTILINE))
     assert named == there
 
 

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import App, CycloptsError
-
+from paredown.cli.front import answer
 from paredown.cli.show import plain
 from paredown.errors import InfeasibleError, Interrupted, ParedownError
+
+if TYPE_CHECKING:
+    from cyclopts import CycloptsError
 
 BROKEN_PIPE = 141
 """What a shell reports for a program whose reader went away: 128 + SIGPIPE."""
@@ -25,48 +27,6 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE
 _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
 _NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)
-
-COMMANDS = {
-    "paredown.cli.bundle:bundle": "Write a folder that runs a model on a phone or board over adb, ssh or there, with golden outputs to hold it to.",
-    "paredown.cli.compare:compare": "Lay runs or model files side by side, time them in every runtime at hand, and say which is the fastest.",
-    "paredown.cli.compress:compress": "Take a trained model to a proven, measured INT8 file with a report; the same command continues a killed run.",
-    "paredown.cli.couple:couple": "Which channels must live or die together, which are pinned and why, and the ops without a rule.",
-    "paredown.cli.coverage:coverage": "Capture, couple, cut and prove each model in a process of its own; resumable; exit 6 where a result is unproven.",
-    "paredown.cli.curve:curve": "Amounts × methods × schedules × seeds with dense controls: the curve, its sweet spot, and whether pruning paid.",
-    "paredown.cli.doctor:doctor": "Explain this environment: versions, processor, runtimes, what is broken and how to fix it.",
-    "paredown.cli.examine:examine": "Parameters, MACs, bytes and activation memory, per layer and in total; MODEL may be an .onnx file too.",
-    "paredown.cli.quantize:export": "Write a file in floating point, and check it in its runtime on the example input.",
-    "paredown.cli.factorize:factorize": "Replace layers by low-rank chains, with a proof; train the result with your own loop.",
-    "paredown.cli.init:init": "Write recipe.yaml and task.py: a small example that runs as it is, with marks where your own model goes.",
-    "paredown.cli.measure:measure": "Bytes, latency (with its spread) and memory of a file, measured in its runtime on this machine.",
-    "paredown.cli.numerics:numerics": "What quantization costs, as a page: casts, mapping, granularity, bits, and the noise in every layer of a model.",
-    "paredown.cli.prune:prune": "Remove channels, heads or modules, or mask weights, with a proof; train the result with your own loop, or use compress.",
-    "paredown.cli.quantize:quantize": "Quantize to 8 bits or fewer, with samples where the scheme needs them; export, and check the file in its runtime.",
-    "paredown.cli.report:report": "Write report.html of a run from records.jsonl alone, and print the verdict.",
-    "paredown.cli.sensitivity:sensitivity": "What every space at several amounts and every layer at several bits costs by itself; heat map, ranking, how stable.",
-    "paredown.cli.setup:setup": "Make the environment of a target whose converter cannot share ours: pinned versions, in a folder of their own.",
-}
-"""Where a command is, and the first line of its docstring: a list of commands needs none of their modules."""
-
-
-def _version() -> str:
-    import paredown
-
-    return paredown.__version__
-
-
-app = App(
-    name="paredown",
-    help="From a trained PyTorch model to a small, proven, measured file on an edge runtime.",
-    version=_version,
-    help_format="plaintext",
-    print_error=False,
-    exit_on_error=False,
-    suppress_keyboard_interrupt=False,
-    result_action="return_value",
-)
-for place, summary in COMMANDS.items():
-    app.command(place, help=summary)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _readable_anywhere()
     try:
         with _interruptible(), _warnings_as_notes():
-            code = app(None if arguments is None else list(arguments))
+            code = _run(sys.argv[1:] if arguments is None else list(arguments))
             sys.stdout.flush()
-            return int(code or 0)
+            return code
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  (lives until the process ends; nothing must be flushed to the pipe)
         return BROKEN_PIPE
@@ -94,8 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+def _run(arguments: list[str]) -> int:
+    told = answer(arguments)
+    if told is not None:
+        print(told)
+        return 0
+    from paredown.cli.app import app
+
+    return int(app(arguments) or 0)
+
+
 def explained(error: Exception) -> tuple[str, int]:
     """One message and one exit code for any failure."""
+    from cyclopts import CycloptsError
+
     if isinstance(error, CycloptsError):
         return f"{_usage(error)}\nSee `paredown --help`, or --help after a command.", 2
     if isinstance(error, ParedownError):

@@ -34,7 +34,7 @@ def masks_of(program: Program, given: Given, *, granularity: str = "element") ->
 
     >>> from paredown.program import capture
     >>> program = capture(nn.Linear(4, 4), torch.zeros(2, 4))
-    >>> masks_of(program, lambda name, tensor: tensor.abs() > 0.1 if tensor.dim() == 2 else None).masks["weight"].shape
+    >>> masks_of(program, lambda name, tensor: tensor > tensor.median() if tensor.dim() == 2 else None).masks["weight"].shape
     (4, 4)
     """
     cells = Granularity.parse(granularity)
