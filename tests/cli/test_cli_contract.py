@@ -48,7 +48,7 @@ OPTIONS = {
         *COMMON,
         *"calibrate float-layers input observer opset out overwrite repair samples scheme target".split(),
     ],
-    "report": ["json", "quiet"],
+    "report": ["json", "mlflow", "quiet", "tensorboard"],
     "sensitivity": "amounts bits device distance json out overwrite quiet set threads weights".split(),
     "setup": ["json", "overwrite", "quiet"],
 }

@@ -46,7 +46,7 @@ RANK = {room: rank for rank, line in enumerate(TIERS) for room in line.split()}
 WITHOUT_TORCH = "errors budget plan granularity target recipe recipe_fields records strict_yaml environments curve ranking sweep report doctor".split()
 REPORT_MAY_IMPORT = {"errors", "records", "curve", "ranking", "report"}
 DEFERRED = set(
-    "torchao onnx onnxruntime onnxscript onnx_ir openvino executorch litert_torch ai_edge_quantizer ai_edge_litert flatbuffers matplotlib jinja2 sklearn torchvision timm optuna ray transformers".split()
+    "torchao onnx onnxruntime onnxscript onnx_ir openvino executorch litert_torch ai_edge_quantizer ai_edge_litert flatbuffers matplotlib jinja2 sklearn torchvision timm optuna ray tensorboard mlflow transformers".split()
 )
 """Imported inside functions only: they are extras, and slow."""
 

@@ -20,6 +20,13 @@ def report(
     folder: Annotated[Path, Parameter(help="The folder of a run.")],
     /,
     *,
+    tensorboard: Annotated[
+        Path | None, Parameter(help="Write the records as event files of TensorBoard into this folder, too.")
+    ] = None,
+    mlflow: Annotated[
+        str | None,
+        Parameter(help="Make an MLflow run of each record at this URI, too: sqlite:///FILE.db, http://HOST."),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -44,9 +51,22 @@ def report(
         document, lines = sensitivity_document(records), told_sensitivity
     else:
         told(folder, json=json, quiet=quiet)
-        return 0
+        return _tracked(folder, tensorboard, mlflow, quiet=quiet or json)
     if json:
         emit(document)
     else:
         show(*lines(document), f"report: {folder / 'report.html'}", quiet=quiet)
+    return _tracked(folder, tensorboard, mlflow, quiet=quiet or json)
+
+
+def _tracked(folder: Path, tensorboard: Path | None, mlflow: str | None, *, quiet: bool) -> int:
+    """The records told to the trackers that were asked for."""
+    from paredown.report.trackers import to_mlflow, to_tensorboard
+
+    if tensorboard is not None:
+        files = to_tensorboard(folder, tensorboard)
+        show(f"TensorBoard: {len(files)} records, tensorboard --logdir {tensorboard}", quiet=quiet)
+    if mlflow is not None:
+        new = to_mlflow(folder, mlflow)
+        show(f"MLflow: {len(new)} new runs at {mlflow}", quiet=quiet)
     return 0
