@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
+from paredown.export.conditioning import excuse
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
@@ -268,13 +269,15 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
     int8_nodes, float_nodes = inspect_optimized(artifact)
     tolerance = None if _rounds_activations(artifact) else TOLERANCES.get(artifact.scheme)
     within = far.error <= tolerance * far.scale if tolerance else far.cosine >= COSINE
+    excused = "" if within or tolerance or not far.finite else excuse(reference, far.worst, far.cosine)
     check = Check(
         max_error=far.error,
         scale=far.scale,
         cosine=far.cosine,
         int8_nodes=int8_nodes,
         float_nodes=float_nodes,
-        holds=within and far.finite,
+        holds=(within or bool(excused)) and far.finite,
+        notes=(excused,) if excused else (),
     )
     if strict and not check.holds:
         rule = f"within {tolerance:g} of the output scale" if tolerance else f"cosine ≥ {COSINE}"
@@ -299,7 +302,9 @@ def distance(runtime: Predict, reference: Any, samples: Batches) -> Distance:
     torch_side, far = predictor(reference), Distance()
     for batch in each(samples):
         for part in [batch] if length(batch) == 1 else [batch, rows(batch, slice(0, 1))]:
+            before = far.cosine
             far.add(tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference))
+            far.worst = part if far.cosine < before else far.worst
     if not far.outputs:
         msg = "check must have at least one sample. Got 0 batches."
         raise RejectedError(msg)
@@ -319,10 +324,11 @@ def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
 
 
 class Distance:
-    """How far outputs are from the reference, over all of them: nothing but four numbers is kept."""
+    """How far outputs are from the reference, over all of them: four numbers and the batch of the smallest cosine are kept."""
 
     def __init__(self) -> None:
         self.error, self.scale, self.cosine, self.finite, self.outputs = 0.0, 0.0, 1.0, True, 0
+        self.worst: Any = None
 
     def add(self, got: list[Tensor], expected: list[Tensor]) -> None:
         """One run. Raises VerificationError where shapes differ."""

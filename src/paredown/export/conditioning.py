@@ -1,0 +1,90 @@
+"""How far a simulation is from itself when its float sums round otherwise: nobody's file can be held to less.
+
+A rounding step that flips moves a value by a whole step, and the layers behind it carry that on. In a network that amplifies it
+(deep transformers, above all with random weights), two correct executions of the same codes end further apart than a
+cosine of 0.999. So, where a file misses that, the simulation runs again with its float results disturbed by a part in a million.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from paredown.quantize.batches import tensors_of
+from paredown.quantize.nouns import Quantized
+
+NOISE = 1e-6
+"""Relative: what float32 sums of some hundred terms in two orders differ by (eps 6e-8 × the root of the terms)."""
+DRAWS = 4
+MARGIN = 2.0
+"""The file may be as far as twice the farthest draw, in 1 - cosine."""
+LEAST = 0.98
+"""Below this cosine nothing is excused, however the network amplifies."""
+
+
+def own_cosine(quantized: Quantized, part: Any, *, draws: int = DRAWS, noise: float = NOISE) -> float:
+    """Smallest cosine over `draws` between a simulation's outputs and those with its float results times 1 + noise · N(0, 1).
+
+    `part` is (args, kwargs) of one batch. Codes, views and the results of dequantization stay as they are.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from paredown.program import capture
+    >>> from paredown.quantize import quantize
+    >>> x = torch.randn(8, 4)
+    >>> own_cosine(quantize(capture(nn.Linear(4, 3), x), calibrate=[x]), ((x,), {})) > 0.999
+    True
+    """
+    args, kwargs = part[0], {k: part[1][k] for k in quantized.inputs.kwargs if k in part[1]}
+    generator, smallest = torch.Generator().manual_seed(0), 1.0
+    with torch.no_grad():
+        expected = tensors_of(quantized.module(*args, **kwargs))
+        for _ in range(draws):
+            disturbed = _Disturbed(quantized.module, noise, generator)
+            got = tensors_of(disturbed.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False))
+            smallest = min(smallest, *(_cosine(a, b) for a, b in zip(got, expected, strict=True)))
+    return smallest
+
+
+def excuse(reference: Any, part: Any, cosine: float) -> str:
+    """Why a file with that cosine still holds, as a note; "" where the simulation's own rounding does not explain it."""
+    if not isinstance(reference, Quantized) or part is None or not LEAST <= cosine < 1:
+        return ""
+    own = own_cosine(reference, part)
+    if 1 - cosine > MARGIN * (1 - own):
+        return ""
+    return (
+        f"this network amplifies rounding: with its float results disturbed by {NOISE:g} the simulation differs from itself by a cosine "
+        f"of {own:.6f}, so the file's {cosine:.6f} says no more than that"
+    )
+
+
+class _Disturbed(torch.fx.Interpreter):
+    def __init__(self, graph: torch.fx.GraphModule, noise: float, generator: torch.Generator) -> None:
+        super().__init__(graph)
+        self.noise, self.generator = noise, generator
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        out = super().run_node(n)
+        computed = n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and not _passes_on(n.target)
+        if not computed or not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        shaken = torch.randn(out.shape, generator=self.generator).to(out)
+        return out * (1 + self.noise * shaken)
+
+
+def _passes_on(op: torch._ops.OpOverload) -> bool:
+    """Views, and what turns codes into numbers: no sum in them."""
+    return "quantize" in op.name() or any(r.alias_info is not None for r in op._schema.returns)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    x, y = a.double().reshape(-1), b.double().reshape(-1)
+    norms = float(x.norm() * y.norm())
+    return float(x @ y) / norms if norms else float(bool((x == y).all()))
+
+
+__all__ = ["excuse", "own_cosine"]
