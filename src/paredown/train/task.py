@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
 from paredown.program import call_inputs as call_inputs  # noqa: PLC0414  (it is this room's name for it as well)
+from paredown.train.patience import BATCH_SECONDS, Patient
 
 TRAIN_SECONDS = 120.0
 """Time after which training data are no longer compared with the other roles."""
@@ -92,7 +93,14 @@ class Task:
     """One line for the report's snippet: how raw data becomes the model's input."""
     data: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in _ROLES:
+            batches = getattr(self, name)
+            if batches is not None and not isinstance(batches, Patient):
+                object.__setattr__(self, name, Patient(batches, name))
 
+
+_ROLES = ("calibration_batches", "test_batches", "train_batches", "choose_batches")
 _REQUIRED = ("model", "inputs", "calibration_batches", "evaluate")
 _OPTIONAL = (
     "test_batches",
@@ -113,7 +121,8 @@ def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> T
 
     Required: `model`, `inputs`, `calibration_batches`, `evaluate`, `METRIC = {"name", "unit", "goal"}`, and either
     `train_batches` with `step`, or `train`. An `evaluate(predict, batches)` gets `test_batches()`; it then also
-    serves `choose_batches()`. Optional: `batch_inputs`, `optimizer`, `base`, `scratch`, `twin`, `slices`, `NORMALISATION`.
+    serves `choose_batches()`. Optional: `batch_inputs`, `optimizer`, `base`, `scratch`, `twin`, `slices`, `NORMALISATION`,
+    and `BATCH_SECONDS`, the longest wait for one batch.
 
     Raises UsageError (a function or METRIC is missing or malformed, or one needs `data` and there is none).
     """
@@ -136,6 +145,10 @@ def task_from_module(module: ModuleType, *, data: Path | str | None = None) -> T
         if callable(function):
             found[name] = _with_data(function, folder, where)
     _check_data_is_used(module, folder, where)
+    longest = _seconds(module, where)
+    for name in _ROLES:
+        if name in found:
+            found[name] = Patient(found[name], name, longest)
     batch_inputs = getattr(module, "batch_inputs", None)
     if batch_inputs is not None:
         full = found["calibration_batches"]
@@ -379,6 +392,14 @@ def _cpu(value: Any) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------- reading a module
+
+
+def _seconds(module: ModuleType, where: str) -> float:
+    value = getattr(module, "BATCH_SECONDS", BATCH_SECONDS)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        msg = f"BATCH_SECONDS must be a number above 0. Got {value!r} at {where}."
+        raise UsageError(msg)
+    return float(value)
 
 
 def _with_data(function: Callable[..., Any], data: Path | None, where: str) -> Callable[..., Any]:

@@ -1,0 +1,70 @@
+"""Loaders whose workers hang, in a process of their own: forked workers that are killed must not share a runner of tests.
+
+test_train_patience.py runs this file with pytest.
+"""
+
+from __future__ import annotations
+
+import time
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from paredown.errors import ResourceError
+from paredown.train import check_roles, task_from_module
+from paredown.train.patience import Patient
+
+
+class Stuck(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 5:
+            time.sleep(600)
+        return torch.full((2,), float(index))
+
+
+def test_a_loader_whose_worker_hangs_ends_with_a_hint() -> None:
+    got, start = [], time.monotonic()
+    loader = DataLoader(Stuck(), batch_size=2, num_workers=1)
+    with pytest.raises(
+        ResourceError, match=r"calibration_batches must give a batch within 3 s.*num_workers=0"
+    ) as caught:
+        for batch in Patient(lambda: loader, "calibration_batches", 3)():
+            got.append(batch)  # noqa: PERF402  (those before the one that hangs)
+    assert caught.value.exit_code == 7
+    assert len(got) == 2
+    assert time.monotonic() - start < 60
+    assert loader.timeout == 0
+
+
+def test_a_timeout_of_the_users_own_stands() -> None:
+    loader = DataLoader(Stuck(), batch_size=2, num_workers=1, timeout=2)
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 2 seconds"):
+        list(Patient(lambda: loader, "train_batches", 600)())
+    assert loader.timeout == 2
+
+
+def module(**more: object) -> ModuleType:
+    found = ModuleType("mine")
+    data = torch.arange(24.0).reshape(3, 4, 2)
+    found.__dict__.update(
+        model=lambda: torch.nn.Linear(2, 1),
+        inputs=lambda: torch.zeros(2, 2),
+        calibration_batches=lambda: [data[0]],
+        test_batches=lambda: [data[1]],
+        train_batches=lambda: DataLoader(Stuck(), batch_size=2, num_workers=1),
+        step=lambda model, batch: model(batch).mean(),
+        evaluate=lambda predict, batches: {"m": [float(predict(b).sum()) for b in batches]},
+        METRIC={"name": "m", "unit": "", "goal": "max"},
+    )
+    found.__dict__.update(more)
+    return found
+
+
+def test_fault_60_the_task_module_sets_the_limit() -> None:
+    with pytest.raises(ResourceError, match="train_batches must give a batch within 1 s"):
+        check_roles(task_from_module(module(BATCH_SECONDS=1)))

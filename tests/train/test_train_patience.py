@@ -1,0 +1,87 @@
+"""Patience: what hangs ends with a hint, what is slow but comes is left alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sized
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from paredown.errors import UsageError
+from paredown.train import task_from_module
+from paredown.train.patience import Patient
+
+
+def test_loaders_whose_workers_hang() -> None:
+    """In a process of its own, without a terminal's plugins."""
+    file = Path(__file__).with_name("hanging_loaders.py")
+    call = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_whatever_else_is_late_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def slow() -> Iterator[int]:
+        yield 1
+        time.sleep(1.2)
+        yield 2
+
+    assert list(Patient(slow, "train_batches", 0.2)()) == [1, 2]
+    said = capsys.readouterr().err
+    assert said.count("note: waiting for train_batches: no batch for 0.2 s") == 1
+    assert not [
+        t for t in threading.enumerate() if t.name == "patience train_batches" and t.is_alive() and not _ends(t)
+    ]
+
+
+def _ends(thread: threading.Thread) -> bool:
+    thread.join(5)
+    return not thread.is_alive()
+
+
+def test_the_time_between_batches_is_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in Patient(lambda: iter([1, 2, 3]), "train_batches", 0.2)():
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
+
+
+def test_length_attributes_and_errors_are_those_of_the_loader() -> None:
+    loader = DataLoader(TensorDataset(torch.zeros(8, 2)), batch_size=4)
+    seen = Patient(lambda: loader, "train_batches")()
+    assert isinstance(seen, Sized) and len(seen) == 2
+    assert seen.batch_size == 4  # type: ignore[attr-defined]
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise KeyError("mine")
+
+    seen = Patient(broken, "train_batches")()
+    assert not isinstance(seen, Sized)
+    with pytest.raises(KeyError, match="mine"):
+        list(seen)
+    assert list(Patient(list, "train_batches")()) == []
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, "10"])
+def test_the_limit_must_be_a_time(wrong: object) -> None:
+    found = ModuleType("mine")
+    found.__dict__.update(
+        model=lambda: torch.nn.Linear(2, 1),
+        inputs=lambda: torch.zeros(2, 2),
+        calibration_batches=lambda: [torch.zeros(2, 2)],
+        test_batches=lambda: [torch.ones(2, 2)],
+        train_batches=lambda: [torch.ones(3, 2)],
+        step=lambda model, batch: model(batch).mean(),
+        evaluate=lambda predict, batches: {"m": [float(predict(b).sum()) for b in batches]},
+        METRIC={"name": "m", "unit": "", "goal": "max"},
+        BATCH_SECONDS=wrong,
+    )
+    with pytest.raises(UsageError, match="BATCH_SECONDS must be a number above 0"):
+        task_from_module(found)
