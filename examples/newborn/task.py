@@ -156,6 +156,7 @@ def scratch(
 def twin(
     parameters: int,
     *,
+    epochs: int = EPOCHS,
     extra_epochs: int = 0,
     seed: int = 0,
     device: str = "cpu",
@@ -165,10 +166,10 @@ def twin(
 ) -> nn.Module:
     """A dense network of about that many parameters, trained as the base is and `extra_epochs` longer."""
     width = min(range(2, WIDTH + 1), key=lambda w: abs(sum(p.numel() for p in Regressor(w).parameters()) - parameters))
-    thin = model(seed, width)
     return scratch(
-        thin, extra_epochs=extra_epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint, data=data
-    )
+        model(seed, width), epochs=epochs, extra_epochs=extra_epochs, seed=seed, device=device, progress=progress,
+        checkpoint=checkpoint, data=data,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

@@ -127,9 +127,8 @@ def _processor_seconds() -> float:
 def _key(name: str, setting: Setting) -> str:
     """What a result depends on, so that an old one is not taken for a new one."""
     programs = [_source(each) for each in (name, "nets", "draw", "timing", "page")]
-    return _digest(
-        *programs, setting.quick, str(setting.data), _stamp(setting.newborn) if name == "case_study" else None
-    )
+    newborn = [_stamp(setting.newborn), _source("rows", "newborn")] if name == "case_study" else None
+    return _digest(*programs, setting.quick, str(setting.data), newborn)
 
 
 def _digest(*told: Any) -> str:
@@ -138,12 +137,12 @@ def _digest(*told: Any) -> str:
 
 def _stamp(folder: Path | None) -> list[int]:
     """When the case study last wrote something: its page follows."""
-    return [] if folder is None else [f.stat().st_mtime_ns for f in sorted(folder.glob("curve.json"))]
+    return [] if folder is None else [f.stat().st_mtime_ns for f in sorted(folder.glob("journal.jsonl"))]
 
 
-def _source(name: str) -> str:
+def _source(name: str, package: str = "talk") -> str:
     try:
-        return inspect.getsource(importlib.import_module(f"talk.{name}"))
+        return inspect.getsource(importlib.import_module(f"{package}.{name}"))
     except Exception as error:  # it cannot even be imported: _built says why
         return f"# not readable: {type(error).__name__}"
 

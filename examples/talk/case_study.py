@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
+from newborn import rows as newborn
 from torch import nn
 
 import paredown as pare
 from paredown.models import load_model
-from talk import draw
-from talk.page import Cell, Column, Heading, Page, Setting, Spread, Table, Text
+from talk.page import Cell, Column, Heading, Page, Setting, Table
 
 TOLD = (
     # filters pruned, MB, GFLOPs, MAE in g
@@ -22,13 +18,12 @@ TOLD = (
     ("50 % at once", 26.48, 1.34, 143.9),
 )
 KEPT = ((), (0.75,), (0.75, 2 / 3), (0.5,))
-COMMAND = "paredown curve examples/newborn/curve.yaml --out runs/newborn-curve"
 
 
 def build(setting: Setting) -> Page:
     """A ResNet-50 at 256×256 counted beside the talk, and the errors of the synthetic twin where they were measured."""
-    twin = _twin(setting.newborn)
-    counted = _resnet50()
+    costs, counted = _resnet50()
+    sweep = newborn.read_sweep(setting.newborn)
     return Page(
         title="Case study: the weight of a newborn",
         told=(
@@ -52,7 +47,7 @@ def build(setting: Setting) -> Page:
             ),
             _head(counted),
             Heading(text="The error, on a synthetic twin"),
-            *twin,
+            *newborn.twin_parts(sweep, TOLD, costs),
         ),
         differ=(
             "Half the size at 25 % of the filters: a layer loses inputs as well as outputs, so what remains is (1 − p)² = 0.5625, and 0.25 at 50 %. The printed MACs follow it to the third digit.",
@@ -60,7 +55,7 @@ def build(setting: Setting) -> Page:
             "The printed size is 0.516 after the first step, not 0.5625. In MiB a backbone of ResNet-50 and a large head that shrinks faster explain it (table above). That is an inference: the network is not public.",
             "The data are private. `examples/newborn` makes a synthetic twin: pictures whose weight depends on body dimensions, with a known irreducible error. Its grams are its own and are not to be compared with the talk’s, only the order of the four rows is.",
         ),
-        not_tested=("The talk’s own data and network; a phone.", *([] if setting.newborn else [f"The twin’s errors: run `{COMMAND}`, then this page again."])),
+        not_tested=("The talk’s own data and network; a phone.", *([] if sweep else [f"The twin’s errors: run `{newborn.COMMAND}`, then this page again."])),
     )  # fmt: skip
 
 
@@ -71,14 +66,14 @@ def _remains(levels: tuple[float, ...]) -> float:
     return left
 
 
-def _resnet50() -> list[tuple[Cell, ...]]:
+def _resnet50() -> tuple[list[pare.Cost], list[tuple[Cell, ...]]]:
     """The four rows, each pruned physically and proven."""
     net, _ = load_model("torchvision:resnet50")
     net.fc = nn.Linear(2048, 1)
     program = pare.capture(net, torch.zeros(2, 3, 256, 256))
     coupling, cost = pare.couple(program), pare.examine(program)
     scores = pare.score(program, coupling, "l1")
-    rows: list[tuple[Cell, ...]] = []
+    costs, rows = [cost], list[tuple[Cell, ...]]()
     for (name, *_), levels in zip(TOLD, KEPT, strict=True):
         if not levels:
             rows.append((name, *_sizes(cost, cost), "–"))
@@ -87,8 +82,9 @@ def _resnet50() -> list[tuple[Cell, ...]]:
         plan = pare.allocate(coupling, scores, cost, pare.Budget(channels=_remains(levels)), align=1)
         small = pare.prune(program, plan)
         after = pare.examine(pare.capture(small.module, torch.zeros(2, 3, 256, 256), train=False))
+        costs.append(after)
         rows.append((name, *_sizes(after, cost), f"{small.proof.max_error / small.proof.scale:.1e}"))
-    return rows
+    return costs, rows
 
 
 def _sizes(cost: pare.Cost, dense: pare.Cost) -> tuple[int, float, float, float, float]:
@@ -113,68 +109,5 @@ def _head(counted: list[tuple[Cell, ...]]) -> Table:
             Column(title="Filters pruned"), Column(title="“MB”", mark="talk", form="g"), Column(title="Parameters, M, if MiB", mark="estimated", form=".2f"),
             Column(title="Backbone, M", mark="counted", form=".2f"), Column(title="Left for a head, M", mark="estimated", form=".2f"),
         ),
-        rows=rows,
-    )  # fmt: skip
-
-
-def _twin(folder: Path | None) -> list[Any]:
-    """The four rows of the twin from curve.json, or that nobody ran them."""
-    file = folder / "curve.json" if folder else None
-    if file is None or not file.is_file():
-        empty = [(row[0], None, None, None) for row in TOLD]
-        return [
-            Text(text=f"No results of the twin were found. `{COMMAND}` makes them, in some two hours of one core."),
-            _twin_table(empty, ""),
-        ]
-    found = json.loads(file.read_text(encoding="utf-8"))
-    rows, unit = [], found["metric"]["unit"]
-    for name, schedule, amount in (
-        ("none", None, None),
-        ("25 %", "one-shot", 0.75),
-        ("25 %, then 33 %: 50 % in all", "multi-level", 0.5),
-        ("50 % at once", "one-shot", 0.5),
-    ):
-        point = next((p for line in found["lines"] for p in line["points"] if _is(line, p, schedule, amount)), None)
-        test = point and point["test"]
-        rows.append(
-            (
-                name,
-                *(
-                    (None, None, None)
-                    if not test
-                    else (
-                        point["absolute"]["bytes"] / 1e6,
-                        point["absolute"]["macs"] / 1e9,
-                        Spread(value=test["mean"], low=test["low"], high=test["high"]),
-                    )
-                ),
-            )
-        )
-    points = {
-        line["name"]: [
-            (p["removed"]["sparsity"], Spread(value=p["test"]["mean"], low=p["test"]["low"], high=p["test"]["high"]))
-            for p in line["points"]
-            if p["test"]
-        ]
-        for line in found["lines"]
-    }
-    seeds = max(len(p["seeds"]) for line in found["lines"] for p in line["points"])
-    return [
-        _twin_table(rows, f", {seeds} seeds, file in ONNX Runtime"),
-        draw.lines(points, x="weights removed, %", y=f"{found['metric']['name']}, {unit}", caption="Does the error improve by pruning? The curve with its controls; lower is better. Bars: 95 % intervals over seeds"),
-        Text(text=f"**The dense question.** {found['dense_verdict']}"),
-    ]  # fmt: skip
-
-
-def _is(line: dict[str, Any], point: dict[str, Any], schedule: str | None, amount: float | None) -> bool:
-    if schedule is None:
-        return point["kind"] == "base"
-    return line["kind"] == "pruned" and point["schedule"] == schedule and point["amount"] == amount
-
-
-def _twin_table(rows: list[tuple[Cell, ...]], how: str) -> Table:
-    return Table(
-        caption=f"The four rows on the synthetic twin{how}",
-        columns=(Column(title="Filters pruned"), Column(title="MB", mark="measured", form=".3f"), Column(title="GMACs", mark="counted", form=".4f"), Column(title="MAE, g", mark="measured", form=".1f")),
         rows=rows,
     )  # fmt: skip

@@ -17,14 +17,12 @@ import pytest
 import scipy.ndimage
 import torch
 
-from curve_records import head, sweep, trial
 from paredown.records import Measured
-from paredown.report.curve_document import curve_document
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from talk import book, case_study, noise, page, redundancy, thirteen_models, tiles, which_zeros  # noqa: E402  # fmt: skip
+from talk import book, noise, page, redundancy, thirteen_models, tiles, which_zeros  # noqa: E402  # fmt: skip
 
 CHEAP = ("cast", "alexnet", "scale_and_zero_point", "glossary", "later")
 """Pages that tests build; the others are marked slow."""
@@ -235,29 +233,6 @@ def test_a_layer_of_the_tiles_page_does_what_its_shape_says() -> None:
     assert tiles.layer(24).macs == 24 * 64 * 9 * 14 * 14
 
 
-def test_the_four_rows_of_the_twin_are_read_from_its_curve(tmp_path: Path) -> None:
-    assert [r[1:] for r in case_study._twin(None)[-1].rows] == [(None, None, None)] * 4
-    levels = [trial("pruned", 0.5, seed, 97.0 - seed, 96.5 - seed, schedule="multi-level") for seed in range(3)]
-    records = sweep({0.75: [98.0, 98.5, 97.5], 0.5: [95.0, 96.0, 94.0]}, [99.0, 99.1, 98.9])
-    document = curve_document([head(), *records, *levels])
-    (tmp_path / "curve.json").write_text(json.dumps(document))
-    found = case_study._twin(tmp_path)[0]
-    points = {(p["kind"], p["schedule"], p["amount"]): p for line in document["lines"] for p in line["points"]}
-    wanted = [
-        ("base", None, None),
-        ("pruned", "one-shot", 0.75),
-        ("pruned", "multi-level", 0.5),
-        ("pruned", "one-shot", 0.5),
-    ]
-    for row, (kind, schedule, amount) in zip(found.rows, wanted, strict=True):
-        point = next(
-            p
-            for key, p in points.items()
-            if (key == (kind, schedule, amount) if kind == "pruned" else key[0] == "base")
-        )
-        assert row[3].value == point["test"]["mean"] and row[1] == point["absolute"]["bytes"] / 1e6
-
-
 def test_cells_say_where_nobody_looked_and_keep_their_interval() -> None:
     assert "not tested" in str(book.cell(None)) and str(book.cell(1234567)) == "1,234,567"
     assert str(book.cell(-0.5, "+.2f")) == "−0.50" and str(book.cell("<b>`x`")) == "&lt;b&gt;<code>x</code>"
@@ -328,12 +303,12 @@ def test_a_page_that_fails_is_marked_and_the_others_are_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "twin").mkdir()
-    (tmp_path / "twin" / "curve.json").write_text("{ torn")
+    (tmp_path / "twin" / "recipe.yaml").write_text("{ torn")
     out = tmp_path / "out"
     command = [str(out), "--quick", "--newborn", str(tmp_path / "twin"), "--pages", "case_study", "later"]
     assert book.main(command) == 1
     text = (out / "book.html").read_text(encoding="utf-8")
-    assert "This page failed." in text and "JSONDecodeError" in text and "Left for later" in text
+    assert "This page failed." in text and "UsageError" in text and "Left for later" in text
     assert "FAILED: case_study" in capsys.readouterr().err
     assert book.main([str(out), "--quick", "--pages", "later"]) == 0
     assert "later: there already" in capsys.readouterr().err

@@ -438,6 +438,7 @@ def _twin(run: Run, last: Program | Pruned) -> None:
         "extra_epochs": run.recipe.recover.epochs * len(run.recipe.prune.levels),
         "checkpoint": run.folder.steps / "twin.safetensors",
         "progress": lambda p: run.on_training("train the dense twin", p),
+        **run.recipe.base.model_dump(exclude_none=True),  # else a base of other length has no equal
     }
     twin = run.task.twin(sum(p.numel() for p in module.parameters()), **accepted(run.task.twin, options))
     quantized = _quantized(run, capture(twin, run.task.inputs(), train=False), None)

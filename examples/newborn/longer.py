@@ -1,0 +1,107 @@
+"""The control that a curve does not have: the dense network of every seed, trained on as long as the pruned ones recover.
+
+    python examples/newborn/longer.py runs/newborn-curve
+
+Without it an error that improves after pruning may have improved by training alone. Reads the dense networks of the sweep, and
+writes SWEEP-longer/seed-N with the exported file and result.json, which rows.py takes up. A killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from newborn import rows, task
+from safetensors.torch import load_file
+
+from paredown.examine import examine
+from paredown.export import check, export, predictor
+from paredown.measure import machine_text, sizes, summarize
+from paredown.program import capture
+from paredown.records import Measured, Record, locked, write_text
+from paredown.strict_yaml import read_yaml
+from paredown.train import fit
+
+
+def trained_on(sweep: rows.Sweep, record: Record, recover: dict[str, Any], place: Path) -> Record:
+    """The record of one seed: its dense network after as many more epochs as a pruned one gets, exported and measured."""
+    seed = int(record.cell["seed"])
+    dense = task.model(seed)
+    dense.load_state_dict(load_file(sweep.folders[record.cell["digest"]] / "steps" / "base-trained.safetensors"))
+    options = {k: recover[k] for k in ("epochs", "optimizer", "lr", "weight_decay", "schedule")}
+    done = fit(
+        dense,
+        lambda: task.train_batches(sweep.data),
+        task.step,
+        seed=seed + 1,
+        checkpoint=place / "training.safetensors",
+        **options,
+    )  # the seed of a first level's recovery
+    program = capture(done.module.eval(), task.inputs(), train=False)
+    artifact = export(program, place / "model.onnx")
+    checked = check(artifact, program, lambda: task.calibration_batches(sweep.data))
+    predict, where, cost = predictor(artifact), machine_text(), examine(program)
+    errors = {
+        name: task.evaluate(predict, batches(sweep.data))["mae"]
+        for name, batches in (("held_out", task.choose_batches), ("metric", task.test_batches))
+    }
+    return Record(
+        cell={**record.cell, "kind": "longer", "schedule": "trained longer", "digest": f"longer-{record.cell['digest']}"},
+        measured={
+            **sizes(artifact.files, where),
+            "parameters": Measured(value=cost.parameters, unit=""), "nonzero_parameters": Measured(value=cost.parameters, unit=""),
+            "macs": Measured(value=cost.macs, unit="MAC"), "effective_macs": Measured(value=cost.macs, unit="MAC"),
+            **{name: summarize(values, "g", where) for name, values in errors.items()},
+        },
+        environment=record.environment,
+        details={
+            "file": "model.onnx", "check": {"max_error": checked.max_error, "scale": checked.scale},
+            "training": {"trained on": [len(done.history), len(task.train_batches(sweep.data))]},
+        },
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(
+        prog="longer.py", description="The dense networks of a newborn sweep, trained as long as its pruned ones."
+    )
+    parser.add_argument("sweep", type=Path, help=f"folder of `{rows.COMMAND}`, finished or not")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # as in the sweep: more would give other networks
+    sweep = rows.read_sweep(given.sweep)
+    if sweep is None:
+        print(
+            f"{given.sweep} must be the folder of a sweep with at least one result. Run `{rows.COMMAND}` first.",
+            file=sys.stderr,
+        )
+        return 3
+    recover, out = read_yaml(given.sweep / "recipe.yaml")["recover"], rows.longer_folder(given.sweep)
+    with locked(
+        out / ".lock",
+        writable=f"{out} must be writable",
+        held=f"{out} must be free. Another run works there. Wait for it.",
+    ):
+        for record in sweep.at(("base", "", None)):
+            place = out / f"seed-{record.cell['seed']}"
+            if not (place / "result.json").is_file():
+                place.mkdir(parents=True, exist_ok=True)
+                made = trained_on(sweep, record, recover, place)
+                write_text(place / "result.json", made.to_json() + "\n")
+                (place / "training.safetensors").unlink(missing_ok=True)
+            found = Record.from_json((place / "result.json").read_text(encoding="utf-8"))
+            print(
+                f"seed {record.cell['seed']}: {record.measured['metric'].value:.1f} → {found.measured['metric'].value:.1f} g on test pictures",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
