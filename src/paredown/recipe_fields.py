@@ -345,8 +345,8 @@ class Controls(Strict):
     amounts: tuple[float, ...] | None = None
     """At which amounts of the curve; null: at all of them."""
     epochs: int | None = Field(default=None, ge=1)
-    """Training of scratch and thin where the task cannot repeat the training of its base; null: as long as the recovery. The
-    verdict is then not comparable."""
+    """Training of scratch and thin where the task cannot repeat the training of its base (the verdict is then not comparable);
+    null: the epochs of the task's scratch(), if it has one, and those of the recovery."""
 
 
 def _memory(value: Any) -> Any:

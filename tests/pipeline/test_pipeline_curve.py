@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 pytest.importorskip("onnxruntime")
 
 from paredown.errors import RejectedError, UsageError
+from paredown.models import load_task_module
 from paredown.pipeline.curves import Curved, curve, machine_for
 from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Record, read
@@ -65,6 +67,20 @@ def test_every_kind_of_trial_has_a_record_of_its_own_file(done: Curved) -> None:
     wanted = 8 * 16 + 16 + 16 * 16 + 16 + 16 * 2 + 2
     assert half.measured["parameters"].value == half.measured["nonzero_parameters"].value == wanted
     assert dense.measured["parameters"].value == 8 * 32 + 32 + 32 * 32 + 32 + 32 * 2 + 2
+
+
+def test_beside_a_base_that_came_trained_controls_train_by_the_tasks_own_scratch_and_are_not_comparable(
+    tmp_path: Path,
+) -> None:
+    weights = tmp_path / "moons.safetensors"
+    save_file(load_task_module(str(TASK)).model().state_dict(), weights)
+    asked = recipe(controls={"epochs": 3, "kinds": ["scratch"]})
+    asked = asked.model_copy(update={"weights": str(weights)})
+    found = by_kind(curve(asked, out=tmp_path / "run", quiet=True, processes=1))
+    assert set(found) == {("base", ""), ("pruned", "one-shot"), ("scratch", "one-shot")}
+    control = found[("scratch", "one-shot")]
+    assert control.details["not_comparable"] == "the base came trained, and its training cannot be repeated here"
+    assert list(control.details["training"].values()) == [[3, 8]]
 
 
 def test_controls_are_trained_as_long_as_base_and_recovery_together(done: Curved) -> None:

@@ -23,11 +23,11 @@ from torch.nn.utils import parametrize
 from paredown.allocate import allocate
 from paredown.budget import Budget
 from paredown.couple import couple
-from paredown.errors import RejectedError
+from paredown.errors import RejectedError, UsageError
 from paredown.examine import examine
 from paredown.export import Artifact, check, export, predictor
 from paredown.measure import evaluated, machine, machine_text, measure, sizes, summarize
-from paredown.pipeline.compress import task_of
+from paredown.pipeline.compress import task_of, versions
 from paredown.pipeline.folder import LOCK, RunFolder, file_digest
 from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run
@@ -40,7 +40,7 @@ from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Measured, Record, locked, sweep_stale, write_text
 from paredown.score import score
 from paredown.strict_yaml import read_yaml
-from paredown.sweep.local import RESULT, write_result
+from paredown.sweep.trials import RESULT, write_result
 from paredown.target import named
 from paredown.train import check_roles, recover
 
@@ -75,6 +75,7 @@ class Asked:
 def main(request: Mapping[str, Any], emit: Emit) -> None:
     """Do what a cell says and write result.json; `emit` tells how far it is."""
     started, place = time.perf_counter(), Path(request["folder"])
+    _check_versions(request["versions"])
     held = f"a trial must have its folder to itself. {place} is in use by another process. Wait for it."
     with locked(place / LOCK, writable="the folder of the sweep must be writable", held=held):
         sweep_stale(place)
@@ -93,6 +94,15 @@ def main(request: Mapping[str, Any], emit: Emit) -> None:
         write_result(place, dataclasses.replace(record, cell=cell, measured=measured))
         if asked.kind != "base":  # checkpoints; those of a base serve whoever needs it
             shutil.rmtree(steps, ignore_errors=True)
+
+
+def _check_versions(asked: Mapping[str, str | None]) -> None:
+    """Those that the result is filed under must be those that make it: on another machine they may be others."""
+    here = versions()
+    different = [f"{name} {asked.get(name)} there, {here[name]} here" for name in here if asked.get(name) != here[name]]
+    if different:
+        msg = f"a trial must run with the versions of who asks for it. Got {'; '.join(different)}. Install the same on every machine."
+        raise UsageError(msg)
 
 
 def _asked(request: Mapping[str, Any], recipe: Recipe, place: Path, emit: Emit) -> Asked:
@@ -299,10 +309,14 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
     }  # fmt: skip
     progress: dict[str, Any] = {"progress": lambda p: run.on_training("train from scratch", p)}
     checkpoint: dict[str, Any] = {"checkpoint": run.folder.steps / "scratch.safetensors"}
-    scratch, why = task.scratch, ""
-    if scratch is not None and _trains_base(run):
+    scratch, why = (
+        task.scratch,
+        "" if _trains_base(run) else "the base came trained, and its training cannot be repeated here",
+    )
+    if scratch is not None:
         options = {"seed": recipe.seed, "device": recipe.device, "extra_epochs": extra_epochs, **progress, **checkpoint}
         options |= recipe.base.model_dump(exclude_none=True)
+        options |= {"epochs": asked.epochs, "extra_epochs": 0} if why and asked.epochs else {}
         given = accepted(scratch, options)
         tuned = recover(
             small,
@@ -314,11 +328,7 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
         why = "the task's own train() is what a recovery is: how its base was trained is not known"
         tuned = recover(small, task.train_batches, train=task.train, **shared)
     else:
-        why = (
-            "the task has no scratch(model, …) that trains another shape as its base"
-            if _trains_base(run)
-            else "the base came trained, and its training cannot be repeated here"
-        )
+        why = why or "the task has no scratch(model, …) that trains another shape as its base"
         own: dict[str, Any] = recipe.recover.model_dump(exclude={"epochs", "distil", "batch_norm_batches"})
         own |= {} if task.optimizer is None else {"optimizer": task.optimizer}
         epochs = max(1, asked.epochs or extra_epochs)

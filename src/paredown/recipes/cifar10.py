@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paredown.errors import MissingError, RejectedError
+from paredown.train.loop import Progress, fit
 from paredown.train.task import Predict
 
 METRIC = {"name": "accuracy", "unit": "%", "goal": "max"}
@@ -35,6 +36,7 @@ EVALUATION_BATCH = 250
 NUM_CHOOSE_PER_CLASS = 200
 NUM_CALIBRATION = 256
 PADDING = 4
+SCRATCH_EPOCHS = 30
 
 
 class Block(nn.Module):
@@ -131,6 +133,28 @@ def evaluate(predict: Predict, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
     """100 for each image whose largest logit is its label, else 0."""
     hits = [(predict(x).argmax(1) == y).numpy() for x, y in batches]
     return {"accuracy": 100.0 * np.concatenate(hits)}
+
+
+def scratch(
+    model: nn.Module,
+    *,
+    data: Path,
+    epochs: int = SCRATCH_EPOCHS,
+    extra_epochs: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """A given network, of whatever widths, trained from its weights as He et al. did, in `epochs + extra_epochs` passes.
+
+    SGD with momentum 0.9, learning rate 0.1 and weight decay 1e-4 (section 4.2), cosine instead of steps. The published
+    networks saw 50,000 images for some 200 epochs; this is what a page affords, so controls of it stay "not comparable".
+    """
+    return fit(
+        model, lambda: train_batches(data), step, epochs=epochs + extra_epochs, optimizer="sgd", lr=0.1, momentum=0.9,
+        weight_decay=1e-4, seed=1000 * seed, device=device, progress=progress, checkpoint=checkpoint,
+    ).module  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- data, weights
