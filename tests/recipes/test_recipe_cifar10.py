@@ -154,3 +154,14 @@ def test_the_published_accuracy_is_reached(name, expected):
     assert value == pytest.approx(expected, abs=0.005)
     assert each is not None
     assert len(each) == 10_000
+
+
+@shared
+def test_scratch_trains_a_network_of_any_shape_from_its_weights():
+    task = task_from_module(cifar10, data=DATA)
+    torch.manual_seed(0)
+    small = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    before = cifar10.evaluate(predictor(small), cifar10.choose_batches(DATA))["accuracy"].mean()
+    trained = task.scratch(small, epochs=1, extra_epochs=1, seed=1)
+    after = cifar10.evaluate(predictor(trained), cifar10.choose_batches(DATA))["accuracy"].mean()
+    assert before < 20 < 25 < after
