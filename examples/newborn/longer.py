@@ -20,6 +20,7 @@ import torch
 from newborn import rows, task
 from safetensors.torch import load_file
 
+from paredown.errors import Interrupted
 from paredown.examine import examine
 from paredown.export import check, export, predictor
 from paredown.measure import machine_text, sizes, summarize
@@ -83,6 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 3
     recover, out = read_yaml(given.sweep / "recipe.yaml")["recover"], rows.longer_folder(given.sweep)
+    try:
+        _train_missing(sweep, recover, out)
+    except (KeyboardInterrupt, Interrupted):
+        print("Interrupted. The same command goes on with this seed.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train_missing(sweep: rows.Sweep, recover: dict[str, Any], out: Path) -> None:
     with locked(
         out / ".lock",
         writable=f"{out} must be writable",
@@ -100,7 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"seed {record.cell['seed']}: {record.measured['metric'].value:.1f} → {found.measured['metric'].value:.1f} g on test pictures",
                 flush=True,
             )
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from paredown.cli import main
 from paredown.recipe import load_recipe
@@ -58,6 +59,8 @@ def test_the_way_to_a_bundle_is_walked_as_it_stands_there(tmp_path: Path) -> Non
         ["bash", "-e", "-c", script], cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    with safe_open(tmp_path / "newborn" / "steps" / "twin.safetensors", framework="pt") as kept:
+        assert json.loads(kept.metadata()["paredown"])["config"]["epochs"] == 2 + 2 * 1  # base and both recoveries
     results = json.loads((tmp_path / "newborn-bundle" / "results.json").read_text())
     manifest = json.loads((tmp_path / "newborn-bundle" / "manifest.json").read_text())
     assert manifest["model"]["scheme"] == "int8" and len(manifest["golden"]) == len(results["outputs"]) == 8

@@ -80,9 +80,8 @@ def test_the_ladder_climbs_and_gives_up_honestly(monkeypatch):
 
 
 @pytest.mark.parametrize("parameters", [77_290, 25_000, 20_111, 9_000])
-def test_the_twin_has_the_size_it_is_asked_for(monkeypatch, parameters):
-    monkeypatch.setattr(digits, "EPOCHS", 0)
-    twin = digits.twin(parameters)
+def test_the_twin_has_the_size_it_is_asked_for(parameters):
+    twin = digits.twin(parameters, epochs=0)
     assert num_parameters(twin) == pytest.approx(parameters, rel=0.015)
 
 

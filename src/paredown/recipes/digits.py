@@ -176,6 +176,7 @@ def scratch(
 def twin(
     parameters: int,
     *,
+    epochs: int = EPOCHS,
     extra_epochs: int = 0,
     seed: int = 0,
     device: str = "cpu",
@@ -194,7 +195,7 @@ def twin(
         raise UsageError(msg)
     thin = _made(width, width2, seed)
     return _train(
-        thin, epochs=EPOCHS + extra_epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint
+        thin, epochs=epochs + extra_epochs, seed=seed, device=device, progress=progress, checkpoint=checkpoint
     )
 
 
