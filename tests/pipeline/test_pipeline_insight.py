@@ -83,6 +83,7 @@ def test_peaks_are_those_of_a_machine() -> None:
     assert torch.get_num_threads() == before
     assert 1e8 < float(found["peak_flops"].value or 0) < 1e14
     assert 1e7 < float(found["bandwidth"].value or 0) < 1e13
+    assert 1e8 < float(found["peak_int8"].value or 0) < 1e15 and found["peak_int8"].unit == "OP/s"
     assert all(m.timing and m.badge == "measured" and m.machine for m in found.values())
 
 

@@ -223,6 +223,7 @@ def insight() -> Record:
     figures = {
         "peak_flops": Measured(value=3.1e10, unit="FLOP/s", protocol="matrix product", timing=True),
         "bandwidth": Measured(value=8e9, unit="B/s", protocol="copy", timing=True),
+        "peak_int8": Measured(value=1.2e11, unit="OP/s", protocol="product of integers", timing=True),
     }
     both = {"value": 98.0, "low": 96.5, "high": 98.9}
     details = {

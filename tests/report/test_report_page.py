@@ -18,6 +18,8 @@ from sample_run import MACHINE, exported, insight, layers, measured, record, sam
 from paredown.errors import MissingError, RejectedError
 from paredown.records import Measured, Record, append
 from paredown.report import page, render, write_report
+from paredown.report.insight import roofline
+from paredown.report.reading import view
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 ALLOWED = set(
@@ -388,6 +390,28 @@ def test_headline(more: dict[str, Any], headline: str) -> None:
 def test_dense_recommended() -> None:
     text = Page(render([*sample()[:-1], verdict(recommended="dense", target_met=False)])).text
     assert "the dense FP32 file stays the recommended one" in text and "judged on the INT8 file" in text
+
+
+def test_layers_stand_under_the_roof_of_floats_and_that_of_integers() -> None:
+    closer = insight()
+    lines = roofline(view(sample()))
+    assert lines is not None
+    conv, head = lines["lines"]
+    speeds = 3.1e10, 1.2e11, 8e9  # FLOP/s, OP/s, B/s
+    for line, flops, moved, bounds in (
+        (conv, 1_179_648, 53_248, ("compute", "compute")),
+        (head, 1280, 2896, ("memory", "memory")),
+    ):
+        floats, integers = max(flops / speeds[0], moved / speeds[2]), max(flops / speeds[1], moved / 4 / speeds[2])
+        assert (line["bound"], line["int8_bound"]) == bounds
+        assert float(line["int8_gain"].rstrip("×")) == pytest.approx(floats / integers, rel=0.01)
+    assert closer.measured.keys() == {"peak_flops", "bandwidth", "peak_int8"}
+    text = render(sample())
+    assert "In 8 bits bound by" in text and text.count('class="even dashed"') == 1
+    older = [
+        dataclasses.replace(r, measured={k: v for k, v in r.measured.items() if k != "peak_int8"}) for r in sample()
+    ]
+    assert "In 8 bits bound by" not in render(older) and 'class="even dashed"' not in render(older)
 
 
 def test_failed_proof_is_seen() -> None:

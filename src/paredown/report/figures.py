@@ -67,25 +67,32 @@ def scatter(points: list[tuple[float, float]]) -> Svg:
     )
 
 
-def roof(points: list[tuple[float, float, bool]], peak: float, bandwidth: float) -> Svg:
-    """A roofline on logarithmic axes: FLOP per byte across, FLOP/s up; dots are layers, the darker ones bound by memory."""
-    ridge = peak / bandwidth
-    across = [p[0] for p in points] + [ridge]
+def roof(points: list[tuple[float, float, bool]], peak: float, bandwidth: float, int8: float = 0.0) -> Svg:
+    """A roofline on logarithmic axes: FLOP per byte across, FLOP/s up; dots are layers, the darker ones bound by memory.
+
+    With `int8`, the products per second on 8 bits, a second roof is dashed: a quarter of the bytes, so four times the slope.
+    """
+    ridge, ridge8 = peak / bandwidth, int8 / (4 * bandwidth)
+    across = [p[0] for p in points] + [ridge] + [ridge8] * (int8 > 0)
     x = (math.log10(min(across)) - 0.3, math.log10(max(across)) + 0.3)
-    y = (min(math.log10(bandwidth) + x[0], *(math.log10(p[1]) for p in points)), math.log10(peak) + 0.15)
+    y = (min(math.log10(bandwidth) + x[0], *(math.log10(p[1]) for p in points)), math.log10(max(peak, int8)) + 0.15)
 
     def at(intensity: float, speed: float) -> tuple[float, float]:
         return 2 * _place(math.log10(intensity), x), 80 - 0.8 * _place(math.log10(speed), y)
 
     low, high = 10 ** x[0], 10 ** x[1]
-    corner, left, right = at(ridge, peak), at(low, bandwidth * low), at(high, peak)
-    path = f"M{left[0]:.1f} {left[1]:.1f}L{corner[0]:.1f} {corner[1]:.1f}L{right[0]:.1f} {right[1]:.1f}"
+
+    def line(kind: str, slope: float, corner: float, top: float) -> str:
+        ends = [at(low, slope * low), at(corner, top), at(high, top)]
+        return f'<path class="{kind}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in ends)}"/>'
+
+    lines = line("even", bandwidth, ridge, peak) + (line("even dashed", 4 * bandwidth, ridge8, int8) if int8 else "")
     dots = "".join(
         f'<circle class="{"dot-memory" if memory else "dot-of"}" cx="{at(i, s)[0]:.1f}" cy="{at(i, s)[1]:.1f}" r="1.8"/>'
         for i, s, memory in points
     )
     return Svg(
-        markup=f'<svg class="roof" viewBox="0 -2 200 86" aria-hidden="true" focusable="false"><path class="even" d="{path}"/>{dots}</svg>'
+        markup=f'<svg class="roof" viewBox="0 -2 200 86" aria-hidden="true" focusable="false">{lines}{dots}</svg>'
     )
 
 

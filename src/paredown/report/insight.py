@@ -229,6 +229,9 @@ class _Layer:
     """At best: what the slower of the two, products and transport, takes."""
     memory: bool
     """Whether that is the transport."""
+    int8_seconds: float | None
+    """The same on 8 bits, which are a quarter of the bytes; None where the speed of products of 8 bits is not known."""
+    int8_memory: bool
 
     @property
     def intensity(self) -> float:
@@ -239,8 +242,9 @@ class _Layer:
 def roofline(run: View) -> dict[str, Any] | None:
     """Every dense layer against this machine's peak and bandwidth: what bounds it, and which share of the time it would take."""
     peak, bandwidth = figure(run.insight, "peak_flops"), figure(run.insight, "bandwidth")
-    top, speed = float(peak.value or 0), float(bandwidth.value or 0)
-    layers = _layers(run, top, speed) if top > 0 and speed > 0 else []
+    integers = figure(run.insight, "peak_int8")
+    top, speed, fast = float(peak.value or 0), float(bandwidth.value or 0), float(integers.value or 0)
+    layers = _layers(run, top, speed, fast) if top > 0 and speed > 0 else []
     if not layers:
         return None
     total, longest = sum(one.seconds for one in layers), max(one.seconds for one in layers)
@@ -253,7 +257,9 @@ def roofline(run: View) -> dict[str, Any] | None:
                 "flops": large(one.flops),
                 "bytes": large(one.bytes),
                 "intensity": digits(one.intensity),
-                "bound": _bound(one),
+                "bound": _bound(one.memory),
+                "int8_bound": _bound(one.int8_memory) if one.int8_seconds else "",
+                "int8_gain": f"{digits(one.seconds / one.int8_seconds)}×" if one.int8_seconds else "",
                 "share": f"{100 * one.seconds / total:.1f} %",
                 "chart": bar(one.seconds, longest),
             }
@@ -264,33 +270,64 @@ def roofline(run: View) -> dict[str, Any] | None:
         "bandwidth": f"{large(speed)}B/s",
         "protocols": [text(peak.protocol, 300), text(bandwidth.protocol, 300)],
         "ridge": digits(top / speed),
+        "int8": f"{large(fast)}OP/s" if fast > 0 else "",
+        "int8_gain": f"{digits(total / sum(one.int8_seconds or 0 for one in layers))}×" if fast > 0 else "",
+        "int8_ridge": digits(fast / speed),
+        "int8_protocol": text(integers.protocol, 300),
         "memory_layers": len(waiting),
         "count": len(layers),
         "memory_share": f"{100 * sum(one.seconds for one in waiting) / total:.0f} %",
-        "chart": roof([(one.intensity, one.flops / one.seconds, one.memory) for one in layers[:LAYERS]], top, speed),
+        "chart": roof(
+            [(one.intensity, one.flops / one.seconds, one.memory) for one in layers[:LAYERS]], top, speed, fast
+        ),
         "csv": _csv(
-            ("layer", "kind", "flops", "bytes", "flops_per_byte", "bound", "share_of_time_estimated"),
+            (
+                "layer",
+                "kind",
+                "flops",
+                "bytes",
+                "flops_per_byte",
+                "bound",
+                "share_of_time_estimated",
+                "int8_bound",
+                "int8_gain_estimated",
+            ),
             [
-                [one.name, one.kind, one.flops, one.bytes, one.intensity, _bound(one), one.seconds / total]
+                [
+                    one.name,
+                    one.kind,
+                    one.flops,
+                    one.bytes,
+                    one.intensity,
+                    _bound(one.memory),
+                    one.seconds / total,
+                    *([_bound(one.int8_memory), one.seconds / one.int8_seconds] if one.int8_seconds else ["", ""]),
+                ]
                 for one in layers
             ],
         ),
     }
 
 
-def _layers(run: View, top: float, speed: float) -> list[_Layer]:
+def _layers(run: View, top: float, speed: float, fast: float) -> list[_Layer]:
     found = []
     for one in rows(entry(run.insight, "roofline")):
         flops, moved = number(one.get("flops")) or 0, number(one.get("bytes")) or 0
         if flops > 0 and moved > 0:
             name, kind = text(one.get("name")), text(one.get("kind"), 40)
             seconds, memory = max(flops / top, moved / speed), flops / moved < top / speed
-            found.append(_Layer(name=name, kind=kind, flops=flops, bytes=moved, seconds=seconds, memory=memory))
+            found.append(
+                _Layer(
+                    name=name, kind=kind, flops=flops, bytes=moved, seconds=seconds, memory=memory,
+                    int8_seconds=max(flops / fast, moved / 4 / speed) if fast > 0 else None,
+                    int8_memory=fast > 0 and flops / fast < moved / 4 / speed,
+                )
+            )  # fmt: skip
     return found
 
 
-def _bound(one: _Layer) -> str:
-    return "memory" if one.memory else "compute"
+def _bound(memory: bool) -> str:
+    return "memory" if memory else "compute"
 
 
 # ------------------------------------------------------------------------------------------------------------- lineage
