@@ -407,11 +407,11 @@ def test_layers_stand_under_the_roof_of_floats_and_that_of_integers() -> None:
         assert float(line["int8_gain"].rstrip("×")) == pytest.approx(floats / integers, rel=0.01)
     assert closer.measured.keys() == {"peak_flops", "bandwidth", "peak_int8"}
     text = render(sample())
-    assert "In 8 bits bound by" in text and text.count('class="even dashed"') == 1
+    assert "Faster, at most" in text and text.count('class="even dashed"') == 1
     older = [
         dataclasses.replace(r, measured={k: v for k, v in r.measured.items() if k != "peak_int8"}) for r in sample()
     ]
-    assert "In 8 bits bound by" not in render(older) and 'class="even dashed"' not in render(older)
+    assert "Faster, at most" not in render(older) and 'class="even dashed"' not in render(older)
 
 
 def test_failed_proof_is_seen() -> None:
