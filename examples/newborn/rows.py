@@ -165,7 +165,21 @@ def twin_parts(
 
 
 def _lines(sweep: Sweep) -> tuple[Line, ...]:
-    return lines(sweep.records, goal="min")
+    """The lines of the curve; a point where a seed is missing is marked, so that nothing is chosen by it."""
+    seeds = {
+        r.cell["seed"] for r in sweep.at(ROWS[0])
+    }  # without its dense network a seed has nothing to be held against
+    records = [r for r in sweep.records if r.cell["kind"] != "longer" and r.cell["seed"] in seeds]
+    there = {(_place(r), r.cell["seed"]) for r in records}
+    cells = {_place(r): r.cell for r in records}
+    every = {seed for _, seed in there} | {seed for _, seed in sweep.missing}
+    lost = [
+        {**cell, "seed": seed, "status": "no result"}
+        for place, cell in cells.items()
+        for seed in sorted(every)
+        if (place, seed) not in there
+    ]
+    return lines(records, goal="min", failed=lost)
 
 
 def _incomplete(sweep: Sweep) -> list[Part]:
@@ -399,20 +413,25 @@ def _remains_figures(
 def _improves(sweep: Sweep) -> list[Part]:
     """Every seed over what was removed, the error on training pictures beside it, and the dense network trained as long."""
     figures = [_seeds_figure(sweep, schedule) for schedule in dict.fromkeys(s for _, s, _ in ROWS if s)]
-    means = {line.name: [(p.removed["sparsity"], over_seeds([*p.test.values()])) for p in line.points if p.test and "sparsity" in p.removed]
-             for line in _lines(sweep) if line.kind != "longer" and not all(p.same_as for p in line.points[1:])}  # fmt: skip
+    drawn = [line for line in _lines(sweep) if not all(p.same_as for p in line.points if p.kind != "base")]
+    means = {
+        line.name: [
+            (p.removed["sparsity"], over_seeds([*p.test.values()])) for p in line.points if "sparsity" in p.removed
+        ]
+        for line in drawn
+    }
     together = draw.lines(
-        means, x="weights removed, %", y="MAE, test pictures, g",
-        controls=[line.name for line in _lines(sweep) if line.kind != "pruned"],
+        means, x="weights removed, %", y="MAE, test pictures, g", controls=[line.name for line in drawn if line.kind != "pruned"],
         caption="Means with 95 % intervals over seeds, with the controls (dashed); lower is better",
     )  # fmt: skip
     verdict = Text(text=_verdict(sweep))
-    return [*(f for f in figures if f is not None), together, *_regularised(sweep), verdict, *_dense_question(sweep)]
+    pictures = [f for f in (*figures, together if drawn else None) if f is not None]
+    return [*pictures, *_regularised(sweep), verdict, *_dense_question(sweep)]
 
 
 def _dense_question(sweep: Sweep) -> list[Part]:
     """What the page of the curve says of smaller dense networks."""
-    found = [line for line in _lines(sweep) if line.kind != "longer"]
+    found = _lines(sweep)
     spot = sweet_spot(found, "sparsity", limit=sweep.limit, unit="g")
     said = dense_verdict(spot, compared(found, goal="min", unit="g"), goal="min")
     return [Text(text=f"**Would a smaller dense network have done as well?** {said}")]

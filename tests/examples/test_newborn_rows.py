@@ -216,6 +216,9 @@ def test_a_sweep_that_still_runs_says_what_is_missing(sweep: Path, costs: list[p
     table = parts[1]
     assert [r[-1] for r in table["rows"]] == [2, 3, None, 3] and all(c is None for c in table["rows"][2][1:])
     assert table["rows"][1][8]["value"] == pytest.approx(-4.5)  # of the two seeds that have both
+    (sweep / "trials" / "pruned-one-shot-0.5-1" / "result.json").unlink()
+    told = parts_of(sweep, costs)  # other seeds at every point
+    assert "Not tested: no dense control" in " ".join(p["text"] for p in told if p["kind"] == "text")
     for path in sweep.glob("trials/pruned*/result.json"):
         path.unlink()
     told = parts_of(sweep, costs)
