@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import paredown
-from paredown.export import export
+from paredown.export import check, export
 from paredown.export.session import EXACT, has_exact_products
 from paredown.program import capture
 from paredown.quantize import quantize
 from paredown.quantize.pairs import pair_floor, pair_sums, within
+from paredown.quantize.qat import LearnedStep, train_quantized
 
 
 def saturating(a: np.ndarray, w: np.ndarray) -> int:
@@ -123,6 +124,32 @@ def test_repairs_keep_to_the_rule(tmp_path: Path, repair: str) -> None:
     with torch.no_grad():
         wanted = net(x).numpy()
     assert np.abs(fast - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_training_with_rounding_keeps_to_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    for p in net.parameters():
+        nn.init.uniform_(p, -0.02, 0.1)
+    x = torch.rand(64, 3, 6, 6)
+    if not held:
+        monkeypatch.setattr(LearnedStep, "hold_pairs", lambda self, weight: None)
+    quantized = train_quantized(
+        capture(net.eval(), x[:2]),
+        lambda: [(x, 10 + 10 * x.mean((1, 2, 3)))] * 10,
+        step=lambda model, batch: (model(batch[0]).mean(1) - batch[1]).square().mean(),
+        calibrate=[x],
+        scheme="int8",
+        lr=0.02,
+        epochs=2,
+    )
+    artifact = export(quantized, tmp_path / "trained.onnx")
+    assert has_exact_products(artifact.path) is held  # or the rule would have held by itself
+    assert check(artifact, quantized, [x]).notes == ()
+    if held:
+        fast, exact = both_sessions(artifact.path, x)
+        assert (fast == exact).all()
 
 
 @pytest.mark.parametrize("layer", ["conv", "linear"])

@@ -19,6 +19,7 @@ from paredown.quantize.batches import Batches
 from paredown.quantize.decompose import fetch
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.observe import PerChannel
+from paredown.quantize.pairs import within
 from paredown.quantize.rehearse import Rounding
 from paredown.quantize.schemes import Levels
 from paredown.quantize.static import Calibrated, calibrated, converted
@@ -55,6 +56,21 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
         self.register_buffer("keep", keep)
         if hasattr(observer, "ch_axis"):
             self.ch_axis = observer.ch_axis
+        self.limit: int | None = getattr(observer, "limit", None)
+
+    def hold_pairs(self, weight: Tensor) -> None:
+        """Move weights whose codes break the rule of pairs (see pairs.py) to the nearest codes that keep it, in place."""
+        if self.limit is None:
+            return
+        kept = weight.detach() if self.keep is None else weight.detach() * self.keep
+        rows = kept.movedim(self.ch_axis, 0)
+        scale = self.scale.detach().clamp_min(1e-12).reshape(-1, *[1] * (rows.dim() - 1))
+        codes = (rows / scale).round().clamp(self.quant_min, self.quant_max).flatten(1)
+        held = within(codes, rows.shape[1:], self.limit)
+        moved = held != codes
+        if bool(moved.any()):
+            there = torch.where(moved.reshape(rows.shape), held.reshape(rows.shape) * scale, rows)
+            weight.data.copy_(there.movedim(0, self.ch_axis))
 
     def forward(self, x: Tensor) -> Tensor:
         """x rounded."""
@@ -125,7 +141,8 @@ def train_quantized(
     of the steps the grids stay as they are. Steps and biases have no weight decay. Gradients longer
     than `clip_norm` are shortened to it: without batch norm nothing else holds a step back. Zeros of a mask stay zeros.
     `step(model, batch) -> loss` and `teacher`, `distil`, `checkpoint`, `progress` as for `fit`; with a teacher `distil` is
-    "kl" unless said otherwise. The codes of the result are those that the last forward pass used.
+    "kl" unless said otherwise. The codes of the result are those that the last forward pass used. Where products of neighbours could
+    overflow (pairs.py), weights that break the rule move back to codes that keep it after every step.
 
     Raises what `quantize` and `fit` raise.
 
@@ -153,7 +170,7 @@ def train_quantized(
         device=device,
         teacher=teacher,
         distil="none" if teacher is None else distil or "kl",
-        hooks=[_steady_steps(epochs)],
+        hooks=[_steady_steps(epochs), _pairs_kept()],
         checkpoint=checkpoint,
         progress=progress,
         max_steps=max_steps,
@@ -222,6 +239,20 @@ def _optimizer(lr: float, momentum: float, weight_decay: float) -> Callable[[Any
         return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=momentum)
 
     return make
+
+
+def _pairs_kept() -> Hook:
+    """After every step no two neighbouring codes of 8 bits overflow (after _steady_steps, which moves the grid)."""
+
+    def after_step(training: Training) -> None:
+        assert isinstance(training.module, Rehearsal)
+        graph = training.module.graph
+        for node in graph.graph.nodes:
+            held: Any = fetch(graph, str(node.target)) if node.op == "call_module" else None
+            if isinstance(held, LearnedStep) and held.limit is not None:
+                held.hold_pairs(fetch(graph, str(node.args[0].target)))
+
+    return Hook(name="pairs kept", after_step=after_step)
 
 
 def _steady_steps(epochs: int) -> Hook:
