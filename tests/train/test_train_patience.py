@@ -47,8 +47,8 @@ def _ends(thread: threading.Thread) -> bool:
 
 
 def test_the_time_between_batches_is_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in Patient(lambda: iter([1, 2, 3]), "train_batches", 0.2)():
-        time.sleep(0.5)
+    for _ in Patient(lambda: iter([1, 2, 3]), "train_batches", 0.5)():
+        time.sleep(1.2)
     assert capsys.readouterr().err == ""
 
 
