@@ -27,7 +27,7 @@ OPTIONS = {
     "compress": "device dry-run json out overwrite quiet set strict threads weights".split(),
     "couple": [*COMMON, "input", "strict"],
     "coverage": "channels family journal json limit memory onnx out quiet retry seconds threads".split(),
-    "curve": "device dry-run json out overwrite processes quiet retry set".split(),
+    "curve": "device dry-run json out overwrite processes quiet ray retry set".split(),
     "doctor": ["json"],
     "examine": [*COMMON, "by", "file", "input", "overwrite", "plot", "strict", "target-size"],
     "export": [*COMMON, "input", "opset", "out", "overwrite", "scheme", "target"],

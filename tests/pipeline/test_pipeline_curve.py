@@ -14,6 +14,7 @@ pytest.importorskip("onnxruntime")
 
 from paredown.errors import RejectedError, UsageError
 from paredown.models import load_task_module
+from paredown.pipeline.compress import versions
 from paredown.pipeline.curves import Curved, curve, machine_for
 from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Record, read
@@ -188,3 +189,41 @@ def test_killed_in_every_training_it_comes_to_the_same_records(
     assert len(list(marks.iterdir())) >= 4
     assert found.document["trials"]["failed"] == 0
     assert untimed(tmp_path / "run") == untimed(done.out)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_a_cluster_come_to_the_same_records(tmp_path: Path, done: Curved) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        made = recipe(schedules=["one-shot", "multi-level", "from-scratch"])
+        found = curve(made, out=tmp_path / "run", quiet=True, ray=cluster.address)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert untimed(tmp_path / "run") == untimed(done.out)
+    assert found.document == done.document
+    models = sorted(p.relative_to(done.out) for p in done.out.rglob("model.onnx"))
+    assert len(models) == 7
+    for path in models:  # results by content: the very files
+        assert (tmp_path / "run" / path).read_bytes() == (done.out / path).read_bytes()
+
+
+def test_a_trial_refuses_other_versions_than_its_results_are_filed_under(tmp_path: Path) -> None:
+    from paredown.pipeline.trial import main
+
+    with pytest.raises(UsageError, match=r"versions of who asks.*torch 1\.0 there, \d"):
+        main({"folder": str(tmp_path), "versions": {**versions(), "torch": "1.0"}}, print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_shares_out_its_own_cores_and_gpus() -> None:
+    assert machine_for(recipe(), None, ray="auto").processes > 1000  # the cluster's cores decide
+    assert machine_for(recipe(), 3, ray="auto").processes == 3
+    assert machine_for(recipe(latency=True), None, ray="auto").processes == 1
+    assert machine_for(recipe(), None, ray="auto").gpus == ()
+    assert machine_for(recipe().model_copy(update={"device": "cuda"}), None, ray="auto").gpus == ("cuda",)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paredown.errors import InfeasibleError
-from paredown.records import Measured, Record
+from paredown.records import Measured, Record, write_text
 from paredown.sweep.local import RESULT, write_result
 
 
@@ -30,7 +30,7 @@ def main(request: Mapping[str, Any], emit: Callable[[Mapping[str, Any]], None]) 
     for step in range(int(count.read_text()) if count.exists() else 0, 3):
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         emit({"training": "counting", "done": step, "of": 3})
-        count.write_text(str(step + 1))
+        write_text(count, str(step + 1))
     value = 100 * hash_of(cell["digest"])
     measured = {
         "metric": Measured(value=value, unit="%"),
@@ -71,4 +71,8 @@ def _misbehave(how: str) -> None:
         raise RuntimeError(msg)
     if how == "kill the server":
         os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(600)
+    if how == "kill ray's worker":
+        server = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+        os.kill(int(server[1]), signal.SIGKILL)  # the parent of the server
         time.sleep(600)

@@ -25,6 +25,9 @@ def curve(
     processes: Annotated[
         int | None, Parameter(help="Trials at a time; default: cores / threads, one where latency is timed.")
     ] = None,
+    ray: Annotated[
+        str | None, Parameter(help="Run the trials on this Ray cluster: auto (the one of this machine) or HOST:PORT.")
+    ] = None,
     retry: Annotated[
         bool, Parameter(negative="", show_default=False, help="Run trials again that crashed or hit a limit.")
     ] = False,
@@ -41,11 +44,11 @@ def curve(
     made = load_recipe(recipe, [*set_, *([f"device={device}"] if device is not None else [])])
     folder = out if out is not None else Path("runs") / f"{safe_name(made.name)}-curve"
     if dry_run:
-        return _dry_run(made, processes, json=json, quiet=quiet)
+        return _dry_run(made, processes, ray, json=json, quiet=quiet)
     from paredown.pipeline.curves import curve as run
 
     with only_document(json):
-        found = run(made, out=folder, overwrite=overwrite, quiet=quiet, processes=processes, retry=retry)
+        found = run(made, out=folder, overwrite=overwrite, quiet=quiet, processes=processes, retry=retry, ray=ray)
     if json:
         emit(dict(found.document))
     else:
@@ -53,27 +56,29 @@ def curve(
     return 0
 
 
-def _dry_run(recipe: Recipe, processes: int | None, *, json: bool, quiet: bool) -> int:
+def _dry_run(recipe: Recipe, processes: int | None, ray: str | None, *, json: bool, quiet: bool) -> int:
     """The grid as a table; nothing is trained or written."""
     from paredown.pipeline.compress import task_of
     from paredown.pipeline.curves import check_cells, machine_for
     from paredown.sweep import grid
+    from paredown.sweep.ray import MANY
 
     with only_document(json):
         cells = grid(recipe)
         check_cells(cells, task_of(recipe)[0])
-        machine = machine_for(recipe, processes)
+        machine = machine_for(recipe, processes, ray=ray)
     if json:
         rows = [{**c.told(), "name": c.name} for c in cells]
         emit({"schema": 1, "dry_run": True, "cells": rows, "processes": machine.processes, "threads": machine.threads})
         return 0
+    at_once = "as many as the cluster has cores for" if machine.processes == MANY else machine.processes
     counts: dict[tuple[str, str, str], int] = {}
     for cell in cells:
         key = (cell.kind, cell.method, cell.schedule if cell.kind in ("pruned", "from-scratch") else "")
         counts[key] = counts.get(key, 0) + 1
     show(
         table(("kind", "method", "schedule", "trials"), [(*key, str(n)) for key, n in counts.items()]),
-        f"{len(cells)} trials, {machine.processes} at a time, {machine.threads} thread(s) each.",
+        f"{len(cells)} trials, {at_once} at a time, {machine.threads} thread(s) each.",
         "Dry run: nothing was trained or written.",
         quiet=quiet,
     )

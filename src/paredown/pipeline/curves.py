@@ -19,8 +19,10 @@ from paredown.pipeline.ways import check_ways
 from paredown.recipe import Recipe, load_recipe
 from paredown.records import Record, read, write_text
 from paredown.report.curves import curve_document, write_curve_report
+from paredown.sweep import local
+from paredown.sweep import ray as on_ray
 from paredown.sweep.grid import Cell, grid
-from paredown.sweep.local import Machine, Outcome, read_results, run_missing, trial_folder
+from paredown.sweep.trials import Machine, Outcome, read_results, trial_folder
 from paredown.target import named
 from paredown.train import Task
 
@@ -45,22 +47,24 @@ def curve(
     quiet: bool = False,
     processes: int | None = None,
     retry: bool = False,
+    ray: str | None = None,
 ) -> Curved:
     """Run what is missing of a recipe's curve, choose the sweet spot, compare with the dense controls, write the report.
 
     Every trial is a process of its own; `processes` of them run at once (default: cores / threads of the recipe). The same
-    recipe in the same `out` continues, whatever stopped it, to the same records; `retry` runs failed trials again. Writes
-    recipe.yaml, records.jsonl, curve.json, report.html, journal.jsonl and trials/.
+    recipe in the same `out` continues, whatever stopped it, to the same records; `retry` runs failed trials again. `ray`, the
+    address of a Ray cluster (or "auto"), has them run there. Writes recipe.yaml, records.jsonl, curve.json, report.html, journal.jsonl and trials/.
 
     Raises UsageError (2: no `curve`, another recipe in `out`), RejectedError (3: no trial has a result), ResourceError (7),
-    Interrupted (130, resumable).
+    MissingError (8: Ray, or its cluster), Interrupted (130, resumable).
     """
     recipe = what if isinstance(what, Recipe) else load_recipe(what, list(overrides))
     cells = grid(recipe)
     task, _, _ = task_of(recipe)
     check_cells(cells, task)
     folder, found = Path(out), versions()
-    machine = machine_for(recipe, processes)
+    machine = machine_for(recipe, processes, ray=ray)
+    run_missing = local.run_missing if ray is None else on_ray.run_missing
     with opened(folder, recipe.to_yaml(), lambda there: difference(there, recipe), overwrite=overwrite):
         with sweep_display(len(cells), quiet=quiet) as shown:
             _say_what_is_there(shown, cells, folder, found, retry)
@@ -82,15 +86,17 @@ def check_cells(cells: Sequence[Cell], task: Task) -> None:
             raise UsageError(msg)
 
 
-def machine_for(recipe: Recipe, processes: int | None) -> Machine:
-    """How trials of a recipe run here; where latency is timed, one at a time by default."""
+def machine_for(recipe: Recipe, processes: int | None, *, ray: str | None = None) -> Machine:
+    """How trials of a recipe run, here or on a cluster; where latency is timed, one at a time by default."""
     assert recipe.curve is not None
-    threads, limits, gpus = recipe.threads or 1, recipe.curve.trial, _gpus(recipe.device)
+    threads, limits = recipe.threads or 1, recipe.curve.trial
+    gpus = _gpus(recipe.device) if ray is None else ("cuda",) * (recipe.device == "cuda")  # there Ray shares them out
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    usual = 1 if recipe.curve.latency else len(gpus) or max(1, cores // threads)
+    room = on_ray.MANY if ray is not None else len(gpus) or max(1, cores // threads)
+    usual = 1 if recipe.curve.latency else room
     return Machine(
         worker=WORKER, processes=usual if processes is None else processes, threads=threads, seconds=limits.seconds,
-        memory_bytes=limits.memory, gpus=gpus,
+        memory_bytes=limits.memory, gpus=gpus, cluster=ray,
     )  # fmt: skip
 
 
