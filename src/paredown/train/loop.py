@@ -6,6 +6,8 @@ The loop owns mode, device, random seeds, optimizer and checkpoints; the user ow
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
 from paredown.train import checkpoint as checkpoints
 from paredown.train.distil import Distil, Teacher
+from paredown.train.ranks import Ranks, own_device
 from paredown.train.task import Batches, Step, batch_length, kept_randomness, seed_all
 
 OptimizerChoice = str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -122,6 +125,7 @@ def fit(
     checkpoint: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     max_steps: int | None = None,
+    distributed: bool = False,
 ) -> Fitted:
     """Train a deep copy of `module` on `step(model, batch) -> loss`; the module itself is not touched.
 
@@ -132,10 +136,10 @@ def fit(
     `max_steps` bounds the steps of each epoch (needed for endless loaders). Parameters with requires_grad=False stay
     as they are; normalization and dropout are in train mode.
 
-    With `checkpoint`, each epoch ends with an atomic checkpoint, and the same call continues there: on a CPU with the
-    same number of threads the result is the same, bit for bit, as without the interruption. An epoch that was
-    interrupted is done again. A loss that is not finite, or 10 × that of the start, rolls back to the epoch's start
-    and halves the learning rate, at most twice. A last batch of one sample is left out where the model has batch norm.
+    With `checkpoint`, each epoch ends with an atomic checkpoint, and the same call continues there, with an interrupted
+    epoch from its start: on a CPU with as many threads, to the same bits. A loss that is not finite, or 10 × that of the
+    start, rolls back to the epoch's start and halves the learning rate, at most twice. A last batch of one sample is left
+    out where the model has batch norm. `distributed`: see train.ranks.
 
     Raises UsageError, RejectedError (no batches, nothing trainable, loss stays NaN), ResourceError (out of memory or
     disk), MissingError (no such device), Interrupted (Ctrl-C; resumable where there is a checkpoint).
@@ -153,8 +157,9 @@ def fit(
     if teacher is None and distil != "none":
         msg = f'distil must be "none" where there is no teacher. Got {distil!r}.'
         raise UsageError(msg)
-    where = usable_device(device)
-    config = _config(options, module, teacher, hooks)
+    where = usable_device(own_device(device) if distributed else device)
+    ranks = Ranks.of(where) if distributed else None
+    config = _config(options, module, teacher, hooks, ranks)
     with kept_randomness():
         student = private_copy(module).to(where)
         training = Training(module=student, optimizer=_optimizer(student, options))
@@ -164,6 +169,7 @@ def fit(
         run = _Run(
             training=training, batches=batches, step=step, options=options, device=where, teacher=distiller,
             hooks=tuple(hooks), base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], progress=progress,
+            ranks=ranks, called=student if ranks is None else ranks.wrapped(student),
         )  # fmt: skip
         try:
             _train(run, checkpoint, config)
@@ -263,6 +269,14 @@ class _Run:
     teacher: Teacher | None
     hooks: tuple[Hook, ...]
     progress: Callable[[Progress], None] | None
+    called: nn.Module
+    """What `step` gets: the module, or its wrapper where ranks share the training."""
+    ranks: Ranks | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process tells and saves."""
+        return self.ranks is None or self.ranks.rank == 0
 
 
 class _Diverged(Exception):
@@ -272,13 +286,15 @@ class _Diverged(Exception):
 def _train(run: _Run, path: Path | None, config: Mapping[str, Any]) -> None:
     training = run.training
     saved = checkpoints.load(path, config) if path is not None else None
+    if run.ranks is not None:  # before rank 0 writes one
+        run.ranks.agree("checkpoint: its folder must be one that all can read", str(saved and saved.facts))
     if saved is not None:
         _restore(run, saved)
         _report(run, 0)
     else:
         training.steps = _count_steps(run)
     last = _snapshot(run)
-    if path is not None and saved is None:
+    if path is not None and saved is None and run.writes:
         checkpoints.save(path, last, config)  # a full disk or a read-only folder shows now, not after an epoch
     while training.epoch < run.options.epochs:
         try:
@@ -291,7 +307,9 @@ def _train(run: _Run, path: Path | None, config: Mapping[str, Any]) -> None:
             if hook.after_epoch is not None:
                 hook.after_epoch(training)
         last = _snapshot(run)
-        if path is not None:
+        if run.ranks is not None:
+            run.ranks.agree("weights and masks after an epoch", _digest(last))
+        if path is not None and run.writes:
             checkpoints.save(path, last, config)
             training.saved_epochs = training.epoch
         _report(run, training.steps)
@@ -299,7 +317,7 @@ def _train(run: _Run, path: Path | None, config: Mapping[str, Any]) -> None:
 
 def _epoch(run: _Run) -> None:
     training = run.training
-    training.module.train()
+    run.called.train()
     seed_all(run.options.seed + training.epoch)
     retries = sum(bool(e.note) for e in training.history)
     has_batch_norm = any(name.endswith("running_var") for name, _ in training.module.named_buffers())
@@ -308,10 +326,14 @@ def _epoch(run: _Run) -> None:
     for batch in islice(run.batches(), run.options.max_steps):
         length = batch_length(batch)
         usual = max(usual, length)
-        if length == 1 < usual and has_batch_norm:
+        if _too_short(run, length, usual, has_batch_norm):
             num_skipped += 1  # variance over one sample: torch refuses it or makes it NaN
             continue
-        loss = _step(run, on_device(batch, run.device), training.epoch * training.steps + done)
+        number = training.epoch * training.steps + done
+        if run.ranks is None:
+            loss = _step(run, on_device(batch, run.device), number)
+        else:
+            loss = _shared_step(run, run.ranks, batch, length, number)
         done += 1
         if not math.isfinite(loss):
             msg = f"loss {loss} at step {done}"
@@ -339,17 +361,35 @@ def _epoch(run: _Run) -> None:
     )
 
 
-def _step(run: _Run, batch: Any, step: int) -> float:
+def _too_short(run: _Run, length: int, usual: int, has_batch_norm: bool) -> bool:
+    """Whether a last batch is left out: one sample with batch norm; with ranks, any that leaves one of them too little."""
+    if run.ranks is None:
+        return length == 1 < usual and has_batch_norm
+    return length < run.ranks.world * (2 if has_batch_norm else 1) <= usual
+
+
+def _shared_step(run: _Run, ranks: Ranks, batch: Any, length: int, number: int) -> float:
+    """This rank's part of a step. Its dropout must not move the random numbers by which all ranks read the same batches."""
+    with kept_randomness():
+        seed_all(hash((run.options.seed, number, ranks.rank)) % 2**32)
+        loss = _step(run, on_device(ranks.part(batch, length), run.device), number, ranks.weight(length))
+    ranks.share_buffers(run.training.module)
+    return loss
+
+
+def _step(run: _Run, batch: Any, step: int, weight_of_part: float = 1.0) -> float:
     training = run.training
     factor = training.scale * learning_rate(run.options.schedule, step, training.steps * run.options.epochs)
     for group, base in zip(training.optimizer.param_groups, run.base_lrs, strict=True):
         group["lr"] = base * factor
     training.optimizer.zero_grad(set_to_none=True)
-    loss = _checked_loss(run.step(training.module, batch))
+    loss = _checked_loss(run.step(run.called, batch))
     if run.teacher is not None:
         weight = run.options.distil_weight
         loss = (1 - weight) * loss + weight * run.teacher.loss()
-    training.step, training.loss = step, float(loss.detach())
+    if run.ranks is not None:
+        loss = loss * weight_of_part
+    training.step, training.loss = step, float(loss.detach()) if run.ranks is None else run.ranks.mean(loss)
     if not math.isfinite(training.loss):
         return training.loss
     loss.backward()
@@ -409,6 +449,16 @@ def _snapshot(run: _Run) -> checkpoints.Snapshot:
     return checkpoints.Snapshot(model=model, optimizer=state, hooks=hooks, facts=facts)
 
 
+def _digest(snapshot: checkpoints.Snapshot) -> str:
+    """SHA-256 of the tensors of model and hooks, to the bit."""
+    digest = hashlib.sha256()
+    hooks = {f"{hook} {name}": tensor for hook, state in snapshot.hooks.items() for name, tensor in state.items()}
+    for name, tensor in sorted({**snapshot.model, **hooks}.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _restore(run: _Run, snapshot: checkpoints.Snapshot) -> None:
     training, facts = run.training, snapshot.facts
     with torch.no_grad():
@@ -423,12 +473,14 @@ def _restore(run: _Run, snapshot: checkpoints.Snapshot) -> None:
             hook.restore(snapshot.hooks.get(hook.name, {}))
 
 
-def _config(options: _Options, module: nn.Module, teacher: nn.Module | None, hooks: Sequence[Hook]) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued, as JSON values."""
+def _config(
+    options: _Options, module: nn.Module, teacher: nn.Module | None, hooks: Sequence[Hook], ranks: Ranks | None
+) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued, and on all ranks, as JSON values."""
     given = {name: getattr(options, name) for name in options.__slots__}
     if not isinstance(options.optimizer, str):
         given["optimizer"] = getattr(options.optimizer, "__qualname__", type(options.optimizer).__name__)
-    return {
+    config = {
         **given,
         "hooks": [hook.name for hook in hooks],
         "weights at the start": checkpoints.state_digest(module),
@@ -436,6 +488,10 @@ def _config(options: _Options, module: nn.Module, teacher: nn.Module | None, hoo
         if teacher is not None and options.distil != "none"
         else None,
     }
+    if ranks is None:
+        return config
+    ranks.agree("options and weights at the start", json.dumps(config, sort_keys=True), error=UsageError)
+    return {**config, "ranks": ranks.world}
 
 
 def _count_steps(run: _Run) -> int:
@@ -509,7 +565,7 @@ def on_device(batch: Any, device: torch.device) -> Any:
 
 
 def _report(run: _Run, done: int) -> None:
-    if run.progress is not None:
+    if run.progress is not None and run.writes:
         training = run.training
         loss = training.loss if math.isfinite(training.loss) else None
         run.progress(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import nn
 
 from paredown.errors import Interrupted, RejectedError, UsageError
@@ -14,8 +15,9 @@ from paredown.program import Program
 from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.distil import Distil
-from paredown.train.loop import Hook, OptimizerChoice, Progress, Schedule, fit, private_copy
+from paredown.train.loop import Hook, OptimizerChoice, Progress, Schedule, fit, private_copy, usable_device
 from paredown.train.masks import Masks, check_zeros, keep_masks, mask_hook
+from paredown.train.ranks import Ranks, own_device
 from paredown.train.task import Batches, Step
 
 
@@ -58,6 +60,7 @@ def recover(
     checkpoint: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     max_steps: int | None = None,
+    distributed: bool = False,
 ) -> S:
     """`small` with its module trained by `fit` (or the user's own `train`), then batch norm re-estimated.
 
@@ -69,8 +72,10 @@ def recover(
     Statistics are re-estimated once, at the end: training in train mode never reads them, so a re-estimation before
     it changes nothing (measured on ResNet-20: the same bits of accuracy), and one after it is worth a little (+0.07).
     `epochs=0` re-estimates and leaves it at that; `batch_norm_batches=0` skips it. `small` itself is not touched.
+    `distributed`: every process of torchrun calls this alike, with the model pruned by one plan, and shares every batch
+    (see train.ranks); all return the same. A loop of one's own wraps the model itself.
 
-    Raises UsageError (no way to train), Interrupted, and what fit and reestimate_batch_norm raise.
+    Raises UsageError (no way to train, ranks with different plans), Interrupted, and what fit and reestimate_batch_norm raise.
     """
     if train is None and (step is None or train_batches is None):
         msg = f"recover must be given train_batches and step, or train. Got {train_batches!r} and {step!r}."
@@ -78,6 +83,9 @@ def recover(
     if distil is None:
         distil = "none" if teacher is None else "kl"
     masks = getattr(getattr(small, "plan", None), "masks", {})
+    if distributed:
+        device = own_device(device)
+        _same_plan(small, train, usable_device(device))
     if train is not None:
         module = _own(small.module, train, masks)
     else:
@@ -86,6 +94,7 @@ def recover(
             momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm, schedule=schedule, seed=seed,
             device=device, teacher=teacher, distil=distil, temperature=temperature, distil_weight=distil_weight,
             hooks=(*hooks, mask_hook(masks)) if masks else hooks, checkpoint=checkpoint, progress=progress, max_steps=max_steps,
+            distributed=distributed,
         ).module  # fmt: skip
     if batch_norm_batches and train_batches is not None and step is not None:
         args, kwargs = small.program.inputs
@@ -94,6 +103,15 @@ def recover(
             seed=seed + epochs, device=device,
         )  # fmt: skip
     return cast(S, dataclasses.replace(cast(Any, small), module=module))
+
+
+def _same_plan(small: object, train: object, device: torch.device) -> None:
+    """Ranks must have pruned alike: what they would average is otherwise of different channels and masks."""
+    if train is not None:
+        msg = "distributed must come with step and train_batches. Got train: a loop of its own wraps the model in DistributedDataParallel itself, and its masks are kept there too."
+        raise UsageError(msg)
+    plan = getattr(getattr(small, "plan", None), "digest", "")
+    Ranks.of(device).agree("plan: channels, masks and all else that was pruned", plan, error=UsageError)
 
 
 def _own(module: nn.Module, train: Callable[[nn.Module], nn.Module | None], masks: Masks) -> nn.Module:
