@@ -107,6 +107,8 @@ class Recipe(Strict):
             del plain["curve"]
         if self.prune.sensitivity is None:
             del plain["prune"]["sensitivity"]
+        if self.recover.ranks == 1:
+            del plain["recover"]["ranks"]
         if not self.measure.noise:
             del plain["measure"]["noise"]
         return plain

@@ -185,6 +185,9 @@ class Recover(Strict):
     """Steps of an epoch at most, also in training with rounding; needed where train_batches has no end."""
     batch_norm_batches: int = Field(default=100, ge=0)
     """Training batches that re-estimate batch norm at the end of a level; 0 skips it."""
+    ranks: int = Field(default=1, ge=1, le=64)
+    """Processes of this machine that share every batch of a level's training, started by torchrun; with device cuda a GPU each.
+    Not for masks that change in training, nor for the task's own `train`."""
 
 
 class Quantize(Strict):

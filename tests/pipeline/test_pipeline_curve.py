@@ -221,6 +221,17 @@ def test_a_trial_refuses_other_versions_than_its_results_are_filed_under(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trial_of_ranks_has_cores_and_gpus_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,9")
+    made = recipe().model_copy(update={"device": "cuda"})
+    assert machine_for(made, None).gpus == ("4", "5", "6", "7", "9")
+    two = made.model_copy(update={"recover": made.recover.model_copy(update={"ranks": 2})})
+    assert machine_for(two, None).gpus == ("4,5", "6,7")
+    assert machine_for(two, None).processes == machine_for(two, None).ranks == 2
+    on_cpus = two.model_copy(update={"device": "cpu"})
+    assert machine_for(on_cpus, None).processes == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
 def test_a_cluster_shares_out_its_own_cores_and_gpus() -> None:
     assert machine_for(recipe(), None, ray="auto").processes > 1000  # the cluster's cores decide
     assert machine_for(recipe(), 3, ray="auto").processes == 3

@@ -89,25 +89,28 @@ def check_cells(cells: Sequence[Cell], task: Task) -> None:
 def machine_for(recipe: Recipe, processes: int | None, *, ray: str | None = None) -> Machine:
     """How trials of a recipe run, here or on a cluster; where latency is timed, one at a time by default."""
     assert recipe.curve is not None
-    threads, limits = recipe.threads or 1, recipe.curve.trial
-    gpus = _gpus(recipe.device) if ray is None else ("cuda",) * (recipe.device == "cuda")  # there Ray shares them out
+    threads, limits, ranks = recipe.threads or 1, recipe.curve.trial, recipe.recover.ranks
+    gpus = (
+        _gpus(recipe.device, ranks) if ray is None else ("cuda",) * (recipe.device == "cuda")
+    )  # there Ray shares them out
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = on_ray.MANY if ray is not None else len(gpus) or max(1, cores // threads)
+    room = on_ray.MANY if ray is not None else len(gpus) or max(1, cores // (threads * ranks))
     usual = 1 if recipe.curve.latency else room
     return Machine(
         worker=WORKER, processes=usual if processes is None else processes, threads=threads, seconds=limits.seconds,
-        memory_bytes=limits.memory, gpus=gpus, cluster=ray,
+        memory_bytes=limits.memory, gpus=gpus, cluster=ray, ranks=ranks,
     )  # fmt: skip
 
 
-def _gpus(device: str) -> tuple[str, ...]:
-    """The GPUs to share out, by their own names, where the recipe says "cuda" and not which."""
+def _gpus(device: str, ranks: int) -> tuple[str, ...]:
+    """The GPUs to share out, by their own names, as many together as a trial has ranks, where the recipe says "cuda" and not which."""
     if device != "cuda":
         return ()
     import torch
 
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(seen.split(",")) if seen else tuple(map(str, range(torch.cuda.device_count())))
+    every = seen.split(",") if seen else [str(n) for n in range(torch.cuda.device_count())]
+    return tuple(",".join(every[at : at + ranks]) for at in range(0, len(every) - ranks + 1, ranks))
 
 
 def _say_what_is_there(

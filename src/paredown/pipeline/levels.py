@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -147,6 +148,12 @@ def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> tup
         history[:] = [{"epoch": e.epoch, "loss": e.loss, "lr": e.lr} for e in state.history]
         run.on_training(f"recover level {number}", state)
 
+    if recipe.recover.ranks > 1:
+        from paredown.pipeline.ranks import recovered_by_ranks  # which reads recipes and tasks as this does
+
+        tuned = recovered_by_ranks(run, number, pruned, teacher, progress)
+        _keep(file, tuned, key, history)
+        return tuned, history
     tuned = recover(
         pruned,
         None if own else task.train_batches,
@@ -157,9 +164,19 @@ def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> tup
         device=recipe.device,
         checkpoint=None if own else run.folder.steps / f"level-{number}-training.safetensors",
         progress=progress,
-        **{**recipe.recover.model_dump(), **({"optimizer": task.optimizer} if task.optimizer is not None else {})},
+        **recovery(recipe.recover.model_dump(), task.optimizer),
     )
+    _keep(file, tuned, key, history)
+    return tuned, history
+
+
+def recovery(fields: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The options of `recover` that a recipe gives, with the task's own optimizer where it has one."""
+    given = {name: value for name, value in fields.items() if name != "ranks"}
+    return given if optimizer is None else {**given, "optimizer": optimizer}
+
+
+def _keep(file: Path, tuned: Pruned, key: str, history: list[dict[str, Any]]) -> None:
     state = {n: t.detach().contiguous().clone() for n, t in tuned.module.state_dict().items()}
     with whole_file(file) as temporary:
         save_file(state, temporary, metadata={"key": key, "history": json.dumps(history)})
-    return tuned, history

@@ -183,7 +183,7 @@ def _variant(run: Run, way: Way, here: Here, values: Values) -> tuple[Program | 
         pruned = reconstruct(
             pruned, task.train_batches, step=task.step, num_batches=recipe.prune.score_batches, seed=recipe.seed
         )
-    options = {**recipe.recover.model_dump(), "epochs": recipe.budget.trial_epochs}
+    options = {**recipe.recover.model_dump(exclude={"ranks"}), "epochs": recipe.budget.trial_epochs}
     if task.optimizer is not None:
         options["optimizer"] = task.optimizer
     dense: nn.Module = here.program.module

@@ -281,7 +281,7 @@ class Way:
         """The level pruned in the course of its training; the checkpoint continues it where it was stopped."""
         recipe, asked = self.recipe, self.recipe.prune
         assert self.task.step is not None and self.task.train_batches is not None  # checked
-        training: dict[str, Any] = recipe.recover.model_dump()
+        training: dict[str, Any] = recipe.recover.model_dump(exclude={"ranks"})
         training["lr_schedule"] = training.pop("schedule")
         own: dict[str, Any] = asked.criterion_options if asked.criterion in TABLE else {}
         if self.task.optimizer is not None:
@@ -377,6 +377,10 @@ def check_ways(recipe: Recipe, task: Task) -> None:
     _refuse_unknown(asked.update_options, ["block", "damping"], "prune.update_options")
     for way in ways:
         way.check()
+    if recipe.recover.ranks > 1 and (task.train is not None or any(way.in_training for way in ways)):
+        own = "the task's own train()" if task.train is not None else "a level that is pruned in training"
+        msg = f"recover.ranks must be 1 with {own}. Got {recipe.recover.ranks}. Leave it out."
+        raise UsageError(msg)
 
 
 def simulated(tuned: Pruned) -> dict[str, Any]:

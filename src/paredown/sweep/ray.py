@@ -102,8 +102,8 @@ def _check_health(address: str) -> None:
 
 def _check_room(ray: Any, machine: Machine) -> None:
     most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-    if most < machine.threads:
-        msg = f"a node of the cluster must have the cores of one trial, {machine.threads}. Got {most:g} at most. Set threads: in the recipe."
+    if most < machine.threads * machine.ranks:
+        msg = f"a node of the cluster must have the cores of one trial, {machine.threads * machine.ranks}. Got {most:g} at most. Set threads or recover.ranks in the recipe."
         raise UsageError(msg)
 
 
@@ -111,14 +111,15 @@ def _run(ray: Any, order: Order) -> None:
     """Until nothing runs and nothing can begin."""
     machine, losses = order.machine, collections.Counter[str]()
     # Ray's own retries are off: a loss is counted, and the next attempt starts from what is known then.
+    of_one = machine.threads * machine.ranks
     trial = ray.remote(_trial).options(
-        num_cpus=machine.threads, num_gpus=1 if machine.gpus else 0, max_retries=0, retry_exceptions=False
+        num_cpus=of_one, num_gpus=machine.ranks if machine.gpus else 0, max_retries=0, retry_exceptions=False
     )
     running: dict[Any, tuple[Cell, float]] = {}
     try:
         while order.ready or running:
             cores = ray.cluster_resources().get("CPU", 0)
-            while order.ready and len(running) < min(machine.processes, max(1, int(cores // machine.threads))):
+            while order.ready and len(running) < min(machine.processes, max(1, int(cores // of_one))):
                 cell = order.ready.popleft()
                 running[_submitted(trial, order, cell)] = (cell, time.monotonic())
                 order.progress(Event(cell=cell, what="begins"))

@@ -50,10 +50,12 @@ class Machine:
     processes: int
     threads: int = 1
     """Of one trial, whatever the number of processes: results must not depend on it."""
+    ranks: int = 1
+    """Processes that a trial may start to train by, each with these threads."""
     seconds: float | None = None
     memory_bytes: int | None = None
     gpus: tuple[str, ...] = ()
-    """Each process sees one of them, in turn."""
+    """Each process sees one of them (those of all its ranks, as "0,1"), in turn."""
     cluster: str | None = None
     """Address of the Ray cluster whose machines are meant; None: this one."""
 
