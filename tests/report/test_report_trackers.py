@@ -156,10 +156,10 @@ def test_mlflow_reads_back_what_the_records_say(tmp_path: Path, store: str) -> N
     history = client.get_metric_history(made[0], "training/loss")
     assert [(m.step, m.value) for m in history] == LOSSES
     assert level.data.params["stage"] == "level-1" and level.data.params["version.torch"] == "2.13.0"
-    assert "estimated, MAC" in level.data.tags["paredown.what.estimated.effective_macs"]
+    assert "estimated, MAC" in level.data.tags["paredown_what.estimated.effective_macs"]
     assert pruned.data.params["amount"] == "0.5" and pruned.data.metrics == told_by_hand(sweep()[2])
     assert [found[name].info.status for name in made] == ["FINISHED"] * 3 + ["FAILED"]
-    assert failed.data.metrics == {} and failed.data.tags["paredown.failed"] == "timeout: not done in 3 s"
+    assert failed.data.metrics == {} and failed.data.tags["paredown_failed"] == "timeout: not done in 3 s"
     assert str(Path.home()) not in str([r.to_dictionary() for r in found.values()])
 
     assert to_mlflow(run, store) == ()  # told already

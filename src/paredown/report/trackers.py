@@ -128,13 +128,13 @@ def _run_of(client: Any, experiment: str, one: _Told, folder: str) -> str:
     """The id of a new run, "" where one of the same content is there."""
     from mlflow.entities import Metric, Param, RunTag
 
-    tag = "paredown.key"
+    tag = "paredown_key"
     if client.search_runs(
         [experiment], f"tags.`{tag}` = '{one.key}' and attributes.status != 'RUNNING'", max_results=1
     ):
         return ""
     now = int(time.time() * 1000)
-    tags = {tag: one.key, "paredown.folder": folder, **({"paredown.failed": one.failed} if one.failed else {})}
+    tags = {tag: one.key, "paredown_folder": folder, **({"paredown_failed": one.failed} if one.failed else {})}
     run = client.create_run(experiment, run_name=one.name[:_LONGEST], start_time=now).info.run_id
     metrics = [Metric(name, value, now, 0) for name, (value, _) in one.figures.items()]
     metrics += [Metric(name, value, now, step) for name, points in one.curves.items() for step, value in points]
@@ -145,7 +145,7 @@ def _run_of(client: Any, experiment: str, one: _Told, folder: str) -> str:
         params=[Param(_name(name), str(value)[:_LONGEST]) for name, value in [*one.about.items()][:100]],
         tags=[RunTag(name, value[:_LONGEST]) for name, value in tags.items()]
         + [
-            RunTag(f"paredown.what.{name.replace('/', '.')}", what[:_LONGEST])
+            RunTag(f"paredown_what.{name.replace('/', '.')}", what[:_LONGEST])
             for name, (_, what) in one.figures.items()
         ],
     )

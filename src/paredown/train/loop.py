@@ -136,10 +136,9 @@ def fit(
     `max_steps` bounds the steps of each epoch (needed for endless loaders). Parameters with requires_grad=False stay
     as they are; normalization and dropout are in train mode.
 
-    With `checkpoint`, each epoch ends with an atomic checkpoint, and the same call continues there, with an interrupted
-    epoch from its start: on a CPU with as many threads, to the same bits. A loss that is not finite, or 10 × that of the
-    start, rolls back to the epoch's start and halves the learning rate, at most twice. A last batch of one sample is left
-    out where the model has batch norm. `distributed`: see train.ranks.
+    With `checkpoint`, each epoch ends with an atomic one, and the same call continues there: on a CPU with as many
+    threads, to the same bits. A loss that is not finite, or 10 × that of the start, rolls the epoch back and halves the
+    learning rate, at most twice. A last batch of one sample is left out with batch norm. `distributed`: see train.ranks.
 
     Raises UsageError, RejectedError (no batches, nothing trainable, loss stays NaN), ResourceError (out of memory or
     disk), MissingError (no such device), Interrupted (Ctrl-C; resumable where there is a checkpoint).
