@@ -151,6 +151,9 @@ def main(out):
     models["continued"] = interrupted(rank, out / "shared.safetensors").module
     told["other masks"] = failure(lambda: train(hooks=[Hook(name="strange", after_step=strange)], distributed=True))
     told["other weights"] = failure(lambda: train(net=plain(rank), distributed=True))
+    extra = plain()
+    extra.register_parameter("spare", nn.Parameter(torch.zeros(3)))
+    told["unused"] = failure(lambda: fit(extra, batches, step, epochs=1, distributed=True))
     told["too small"] = failure(lambda: fit(plain(), lambda: [(X[:1], Y[:1])], step, epochs=1, distributed=True))
     for name, model in models.items():
         save_file(

@@ -160,4 +160,5 @@ def test_ranks_that_differ_are_refused_on_all_of_them(told: list[dict[str, Any]]
         assert one["other masks"].startswith("VerificationError: all ranks must have the same weights and masks")
         assert one["other weights"].startswith("UsageError: all ranks must have the same options and weights")
         assert "Got others at rank 1 than at rank 0 of 2" in one["other masks"]
+        assert one["unused"].startswith("RejectedError: every trainable parameter must take part in the loss")
         assert one["too small"].startswith("RejectedError: a batch must have a sample for every rank")

@@ -371,7 +371,13 @@ def _shared_step(run: _Run, ranks: Ranks, batch: Any, length: int, number: int) 
     """This rank's part of a step. Its dropout must not move the random numbers by which all ranks read the same batches."""
     with kept_randomness():
         seed_all(hash((run.options.seed, number, ranks.rank)) % 2**32)
-        loss = _step(run, on_device(ranks.part(batch, length), run.device), number, ranks.weight(length))
+        try:
+            loss = _step(run, on_device(ranks.part(batch, length), run.device), number, ranks.weight(length))
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):
+                raise
+            msg = "every trainable parameter must take part in the loss where ranks share a training. Got one without a gradient. Freeze it by requires_grad_(False), or train in one process."
+            raise RejectedError(msg) from error
     ranks.share_buffers(run.training.module)
     return loss
 
