@@ -308,7 +308,7 @@ def _half(sweep: Sweep, told: Sequence[tuple[str, float, float, float]], resnet:
     files = [None if t is None else float(t.measured["bytes"].value or 0) for t in trials]
     rows = [
         *_sides_rows("the twin’s network", ours),
-        ("the twin’s file, bytes (measured)", 1.0, *_shares(files), None, None, None),
+        ("the twin’s file, bytes (measured)", 1.0, *_shares(files), "–", "–", "–"),
     ]
     rows += _sides_rows("ResNet-50 at 256×256", theirs)
     table = Table(
