@@ -538,8 +538,8 @@ def _verdict(kind: str, gain: Interval, why: str, unit: str) -> str:
     subject = "the criterion" if kind == "random" else "pruning"
     tail = f" Not comparable: {why}." if why else ""
     if gain.low is None or gain.high is None:
-        more = "more" if gain.mean >= 0 else "less"
-        return f"{subject} gave {_points(abs(gain.mean), unit)} {more} than {rival}, with one seed: no interval is available.{tail}"
+        better = "better" if gain.mean >= 0 else "worse"
+        return f"{subject} was {_points(abs(gain.mean), unit)} {better} than {rival}, with one seed: no interval is available.{tail}"
     half = max(gain.high - gain.mean, gain.mean - gain.low)  # a bootstrap interval is not symmetric: its longer side
     said = f"{gain.mean:.2f} ± {_points(half, unit)}".replace("-", "−")
     n = f"95 % interval over {gain.n} seeds"

@@ -319,6 +319,14 @@ def with_control(kind: str, values: Sequence[float], **more: object) -> tuple[Li
     return lines(records, goal="max")
 
 
+@pytest.mark.parametrize(("goal", "word"), [("max", "better"), ("min", "worse")])
+def test_one_seed_says_better_or_worse_whichever_way_the_metric_goes(goal: str, word: str) -> None:
+    records = [*sweep({0.5: [97.0]}, [98.0]), trial("thin", 0.5, 0, 96.0, 96.0, steps=1000)]
+    (found,) = compared(lines(records, goal=goal), goal=goal, unit="%")
+    assert f"pruning was 1.00 points {word} than a uniformly thinner dense model" in found.sentence
+    assert "with one seed: no interval" in found.sentence
+
+
 def test_what_pruning_bought_is_paired_by_seed() -> None:
     (found,) = compared(with_control("thin", [96.0, 96.0, 96.0]), goal="max", unit="%")
     wanted = interval([1.0, 1.4, 1.2])
