@@ -56,6 +56,18 @@ def test_twice_its_own_distance_is_the_bound(steep):
     assert conditioning.excuse(steep, part, 0.5) == ""
 
 
+def test_a_right_file_of_a_network_that_amplifies_holds_and_says_so(tmp_path):
+    torch.manual_seed(0)
+    made = quantized(Steep(8), torch.randn(16, 64), shift=torch.randn(16, 64))
+    artifact = pare.export(made, tmp_path / "net.onnx")
+    many = {"args": (torch.randn(1024, 64),), "kwargs": {"shift": torch.randn(1024, 64)}}
+    found = pare.check(artifact, made, [many], strict=False)
+    if not conditioning.LEAST <= found.cosine < 0.999:
+        pytest.skip(f"which values fall on the other side is this processor's: cosine {found.cosine:.6f}")
+    assert found.holds
+    assert [n for n in found.notes if "amplifies rounding" in n]
+
+
 def test_what_is_no_simulation_is_not_excused(steep):
     part = (torch.randn(2, 64),), {"shift": torch.randn(2, 64)}
     assert conditioning.excuse(steep.program, part, 0.998) == ""

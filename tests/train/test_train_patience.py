@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
@@ -57,6 +58,7 @@ def test_length_attributes_and_errors_are_those_of_the_loader() -> None:
     seen = Patient(lambda: loader, "train_batches")()
     assert isinstance(seen, Sized) and len(seen) == 2
     assert seen.batch_size == 4  # type: ignore[attr-defined]
+    assert [len(b[0]) for b in copy.deepcopy(seen)] == [4, 4]
 
     def broken() -> Iterator[int]:
         yield 1

@@ -45,7 +45,7 @@ def own_cosine(quantized: Quantized, part: Any, *, draws: int = DRAWS, noise: fl
         for _ in range(draws):
             disturbed = _Disturbed(quantized.module, noise, generator)
             got = tensors_of(disturbed.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False))
-            smallest = min(smallest, *(_cosine(a, b) for a, b in zip(got, expected, strict=True)))
+            smallest = min(smallest, *(cosine_of(a, b) for a, b in zip(got, expected, strict=True)))
     return smallest
 
 
@@ -81,10 +81,15 @@ def _passes_on(op: torch._ops.OpOverload) -> bool:
     return "quantize" in op.name() or any(r.alias_info is not None for r in op._schema.returns)
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
+def cosine_of(a: Tensor, b: Tensor) -> float:
+    """Cosine similarity of two whole tensors, in float64; where one is all zeros, 1 if both are, else 0.
+
+    >>> round(cosine_of(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), 4)
+    0.7071
+    """
     x, y = a.double().reshape(-1), b.double().reshape(-1)
     norms = float(x.norm() * y.norm())
     return float(x @ y) / norms if norms else float(bool((x == y).all()))
 
 
-__all__ = ["excuse", "own_cosine"]
+__all__ = ["cosine_of", "excuse", "own_cosine"]

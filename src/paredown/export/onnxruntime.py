@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
-from paredown.export.conditioning import excuse
+from paredown.export.conditioning import cosine_of, excuse
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
@@ -343,8 +343,7 @@ class Distance:
                 continue
             self.finite &= bool(torch.isfinite(x).all())
             self.error, self.scale = max(self.error, float((x - y).abs().max())), max(self.scale, float(y.abs().max()))
-            norms = float(x.norm() * y.norm())
-            self.cosine = min(self.cosine, float(x @ y) / norms if norms else float(bool((x == y).all())))
+            self.cosine = min(self.cosine, cosine_of(x, y))
 
 
 def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, ...]]:

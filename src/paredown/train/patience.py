@@ -54,6 +54,8 @@ class _Batches:
                 yield batch
 
     def __getattr__(self, name: str) -> Any:
+        if name == "source":  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self.source, name)
 
 
