@@ -105,6 +105,8 @@ class Recipe(Strict):
         plain = self.model_dump(mode="json", by_alias=True)
         if self.curve is None:  # most recipes have none: theirs stay as they are
             del plain["curve"]
+        elif self.curve.spacing == "geometric":
+            del plain["curve"]["spacing"]
         if self.prune.sensitivity is None:
             del plain["prune"]["sensitivity"]
         if self.recover.ranks == 1:

@@ -399,6 +399,9 @@ class CurveGrid(Strict):
     recovery together."""
     rounds: int = Field(default=4, ge=2, le=100)
     """Of iterative. All levels together train for recover.epochs."""
+    spacing: Literal["geometric", "linear"] = "geometric"
+    """What leaves in each level of multi-level and iterative: the same share of what it got, or the same part of the dense
+    network (0.5 in two levels: 25 %, then 33 % of the rest)."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(0, 1, 2), max_length=1000)
     """Each trains (or loads) a base of its own; with one seed no interval is available."""
     limit: float | None = Field(default=None, ge=0)

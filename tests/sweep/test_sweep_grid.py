@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from typing import Any
 
 import pytest
@@ -76,6 +78,19 @@ def test_a_cells_recipe_is_one_that_compress_runs() -> None:
     assert cell.recipe.recover.epochs == 3  # half of 5, so that both levels are not shorter than one
     again = load_recipe(__import__("yaml").safe_load(cell.recipe.to_yaml()))
     assert again.digest == cell.recipe.digest
+
+
+def test_linear_levels_are_those_of_the_talk() -> None:
+    curve = {"amounts": [0.5], "seeds": [0], "schedules": ["multi-level", "iterative"], "rounds": 4}
+    cells = {c.schedule: c.recipe for c in grid(recipe({**curve, "spacing": "linear"})) if c.kind == "pruned"}
+    for schedule, left in {"multi-level": [0.75, 0.5], "iterative": [0.875, 0.75, 0.625, 0.5]}.items():
+        shares = [float(level.channels or 0) for level in cells[schedule].prune.levels]
+        assert list(itertools.accumulate(shares, operator.mul)) == pytest.approx(left), schedule
+    masks = recipe({**curve, "schedules": ["iterative"], "spacing": "linear"}, prune={"granularity": "element"})
+    made = next(c for c in grid(masks) if c.kind == "pruned").recipe
+    assert made.prune.schedule_options == {"rounds": 4, "spacing": "linear"}
+    assert recipe(curve).digest == recipe({**curve, "spacing": "geometric"}).digest  # sweeps that are begun go on
+    assert recipe(curve).digest != recipe({**curve, "spacing": "linear"}).digest
 
 
 def test_iterative_is_levels_of_units_and_a_schedule_of_masks() -> None:

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,8 @@ from paredown.statistics.readers import MOST_BYTES, Reader, readers
 
 _WIDE = 1024
 """Inputs of a layer above which the elimination is in float32."""
+_EMPTY = 0.125
+"""Share of the places whose unit has left, above which the others move together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,15 +104,21 @@ def _gram_bytes(weight: Tensor) -> int:
 
 
 class _Matrix:
-    """One reader's weight [out, K] while units leave, and the inverse [K, K] of the damped Gram matrix of one group."""
+    """One reader's weight [out, K] while units leave, and the inverse [K, K] of the damped Gram matrix of one group.
+
+    Rows of what has left are zeros, until so many have that the others move together: to move them in each step takes
+    longer than the arithmetic.
+    """
 
     def __init__(self, reader: Reader, weight: Tensor, total: float, inverse_gram: Tensor) -> None:
-        self._taps = reader.columns.shape[1]
-        """Columns of a unit, which lie side by side; those of no unit of the space come last."""
+        units, self._taps = reader.columns.shape
         first = reader.columns.flatten()
         others = torch.ones(weight.shape[1], dtype=torch.bool)
         others[first] = False
         self._order = torch.cat([first, torch.nonzero(others).flatten()])
+        """Columns of a unit lie side by side; those of no unit of the space come last."""
+        self._here, self._there = torch.arange(units), torch.ones(units, dtype=torch.bool)
+        """By place: which unit's columns are there, and whether it has not left."""
         self._state = weight.T[self._order].to(_precision(weight))
         """What changes when units leave, [K, …]; the first `out` numbers of each row are the column of the weight."""
         self._out = len(weight)
@@ -120,43 +127,54 @@ class _Matrix:
             inverse_gram = inverse_gram[self._order[:, None], self._order].to(self._state.dtype)
         self._inverse = inverse_gram
 
-    def costs(self, num_units: int) -> Tensor:
-        """Of each unit that is still there, alone. Shape [units], float64."""
-        state = self._state[: num_units * self._taps].view(num_units, self._taps, -1)
+    def add_costs(self, costs: Tensor) -> None:
+        """Add the cost of each unit that is still there, if it left alone, to costs [units] float64."""
+        units = len(self._here)
+        state = self._state[: units * self._taps].view(units, self._taps, -1)
         weights, blocks = state[..., : self._out], self._blocks(state)
-        costs: Tensor
         if self._taps == 1:
-            costs = torch.linalg.vecdot(weights, weights).flatten() / blocks.flatten()
+            found = torch.linalg.vecdot(weights, weights).flatten() / blocks.flatten()
         else:
-            costs = torch.linalg.solve(blocks, weights @ weights.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)
-        costs = costs.double() / self._total
-        return costs
+            found = torch.linalg.solve(blocks, weights @ weights.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)
+        costs[self._here] += found.double() / self._total
 
-    def leave(self, units: Tensor, num_units: int) -> None:
+    def leave(self, units: Tensor) -> None:
         """Fit what is left to what these of the units that are still there wrote."""
-        gone = torch.zeros(len(self._state), dtype=torch.bool)
-        gone[: num_units * self._taps].view(num_units, self._taps)[units] = True
-        at, left = torch.nonzero(gone).flatten(), torch.nonzero(~gone).flatten()
-        corner, beyond = self._rows(at, left)
-        step = torch.linalg.solve(corner, beyond)
-        self._answer(at, left, step)
-        self._state = torch.addmm(self._state[left], step.T, self._state[at], alpha=-1)
+        gone = torch.isin(self._here, units) & self._there
+        at = torch.nonzero(gone.repeat_interleave(self._taps)).flatten()
+        rows = self._rows(at)
+        step = torch.linalg.solve(rows[:, at], rows)
+        self._answer(at, step)
+        self._state.addmm_(step.T, self._state[at], alpha=-1)
+        self._state[at] = 0.0
+        self._there &= ~gone
+        if len(gone) - int(self._there.sum()) > _EMPTY * len(gone):
+            columns = torch.ones(len(self._state), dtype=torch.bool)
+            columns[: len(gone) * self._taps] = self._there.repeat_interleave(self._taps)
+            self._move(torch.nonzero(columns).flatten())
+            self._here, self._there = self._here[self._there], self._there[self._there]
 
     def _blocks(self, state: Tensor) -> Tensor:
-        """[H⁻¹]_BB of each unit, whose rows of the state are given. Shape [units, columns, columns]."""
+        """[H⁻¹]_BB of each unit, whose rows of the state are given; regular where it left. Shape [units, columns, columns]."""
         units, taps, _ = state.shape
         at = torch.arange(units * taps).view(units, taps)
         return self._inverse[at[:, :, None], at[:, None, :]]
 
-    def _rows(self, at: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """[H⁻¹]_BB and [H⁻¹]_B,: of columns that leave, without them. Shapes [columns, columns], [columns, K - columns]."""
-        rows = self._inverse[at]
-        return rows[:, at], rows[:, left]
+    def _rows(self, at: Tensor) -> Tensor:
+        """[H⁻¹]_B,: of columns that leave, 0 where others left. Shape [columns, K]."""
+        return self._inverse[at]
 
-    def _answer(self, at: Tensor, left: Tensor, step: Tensor) -> None:
-        """What else changes when these columns leave, and what is left of it."""
-        rows = self._inverse[left]
-        self._inverse = torch.addmm(rows[:, left], rows[:, at], step, alpha=-1)
+    def _answer(self, at: Tensor, step: Tensor) -> None:
+        """What else changes when these columns leave."""
+        self._inverse.addmm_(self._inverse[:, at], step, alpha=-1)
+        self._inverse[at] = self._inverse[:, at] = 0.0
+        self._inverse[at, at] = 1.0  # the block of a unit that left stays regular
+
+    def _move(self, left: Tensor) -> None:
+        """Only these columns go on."""
+        self._state = self._state[left]
+        if len(self._inverse):
+            self._inverse = self._inverse[left[:, None], left]
 
 
 class _FewPositions(_Matrix):
@@ -186,12 +204,17 @@ class _FewPositions(_Matrix):
             blocks = torch.diag_embed(alone) - x @ products.transpose(1, 2) / self._amount
         return blocks
 
-    def _rows(self, at: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        x, products = self._x[at] / -self._amount, self._state[:, self._out :]
-        return torch.addmm(torch.diag(self._alone[at]), x, products[at].T), x @ products[left].T
+    def _rows(self, at: Tensor) -> Tensor:
+        rows = (self._x[at] / -self._amount) @ self._state[:, self._out :].T
+        rows[torch.arange(len(at)), at] += self._alone[at]
+        return rows
 
-    def _answer(self, at: Tensor, left: Tensor, step: Tensor) -> None:
-        self._x, self._alone = self._x[left], self._alone[left]  # M X is part of the state
+    def _answer(self, at: Tensor, step: Tensor) -> None:
+        """Nothing: M X is part of the state, and `x` does not change."""
+
+    def _move(self, left: Tensor) -> None:
+        super()._move(left)
+        self._x, self._alone = self._x[left], self._alone[left]
 
 
 def _precision(weight: Tensor) -> torch.dtype:
@@ -206,17 +229,18 @@ def _eliminated(
     alive = torch.arange(num_units)
     scores, spent = np.zeros(num_units), 0.0
     while len(alive):
-        costs: Any = sum(m.costs(len(alive)) for m in matrices)
-        order = torch.argsort(costs, stable=True)[: max(1, int(len(alive) * options.at_once))]
-        for unit, cost in zip(alive[order].tolist(), costs[order].tolist(), strict=True):
-            spent += max(cost, 0.0)
+        costs = torch.zeros(num_units, dtype=torch.float64)
+        for matrix in matrices:
+            matrix.add_costs(costs)
+        order = torch.argsort(costs[alive], stable=True)
+        count = max(1, int(len(alive) * options.at_once))
+        leaving, alive = alive[order[:count]], alive[order[count:].sort().values]
+        for unit in leaving.tolist():
+            spent += max(float(costs[unit]), 0.0)
             scores[unit] = spent
-        if len(order) < len(alive):
+        if len(alive):
             for matrix in matrices:
-                matrix.leave(order, len(alive))
-        keep = torch.ones(len(alive), dtype=torch.bool)
-        keep[order] = False
-        alive = alive[keep]
+                matrix.leave(leaving)
     return scores
 
 

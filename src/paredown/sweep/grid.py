@@ -164,17 +164,31 @@ def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, am
     levels = MULTI if schedule == "multi-level" else curve.rounds if schedule == "iterative" and not masked else 1
     own: Mapping[str, Any] = {"schedule": "one-shot", "schedule_options": {}}
     if masked and schedule in ("iterative", *OF_MASKS):
-        rounds = {"rounds": curve.rounds} if schedule == "iterative" else {}
+        rounds: dict[str, Any] = {"rounds": curve.rounds} if schedule == "iterative" else {}
+        if rounds and curve.spacing != "geometric":
+            rounds["spacing"] = curve.spacing
         options = recipe.prune.schedule_options if recipe.prune.schedule == schedule else {}
         own = {"schedule": schedule, "schedule_options": {**rounds, **options}}
-    level = Level.model_validate({by: amount ** (1 / levels), "factorize": method.factorize})
-    prune = prune.model_copy(update={**own, "levels": (level,) * levels})
+    left = [Level.model_validate({by: s, "factorize": method.factorize}) for s in _steps(amount, levels, curve.spacing)]
+    prune = prune.model_copy(update={**own, "levels": tuple(left)})
     try:
         Prune.model_validate_json(prune.model_dump_json())  # copies are not checked
     except ValidationError as error:
         msg = f"every way of a curve must be a recipe. Got {method.label!r} with {schedule}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
         raise UsageError(msg) from error
     return prune, _shared(recipe.recover, levels)
+
+
+def _steps(amount: float, levels: int, spacing: str) -> list[float]:
+    """What each level leaves of what it got.
+
+    >>> [round(s, 3) for s in _steps(0.5, 2, "linear")], [round(s, 3) for s in _steps(0.5, 2, "geometric")]
+    ([0.75, 0.667], [0.707, 0.707])
+    """
+    if spacing == "geometric":
+        return [amount ** (1 / levels)] * levels
+    lost = (1 - amount) / levels
+    return [(1 - (k + 1) * lost) / (1 - k * lost) for k in range(levels)]
 
 
 def _shared(recover: Recover, levels: int) -> Recover:
