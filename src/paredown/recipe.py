@@ -111,6 +111,8 @@ class Recipe(Strict):
             del plain["prune"]["sensitivity"]
         if self.recover.ranks == 1:
             del plain["recover"]["ranks"]
+        if not self.recover.distil_layers:
+            del plain["recover"]["distil_layers"], plain["recover"]["distil_layers_weight"]
         if not self.measure.noise:
             del plain["measure"]["noise"]
         return plain

@@ -181,6 +181,11 @@ class Recover(Strict):
     """Of the kl distillation."""
     distil_weight: float = Field(default=0.9, ge=0, le=1)
     """Loss = (1 - distil_weight) × step + distil_weight × distillation; no effect with distil: none."""
+    distil_layers: list[str] = []
+    """Patterns of modules whose outputs are held to the dense model's too. Their channels must stay: as blocks, where
+    only inner channels leave. Not with distil: none, and not in training with rounding."""
+    distil_layers_weight: float = Field(default=10.0, ge=0)
+    """Distillation = that of the outputs + distil_layers_weight × mean over layers of the relative squared error."""
     max_steps: int | None = Field(default=None, ge=1)
     """Steps of an epoch at most, also in training with rounding; needed where train_batches has no end."""
     batch_norm_batches: int = Field(default=100, ge=0)
@@ -188,6 +193,13 @@ class Recover(Strict):
     ranks: int = Field(default=1, ge=1, le=64)
     """Processes of this machine that share every batch of a level's training, started by torchrun; with device cuda a GPU each.
     Not for masks that change in training, nor for the task's own `train`."""
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Recover:
+        if self.distil_layers and self.distil == "none":
+            msg = f"distil_layers must come with distil kl or mse. Got {self.distil_layers} with distil none."
+            raise ValueError(msg)
+        return self
 
 
 class Quantize(Strict):

@@ -261,3 +261,13 @@ def test_the_schema_validates_nothing_that_the_model_refuses():
     assert recipe_schema()["additionalProperties"] is False
     assert set(recipe_schema()["required"]) == {"schema", "task"}
     assert isinstance(parse_recipe(PLAIN), Recipe)
+
+
+def test_layers_that_teach_need_a_teacher_and_their_default_is_no_other_recipe():
+    plain = parse_recipe(PLAIN)
+    asked = parse_recipe({**PLAIN, "recover": {"distil_layers": ["stage?"]}})
+    assert "distil_layers" not in plain.to_yaml()  # runs that are begun go on
+    assert plain.digest != asked.digest
+    assert load_recipe(read_yaml(asked.to_yaml())).digest == asked.digest
+    with pytest.raises(UsageError, match="distil_layers must come with distil kl or mse"):
+        parse_recipe({**PLAIN, "recover": {"distil_layers": ["stage?"], "distil": "none"}})

@@ -185,3 +185,84 @@ def test_distillation_alone_reaches_the_teacher():
     )  # fmt: skip
     assert gap(student) > 0.1
     assert gap(fitted.module) < 0.01
+
+
+class Blocks(nn.Module):
+    """Two blocks with an in-place op behind each; `inner` channels inside."""
+
+    def __init__(self, inner: int = 6) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, inner), nn.Tanh(), nn.Linear(inner, 4)) for _ in range(2)
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).relu_()
+        return self.head(x)
+
+
+def test_layers_by_hand():
+    torch.manual_seed(0)
+    student, teacher, x = Blocks(3).train(), Blocks(), torch.randn(5, 4)
+    listening = Teacher(teacher, student, CPU, kind="mse", temperature=1.0, layers=["blocks.?"], layers_weight=2.0)
+    with torch.no_grad():
+        student.eval()(x)  # not in training: not a call to learn from
+        student.train()
+    first, second = student(x), student(2 * x)
+    found = listening.loss()
+    expected = []
+    for given, output in ((x, first), (2 * x, second)):
+        here, there, shares = given, given, []
+        for mine, theirs in zip(student.blocks, teacher.blocks, strict=True):
+            a, b = mine(here), theirs(there)
+            shares.append(((a - b) ** 2).sum() / (b**2).sum())
+            here, there = a.relu(), b.relu()
+        expected.append(((output - teacher.head(there)) ** 2).mean() + 2.0 * (shares[0] + shares[1]) / 2)
+    assert float(found) == pytest.approx(float(expected[0] + expected[1]) / 2, rel=1e-5)
+    (grad,) = torch.autograd.grad(found, student.blocks[0][0].weight, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected[0] / 2 + expected[1] / 2, student.blocks[0][0].weight)
+    assert torch.allclose(grad, wanted, rtol=1e-4, atol=1e-6)
+    listening.detach()
+    assert not any(m._forward_hooks for m in student.modules())
+
+
+def test_layers_come_nearer_and_a_checkpoint_knows_them(tmp_path):
+    torch.manual_seed(0)
+    teacher, student = Blocks(), Blocks(5)
+    x = torch.randn(64, 4)
+
+    def trained(**options):
+        torch.manual_seed(1)
+        return fit(
+            student, lambda: [x] * 10, lambda m, b: m(b).sum() * 0, epochs=8, lr=0.02, teacher=teacher, distil="mse",
+            distil_weight=1.0, **options,
+        ).module  # fmt: skip
+
+    def far(model):
+        with torch.no_grad():
+            return float((model.blocks[0](x) - teacher.blocks[0](x)).square().mean())
+
+    asked = {"distil_layers": ["blocks.?"], "distil_layers_weight": 2.0}
+    assert far(trained(**asked)) < 0.5 * far(trained())
+    trained(**asked, checkpoint=tmp_path / "c.safetensors")
+    again = trained(**asked, checkpoint=tmp_path / "c.safetensors")  # read from the checkpoint
+    assert torch.equal(again.head.weight, trained(**asked).head.weight)
+    with pytest.raises(UsageError, match="distil_layers"):
+        trained(checkpoint=tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"distil_layers": ["block.*"]}, UsageError, "block\\.\\*.* matches none"),
+        ({"distil_layers": ["blocks.0.0"]}, RejectedError, r"\(64, 3\).*\(64, 6\).*blocks\.0\.0"),
+        ({"distil_layers": ["head"], "distil": "none"}, UsageError, "must come with a teacher"),
+        ({"distil_layers": ["head"], "distil_layers_weight": -1.0}, UsageError, "distil_layers_weight"),
+    ],
+)
+def test_layers_that_cannot_teach(options, error, says):
+    given = {"teacher": Blocks(), "distil": "mse", **options}
+    with pytest.raises(error, match=says):
+        fit(Blocks(3), lambda: [torch.randn(64, 4)], lambda m, b: m(b).sum(), epochs=1, **given)

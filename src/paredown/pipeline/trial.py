@@ -329,7 +329,9 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
         tuned = recover(small, task.train_batches, train=task.train, **shared)
     else:
         why = why or "the task has no scratch(model, …) that trains another shape as its base"
-        own: dict[str, Any] = recipe.recover.model_dump(exclude={"epochs", "distil", "batch_norm_batches", "ranks"})
+        own: dict[str, Any] = recipe.recover.model_dump(
+            exclude={"epochs", "distil", "distil_layers", "batch_norm_batches", "ranks"}
+        )
         own |= {} if task.optimizer is None else {"optimizer": task.optimizer}
         epochs = max(1, asked.epochs or extra_epochs)
         tuned = recover(

@@ -90,6 +90,8 @@ def sparsify(
     distil: Distil | None = None,
     temperature: float = 4.0,
     distil_weight: float = 0.9,
+    distil_layers: Sequence[str] = (),
+    distil_layers_weight: float = 10.0,
     batch_norm_batches: int = 100,
     hooks: Sequence[Hook] = (),
     checkpoint: Path | None = None,
@@ -130,7 +132,7 @@ def sparsify(
         "optimizer": optimizer, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm,
         "schedule": lr_schedule, "device": device, "teacher": teacher, "temperature": temperature,
         "distil": distil or ("none" if teacher is None else "kl"), "distil_weight": distil_weight,
-        "progress": progress, "max_steps": max_steps,
+        "distil_layers": distil_layers, "distil_layers_weight": distil_layers_weight, "progress": progress, "max_steps": max_steps,
     }  # fmt: skip
     return _all_levels(
         model, asked, amounts, checkpoint, allocation=where, batches=train_batches, step=step, options=options, seed=seed,

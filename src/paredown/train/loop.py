@@ -121,6 +121,8 @@ def fit(
     distil: Distil = "none",
     temperature: float = 4.0,
     distil_weight: float = 0.9,
+    distil_layers: Sequence[str] = (),
+    distil_layers_weight: float = 10.0,
     hooks: Sequence[Hook] = (),
     checkpoint: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -129,7 +131,8 @@ def fit(
 ) -> Fitted:
     """Train a deep copy of `module` on `step(model, batch) -> loss`; the module itself is not touched.
 
-    loss = (1 - w) × step + w × distil, w = `distil_weight` where a teacher distils, else 0 (see train.distil).
+    loss = (1 - w) × step + w × distil, w = `distil_weight` where a teacher distils, else 0 (see train.distil); modules that
+    match `distil_layers` (fnmatch) are held to the teacher's outputs there too, `distil_layers_weight` × the relative error.
     Learning rate at step t of T, cosine: lr/2 × (1 + cos(π t / T)); `constant`: lr. An `optimizer(parameters)` of
     one's own keeps its own learning rates, which the schedule multiplies. `batches()` is called once per epoch after
     torch, numpy and random are seeded with seed + epoch; where it has no length it is counted by one pass first.
@@ -151,10 +154,14 @@ def fit(
     options = _Options(
         epochs=epochs, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm,
         schedule=schedule, seed=seed, distil="none" if teacher is None else distil, temperature=temperature,
-        distil_weight=distil_weight, max_steps=max_steps,
+        distil_weight=distil_weight, max_steps=max_steps, distil_layers=tuple(distil_layers),
+        distil_layers_weight=distil_layers_weight,
     )  # fmt: skip
     if teacher is None and distil != "none":
         msg = f'distil must be "none" where there is no teacher. Got {distil!r}.'
+        raise UsageError(msg)
+    if distil_layers and options.distil == "none":
+        msg = f"distil_layers must come with a teacher, and distil kl or mse. Got {list(distil_layers)} with distil {distil!r}."
         raise UsageError(msg)
     where = usable_device(own_device(device) if distributed else device)
     ranks = Ranks.of(where) if distributed else None
@@ -164,7 +171,10 @@ def fit(
         training = Training(module=student, optimizer=_optimizer(student, options))
         distiller = None
         if teacher is not None and options.distil != "none":
-            distiller = Teacher(teacher, student, where, kind=options.distil, temperature=temperature)
+            distiller = Teacher(
+                teacher, student, where, kind=options.distil, temperature=temperature, layers=distil_layers,
+                layers_weight=distil_layers_weight,
+            )  # fmt: skip
         run = _Run(
             training=training, batches=batches, step=step, options=options, device=where, teacher=distiller,
             hooks=tuple(hooks), base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], progress=progress,
@@ -239,6 +249,8 @@ class _Options:
     temperature: float
     distil_weight: float
     max_steps: int | None
+    distil_layers: tuple[str, ...]
+    distil_layers_weight: float
 
     def __post_init__(self) -> None:
         rules = [
@@ -247,6 +259,7 @@ class _Options:
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0, or none"),
             ("temperature", self.temperature > 0, "a number > 0"),
             ("distil_weight", 0 <= self.distil_weight <= 1, "from 0 to 1"),
+            ("distil_layers_weight", 0 <= self.distil_layers_weight < math.inf, "a finite number ≥ 0"),
             ("distil", self.distil in ("none", "kl", "mse"), 'one of "none", "kl", "mse"'),
             ("schedule", self.schedule in ("cosine", "constant"), '"cosine" or "constant"'),
             ("max_steps", self.max_steps is None or self.max_steps > 0, "a number > 0, or none"),
@@ -483,6 +496,10 @@ def _config(
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued, and on all ranks, as JSON values."""
     given = {name: getattr(options, name) for name in options.__slots__}
+    if options.distil_layers:
+        given["distil_layers"] = list(options.distil_layers)
+    else:  # a checkpoint of before there were any goes on
+        del given["distil_layers"], given["distil_layers_weight"]
     if not isinstance(options.optimizer, str):
         given["optimizer"] = getattr(options.optimizer, "__qualname__", type(options.optimizer).__name__)
     config = {

@@ -55,6 +55,8 @@ def recover(
     distil: Distil | None = None,
     temperature: float = 4.0,
     distil_weight: float = 0.9,
+    distil_layers: Sequence[str] = (),
+    distil_layers_weight: float = 10.0,
     batch_norm_batches: int = 100,
     hooks: Sequence[Hook] = (),
     checkpoint: Path | None = None,
@@ -93,6 +95,7 @@ def recover(
             small.module, cast(Batches, train_batches), cast(Step, step), epochs=epochs, optimizer=optimizer, lr=lr,
             momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm, schedule=schedule, seed=seed,
             device=device, teacher=teacher, distil=distil, temperature=temperature, distil_weight=distil_weight,
+            distil_layers=distil_layers, distil_layers_weight=distil_layers_weight,
             hooks=(*hooks, mask_hook(masks)) if masks else hooks, checkpoint=checkpoint, progress=progress, max_steps=max_steps,
             distributed=distributed,
         ).module  # fmt: skip
