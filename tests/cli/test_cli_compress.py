@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import forked
 from paredown.cli.compress import safe_name
 
 TASK = """
@@ -85,16 +83,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place with spaces")
     (folder / "task.py").write_text(TASK, encoding="utf-8")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    done = paredown(folder, "compress", "recipe.yaml", "--out", ODD, "--json")
+    done = forked.run(forked.PAREDOWN, "compress", "recipe.yaml", "--out", ODD, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "first.json").write_text(done.stdout, encoding="utf-8")
     return folder
-
-
-def paredown(folder: Path, *arguments: str, slow: str = "0") -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "SLOW": slow, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "paredown", *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -230,28 +222,23 @@ def test_the_default_folder_is_named_after_the_recipe(place):
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_fault_80_interrupted_and_continued(place, tmp_path, times):
     """Once ends at a safe point within 5 s, twice ends now; both continue to the same files."""
-    env = {**os.environ, "SLOW": "0.3", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "paredown", "compress", "recipe.yaml", "--out", str(tmp_path / "run")]
-    running = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
-    said = ""
-    for line in running.stderr:
-        said += line
-        if "recover" in line:
-            break
+    command = ("compress", "recipe.yaml", "--out", tmp_path / "run")
+    running = forked.start(forked.PAREDOWN, *command, cwd=place, env={"SLOW": "0.3"})
+    while "recover" not in running.stderr and running.poll() is None:
+        time.sleep(0.01)
     time.sleep(0.5)
     start = time.monotonic()
     for _ in range(times):
         running.send_signal(signal.SIGINT)
         time.sleep(0.02)
-    said += running.stderr.read()
-    assert running.wait(timeout=60) == 130, said
+    assert running.wait(timeout=60) == 130, running.stderr
     assert time.monotonic() - start < 5
+    said = running.stderr
     assert "stopping at a safe point" in said
     assert "Traceback" not in said
     if times == 1:
         assert "The same command resumes" in said
-    done = paredown(place, "compress", "recipe.yaml", "--out", str(tmp_path / "run"))
+    done = forked.run(forked.PAREDOWN, *command, cwd=place)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "run").rglob("*.tmp"))
     for name in ("model.safetensors", "plan.json", "int8.onnx", "recipe.yaml"):

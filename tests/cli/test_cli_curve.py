@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+import forked
 from curve_records import head, sweep
 
 pytest.importorskip("onnxruntime")
@@ -72,11 +70,8 @@ def test_processes_must_be_a_number_of_processes(call: Any, recipe: Path) -> Non
     assert "--processes must be ≥ 1" in done.err
 
 
-def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "paredown", "curve", str(recipe), "--out", str(out), "--processes", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def start(recipe: Path, out: Path) -> forked.Forked:
+    return forked.start(forked.PAREDOWN, "curve", recipe, "--out", out, "--processes", "1")
 
 
 def test_ctrl_c_says_how_to_go_on_and_another_recipe_is_refused(call: Any, recipe: Path, tmp_path: Path) -> None:
@@ -89,13 +84,13 @@ def test_ctrl_c_says_how_to_go_on_and_another_recipe_is_refused(call: Any, recip
     process.send_signal(
         signal.SIGSTOP
     )  # it must not end before it is interrupted, however long the other takes to start
-    second = start(recipe, out).communicate()[1]
+    second = start(recipe, out)
+    second.wait()
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert "must have one owner" in second
-    assert process.returncode == 130
-    assert re.search("[01] of 2 trials are done or marked; the same command goes on with the others", err)
+    assert process.wait(timeout=60) == 130
+    assert "must have one owner" in second.stderr
+    assert re.search("[01] of 2 trials are done or marked; the same command goes on with the others", process.stderr)
     done = call("curve", str(recipe), "--out", "run", "--set", "curve.limit=2.0")
     assert done.code == 2
     assert "curve.limit: null → 2.0" in done.err

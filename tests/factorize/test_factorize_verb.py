@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import forked
 import paredown as pare
 from paredown.errors import NothingToDo, RejectedError, UsageError, VerificationError
 from paredown.plan import Plan, Rank
@@ -378,7 +377,7 @@ def test_saved_and_loaded_in_another_process(tmp_path: Path) -> None:
         "    out[name] = type(model).__name__, sum(p.numel() for p in model.parameters()), error\n"
         "print(json.dumps(out))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forked.run(code)
     assert done.returncode == 0, done.stderr
     for name, (kind, count, error) in json.loads(done.stdout).items():
         assert (kind, count) == wanted[name]

@@ -12,12 +12,16 @@ pytest.importorskip("torchao")
 pytest.importorskip("sklearn")
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+SHORT = ["base.epochs=12", "recover.epochs=4"]
+"""All of it in 40 epochs in place of 100; every bound below holds all the same."""
+
+
+@pytest.fixture(scope="module", params=[SHORT, pytest.param([], marks=pytest.mark.slow)], ids=["short", "as shipped"])
+def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from paredown.pipeline import compress
 
     out = tmp_path_factory.mktemp("digits") / "run"
-    compress("digits", out=out, quiet=True)
+    compress("digits", out=out, overrides=request.param, quiet=True)
     return out
 
 

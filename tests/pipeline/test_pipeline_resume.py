@@ -1,13 +1,12 @@
 """A killed run continues to the same bytes: model, plan, export; records equal but for their timings."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import forked
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torchao")
@@ -33,12 +32,9 @@ def run(out: Path, kill_at: int = 0) -> int:
     recipe = out.parent / "recipe.yaml"
     recipe.write_text(RECIPE)
     code = "import sys; from paredown.pipeline import compress; compress(sys.argv[1], out=sys.argv[2], quiet=True)"
-    env = {**os.environ, "KILL_AT": str(kill_at), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(recipe), str(out)], env=env, capture_output=True, text=True, check=False
-    )
+    done = forked.run(code, recipe, out, env={"KILL_AT": str(kill_at)})
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
-    return done.returncode
+    return done.wait()
 
 
 def untimed(path: Path) -> list[dict]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import forked
 import paredown as pare
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.plan import Mask, Plan
@@ -244,7 +243,8 @@ def test_a_shallow_model_is_loaded_in_another_process(tmp_path: Path) -> None:
         "assert type(net) is Net and type(net.blocks[1]) is torch.nn.Identity\n"
         "torch.save(net(torch.load(sys.argv[1] + '/x.pt')), sys.argv[1] + '/y.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    done = forked.run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "y.pt"), small.module(X))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import forked
 import paredown as pare
 from paredown.errors import RejectedError
 from paredown.program import Program
@@ -188,9 +188,8 @@ def test_levels_over_three_processes(tmp_path: Path) -> None:
     )
     said = ""
     for before, after in (("-", "a"), ("a", "b"), ("b", "c")):
-        done = subprocess.run(
-            [sys.executable, "-c", code, before, after], cwd=tmp_path, check=True, capture_output=True, text=True
-        )
+        done = forked.run(code, before, after, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         said = done.stdout
     sys.path.insert(0, str(tmp_path))
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+import forked
 import paredown as pare
 from paredown.errors import NothingToDo, RejectedError, UsageError, VerificationError
 from paredown.granularity import Granularity
@@ -169,7 +168,8 @@ def test_saved_without_a_mask_and_loaded_in_another_process(text: str, tmp_path:
         "x = torch.load(sys.argv[1] + '/x.pt')\n"
         "torch.save(pare.load(sys.argv[1], net)(x), sys.argv[1] + '/y.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    done = forked.run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "y.pt"), small.module(x))
 
 
