@@ -13,17 +13,19 @@ the order is greedy from the dense layer down, and up to a share `at_once` of th
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paredown.couple.space import Space
-from paredown.errors import UsageError
+from paredown.errors import RejectedError, UsageError
 from paredown.score.l2 import L2Options, l2
 from paredown.score.nouns import Source, UnitScores
 from paredown.score.reduce import unit_sums
@@ -31,10 +33,10 @@ from paredown.statistics.curvature import damping_of, inverse
 from paredown.statistics.inputs import InputStatistics, input_statistics
 from paredown.statistics.readers import MOST_BYTES, Reader, readers
 
-_WIDE = 1024
-"""Inputs of a layer above which the elimination is in float32."""
 _EMPTY = 0.125
 """Share of the places whose unit has left, above which the others move together."""
+_DEARER = 2.0
+"""A unit does not leave with others that make it so many times as costly as the best of those that stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class RefitOptions:
 
     damping: float = 1e-3
     """Added to the diagonal of H, as a share of its mean."""
-    at_once: float = 1 / 32
+    at_once: float = 1 / 8
     """Share of the units still there that may leave in one step; at least one does."""
 
     positions_per_sample: int = 64
@@ -119,12 +121,13 @@ class _Matrix:
         """Columns of a unit lie side by side; those of no unit of the space come last."""
         self._here, self._there = torch.arange(units), torch.ones(units, dtype=torch.bool)
         """By place: which unit's columns are there, and whether it has not left."""
-        self._state = weight.T[self._order].to(_precision(weight))
+        self._tried: tuple[Tensor, Tensor] | None = None
+        self._state = weight.T[self._order]
         """What changes when units leave, [K, …]; the first `out` numbers of each row are the column of the weight."""
         self._out = len(weight)
         self._total = max(total, 1e-30)
         if len(inverse_gram):
-            inverse_gram = inverse_gram[self._order[:, None], self._order].to(self._state.dtype)
+            inverse_gram = inverse_gram[self._order[:, None], self._order]
         self._inverse = inverse_gram
 
     def add_costs(self, costs: Tensor) -> None:
@@ -138,20 +141,32 @@ class _Matrix:
             found = torch.linalg.solve(blocks, weights @ weights.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)
         costs[self._here] += found.double() / self._total
 
-    def leave(self, units: Tensor) -> None:
-        """Fit what is left to what these of the units that are still there wrote."""
-        gone = torch.isin(self._here, units) & self._there
-        at = torch.nonzero(gone.repeat_interleave(self._taps)).flatten()
-        rows = self._rows(at)
-        step = torch.linalg.solve(rows[:, at], rows)
-        self._answer(at, step)
-        self._state.addmm_(step.T, self._state[at], alpha=-1)
+    def given(self, units: Tensor) -> Tensor:
+        """The cost of each of these units when those before it in the list have left. Shape [len(units)], float64.
+
+        With [H⁻¹]_BB = L Lᵀ of all their columns it is the squares of L⁻¹ W_Bᵀ in the rows of the unit.
+        """
+        places = torch.empty(int(self._here.max()) + 1, dtype=torch.int64)
+        places[self._here] = torch.arange(len(self._here))
+        at = (places[units][:, None] * self._taps + torch.arange(self._taps)).flatten()
+        factor = _factor(self._corner(at))
+        self._tried = at, factor
+        lost = torch.linalg.solve_triangular(factor, self._state[at, : self._out], upper=False).square_().sum(1)
+        costs: Tensor = lost.view(len(units), self._taps).sum(1).double() / self._total
+        return costs
+
+    def leave(self, count: int) -> None:
+        """Fit what is left to what the first so many of the units of `given` wrote."""
+        assert self._tried is not None  # `given` comes before
+        columns = count * self._taps
+        at, factor = self._tried[0][:columns], self._tried[1][:columns, :columns]
+        self._answer(at, factor)
         self._state[at] = 0.0
-        self._there &= ~gone
-        if len(gone) - int(self._there.sum()) > _EMPTY * len(gone):
-            columns = torch.ones(len(self._state), dtype=torch.bool)
-            columns[: len(gone) * self._taps] = self._there.repeat_interleave(self._taps)
-            self._move(torch.nonzero(columns).flatten())
+        self._there[at[:: self._taps] // self._taps] = False
+        if len(self._there) - int(self._there.sum()) > _EMPTY * len(self._there):
+            stay = torch.ones(len(self._state), dtype=torch.bool)
+            stay[: len(self._there) * self._taps] = self._there.repeat_interleave(self._taps)
+            self._move(torch.nonzero(stay).flatten())
             self._here, self._there = self._here[self._there], self._there[self._there]
 
     def _blocks(self, state: Tensor) -> Tensor:
@@ -160,12 +175,14 @@ class _Matrix:
         at = torch.arange(units * taps).view(units, taps)
         return self._inverse[at[:, :, None], at[:, None, :]]
 
-    def _rows(self, at: Tensor) -> Tensor:
-        """[H⁻¹]_B,: of columns that leave, 0 where others left. Shape [columns, K]."""
-        return self._inverse[at]
+    def _corner(self, at: Tensor) -> Tensor:
+        """[H⁻¹]_BB of these columns."""
+        return self._inverse[at[:, None], at]
 
-    def _answer(self, at: Tensor, step: Tensor) -> None:
-        """What else changes when these columns leave."""
+    def _answer(self, at: Tensor, factor: Tensor) -> None:
+        """What changes when these columns leave, whose [H⁻¹]_BB = L Lᵀ."""
+        step = torch.cholesky_solve(self._inverse[at], factor)
+        self._state.addmm_(step.T, self._state[at], alpha=-1)
         self._inverse.addmm_(self._inverse[:, at], step, alpha=-1)
         self._inverse[at] = self._inverse[:, at] = 0.0
         self._inverse[at, at] = 1.0  # the block of a unit that left stays regular
@@ -189,9 +206,9 @@ class _FewPositions(_Matrix):
         products = torch.cholesky_solve(rows, torch.linalg.cholesky(held))
         super().__init__(reader, torch.cat([weight, products]), total, rows[:0])
         self._out = len(weight)
-        self._x = rows.T[self._order].to(self._state.dtype)
+        self._x = rows.T[self._order]
         alone = torch.where((rows == 0).all(0), 1 / (1 + self._amount), 1 / self._amount)
-        self._alone = alone[self._order].to(self._state.dtype)
+        self._alone = alone[self._order]
 
     def _blocks(self, state: Tensor) -> Tensor:
         blocks: Tensor
@@ -204,22 +221,33 @@ class _FewPositions(_Matrix):
             blocks = torch.diag_embed(alone) - x @ products.transpose(1, 2) / self._amount
         return blocks
 
-    def _rows(self, at: Tensor) -> Tensor:
-        rows = (self._x[at] / -self._amount) @ self._state[:, self._out :].T
-        rows[torch.arange(len(at)), at] += self._alone[at]
-        return rows
+    def _corner(self, at: Tensor) -> Tensor:
+        return torch.diag(self._alone[at]) - self._x[at] @ self._state[at, self._out :].T / self._amount
 
-    def _answer(self, at: Tensor, step: Tensor) -> None:
-        """Nothing: M X is part of the state, and `x` does not change."""
+    def _answer(self, at: Tensor, factor: Tensor) -> None:
+        # [H⁻¹]_B,: is -X_Bᵀ M X / λ, but for the columns B themselves, which leave: whichever order of the products is shorter.
+        x, products = self._x[at] / -self._amount, self._state[:, self._out :].clone()
+        if x.shape[0] > x.shape[1]:
+            self._state.addmm_(products, x.T @ torch.cholesky_solve(self._state[at], factor), alpha=-1)
+        else:
+            self._state.addmm_(products @ torch.cholesky_solve(x, factor).T, self._state[at], alpha=-1)
 
     def _move(self, left: Tensor) -> None:
         super()._move(left)
         self._x, self._alone = self._x[left], self._alone[left]
 
 
-def _precision(weight: Tensor) -> torch.dtype:
-    """Of a wide layer float32: twice as fast, and its costs differ from float64 by less than two units differ."""
-    return torch.float32 if weight.shape[1] > _WIDE else torch.float64
+def _factor(corner: Tensor) -> Tensor:
+    """L of a block of H⁻¹, which is positive definite but for rounding."""
+    size = corner.diagonal().mean()
+    for share in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        held = corner if not share else corner + share * size * torch.eye(len(corner), dtype=corner.dtype)
+        lower, failed = torch.linalg.cholesky_ex(held)
+        if not int(failed):
+            found: Tensor = lower
+            return found
+    msg = "inputs of a layer must be finite and not all alike. Got a block of H⁻¹ that is not positive definite. Raise damping."
+    raise RejectedError(msg)
 
 
 def _eliminated(
@@ -232,15 +260,20 @@ def _eliminated(
         costs = torch.zeros(num_units, dtype=torch.float64)
         for matrix in matrices:
             matrix.add_costs(costs)
-        order = torch.argsort(costs[alive], stable=True)
-        count = max(1, int(len(alive) * options.at_once))
-        leaving, alive = alive[order[:count]], alive[order[count:].sort().values]
-        for unit in leaving.tolist():
-            spent += max(float(costs[unit]), 0.0)
+        order = alive[torch.argsort(costs[alive], stable=True)]
+        leaving = order[: max(1, int(len(alive) * options.at_once))]
+        given: Any = sum(m.given(leaving) for m in matrices)
+        # Of two units that can each say what the other says both are cheap, until one has left.
+        others = float(costs[order[len(leaving)]]) if len(leaving) < len(order) else math.inf
+        dear = torch.nonzero(given > _DEARER * others).flatten()
+        count = max(1, int(dear[0])) if len(dear) else len(leaving)
+        for unit, cost in zip(leaving[:count].tolist(), given[:count].tolist(), strict=True):
+            spent += max(cost, 0.0)
             scores[unit] = spent
+        alive = order[count:].sort().values
         if len(alive):
             for matrix in matrices:
-                matrix.leave(leaving)
+                matrix.leave(count)
     return scores
 
 
