@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def settled(name: str) -> nn.Module:
     return model.eval()
 
 
-def theirs_in_onnxruntime(float_file: Path, images: list[torch.Tensor], out: Path, activations: str = "uint8") -> Path:
+def theirs_in_onnxruntime(
+    float_file: Path, images: Iterable[torch.Tensor], out: Path, activations: str = "uint8"
+) -> Path:
     """quantize_static as its documentation recommends it for processors of this kind; "int8" activations are its default."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -57,7 +59,7 @@ def theirs_in_onnxruntime(float_file: Path, images: list[torch.Tensor], out: Pat
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter([{name: x.numpy()} for x in images])
+            self.left = ({name: x.numpy()} for x in images)
 
         def get_next(self) -> Any:
             return next(self.left, None)
