@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -25,9 +26,7 @@ from typing import IO, Any, NoReturn
 LOADS = (
     "paredown.cli",
     "paredown.pipeline.trial",
-    "paredown.export.onnxruntime",
     "torchao.quantization.pt2e",
-    "networkx",
 )
 
 
@@ -115,6 +114,8 @@ def _serve() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     _load_exporter()
+    gc.collect()
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
         request = json.loads(line)
@@ -136,10 +137,7 @@ def _load_exporter() -> None:
     for name in trial.LOADS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    with contextlib.suppress(ImportError):
-        from paredown.export import onnxruntime
-
-        onnxruntime._translations(18, onnxruntime._num_ops())
+    trial.prepare()
 
 
 def _work(request: Mapping[str, Any]) -> NoReturn:

@@ -45,7 +45,7 @@ def untimed(out: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Curved:
     out = tmp_path_factory.mktemp("curve") / "run"
-    return curve(recipe(schedules=["one-shot", "multi-level", "from-scratch"]), out=out, quiet=True, processes=2)
+    return curve(recipe(schedules=["one-shot", "multi-level", "from-scratch"]), out=out, quiet=True, processes=1)
 
 
 def by_kind(found: Curved) -> dict[tuple[str, str], Record]:
@@ -134,7 +134,7 @@ def test_where_no_trial_has_a_result_it_says_why(tmp_path: Path) -> None:
     broken = tmp_path / "broken_task.py"
     broken.write_text(TASK.read_text().replace("return F.cross_entropy", "return 0 / 0 * F.cross_entropy"))
     with pytest.raises(RejectedError, match=r"ZeroDivisionError.*--retry"):
-        curve(recipe(broken, controls={"kinds": []}), out=tmp_path / "run", quiet=True)
+        curve(recipe(broken, controls={"kinds": []}), out=tmp_path / "run", quiet=True, processes=1)
     lines = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
     assert [line["status"] for line in lines] == ["crashed"]
     assert any("ZeroDivisionError" in line for line in lines[0]["tail"])

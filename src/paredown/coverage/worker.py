@@ -15,27 +15,31 @@ from typing import Any
 
 from paredown.coverage import one
 from paredown.errors import ParedownError
+from paredown.export.onnxruntime import load_translations
 from paredown.models import load_model
 
 _LIBRARIES = ("torchvision:alexnet", "timm:test_vit")
 """A small model of each: what is common to all models of the library is loaded with it."""
 LOADS = (
     "torch._dynamo",
-    "torch.export",
+    "torch.export._trace",
+    "torch.export._unlift",
     "torch._export.non_strict_utils",
     "onnxruntime",
     "onnxscript",
     "torch.onnx._internal.exporter._core",
+    "networkx",
 )
 """What PyTorch loads at the first capture and the first export. Only imported: a tensor would start threads, which forks lose."""
 
 
 def prepare() -> None:
-    """Load the zoos, in the server."""
+    """Load the zoos, in the server, and what every export would make anew."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when timm is imported
     for spec in _LIBRARIES:
         with contextlib.suppress(ParedownError):  # not installed: models that need it will say so
             load_model(spec)
+    load_translations()
 
 
 def main(request: Mapping[str, Any], emit: Callable[[Mapping[str, Any]], None]) -> None:

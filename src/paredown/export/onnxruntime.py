@@ -180,6 +180,12 @@ def _num_ops() -> int:
     return len(torch._C._dispatch_get_all_op_names())
 
 
+def load_translations() -> None:
+    """Make the table that the first export makes, in a process that is forked for every export: it takes longer than a small network."""
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # not installed, or another version of PyTorch
+        _translations(_OPSET_OF_TRANSLATIONS, _num_ops())
+
+
 @functools.lru_cache(maxsize=4)
 def _translations(opset: int, num_ops: int) -> Any:
     from torch.onnx._internal.exporter import _constants, _registration

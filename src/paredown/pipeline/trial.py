@@ -26,6 +26,7 @@ from paredown.couple import couple
 from paredown.errors import RejectedError, UsageError
 from paredown.examine import examine
 from paredown.export import Artifact, check, export, predictor
+from paredown.export.onnxruntime import load_translations
 from paredown.measure import evaluated, machine, machine_text, measure, sizes, summarize
 from paredown.pipeline.compress import task_of, versions
 from paredown.pipeline.folder import LOCK, RunFolder, file_digest
@@ -47,12 +48,14 @@ from paredown.train import check_roles, recover
 Emit = Callable[[Mapping[str, Any]], None]
 LOADS = (
     "torch._dynamo",
-    "torch.export",
+    "torch.export._trace",
+    "torch.export._unlift",
     "torch._export.non_strict_utils",
     "onnx",
     "onnxruntime",
     "onnxscript",
     "torch.onnx._internal.exporter._core",
+    "networkx",
     "sklearn.datasets",
 )
 """What the first capture and the first export load. Only imported: a tensor would start threads, which forks lose."""
@@ -70,6 +73,11 @@ class Asked:
     """Training of a control whose base cannot be trained again."""
     latency: bool
     needs: Mapping[str, Path]
+
+
+def prepare() -> None:
+    """In the server: what every trial's export would make anew."""
+    load_translations()
 
 
 def main(request: Mapping[str, Any], emit: Emit) -> None:

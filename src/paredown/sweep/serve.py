@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -41,6 +42,8 @@ def serve(module: str) -> None:
             importlib.import_module(name)
     if hasattr(trial, "prepare"):
         trial.prepare()
+    gc.collect()
+    gc.freeze()  # else every fork would look through, and so copy, all that the libraries made
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks; the closed pipe tells us
     asked = b""
     while True:
