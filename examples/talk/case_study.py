@@ -22,8 +22,8 @@ KEPT = ((), (0.75,), (0.75, 2 / 3), (0.5,))
 
 def build(setting: Setting) -> Page:
     """A ResNet-50 at 256×256 counted beside the talk, and the errors of the synthetic twin where they were measured."""
-    costs, counted = _resnet50()
     sweep = newborn.read_sweep(setting.newborn)
+    costs, counted = _resnet50()
     return Page(
         title="Case study: the weight of a newborn",
         told=(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forked
 from paredown.cli.main import explained
 from paredown.cli.prune import DATA_FREE
 from paredown.cli.show import plain
@@ -579,8 +580,6 @@ def test_terminals_that_know_few_characters(nets):
 
 
 def test_debug_shows_the_traceback(nets):
-    env = {**os.environ, "PAREDOWN_DEBUG": "1"}
-    command = [sys.executable, "-m", "paredown", "examine", f"{nets}:failing", "--input", "1x3x12x12"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    done = forked.run(forked.PAREDOWN, "examine", f"{nets}:failing", *INPUT, env={"PAREDOWN_DEBUG": "1"})
     assert done.returncode == 3
     assert "Traceback" in done.stderr

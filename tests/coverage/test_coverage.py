@@ -142,35 +142,35 @@ def test_an_output_of_zeros_compares_nothing(nets: str) -> None:
     assert counts([{**last, "parity": {"max_error": 0.0, "scale": 0.0}}])["export parity"] == 0
 
 
-def test_processes_end_by_themselves_or_are_stopped_and_the_journal_goes_on(nets: str, tmp_path: Path) -> None:
-    journal = tmp_path / "runs" / "journal.jsonl"
-    ended = sweep([f"{nets}:dies"], journal=journal)
-    assert ended[0]["status"] == "killed"
+def test_whatever_ends_a_process_is_marked_and_the_journal_goes_on(nets: str, tmp_path: Path) -> None:
+    """By itself, by memory, with its server, by time. Servers take seconds to start, so all of it is one story."""
+    journal, started = tmp_path / "runs" / "journal.jsonl", Path(nets + ".started")
+    some = [f"{nets}:{name}" for name in ("dies", "fills", "orphans", "Known")]
+    ended = sweep(some, journal=journal, limits=Limits(memory_bytes=8 * 10**9))
+    assert [r["status"] for r in ended] == ["killed", "not captured", "killed", "proven"]
     assert "exit 7" in ended[0]["message"]
+    assert "memory" in ended[1]["message"].lower()
+    assert len(started.read_text()) == 1
     # a machine that stops in the middle of a line
     journal.write_text(journal.read_text() + '{"model": "torn", "sta')
+    # other options make other rows
     models = [f"{nets}:dies", f"{nets}:sleeps"]
     seen: list[int] = []
-    rows = sweep(models, journal=journal, limits=Limits(seconds=0.2), progress=lambda row, n: seen.append(n))
+    rows = sweep(
+        models, journal=journal, limits=Limits(seconds=4.0), channels=0.3, progress=lambda row, n: seen.append(n)
+    )
     assert seen == [0, 1]
-    started = Path(nets + ".started")
-    assert rows[0] == ended[0]
-    assert len(started.read_text()) == 1  # not run again
-    assert (rows[1]["status"], rows[1]["seconds"]) == ("timeout", 0.2)
-    whole = [json.loads(line) for line in journal.read_text().splitlines() if not line.endswith('"sta')]
-    assert [r["model"] for r in whole] == models
-    assert sweep(models, journal=journal) == rows
-    # other options make other rows, and a status can be asked for again
-    assert sweep(models[:1], journal=journal, channels=0.3)[0]["status"] == "killed"
+    assert rows[0]["status"] == "killed"
+    assert (rows[1]["status"], rows[1]["seconds"]) == ("timeout", 4.0)
     assert len(started.read_text()) == 2
-    assert sweep(models[:1], journal=journal, retry=("killed",))[0]["status"] == "killed"
+    whole = [json.loads(line) for line in journal.read_text().splitlines() if not line.endswith('"sta')]
+    assert [r["model"] for r in whole] == [*some, *models]
+    assert sweep(some, journal=journal) == ended
+    assert sweep(models, journal=journal, channels=0.3) == rows
+    assert len(started.read_text()) == 2  # not run again
+    # a status can be asked for again
+    assert sweep(some[:1], journal=journal, retry=("killed",))[0]["status"] == "killed"
     assert len(started.read_text()) == 3
-
-
-def test_a_model_that_fills_memory_or_kills_the_server_is_marked_and_the_rest_goes_on(nets: str) -> None:
-    rows = sweep([f"{nets}:fills", f"{nets}:orphans", f"{nets}:Known"], limits=Limits(memory_bytes=8 * 10**9))
-    assert [r["status"] for r in rows] == ["not captured", "killed", "proven"]
-    assert "memory" in rows[0]["message"].lower()
 
 
 def test_a_server_that_has_closed_its_end_is_not_asked_again() -> None:

@@ -42,6 +42,17 @@ def of_model() -> dict[str, Any]:
     return numerics_facts(program, [torch.randn(16, 3, 8, 8)], name="net", observer="mse")
 
 
+@pytest.fixture(scope="module")
+def drawn(of_model: dict[str, Any]) -> str:
+    """Drawing takes seconds."""
+    return numerics_page(of_model)
+
+
+@pytest.fixture(scope="module")
+def drawn_plain(plain: dict[str, Any]) -> str:
+    return numerics_page(plain)
+
+
 def harmless(text: str) -> tuple[Page, list[ET.Element]]:
     """Runs nothing, fetches nothing; every image is an SVG in the page that does not either."""
     shown = Page(text)
@@ -70,8 +81,8 @@ def harmless(text: str) -> tuple[Page, list[ET.Element]]:
     return shown, images
 
 
-def test_the_page_without_a_model(plain: dict[str, Any]) -> None:
-    shown, images = harmless(numerics_page(plain))
+def test_the_page_without_a_model(drawn_plain: str) -> None:
+    shown, images = harmless(drawn_plain)
     assert len(images) == 6
     text = shown.text
     for said in (
@@ -83,9 +94,8 @@ def test_the_page_without_a_model(plain: dict[str, Any]) -> None:
     assert "Every layer" not in text
 
 
-def test_numbers_on_the_page_are_those_of_the_facts(of_model: dict[str, Any]) -> None:
-    html = numerics_page(of_model)
-    shown, images = harmless(html)
+def test_numbers_on_the_page_are_those_of_the_facts(of_model: dict[str, Any], drawn: str) -> None:
+    shown, images = harmless(drawn)
     assert len(images) == 6 + len(of_model["model"]["worst"]) == 12
     for layer in of_model["model"]["layers"]:
         assert layer["name"] in shown.text
@@ -157,12 +167,12 @@ def test_many_layers_stay_below_a_megabyte(of_model: dict[str, Any]) -> None:
     assert f"and {900 - MOST_LAYERS} more layers" in shown.text
 
 
-def test_same_facts_same_page_and_json_is_enough(of_model: dict[str, Any], tmp_path: Path) -> None:
-    assert numerics_page(of_model) == numerics_page(json.loads(json.dumps(of_model, allow_nan=False)))
-    assert write_numerics(of_model, tmp_path / "p.html").read_text(encoding="utf-8") == numerics_page(of_model)
+def test_same_facts_same_page_and_json_is_enough(of_model: dict[str, Any], drawn: str, tmp_path: Path) -> None:
+    read = json.loads(json.dumps(of_model, allow_nan=False))
+    assert write_numerics(read, tmp_path / "p.html").read_text(encoding="utf-8") == drawn
 
 
-def test_the_page_is_drawn_without_torch(plain: dict[str, Any], tmp_path: Path) -> None:
+def test_the_page_is_drawn_without_torch(plain: dict[str, Any], drawn_plain: str, tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_text(json.dumps(plain), encoding="utf-8")
     code = (
         "import json, sys\nfrom paredown.report.numerics import write_numerics\n"
@@ -170,7 +180,7 @@ def test_the_page_is_drawn_without_torch(plain: dict[str, Any], tmp_path: Path) 
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert (tmp_path / "p.html").read_text(encoding="utf-8") == numerics_page(plain)
+    assert (tmp_path / "p.html").read_text(encoding="utf-8") == drawn_plain
 
 
 def test_other_documents_are_refused(plain: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, _utils
 
 from paredown.errors import ResourceError
 from paredown.train import check_roles, task_from_module
 from paredown.train.patience import Patient
+
+_utils.MP_STATUS_CHECK_INTERVAL = 1.0  # so long, and not 5 s, PyTorch waits for a worker that hangs before it ends it
 
 
 class Stuck(Dataset[torch.Tensor]):
@@ -31,9 +33,9 @@ def test_a_loader_whose_worker_hangs_ends_with_a_hint() -> None:
     got, start = [], time.monotonic()
     loader = DataLoader(Stuck(), batch_size=2, num_workers=1)
     with pytest.raises(
-        ResourceError, match=r"calibration_batches must give a batch within 5 s.*num_workers=0"
+        ResourceError, match=r"calibration_batches must give a batch within 3 s.*num_workers=0"
     ) as caught:
-        for batch in Patient(lambda: loader, "calibration_batches", 5)():
+        for batch in Patient(lambda: loader, "calibration_batches", 3)():
             got.append(batch)  # noqa: PERF402  (those before the one that hangs)
     assert caught.value.exit_code == 7
     assert len(got) == 2

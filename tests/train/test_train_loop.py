@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import forked
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
 from paredown.program import GraphModel, capture
 from paredown.train import Hook, Progress, Training, fit
@@ -195,7 +194,6 @@ import test_train_loop as t
 from paredown.train import Hook, fit
 import time
 slow = Hook(name="slow", after_step=lambda _: time.sleep(0.2))  # not done before a loaded machine looks
-print("ready", flush=True)
 fit(t.net(), t.batches, t.step, epochs=8, checkpoint=Path({path!r}), hooks=[slow])
 """
 
@@ -204,11 +202,7 @@ fit(t.net(), t.batches, t.step, epochs=8, checkpoint=Path({path!r}), hooks=[slow
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path, sign):
     path = tmp_path / "c.safetensors"
     script = SCRIPT.format(folder=str(Path(__file__).parent), path=str(path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    process = forked.start(script)
     seen: set[int] = set()
     while len(seen) < 3 and process.poll() is None:  # three versions of the checkpoint: some epochs are done
         if path.exists():
@@ -216,10 +210,10 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path, sign):
         time.sleep(0.01)
     process.send_signal(sign)
     begin = time.monotonic()
-    _, errors = process.communicate(timeout=20)
+    process.wait(timeout=20)
     assert time.monotonic() - begin < 5
     if sign == signal.SIGINT:
-        assert "Interrupted" in errors
+        assert "Interrupted" in process.stderr
     else:
         assert process.returncode == -signal.SIGKILL
     slow = Hook(name="slow")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sized
@@ -15,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import forked
 from paredown.errors import UsageError
 from paredown.train import task_from_module
 from paredown.train.patience import Patient
@@ -23,8 +22,8 @@ from paredown.train.patience import Patient
 def test_loaders_whose_workers_hang() -> None:
     """In a process of its own, without a terminal's plugins."""
     file = Path(__file__).with_name("hanging_loaders.py")
-    call = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300)
+    call = "import sys, pytest\nsys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', sys.argv[1]]))"
+    done = forked.run(call, file)
     assert "3 passed" in done.stdout, done.stdout + done.stderr
 
 
