@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ pytest.importorskip("torchao")
 from paredown.errors import UsageError
 from paredown.export import check, export
 from paredown.plan import Mask, Plan
-from paredown.program import capture
+from paredown.program import Program, capture
 from paredown.prune import prune
 from paredown.quantize import quantize
 from paredown.quantize.observe import MinMax, PerChannel
@@ -55,9 +56,10 @@ def test_weights_have_one_step_per_channel_and_masked_ones_no_gradient() -> None
     assert step.scale.shape == (2,) and step.scale.grad is not None and bool((step.scale.grad != 0).all())
 
 
-def task(seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+@functools.cache
+def task() -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """A small trained network on a task that four bits hurt: which of five prototypes an image is nearest to."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net, _ = deploy_nets.made("residual")
     prototypes = torch.randn(10, 1, 8, 8)
     y = torch.randint(0, 10, (1024,))
@@ -73,13 +75,19 @@ def task(seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Tensor,
     return net.eval(), data, x[768:], y[768:]
 
 
+@functools.cache
+def captured() -> Program:
+    net, _, x, _ = task()
+    return capture(net, x[:2])
+
+
 def step(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def test_training_recovers_what_four_bits_cost_and_the_codes_are_those_trained() -> None:
     net, data, x, y = task()
-    program, images = capture(net, x[:2]), [a for a, _ in data]
+    program, images = captured(), [a for a, _ in data]
     before = {n: t.clone() for n, t in net.state_dict().items()}
     options: dict[str, Any] = {"calibrate": images, "scheme": "w4a4"}
     plain = quantize(program, **options)
@@ -99,8 +107,8 @@ def test_training_recovers_what_four_bits_cost_and_the_codes_are_those_trained()
 
 
 def test_what_was_trained_is_what_is_converted() -> None:
-    net, data, x, _ = task()
-    program, images = capture(net, x[:2]), [a for a, _ in data]
+    _, data, x, _ = task()
+    program, images = captured(), [a for a, _ in data]
     seen: dict[str, Any] = {}
 
     def spy(model: nn.Module, batch: Any) -> Tensor:
@@ -132,7 +140,7 @@ def test_masks_stay(tmp_path: Any) -> None:
     kept = np.ones(tuple(net.get_parameter("blocks.1.c.weight").shape), dtype=bool)
     kept[::2] = False
     kept[1::2, 3] = False
-    small = prune(capture(net, x[:2]), Plan(keep={}, masks={"blocks.1.c.weight": Mask.of(kept, "element")}))
+    small = prune(captured(), Plan(keep={}, masks={"blocks.1.c.weight": Mask.of(kept, "element")}))
     trained = train_quantized(small, lambda: data, step=step, epochs=1, lr=0.02, calibrate=[a for a, _ in data])
     codes = trained.weights["blocks.1.c.weight"].codes.numpy()
     assert not codes[~kept].any() and (codes[kept] != 0).mean() > 0.9
@@ -141,8 +149,8 @@ def test_masks_stay(tmp_path: Any) -> None:
 
 
 def test_steps_rest_at_the_end_and_zero_epochs_change_nothing() -> None:
-    net, data, x, _ = task()
-    program, images = capture(net, x[:2]), [a for a, _ in data]
+    _, data, _, _ = task()
+    program, images = captured(), [a for a, _ in data]
     steps: list[float] = []
 
     def spy(model: nn.Module, batch: Any) -> Tensor:
@@ -157,8 +165,8 @@ def test_steps_rest_at_the_end_and_zero_epochs_change_nothing() -> None:
 
 
 def test_learnable_leaves_its_base_alone() -> None:
-    net, data, x, _ = task()
-    base = calibrated(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[a for a, _ in data])
+    _, data, x, _ = task()
+    base = calibrated(captured(), target="onnxruntime-x86", calibrate=[a for a, _ in data])
     with torch.no_grad():
         before = base.prepared(x)
         rounded = learnable(base, {})(x)
@@ -167,8 +175,8 @@ def test_learnable_leaves_its_base_alone() -> None:
 
 
 def test_four_bit_activations_are_simulated_only(tmp_path: Any) -> None:
-    net, data, x, _ = task()
-    quantized = quantize(capture(net, x[:2]), calibrate=[a for a, _ in data[:2]], scheme="w4a4")
+    _, data, _, _ = task()
+    quantized = quantize(captured(), calibrate=[a for a, _ in data[:2]], scheme="w4a4")
     with pytest.raises(UsageError, match="simulated only"):
         export(quantized, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
