@@ -291,7 +291,7 @@ def test_a_linear_layer_in_float_between_codes_stays_in_float(tmp_path: Path) ->
 
 @pytest.mark.parametrize("opset", [18, 20])
 def test_the_exporter_with_its_table_kept_is_the_public_one(opset: int) -> None:
-    net, inputs = deploy_nets.made("vision")
+    net, inputs = deploy_nets.made("concat")
     program = capture(net, inputs(2)).eval_graph
     public = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
     assert public is not None

@@ -94,6 +94,7 @@ def test_a_bound_that_does_not_hold_is_exit_5_with_a_report(job: dict, tmp_path:
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow  # test_fault_5 of the command line goes the same way
 def test_a_size_that_cannot_be_met_is_exit_4(job: dict, tmp_path: Path) -> None:
     with pytest.raises(InfeasibleError, match="size_bytes"):
         call(job, tmp_path / "run", budget=Budget(channels=0.5, size_bytes="100 B"))

@@ -105,7 +105,7 @@ def test_spare_needs_a_bound_and_data_to_choose_on(task: Task, tmp_path: Path) -
         quantized(held, tmp_path / "c", budget={"metric_loss": 1.0}, spare=True, epochs=1)
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "int8-dynamic"])
+@pytest.mark.parametrize("scheme", [pytest.param("w4a8", marks=pytest.mark.slow), "int8-dynamic"])
 def test_another_scheme_has_a_stage_a_file_and_a_verdict_of_its_name(task: Task, tmp_path: Path, scheme: str) -> None:
     import onnx
 

@@ -31,9 +31,10 @@ def run_of(task: Task, out: Path, **measure: Any) -> Run:
     )  # fmt: skip
 
 
-def records(run: Run, small: torch.nn.Module) -> dict[str, Record]:
-    """The dense network and another one, as two stages of a run."""
-    for order, (name, net) in enumerate({"dense": run.task.model(), "level-1": small}.items()):
+def records(run: Run, small: torch.nn.Module | None = None) -> dict[str, Record]:
+    """The dense network and another one, as two stages of a run; or the dense one alone."""
+    nets = {"dense": run.task.model(), **({} if small is None else {"level-1": small})}
+    for order, (name, net) in enumerate(nets.items()):
         stages._stage_float(run, order, name, name, pare.capture(net, run.task.inputs()), None, {})
     run.folder.write_records()
     return {str(r.cell["stage"]): r for r in read(run.folder.path / "records.jsonl")}
@@ -58,19 +59,19 @@ def test_a_network_that_answers_the_same_for_all_and_other_inputs_are_told(task:
 
 def test_calibration_data_of_another_range_is_told(task: Task, tmp_path: Path) -> None:
     raw = dataclasses.replace(task, calibration_batches=lambda: [x * 255 for x in task.calibration_batches()])
-    (said,) = records(run_of(raw, tmp_path), task.model())["dense"].details["alarms"]
+    (said,) = records(run_of(raw, tmp_path))["dense"].details["alarms"]
     assert "calibration inputs lie in" in said
 
 
 def test_a_base_that_does_not_score_what_is_known_of_it_stops_the_run(task: Task, tmp_path: Path) -> None:
-    found = records(run_of(task, tmp_path / "a"), task.model())
+    found = records(run_of(task, tmp_path / "a"))
     value = found["dense"].measured["metric"].value
     assert value is not None
-    records(run_of(task, tmp_path / "b", known_metric=value + 0.4, known_within=0.5), task.model())
+    records(run_of(task, tmp_path / "b", known_metric=value + 0.4, known_within=0.5))
     with pytest.raises(GateError, match="known_metric"):
-        records(run_of(task, tmp_path / "c", known_metric=value + 0.6, known_within=0.5), task.model())
+        records(run_of(task, tmp_path / "c", known_metric=value + 0.6, known_within=0.5))
     with pytest.raises(GateError, match="the recipe knows"):
-        records(run_of(task, tmp_path / "d", known_metric=97.0), task.model())
+        records(run_of(task, tmp_path / "d", known_metric=97.0))
 
 
 def judged(task: Task, out: Path, simulated: Any, file: Any) -> None:
