@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,12 @@ def sources() -> tuple[Source, ...]:
     return tuple(found)
 
 
+@functools.cache
+def nodes(source: Source) -> tuple[ast.AST, ...]:
+    """All of a file."""
+    return tuple(ast.walk(source.tree))
+
+
 def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Statements that run when the module is imported: not those of functions or of TYPE_CHECKING."""
     for statement in body:
@@ -105,9 +111,9 @@ def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from at_import(branch.body)
 
 
-def imported(source: Source, nodes: Iterator[ast.AST]) -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of every import among the nodes; `from a import b` gives a.b."""
-    for node in nodes:
+def imported(source: Source, some: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of every import among some nodes; `from a import b` gives a.b."""
+    for node in some:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -117,10 +123,10 @@ def imported(source: Source, nodes: Iterator[ast.AST]) -> Iterator[tuple[str, in
 
 def rooms_used(source: Source) -> Iterator[tuple[str, int]]:
     """(room, line) of everything of paredown that a file mentions as a module: also deferred, for types, and in texts."""
-    for name, line in imported(source, ast.walk(source.tree)):
+    for name, line in imported(source, nodes(source)):
         if name.split(".")[0] == "paredown":
             yield [*name.split("."), ""][1], line
-    for node in ast.walk(source.tree):
+    for node in nodes(source):
         if (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
@@ -131,14 +137,14 @@ def rooms_used(source: Source) -> Iterator[tuple[str, int]]:
 
 def functions() -> Iterator[tuple[Source, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for source in sources():
-        for node in ast.walk(source.tree):
+        for node in nodes(source):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield source, node
 
 
 def classes() -> Iterator[tuple[Source, ast.ClassDef]]:
     for source in sources():
-        yield from ((source, node) for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef))
+        yield from ((source, node) for node in nodes(source) if isinstance(node, ast.ClassDef))
 
 
 # ----------------------------------------------------------------------------------------------------- import direction
@@ -262,7 +268,7 @@ def test_light_rooms_never_mention_torch() -> None:
         f"{source.name}:{line}: {name}"
         for source in sources()
         if source.room in WITHOUT_TORCH
-        for name, line in imported(source, ast.walk(source.tree))
+        for name, line in imported(source, nodes(source))
         if name.split(".")[0] == "torch"
     ]
     assert not heavy, "\n".join(heavy)

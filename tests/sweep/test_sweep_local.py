@@ -247,7 +247,7 @@ def progress_of(out: Path) -> int:
 def test_killed_at_random_moments_it_continues_to_the_same_records(tmp_path: Path, finished: Path) -> None:
     some, rng, out, killed = cells(), random.Random(5), tmp_path / "killed", 0
     while True:
-        process, until = start(out, 0.06), progress_of(out) + rng.randint(0, 9)
+        process, until = start(out, 0.06), progress_of(out) + rng.randint(3, 12)
         while process.poll() is None and progress_of(out) < until:
             time.sleep(0.005)
         if process.poll() is not None:
