@@ -85,7 +85,9 @@ print(json.dumps([name for name in {VERBS!r} if not callable(getattr(paredown, n
     [
         "",
         "import paredown.score, paredown.export, paredown.examine, paredown.measure",
-        "from paredown import allocate, prune\nimport paredown.quantize, paredown.train",
+        pytest.param(
+            "from paredown import allocate, prune\nimport paredown.quantize, paredown.train", marks=pytest.mark.slow
+        ),
         "import paredown\nfor name in reversed(paredown.__all__): getattr(paredown, name)",
     ],
     ids=["alone", "rooms-first", "mixed", "reversed"],

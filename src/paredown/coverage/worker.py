@@ -18,7 +18,7 @@ from paredown.errors import ParedownError
 from paredown.export.onnxruntime import load_translations
 from paredown.models import load_model
 
-_LIBRARIES = ("torchvision:alexnet", "timm:test_vit")
+_LIBRARIES = ("torchvision:squeezenet1_1", "timm:test_vit")
 """A small model of each: what is common to all models of the library is loaded with it."""
 LOADS = (
     "torch._dynamo",
