@@ -8,7 +8,8 @@ H = mean x xᵀ of a reader's inputs (damped), B the columns of a unit and W as 
 which is OBS for groups of columns (Hassibi & Stork 1993, eq. 5). Rows of W are scaled by the batch norm behind them. The
 score of a unit is the cost of all that has left when it leaves, a share of what the readers compute; so a score grows with
 the place in the order. `prune.reconstruct` does the fit. Where we differ from He, Zhang & Sun 2017 (a LASSO on channels):
-the order is greedy from the dense layer down, and up to a share `at_once` of the units leaves together.
+the order is greedy from the dense layer down. Up to a share `at_once` of the units leaves in one step, each at what it costs after
+those before it, and none that has by then become twice as costly as the best of those that stay.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ class RefitOptions:
     """Added to the diagonal of H, as a share of its mean."""
     at_once: float = 1 / 8
     """Share of the units still there that may leave in one step; at least one does."""
-
     positions_per_sample: int = 64
     """Patches of a convolution that are looked at in each sample, at most."""
 
@@ -122,7 +122,7 @@ class _Matrix:
         self._here, self._there = torch.arange(units), torch.ones(units, dtype=torch.bool)
         """By place: which unit's columns are there, and whether it has not left."""
         self._tried: tuple[Tensor, Tensor] | None = None
-        self._state = weight.T[self._order]
+        self._state = weight.T[self._order].contiguous()
         """What changes when units leave, [K, …]; the first `out` numbers of each row are the column of the weight."""
         self._out = len(weight)
         self._total = max(total, 1e-30)
