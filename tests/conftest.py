@@ -24,6 +24,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of our processes wo
 # torch.export keeps the shapes that each op gave. In tiny networks making an entry costs more than the op: a capture
 # takes 1.5 times as long, to the same graph. Large networks of equal blocks gain from it: there set it to 1.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+gc.set_threshold(10_000, 20, 20)
 
 _COMMON = {
     "deadline": None,
@@ -44,7 +45,6 @@ def pytest_collection_finish() -> None:
     """What the libraries made lasts as long as the process: looking through it for garbage was a tenth of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)

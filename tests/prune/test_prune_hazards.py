@@ -102,7 +102,7 @@ def test_a_pruned_net_trains(name: str, realiser: str) -> None:
 FINER = ("bert", "computed_bias", "distilbert", "encoder_layer", "fused_qkv", "grouped", "mha", "vit")
 """Nets in which one head (or one channel per group) is left, so that the second coupling is finer than the first."""
 SAVED = (*FINER, "residual", "lstm", "squeezed")
-AGAIN = {*SAVED, *NAMES[::4]}
+AGAIN = {*SAVED, *NAMES[::6]}
 """Pruned twice in the everyday suite: a second capture costs as much as all else that is done with a net."""
 
 
