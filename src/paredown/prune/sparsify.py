@@ -105,13 +105,11 @@ def sparsify(
     Budget for units that leave physically (granularity "channel", "head"). A sequence is levels: each entry is what remains
     of what the level before left, each with all epochs. Schedules and criteria: see the module paredown.prune.sparsify.
 
-    `allocation` is "global" for masks, "uniform" for channels and N:M where none is given; it, `include`, `exclude`,
-    `leave_out`, `floor`, `normalize`, `scope`, `align` and `target` are those of allocate, `options` those of the criterion,
-    the training's those of recover (`lr_schedule` is its `schedule`). With `checkpoint` (of several trainings, numbered) the
-    same call continues where it was interrupted and gives the same bits. The model given is not touched.
+    `allocation` is "global" for masks, "uniform" for channels and N:M where none is given; it and the next up to `target` are
+    those of allocate, `options` those of the criterion, the training's those of recover (`lr_schedule` is its `schedule`). With
+    `checkpoint` (of several, numbered) the same call goes on where it stopped, to the same bits. The model is not touched.
 
-    Raises UsageError (options that do not fit one another), NothingToDo, InfeasibleError, VerificationError (a zero that
-    came alive), and what score, allocate, fit and prune raise.
+    Raises UsageError, NothingToDo, InfeasibleError, VerificationError (a zero came alive), and what its parts raise.
 
     >>> import torch
     >>> program = capture(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.zeros(2, 8))

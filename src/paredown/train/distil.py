@@ -87,6 +87,22 @@ def matching_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[s
     return [n for n in both if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
+def taught_by(
+    teacher: nn.Module | None, student: nn.Module, device: torch.device, kind: Distil, temperature: float,
+    layers: Sequence[str], weight: float,
+) -> Teacher | None:  # fmt: skip
+    """A Teacher that listens to the student; None where nobody distils. Raises UsageError where only one half was given."""
+    if teacher is None and kind != "none":
+        msg = f'distil must be "none" where there is no teacher. Got {kind!r}.'
+        raise UsageError(msg)
+    if layers and kind == "none":
+        msg = f"distil_layers must come with a teacher, and distil kl or mse. Got {list(layers)} with distil {kind!r}."
+        raise UsageError(msg)
+    if teacher is None or kind == "none":
+        return None
+    return Teacher(teacher, student, device, kind=kind, temperature=temperature, layers=layers, layers_weight=weight)
+
+
 class _Outputs:
     """Notes what the watched modules of a model give in a call, a student's only in train mode."""
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
 from paredown.train import checkpoint as checkpoints
-from paredown.train.distil import Distil, Teacher
+from paredown.train.distil import Distil, Teacher, taught_by
 from paredown.train.ranks import Ranks, own_device
 from paredown.train.task import Batches, Step, batch_length, kept_randomness, seed_all
 
@@ -132,16 +132,15 @@ def fit(
     """Train a deep copy of `module` on `step(model, batch) -> loss`; the module itself is not touched.
 
     loss = (1 - w) × step + w × distil, w = `distil_weight` where a teacher distils, else 0 (see train.distil); modules that
-    match `distil_layers` (fnmatch) are held to the teacher's outputs there too, `distil_layers_weight` × the relative error.
-    Learning rate at step t of T, cosine: lr/2 × (1 + cos(π t / T)); `constant`: lr. An `optimizer(parameters)` of
-    one's own keeps its own learning rates, which the schedule multiplies. `batches()` is called once per epoch after
-    torch, numpy and random are seeded with seed + epoch; where it has no length it is counted by one pass first.
-    `max_steps` bounds the steps of each epoch (needed for endless loaders). Parameters with requires_grad=False stay
-    as they are; normalization and dropout are in train mode.
+    match `distil_layers` (fnmatch) are held to the teacher's outputs too, `distil_layers_weight` × the relative error.
+    Learning rate at step t of T, cosine: lr/2 × (1 + cos(π t / T)); `constant`: lr. An `optimizer(parameters)` keeps its own
+    rates, which the schedule multiplies. `batches()` is called once per epoch after torch, numpy and random are seeded
+    with seed + epoch; without a length it is counted by one pass first. `max_steps` bounds the steps of each epoch (endless
+    loaders). Parameters with requires_grad=False stay as they are; normalization and dropout are in train mode.
 
-    With `checkpoint`, each epoch ends with an atomic one, and the same call continues there: on a CPU with as many
-    threads, to the same bits. A loss that is not finite, or 10 × that of the start, rolls the epoch back and halves the
-    learning rate, at most twice. A last batch of one sample is left out with batch norm. `distributed`: see train.ranks.
+    With `checkpoint`, each epoch ends with an atomic one, and the same call continues there: on a CPU with as many threads, to
+    the same bits. A loss that is not finite, or 10 × that of the start, rolls the epoch back and halves the learning rate,
+    twice at most. A last batch of one sample is left out with batch norm. `distributed`: see train.ranks.
 
     Raises UsageError, RejectedError (no batches, nothing trainable, loss stays NaN), ResourceError (out of memory or
     disk), MissingError (no such device), Interrupted (Ctrl-C; resumable where there is a checkpoint).
@@ -157,24 +156,13 @@ def fit(
         distil_weight=distil_weight, max_steps=max_steps, distil_layers=tuple(distil_layers),
         distil_layers_weight=distil_layers_weight,
     )  # fmt: skip
-    if teacher is None and distil != "none":
-        msg = f'distil must be "none" where there is no teacher. Got {distil!r}.'
-        raise UsageError(msg)
-    if distil_layers and options.distil == "none":
-        msg = f"distil_layers must come with a teacher, and distil kl or mse. Got {list(distil_layers)} with distil {distil!r}."
-        raise UsageError(msg)
     where = usable_device(own_device(device) if distributed else device)
     ranks = Ranks.of(where) if distributed else None
     config = _config(options, module, teacher, hooks, ranks)
     with kept_randomness():
         student = private_copy(module).to(where)
         training = Training(module=student, optimizer=_optimizer(student, options))
-        distiller = None
-        if teacher is not None and options.distil != "none":
-            distiller = Teacher(
-                teacher, student, where, kind=options.distil, temperature=temperature, layers=distil_layers,
-                layers_weight=distil_layers_weight,
-            )  # fmt: skip
+        distiller = taught_by(teacher, student, where, distil, temperature, distil_layers, distil_layers_weight)
         run = _Run(
             training=training, batches=batches, step=step, options=options, device=where, teacher=distiller,
             hooks=tuple(hooks), base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], progress=progress,
