@@ -61,7 +61,7 @@ def build(setting: Setting) -> Page:
 
 
 def _epochs(setting: Setting) -> int:
-    return setting.pick(3, 12)
+    return setting.pick(3, 8)
 
 
 def _one(setting: Setting, criterion: str, density: float, seed: int) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def perceptron(setting: Setting, seed: int) -> nn.Module:
 
 
 def _epochs(setting: Setting) -> int:
-    return setting.pick(1, 5)
+    return setting.pick(1, 3)
 
 
 def _rows(setting: Setting, make: Make, schemes: Sequence[str], name: str) -> list[tuple[Cell, ...]]:

@@ -28,7 +28,7 @@ def build(setting: Setting) -> Page:
         ("`l1` on trained weights, then recovery", over_seeds([_afterwards(setting, seed) for seed in setting.seeds]))
     )
     starts.append(("nothing pruned", over_seeds([nets.accuracy(nets.dense(setting, seed)) for seed in setting.seeds])))
-    rates = setting.pick((0.003, 0.03, 0.3), (0.001, 0.003, 0.01, 0.03, 0.1, 0.3))
+    rates = setting.pick((0.003, 0.03, 0.3), (0.003, 0.01, 0.03, 0.1, 0.3))
     runs = {w: [_imposed(setting, w, rates, seed) for seed in setting.seeds] for w in WEIGHTS}
     imposed = {(w, lr): over_seeds([run[lr] for run in runs[w]]) for w, lr in itertools.product(WEIGHTS, rates)}
     best = {w: max(rates, key=lambda lr: imposed[w, lr].value) for w in WEIGHTS}
@@ -59,7 +59,7 @@ def build(setting: Setting) -> Page:
 
 
 def _epochs(setting: Setting) -> int:
-    return setting.pick(3, 20)
+    return setting.pick(3, 10)
 
 
 def _from_scratch(setting: Setting, criterion: str, seed: int) -> float:
