@@ -144,7 +144,8 @@ def test_names_do_nothing(of_model: dict[str, Any]) -> None:
         "layers": [{**first, "name": name, "kind": name} for name in HOSTILE],  # drawing is slow, so all in one page
         "worst": [{**worst, "name": name} for name in HOSTILE],
     }
-    harmless(numerics_page(facts))
+    shown, _ = harmless(numerics_page(facts))
+    assert HOSTILE[0] in shown.text  # it is there, as text
 
 
 def test_what_was_not_measured_is_said(of_model: dict[str, Any]) -> None:
