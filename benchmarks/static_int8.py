@@ -23,20 +23,12 @@ from typing import Any
 TOOLS = ("paredown", "quantize_static")
 
 
-class Images:
+def images(count: int) -> Iterator[Any]:
     """So many random images; the i-th is the same in every tool."""
+    import torch
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        import torch
-
-        for number in range(self._count):
-            yield torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(number))
+    for number in range(count):
+        yield torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(number))
 
 
 def measured(tool: str, count: int) -> dict[str, Any]:
@@ -50,16 +42,16 @@ def measured(tool: str, count: int) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    model, images = settled("resnet50"), Images(count)
+    model = settled("resnet50")
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         program = pare.capture(model, torch.randn(2, 3, 224, 224))
         if tool == "paredown":
-            quantized = pare.quantize(program, target="onnxruntime-x86", calibrate=lambda: iter(images))
+            quantized = pare.quantize(program, target="onnxruntime-x86", calibrate=lambda: images(count))
             file = Path(pare.export(quantized, Path(folder) / "ours.onnx").path)
         else:
             dense = Path(pare.export(program, Path(folder) / "fp32.onnx", target="onnxruntime-x86").path)
-            file = theirs_in_onnxruntime(dense, images, Path(folder) / "theirs.onnx")
+            file = theirs_in_onnxruntime(dense, images(count), Path(folder) / "theirs.onnx")
         seconds, size = time.process_time() - began, file.stat().st_size
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024

@@ -78,9 +78,10 @@ def matching_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[s
     >>> matching_layers(net, net, ["[01]"])
     ['0', '1']
     """
-    both = [n for n, _ in student.named_modules() if n and n in {m for m, _ in teacher.named_modules()}]
+    of_teacher = {n for n, _ in teacher.named_modules()}
+    both = [n for n, _ in student.named_modules() if n and n in of_teacher]
     for pattern in patterns:
-        if not fnmatch.filter(both, pattern):
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in both):
             hint = ", ".join(both[:8]) or "none: a pruned model that is a graph has no modules of its own"
             msg = f"distil_layers must be patterns of modules that student and teacher both have. Got {pattern!r}, which matches none. They have: {hint}."
             raise UsageError(msg)
@@ -142,7 +143,7 @@ class Teacher:
         self._model = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
         self._kind = kind
         self._temperature = temperature
-        self._layers_weight = layers_weight
+        self._layers, self._layers_weight = tuple(layers), layers_weight
         self._taught, self._seen = _Outputs(self._model, in_training=False), _Outputs(student, in_training=True)
         for name in matching_layers(student, teacher, layers):
             self._taught.watch(name)
@@ -168,6 +169,9 @@ class Teacher:
             with torch.no_grad():
                 target = self._model(*args, **kwargs)
             loss = self._one(_tensors(output), _tensors(target))
+            if self._layers and not layers:  # as a ModuleList, whose parts are called and not itself
+                msg = f"distil_layers must name modules that a call of the model calls, with floating outputs. Got {list(self._layers)}, of which none gave any."
+                raise UsageError(msg)
             if layers:
                 loss = loss + self._layers_weight * distil_layers(layers, self._taught.taken())
             losses.append(loss)
