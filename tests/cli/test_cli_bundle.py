@@ -45,13 +45,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run_of(file: Path, run: Path) -> None:
+def _run_of(file: Path, run: Path, **more: Any) -> None:
     from paredown.pipeline.folder import file_digest
 
     run.mkdir()
     shutil.copy(file, run / "dense.onnx")
     measured = {**sizes((file,)), "metric": Measured(value=90.0, unit="%", low=88.0, high=92.0, n=100)}
-    details = {"file": "dense.onnx", "files": ["dense.onnx"], "digest": file_digest(file)}
+    details = {"file": "dense.onnx", "files": ["dense.onnx"], "digest": file_digest(file), **more}
     append(run / "records.jsonl", Record(cell={"stage": "dense", "title": "Dense"}, measured=measured, details=details))
     metric = {"name": "accuracy", "unit": "%", "goal": "max"}
     verdict = {
@@ -76,6 +76,24 @@ def test_the_bundle_of_a_run_is_its_recommended_file(ran: Path, call: Call, tmp_
     options = ("--out", "b", "--overwrite", "--cosine", "0.99", "--preprocessing", "how.json", "--json")
     found = call("bundle", ran / "net.onnx", "--samples", ran / "samples.npz", *options).json
     assert found["tolerance"] == {"cosine": 0.99} and found["preprocessing"] == {"mean": 0.5}
+
+
+def test_a_file_that_the_check_excused_is_held_to_less_on_the_device(call: Call, tmp_path: Path) -> None:
+    """Twice as far as it is from its simulation: 1 - 2 · (1 - 0.9975)."""
+    from paredown.program import capture
+    from paredown.quantize import quantize
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 8, 8)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
+    export(quantize(capture(net, x[:2]), calibrate=[x]), tmp_path / "net.onnx")
+    np.savez(tmp_path / "x.npz", x=x.numpy())
+    for cosine, asked in ((0.9975, 0.995), (0.9995, 0.999)):
+        run, out = tmp_path / f"run{cosine}", tmp_path / f"b{cosine}"
+        _run_of(tmp_path / "net.onnx", run, check={"max_error": 0.1, "scale": 1.0, "cosine": cosine})
+        found = call("bundle", run, "--samples", "x.npz", "--out", out, "--json").json
+        assert found["tolerance"] == {"cosine": pytest.approx(asked)}
+        assert ("0.997500 of its own simulation" in found["tolerance_because"]) == (asked < 0.999)
 
 
 @pytest.mark.parametrize(
