@@ -45,6 +45,9 @@ class Recipe(Strict):
     """Model, data and measure: "digits" or "cifar10", a path to a file.py (relative to the recipe), or package.module."""
     task_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Filled in for a task in a file: a run is not continued with another task. Where given, it must fit the file."""
+    given: dict[str, str] = Field(default_factory=dict)
+    """Filled in by `compress(model, …)` in Python: digests of the functions it was given, and the metric; a run is not
+    continued with others."""
     model: str | None = Field(default=None, max_length=4096)
     """Replaces the task's model: torchvision:NAME, timm:NAME, package.module:callable or path/to/file.py:callable."""
     weights: str | None = Field(default=None, max_length=4096)
@@ -107,6 +110,8 @@ class Recipe(Strict):
             del plain["curve"]
         elif self.curve.spacing == "geometric":
             del plain["curve"]["spacing"]
+        if not self.given:
+            del plain["given"]
         if self.prune.sensitivity is None:
             del plain["prune"]["sensitivity"]
         if self.recover.ranks == 1:

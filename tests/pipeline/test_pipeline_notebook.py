@@ -127,7 +127,7 @@ def test_calibration_data_that_is_test_data_is_refused(job: dict, tmp_path: Path
         metric=Metric(**METRIC),
         train=lambda m: None,
     )
-    recipe = _notebook_recipe(None, "onnxruntime-x86", QUICK)
+    recipe = _notebook_recipe(None, "onnxruntime-x86", QUICK, {})
     with pytest.raises(RejectedError, match="calibration"):
         _run(recipe, task, Scale, True, tmp_path / "run", overwrite=False, quiet=True)
 
@@ -135,3 +135,44 @@ def test_calibration_data_that_is_test_data_is_refused(job: dict, tmp_path: Path
 def test_nan_in_the_metric_is_refused(job: dict, tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match="NaN"):
         call(job, tmp_path / "run", evaluate=lambda predict: {"mae": float("nan")})
+
+
+def test_the_same_cell_goes_on_and_another_function_is_refused(job: dict, tmp_path: Path) -> None:
+    def cell(factor: float, **more: object):
+        def train(model: nn.Module) -> None:
+            note(factor)
+            with torch.no_grad():
+                model.head.weight.mul_(factor)
+
+        return call(job, tmp_path / "run", train=train, **more)
+
+    def note(factor: float) -> None:
+        file.write_text(f"{file.read_text()} {factor}" if file.exists() else str(factor))
+
+    file = tmp_path / "trained.txt"
+    first = cell(1.5)
+    again = cell(1.5)
+    assert file.read_text() == "1.5", "the same cell, run again, goes on where it was"
+    assert torch.equal(first.module.head.weight, again.module.head.weight)
+    with pytest.raises(UsageError, match=r"given\.train\.factor: \"1\.5\" → \"2\.0\""):
+        cell(2.0)
+    with pytest.raises(UsageError, match=r"given\.evaluate: "):
+        cell(1.5, evaluate=lambda predict: {"mae": 0.0})
+    with pytest.raises(UsageError, match=r"given\.metric: \"mae in g, min\" → \"mae in kg, min\""):
+        cell(1.5, metric={**METRIC, "unit": "kg"})
+    assert file.read_text() == "1.5"
+    other = cell(2.0, overwrite=True)
+    assert file.read_text() == "1.5 2.0"
+    assert torch.allclose(other.module.head.weight, first.module.head.weight * 2 / 1.5)
+
+
+def test_a_function_that_cannot_be_compared_is_told_and_not_reused(job: dict, tmp_path: Path) -> None:
+    with (tmp_path / "log.txt").open("w") as log:
+
+        def train(model: nn.Module) -> None:
+            log.write("trained\n")
+
+        result = call(job, tmp_path / "run", train=train)
+        assert any("given.train.log" in w or "train.log" in w for w in result.verdict["warnings"])
+        with pytest.raises(UsageError, match=r"train\.log: .*not comparable \(TextIOWrapper"):
+            call(job, tmp_path / "run", train=train)

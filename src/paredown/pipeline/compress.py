@@ -17,6 +17,7 @@ from paredown.measure import machine
 from paredown.pipeline.budgets import check_budget
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
+from paredown.pipeline.given import given_digests
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import Compressed, run_stages
 from paredown.pipeline.ways import check_ways
@@ -54,15 +55,19 @@ def compress(
     remains after one level of pruning (without it nothing is pruned) and may bound `metric_loss`; `options` are recipe
     keys ({"prune": {"criterion": "taylor"}}).
 
-    The same recipe in the same `out` continues a killed run, to the same model, plan and export, byte for byte.
-    Writes recipe.yaml, plan.json, records.jsonl, report.html, model.safetensors and one file per export.
+    The same recipe in the same `out` continues a killed run, to the same model, plan and export, byte for byte; so does
+    the same cell of a notebook. Functions that changed (their code, or what they reach by name) are refused with what
+    is different, unless `overwrite`. Writes recipe.yaml, plan.json, records.jsonl, report.html, model.safetensors and one file per export.
 
     Raises UsageError (2), RejectedError (3), InfeasibleError (4), GateError (5: the metric bound does not hold; the
     report is written), VerificationError (6), ResourceError (7), MissingError (8), Interrupted (130, resumable).
     """
     if isinstance(what, nn.Module):
-        recipe = _notebook_recipe(budget, target, options)
         task = _notebook_task(what, inputs, train, train_batches, step, calibrate, evaluate, metric)
+        functions = {
+            "train": train, "train_batches": train_batches, "step": step, "calibrate": calibrate, "evaluate": evaluate,
+        }  # fmt: skip
+        recipe = _notebook_recipe(budget, target, options, {**given_digests(functions), **_told(task.metric)})
         return _run(recipe, task, lambda: what, True, Path(out), overwrite=overwrite, quiet=quiet)
     if any(v is not None for v in (inputs, train, train_batches, step, calibrate, evaluate, metric, budget, options)):
         msg = "compress must be given a recipe alone, or a model with its functions. Got a recipe and functions. Put them in the recipe's task."
@@ -93,7 +98,13 @@ def task_of(recipe: Recipe) -> tuple[Task, Callable[[], nn.Module], bool]:
     return task, model, given
 
 
-def _notebook_recipe(budget: Budget | None, target: str, options: Mapping[str, Any] | None) -> Recipe:
+def _told(metric: Metric) -> dict[str, str]:
+    return {"metric": f"{metric.name} in {metric.unit}, {metric.goal}"}
+
+
+def _notebook_recipe(
+    budget: Budget | None, target: str, options: Mapping[str, Any] | None, functions: Mapping[str, str]
+) -> Recipe:
     given = budget.given() if budget is not None else {}
     level = {k: v for k, v in given.items() if k in ("channels", "parameters", "macs", "density")}
     bounds = {k: v for k, v in given.items() if k not in level}
@@ -108,6 +119,7 @@ def _notebook_recipe(budget: Budget | None, target: str, options: Mapping[str, A
             "prune": prune,
             "budget": bounds,
             **asked,
+            "given": dict(functions),
         }
     )
 

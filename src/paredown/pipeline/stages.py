@@ -27,6 +27,7 @@ from paredown.measure.watched import Watch, another_range, oddities, range_of
 from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, key_of
+from paredown.pipeline.given import given_notes
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
 from paredown.pipeline.levels import one_level
@@ -77,6 +78,7 @@ def run_stages(run: Run) -> Compressed:
     """All stages of one run, in order."""
     recipe, task = run.recipe, run.task
     roles = check_roles(task)
+    roles = dataclasses.replace(roles, warnings=(*roles.warnings, *given_notes(recipe.given)))
     dense = base_of(run)
     program = capture(dense, task.inputs())
     _stage_examine(run, program, roles.warnings)
