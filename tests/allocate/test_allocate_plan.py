@@ -221,6 +221,22 @@ def test_exclude_wins_over_include_and_says_so() -> None:  # fault 66
     assert len(plan.made_by["protected"]) == 3
 
 
+def test_a_text_is_one_pattern_and_not_its_letters() -> None:
+    layers = [layer for _ in range(13) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    program = capture(nn.Sequential(*layers, nn.Linear(8, 8)), torch.zeros(2, 8), train=False)
+    coupling, cost = couple(program), examine(program)
+    scores = score(program, coupling)
+    plan = allocate(coupling, scores, cost, Budget(channels=0.5), exclude="12", align=1)
+    assert plan.made_by["exclude"] == ["12"]
+    assert plan.made_by["protected"] == ["12.weight[0]"]
+    assert len(plan.keep["2.weight"][0]) == 4
+    with pytest.raises(UsageError, match="'77', which matches nothing"):
+        allocate(coupling, scores, cost, Budget(channels=0.5), include="77")
+    masks = score(program, coupling, "l1", granularity="element", include="12")
+    assert set(masks.by_cell) == {"12.weight"}
+    assert set(allocate(coupling, masks, cost, Budget(density=0.5), include="12").masks) == {"12.weight"}
+
+
 def test_an_excluded_writer_protects_its_whole_space() -> None:
     assert widths(plan_for(Budget(channels=0.5), exclude=["down.weight"], align=1))[0] == 16  # the residual partner
     assert widths(plan_for(Budget(channels=0.5), exclude=["head"], align=1))[3] == 6  # head only reads it

@@ -177,6 +177,7 @@ def test_patterns_choose_layers_and_must_match(program: pare.Program) -> None:
     assert plan.made_by["stays_dense"]["split.weight"] == "a pattern leaves it out"
     with pytest.raises(UsageError, match=r"'widee', which matches nothing. Did you mean 'wide"):
         pare.choose_ranks(program, energy=0.5, exclude=["widee"])
+    assert set(pare.choose_ranks(program, energy=0.5, include="split").ranks) == {"split.weight"}
 
 
 def test_a_budget_out_of_reach_names_the_nearest(program: pare.Program) -> None:

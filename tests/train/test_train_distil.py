@@ -257,6 +257,7 @@ def test_layers_come_nearer_and_a_checkpoint_knows_them(tmp_path):
     ("options", "error", "says"),
     [
         ({"distil_layers": ["block.*"]}, UsageError, "block\\.\\*.* matches none"),
+        ({"distil_layers": "block.*"}, UsageError, r"'block\.\*', which matches none"),
         ({"distil_layers": ["blocks.0.0"]}, RejectedError, r"\(64, 3\).*\(64, 6\).*blocks\.0\.0"),
         ({"distil_layers": ["blocks"]}, UsageError, r"modules that a call of the model calls.*blocks"),
         ({"distil_layers": ["head"], "distil": "none"}, UsageError, "must come with a teacher"),

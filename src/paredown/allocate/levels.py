@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from paredown.couple.space import Coupling, Space
 from paredown.examine.cost import Cost
-from paredown.score.patterns import check_patterns, matches, names_of_weight, parents, spaces_of
+from paredown.score.patterns import as_patterns, check_patterns, matches, names_of_weight, parents, spaces_of
 from paredown.score.patterns import protected_weights as protected_weights  # noqa: PLC0414  (levels are asked for it too)
 
 Levels = NDArray[np.int64]
@@ -54,6 +54,7 @@ def protected(coupling: Coupling, cost: Cost, include: Sequence[str], exclude: S
     parents, and with space names. A space is excluded where a pattern matches anything that writes its channels.
     Raises UsageError for a pattern that matches nothing in the model.
     """
+    include, exclude = as_patterns(include), as_patterns(exclude)
     check_patterns(coupling, cost, (*include, *exclude))
     names = []
     for space in coupling.spaces:

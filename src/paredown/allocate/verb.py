@@ -17,6 +17,7 @@ from paredown.errors import UsageError
 from paredown.examine.cost import Cost
 from paredown.plan import Plan
 from paredown.score.nouns import Scores
+from paredown.score.patterns import as_patterns
 
 
 def allocate(
@@ -58,8 +59,8 @@ def allocate(
 
     `normalize` is "mean" by default, "none" for masks. The last three read `sensitivity`: what
     paredown.sensitivity measured, or {name: {kept: increase}}. `floor` is one share, or {pattern: share} (default 0.1 for
-    units; 0.01 for masks ranked across layers). `include` and `exclude` are patterns (fnmatch) on parameter, module and
-    space names; exclude wins. Of equal scores the lower index leaves first.
+    units; 0.01 for masks ranked across layers). `include` and `exclude` are patterns (fnmatch; a text is one) on parameter,
+    module and space names; exclude wins. Of equal scores the lower index leaves first.
 
     `Plan.made_by` says what was asked and reached, and `blocked_by` where the nearest reachable amount is further off.
     A budget that is already met gives a plan that keeps everything, with made_by["already_met"].
@@ -82,8 +83,8 @@ def allocate(
         budget=Budget() if budget is None else budget,
         target=target,
         allocation=allocation,
-        include=include,
-        exclude=exclude,
+        include=as_patterns(include),
+        exclude=as_patterns(exclude),
         floor=floor,
         align=align,
         normalize=normalize,

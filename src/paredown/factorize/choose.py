@@ -22,6 +22,7 @@ from paredown.plan import Plan, Rank
 from paredown.program import Program
 from paredown.prune.factors import METHODS, Found, Layer, found
 from paredown.prune.nouns import Pruned
+from paredown.score.patterns import as_patterns
 from paredown.target.tables import named
 
 Choice = Literal["spectrum", "measured"]
@@ -83,8 +84,8 @@ def choose_ranks(
     amount = {"energy": energy} if energy is not None else {"budget": dict(given)}
     made: dict[str, Any] = {
         "verb": "choose_ranks", "method": method, "choice": choice, "allocation": allocation, "weigh": weigh, **amount,
-        "alpha": alpha, "sweeps": sweeps, "target": target, "align": align, "floor": floor, "include": list(include),
-        "exclude": list(exclude), "precedence": "exclude wins over include",
+        "alpha": alpha, "sweeps": sweeps, "target": target, "align": align, "floor": floor, "include": list(as_patterns(include)),
+        "exclude": list(as_patterns(exclude)), "precedence": "exclude wins over include",
         "dense": {"parameters": cost.parameters, "macs": cost.macs},
     }  # fmt: skip
     metric, limit = _limit(given, cost)

@@ -20,6 +20,7 @@ from paredown.factorize.select import Floats, Ints
 from paredown.plan import Rank
 from paredown.program import Program
 from paredown.prune.factors import Layer, conv_of, links, most_ranks, walked
+from paredown.score.patterns import as_patterns
 
 MOST_STEPS = 32
 """Ranks tried along each axis of Tucker-2: there are two of them."""
@@ -141,6 +142,7 @@ def selected(
 
     Exclude wins. Raises UsageError for a pattern that matches nothing in the model.
     """
+    include, exclude = as_patterns(include), as_patterns(exclude)
     every = sorted({n for name in known for n in _with_parents(name)})
     for pattern in (*include, *exclude):
         if not isinstance(pattern, str) or not any(fnmatch.fnmatchcase(n, pattern) for n in every):

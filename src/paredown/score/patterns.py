@@ -13,6 +13,15 @@ from paredown.examine.walk import examine
 from paredown.program import Program
 
 
+def as_patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Patterns as they are given: a text is one, not its letters.
+
+    >>> as_patterns("12"), as_patterns(["head.*", "stem"])
+    (('12',), ('head.*', 'stem'))
+    """
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def maskable(program: Program, coupling: Coupling, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """Weights of layers: floating point, at least two axes, and MACs proportional to them; tied ones once."""
     cost = examine(program)
@@ -35,6 +44,7 @@ def protected_weights(
     coupling: Coupling, cost: Cost, names: Iterable[str], include: Sequence[str], exclude: Sequence[str]
 ) -> list[str]:
     """Which of these parameters the same patterns protect; a space's name stands for all that writes its channels."""
+    include, exclude = as_patterns(include), as_patterns(exclude)
     check_patterns(coupling, cost, (*include, *exclude))
     spaces = spaces_of(coupling)
     return [
@@ -48,7 +58,7 @@ def protected_weights(
 def check_patterns(coupling: Coupling, cost: Cost, patterns: Sequence[str]) -> None:
     """Raises UsageError for a pattern that matches nothing in the model, with what was probably meant."""
     known = _known(coupling, cost)
-    for pattern in patterns:
+    for pattern in as_patterns(patterns):
         if not isinstance(pattern, str) or not any(fnmatch.fnmatchcase(n, pattern) for n in known):
             near = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4)
             hint = f" Did you mean {', '.join(repr(n) for n in near)}?" if near else ""
@@ -73,7 +83,8 @@ def names_of_weight(name: str, spaces: Mapping[str, set[str]]) -> set[str]:
 
 def matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
     """Whether any pattern (fnmatch) matches any name."""
-    return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
+    wanted = as_patterns(patterns)
+    return any(fnmatch.fnmatchcase(n, p) for n in names for p in wanted)
 
 
 def _known(coupling: Coupling, cost: Cost) -> list[str]:

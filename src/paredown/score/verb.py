@@ -27,7 +27,7 @@ from paredown.score.nouns import (
     UnitScores,
     counted,
 )
-from paredown.score.patterns import maskable
+from paredown.score.patterns import as_patterns, maskable
 from paredown.score.reduce import Along, Members, at, cells_of, left_out, num_elements, over_cells, sums_along
 from paredown.score.table import TABLE
 
@@ -90,7 +90,7 @@ def score(
     cut = Granularity.parse(granularity)
     members = Members.of(row, reduction, member_norm)
     _check(criterion, row, cut, group, members, reduction)
-    _check_fit(criterion, row, cut, weights_given, [*include, *exclude])
+    _check_fit(criterion, row, cut, weights_given, [*as_patterns(include), *as_patterns(exclude)])
     names = maskable(program, coupling, include, exclude) if cut.masked else _touched(program, coupling)
     source = Source(
         program=program, coupling=_heads(coupling) if cut.kind == "head" else coupling,

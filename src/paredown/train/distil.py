@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
+from paredown.score.patterns import as_patterns
 
 Distil = Literal["none", "kl", "mse"]
 
@@ -78,6 +79,7 @@ def matching_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[s
     >>> matching_layers(net, net, ["[01]"])
     ['0', '1']
     """
+    patterns = as_patterns(patterns)
     of_teacher = {n for n, _ in teacher.named_modules()}
     both = [n for n, _ in student.named_modules() if n and n in of_teacher]
     for pattern in patterns:
@@ -97,7 +99,7 @@ def taught_by(
         msg = f'distil must be "none" where there is no teacher. Got {kind!r}.'
         raise UsageError(msg)
     if layers and kind == "none":
-        msg = f"distil_layers must come with a teacher, and distil kl or mse. Got {list(layers)} with distil {kind!r}."
+        msg = f"distil_layers must come with a teacher, and distil kl or mse. Got {list(as_patterns(layers))} with distil {kind!r}."
         raise UsageError(msg)
     if teacher is None or kind == "none":
         return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
+from paredown.score.patterns import as_patterns
 from paredown.train import checkpoint as checkpoints
 from paredown.train.distil import Distil, Teacher, taught_by
 from paredown.train.ranks import Ranks, own_device
@@ -153,7 +154,7 @@ def fit(
     options = _Options(
         epochs=epochs, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm,
         schedule=schedule, seed=seed, distil="none" if teacher is None else distil, temperature=temperature,
-        distil_weight=distil_weight, max_steps=max_steps, distil_layers=tuple(distil_layers),
+        distil_weight=distil_weight, max_steps=max_steps, distil_layers=as_patterns(distil_layers),
         distil_layers_weight=distil_layers_weight,
     )  # fmt: skip
     where = usable_device(own_device(device) if distributed else device)
