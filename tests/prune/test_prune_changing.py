@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import paredown as pare
-from paredown.errors import RejectedError
+from paredown.errors import NothingToDo, RejectedError, UsageError
 from paredown.granularity import Granularity
 from paredown.plan import Mask
 from paredown.prune.changing import Changing, ChangingMasks
@@ -41,6 +41,17 @@ def recorded(**options: Any) -> tuple[list[dict[str, Any]], pare.Pruned]:
 
     result = sparse(**options, hooks=[Hook(name="record", after_backward=before, after_step=after)])
     return rows, result
+
+
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_a_training_too_short_for_a_mask_to_move_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="every must be below"):
+        sparse(schedule=name, criterion="random", allocation="erk")
+
+
+def test_a_share_too_small_to_move_one_connection_is_nothing_to_do() -> None:
+    with pytest.raises(NothingToDo, match=r"fraction=0.001.*must move at least one connection"):
+        sparse(**{**RIGL, "schedule": Regrowth(every=4, fraction=0.001)})
 
 
 @pytest.mark.parametrize("by", ["gradient", "random"])

@@ -72,6 +72,15 @@ def test_rigl_times_and_share() -> None:
     assert moving_share(0.3, 1.0) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_mask_that_never_moves_is_refused() -> None:
+    """With the default, 100 steps apart, a training of 133 steps has no update before its end at three quarters."""
+    with pytest.raises(UsageError, match=r"every must be below 75, .*Got every=100 .* 100 steps.*Regrowth\(every=10\)"):
+        Regrowth(every=100, end=0.75).points(0.1, 100)
+    with pytest.raises(UsageError, match="every must be below 100"):
+        Regrowth().points(0.1, 133)
+    assert len(Regrowth().points(0.1, 134)) == 2
+
+
 @pytest.mark.parametrize(
     "make",
     [

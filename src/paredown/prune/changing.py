@@ -57,6 +57,8 @@ class ChangingMasks:
         self._steps = -1
         self._due: Points = ()
         self._gradients: dict[str, Tensor] = {}
+        self.moved = 0
+        """Cells that were dropped and grown elsewhere, in all."""
         self._held: tuple[int, Held] | None = None
 
     @property
@@ -143,14 +145,16 @@ class ChangingMasks:
         else:
             wish = np.random.default_rng([self._how.seed, self._carried_out, *name.encode()]).random(alive.shape)
         grown = _lowest(np.where(possible & (~alive | dropped), -wish, np.inf), number)
+        self.moved += number
         stays = kept & cut.expand(alive & ~dropped, kept.shape)
         return stays | (may & cut.expand(grown, kept.shape))
 
     def _state(self) -> dict[str, Tensor]:
-        return {**self._kept, "carried out": torch.tensor(self._carried_out)}
+        return {**self._kept, "carried out": torch.tensor(self._carried_out), "moved": torch.tensor(self.moved)}
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
         self._carried_out = int(state["carried out"]) if state else 0
+        self.moved = int(state["moved"]) if state else 0
         self._kept = {n: state[n].bool() for n in self._first} if state else dict(self._first)
         self._held, self._gradients = None, {}
 

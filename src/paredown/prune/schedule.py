@@ -167,13 +167,18 @@ class Regrowth:
         return (density,)
 
     def points(self, density: float, steps: int, start_density: float = 1.0) -> Points:
-        """Once before the training, then every `every` steps before `end`.
+        """Once before the training, then every `every` steps before `end`; UsageError where the training is too short for one.
 
         >>> Regrowth(every=40).points(0.1, 200)
         ((0, 0.1), (40, 0.1), (80, 0.1), (120, 0.1))
         """
         del start_density
-        return ((0, density), *((t, density) for t in range(self.every, math.ceil(self.end * steps), self.every)))
+        stop = math.ceil(self.end * steps)
+        _check(
+            "every", self.every < stop, f"below {stop}, so that the mask moves at least once before {self.end:g} of the training",
+            f"every={self.every} in a training of {steps} steps", f"Train longer, or give Regrowth(every={max(steps // 10, 1)}).",
+        )  # fmt: skip
+        return ((0, density), *((t, density) for t in range(self.every, stop, self.every)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +261,10 @@ def _spaced(start: float, end: float, rounds: int, spacing: Spacing) -> tuple[fl
     return (*found[:-1], end)
 
 
-def _check(name: str, holds: bool, rule: str, value: object) -> None:
+def _check(name: str, holds: bool, rule: str, value: object, fix: str = "") -> None:
     if not holds:
-        msg = f"{name} must be {rule}. Got {value!r}."
+        got = value if fix else repr(value)
+        msg = f"{name} must be {rule}. Got {got}. {fix}".rstrip()
         raise UsageError(msg)
 
 

@@ -34,7 +34,7 @@ from paredown.allocate import allocate
 from paredown.allocate.request import Allocation, Floor, LeaveOut, Normalize, Scope
 from paredown.budget import Budget
 from paredown.couple import couple
-from paredown.errors import UsageError
+from paredown.errors import NothingToDo, UsageError
 from paredown.examine import examine
 from paredown.granularity import Granularity
 from paredown.program import Program, capture
@@ -302,7 +302,11 @@ def _changing(job: Job, way: OneShot | Iterative | Gradual | Regrowth, amount: f
     )  # fmt: skip
     hook = changing.hook(_name(job, way, density))
     hooks = [hook] if accumulated is None else [accumulated.hook(), hook]
-    return finished(job, trained(job, with_masks(job, now), hooks).module, changing.kept, density, way)
+    module = trained(job, with_masks(job, now), hooks).module
+    if isinstance(way, Regrowth) and not changing.moved:
+        msg = f"{way} must move at least one connection. Got none: its share of each weight is below one. Give a larger fraction, or keep more."
+        raise NothingToDo(msg)
+    return finished(job, module, changing.kept, density, way)
 
 
 def _learnt(job: Job, how: Learnt, way: Gradual | OneShot, amount: float | None) -> Pruned:
