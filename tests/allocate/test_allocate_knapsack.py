@@ -66,6 +66,33 @@ def test_a_model_of_sixty_layers_is_solved_exactly_by_an_independent_table() -> 
     assert greedy_would_not_do.loss >= found.loss
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_a_limit_that_the_cheapest_choice_just_meets_is_met(seed: int) -> None:
+    """Sums of fractions differ in the last bit by the order they are added in; a limit found by halving lies there."""
+    generator = np.random.default_rng(seed)
+    costs = [generator.uniform(-0.3, 0, 5) for _ in range(3)]
+    losses = [generator.uniform(0, 9, 5) for _ in range(3)]
+    least = sum(float(np.sort(c)[0]) for c in costs)
+    for limit in (least, float(np.nextafter(least, 1)), least + 1e-18):
+        found = knapsack(costs, losses, limit)
+        assert found is not None
+        assert found.exact
+        assert found.chosen == tuple(int(np.argmin(c)) for c in costs)
+
+
+def test_steps_of_a_rounding_do_not_hide_the_answer() -> None:
+    """Costs that differ in their last bit alone, and losses that do not."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        base = generator.uniform(0.1, 0.3, 3)
+        costs = [[b, float(np.nextafter(b, 1)), b + 0.1] for b in base]
+        losses = [[9.0, 3.0, 0.0]] * 3
+        limit = sum(c[1] for c in costs)
+        found = knapsack(costs, losses, limit)
+        assert found is not None
+        assert found.loss <= 9.0
+
+
 def test_huge_costs_need_no_table() -> None:
     found = knapsack([[10**12, 4 * 10**12 + 1], [10**12, 3 * 10**12]], [[5.0, 0.0], [3.0, 0.0]], 5 * 10**12)
     assert found is not None

@@ -44,7 +44,7 @@ def knapsack(
 ) -> Solved | None:
     """min Σ losses[g][o_g] over one option o_g per group with Σ costs[g][o_g] ≤ limit; None where nothing fits.
 
-    Costs and losses are any finite numbers; integers below 2⁵³ are exact. Of equal answers the cheaper one wins.
+    Costs and losses are any finite numbers; sums of integers below 2⁵³ are exact, others within their rounding. Of equal answers the cheaper one wins.
     The dynamic program over non-dominated states is that of Nemhauser & Ullmann 1969, with the bound of Sinha &
     Zoltners 1979.
 
@@ -57,6 +57,7 @@ def knapsack(
     bounds = [_Bound.of(groups[n:]) for n in range(len(groups) + 1)]
     best = _by_steps(groups, limit)
     slack = 1e-12 * (1.0 + sum(float(np.abs(g.losses).max()) for g in groups))
+    room = limit + _rounding(groups, limit)
     cost, loss = np.zeros(1), np.zeros(1)
     parents: list[tuple[Any, Any]] = []
     exact = True
@@ -64,8 +65,8 @@ def knapsack(
         all_costs = (cost[:, None] + group.costs).ravel()
         all_losses = (loss[:, None] + group.losses).ravel()
         rest = bounds[number + 1]
-        hope = all_losses + rest.at(limit - all_costs)
-        alive = np.flatnonzero((all_costs + rest.least <= limit) & (hope <= best + slack))
+        hope = all_losses + rest.at(room - all_costs)
+        alive = np.flatnonzero((all_costs + rest.least <= room) & (hope <= best + slack))
         order = alive[np.lexsort((all_losses[alive], all_costs[alive]))]
         lowest = np.minimum.accumulate(all_losses[order])
         stays = order[np.concatenate(([True], lowest[1:] < lowest[:-1]))]
@@ -81,6 +82,14 @@ def knapsack(
         chosen.append(int(group.index[option[at]]))
         at = int(parent[at])
     return Solved(chosen=tuple(reversed(chosen)), cost=answer[0], loss=answer[1], exact=exact)
+
+
+def _rounding(groups: Sequence[_Group], limit: float) -> float:
+    """How far a sum of costs may be off by the order of its terms; 0 where all are integers, whose sums are exact."""
+    if float(limit).is_integer() and all((g.costs == np.floor(g.costs)).all() for g in groups):
+        return 0.0
+    largest = abs(limit) + sum(float(np.abs(g.costs).max()) for g in groups)
+    return 4 * len(groups) * float(np.finfo(np.float64).eps) * largest
 
 
 def _frontier(costs: ArrayLike, losses: ArrayLike) -> _Group:
