@@ -33,6 +33,23 @@ def tied_embedding() -> nn.Module:
     return Net(run, table=nn.Embedding(11, 8), a=nn.Linear(8, 6), b=nn.Linear(6, 8))
 
 
+@hazard(words, free=8 + 8 + 6)
+def embedding_bags() -> nn.Module:
+    """Rows added up by their number in the batch, which is a count of the input's elements."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.a(m.mean(x)) + m.b(m.largest(x))))
+
+    return Net(
+        run,
+        mean=nn.EmbeddingBag(11, 8, mode="mean"),
+        largest=nn.EmbeddingBag(11, 8, mode="max"),
+        a=nn.Linear(8, 6),
+        b=nn.Linear(8, 6),
+        head=nn.Linear(6, 3),
+    )
+
+
 @hazard(words, free=8)
 def positions_looked_up() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:

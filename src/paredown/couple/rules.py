@@ -302,7 +302,6 @@ def _table() -> dict[str, Rule]:
         (_REDUCE, _reduce),
         (_SOFTMAX, _softmax),
         (_POOL, _pool),
-        ("sym_size sym_numel".split(), shape.size),
         (
             [f"operator.{n}" for n in _PYTHON] + ["sym_max", "sym_min", "sym_sum", "sym_not", "sym_float", "sym_ite"],
             shape.python,
@@ -325,12 +324,15 @@ def _table() -> dict[str, Rule]:
         | recurrent.RULES
         | {
             "operator.getitem": shape.getitem,
+            "sym_size": shape.size,
+            "sym_numel": shape.numel,
             "slice": shape.slice,
             "chunk": shape.chunk,
             "reshape_as": shape.like_another,
             "view_as": shape.like_another,
             "roll": shape.kept_whole,
             "embedding": shape.embedding,
+            "embedding_bag": shape.embedding_bag,
             "unfold": shape.unfold,
             "glu": _glu,
             "prelu": _prelu,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.couple.ids import fixed, laid, tidy, varying
 from paredown.couple.operand import args_of, result, schema, unknown
-from paredown.couple.trace import Trace, concrete
+from paredown.couple.trace import Trace, concrete, sizes
 
 # ------------------------------------------------------------------------------------------------ constants and sizes
 
@@ -63,6 +64,13 @@ def size(node: fx.Node, trace: Trace) -> Any:
     """x.size(axis) as the number it had in the example."""
     source, axis = args_of(node, "self", "dim")
     return concrete(source.meta["val"].shape[axis])
+
+
+def numel(node: fx.Node, trace: Trace) -> Any:
+    """x.numel() as the number it had in the example: channels that are counted stay, since the number is computed with."""
+    source: Any = node.args[0]
+    trace.pin(trace.of(source), "its elements are counted")
+    return math.prod(sizes(source.meta["val"]))
 
 
 def python(node: fx.Node, trace: Trace) -> Any:
@@ -211,10 +219,22 @@ def gather_rows(node: fx.Node, trace: Trace) -> Any:
 
 def embedding(node: fx.Node, trace: Trace) -> Any:
     """Rows by index: the columns are channels."""
-    weight: Any = node.args[0]
-    shape = result(node).shape
-    if weight not in trace.parameters:
+    return (
+        _looked_up(node, trace, sizes(node.meta["val"])) if node.args[0] in trace.parameters else unknown(node, trace)
+    )
+
+
+def embedding_bag(node: fx.Node, trace: Trace) -> Any:
+    """The same rows, added up, averaged or the largest. The further results say where they were taken from."""
+    if node.args[0] not in trace.parameters:
         return unknown(node, trace)
+    found, *more = (sizes(v) for v in node.meta["val"])
+    # of the largest there is an index for every channel
+    return _looked_up(node, trace, found), *(_looked_up(node, trace, s) if len(s) == 2 else fixed(s) for s in more)
+
+
+def _looked_up(node: fx.Node, trace: Trace, shape: tuple[int, ...]) -> Tensor:
+    weight: Any = node.args[0]
     if trace.parameters[weight].name in trace.raw:
         trace.pin(trace.of(weight), "a table that is also used element by element")
     rows = trace.weight(weight, 0, "write")
