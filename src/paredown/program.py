@@ -80,6 +80,10 @@ def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch:
     with quiet():
         try:
             eval_graph, example, batch = _export_eval(model.eval(), Inputs(args, kwargs), example, batch)
+            if eval_graph.graph_module.meta.get(_AUTOCAST):
+                notes += (
+                    "regions under torch.autocast are captured in the dtypes of their weights, without its casts",
+                )
             train_graph = None
             if train:
                 train_graph, note = _export_train(model, example, batch)
@@ -88,6 +92,7 @@ def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch:
                     _part_constants(train_graph, eval_graph)
         finally:
             model.eval()
+    notes += _time_first(eval_graph, batch)
     every = {**(train_graph.constants if train_graph else {}), **eval_graph.state_dict, **eval_graph.constants}
     state = {name: tensor for name, tensor in every.items() if isinstance(tensor, Tensor)}
     return Program(
@@ -106,6 +111,35 @@ def placeholder_names(graph: ExportedProgram) -> dict[str, str]:
     """Placeholder node name → name in the state, for parameters, buffers and lifted constants (not user inputs)."""
     sig = graph.graph_signature
     return {**sig.inputs_to_parameters, **sig.inputs_to_buffers, **sig.inputs_to_lifted_tensor_constants}
+
+
+def least_batch(program: Program) -> int:
+    """How many samples the eval graph takes at least: 1, or a divisor of the example's where it folds them into groups.
+
+    A network that splits the batch into clips or pairs has tensors without elements in a batch of one. 1 where the batch is fixed.
+
+    >>> least_batch(capture(nn.Linear(4, 2), torch.zeros(6, 4)))
+    1
+    """
+    if program.batch != "dynamic":
+        return 1
+    length = int(next(t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor)).shape[0])
+    values = [v for n in program.eval_graph.graph.nodes for v in pytree.tree_leaves(n.meta.get("val"))]
+    shapes: list[Any] = [v.shape for v in values if isinstance(v, Tensor)]
+    sizes = {s.node.expr for shape in shapes for s in shape if isinstance(s, torch.SymInt)}
+    for count in (c for c in range(1, length) if length % c == 0):
+        if all(_at(expression, count) > 0 for expression in sizes):
+            return count
+    return length
+
+
+def _at(expression: Any, count: int) -> int:
+    """A size in a batch of so many samples; one that depends on more than the batch counts as there."""
+    try:
+        value = expression.subs(dict.fromkeys(expression.free_symbols, count))
+        return int(value) if value.is_number else 1
+    except (ArithmeticError, TypeError, ValueError):
+        return 0
 
 
 def source_line(node: fx.Node) -> str:
@@ -449,7 +483,17 @@ def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgr
     with torch.no_grad():
         graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     _inline_regions(graph)
+    _drop_dtype_checks(graph)
     return graph
+
+
+def _drop_dtype_checks(graph: ExportedProgram) -> None:
+    """Without the checks that export leaves at each cast: they would refuse the same network in another dtype."""
+    checks = [n for n in graph.graph.nodes if n.target is torch.ops.aten._assert_tensor_metadata.default]
+    for node in checks:
+        graph.graph.erase_node(node)
+    if checks:
+        graph.graph_module.recompile()
 
 
 def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -463,6 +507,26 @@ def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _is_dynamic(graph: ExportedProgram) -> bool:
     return any(isinstance(want, tuple) and want[:1] == (None,) for want in _wanted(graph))
+
+
+def _time_first(graph: ExportedProgram, batch: str) -> tuple[str, ...]:
+    """A note where axis 0 of the inputs, which is taken for the batch, is what attention or a recurrent op runs along."""
+    for node in graph.graph.nodes:
+        op = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
+        first = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+        if not isinstance(first, Tensor) or first.dim() < 3:
+            continue
+        attends = op == "scaled_dot_product_attention" and _known(first.shape[-2]) is None
+        if attends or (op in ("lstm", "gru", "rnn_tanh", "rnn_relu") and batch != "dynamic" and node.args[-1] is False):
+            name = module_path(node) or op
+            return (
+                f"{name} runs along axis 0 of the inputs, which is taken for the batch: if that is time, what is said of one sample is said of a step; "
+                "capture a wrapper that takes the batch first",
+            )
+    return ()
+
+
+_AUTOCAST = "under autocast"
 
 
 def _inline_regions(graph: ExportedProgram) -> None:
@@ -491,6 +555,7 @@ def _inline_regions(graph: ExportedProgram) -> None:
             node.replace_all_uses_with(out)
         gm.graph.erase_node(node)
         changed = True
+        gm.meta[_AUTOCAST] = gm.meta.get(_AUTOCAST, False) or node.target.__name__ == "wrap_with_autocast"
     if changed:
         gm.recompile()
 

@@ -27,7 +27,7 @@ class NodeCost:
     kind: str
     """Op such as "conv2d"; for a layer those of its ops that count, as "linear+scaled_dot_product_attention"."""
     output_shape: tuple[int, ...] = ()
-    """Batch first, at batch 1."""
+    """Batch first, at the smallest batch."""
     parameters: int = 0
     """Parameters that this node is the first to use; shared ones count once in the whole model."""
     macs: int = 0
@@ -80,7 +80,8 @@ class ShrinkPlan:
 class Cost:
     """MACs, parameters, bytes and activation memory of a program. Prints as a table; in a notebook with bars.
 
-    All figures are for one sample where the batch is dynamic, else for the captured example (`samples` of them).
+    All figures are for `samples` of them: one where the batch is free, the fewest where a network folds samples into groups, else
+    the captured example.
     `activation_bytes` is what all nodes allocate together; `peak_activation_bytes` is the largest sum alive at once:
     a tensor lives from the node that makes it to its last reader, inputs from the start, outputs to the end; views and
     in-place results share the storage of their source. Parameters and workspaces of kernels are not in it.

@@ -25,7 +25,7 @@ class Call:
     node: fx.Node
     arguments: Mapping[str, Any]
     shape_of: Callable[[Any], Shape]
-    """Shape of a node's value at batch 1."""
+    """Shape of a node's value at the smallest batch."""
     weight_of: Callable[[Any], str | None]
     """Name of the parameter that a node is a whole (possibly permuted) view of."""
     out: Shape

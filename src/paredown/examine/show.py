@@ -39,7 +39,7 @@ def si(value: float) -> str:
 
 def summary(cost: Cost) -> list[tuple[str, str]]:
     """The totals as (label, text); every figure says its unit, and whether it was measured."""
-    per = "per sample" if cost.samples == 1 else f"for the captured example of {cost.samples}: its batch is fixed"
+    per = "per sample" if cost.samples == 1 else f"for {cost.samples} samples, the fewest that the network takes"
     rows = [
         ("parameters", f"{cost.parameters:,}"),
         ("MACs", f"{cost.macs:,} {per}"),

@@ -18,7 +18,7 @@ from paredown.examine.cost import Cost, NodeCost, Uncounted
 from paredown.examine.count import COUNTED, ZERO, Call, Shape, attention_parts, bound, op_name
 from paredown.examine.shrink import shrink_to
 from paredown.examine.size import file_size, state_size
-from paredown.program import Program, module_path, placeholder_names, source_line
+from paredown.program import Program, least_batch, module_path, placeholder_names, source_line
 from paredown.records import Badge
 
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
@@ -93,7 +93,7 @@ def _module_state(program: Program) -> Mapping[str, Tensor]:
 
 
 class _Walk:
-    """Facts about every node of one graph: shape at batch 1, storage it lives in, parameter it is a view of."""
+    """Facts about every node of one graph: shape at the smallest batch, storage it lives in, parameter it is a view of."""
 
     def __init__(self, program: Program) -> None:
         self.graph = program.eval_graph
@@ -102,6 +102,7 @@ class _Walk:
         names: dict[int, str] = {}
         self.first = {n: names.setdefault(id(t), n) for n, t in self.parameters.items()}  # tied names → the first
         self._sizes: dict[Any, int] = {}
+        self._batch = least_batch(program)
         self.whole: dict[fx.Node, str] = {}  # node → parameter that it is a (permuted) whole view of
         self.storage: dict[fx.Node, fx.Node] = {}  # node → node that allocated its memory
         self.bytes: dict[fx.Node, int] = {}
@@ -111,13 +112,13 @@ class _Walk:
     # -------------------------------------------------------------------------------------------------------- shapes
 
     def size(self, value: Any) -> int:
-        """A length as an integer, the batch being 1."""
+        """A length as an integer, the batch being the smallest that there is."""
         if not isinstance(value, torch.SymInt):
             return int(value)
         expression = value.node.expr
         if expression not in self._sizes:
-            at_one = expression.subs(dict.fromkeys(expression.free_symbols, 1))
-            self._sizes[expression] = int(at_one) if at_one.is_number else int(value.node.hint)
+            least = expression.subs(dict.fromkeys(expression.free_symbols, self._batch))
+            self._sizes[expression] = int(least) if least.is_number else int(value.node.hint)
         return self._sizes[expression]
 
     def shape(self, node: Any) -> Shape:
@@ -130,12 +131,12 @@ class _Walk:
         return sum(math.prod(self.size(s) for s in t.shape) * t.element_size() for t in tensors)
 
     def samples(self, inputs: Any) -> int:
-        """1 where the batch is free; else the length of axis 0 that the graph was fixed to."""
+        """1 where the batch is free, or more where the network folds samples into groups; else the length of axis 0 that the graph was fixed to."""
         users = set(self.graph.graph_signature.user_inputs)
         values = [n.meta.get("val") for n in self.graph.graph.nodes if n.op == "placeholder" and n.name in users]
         lengths: list[Any] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
         if not lengths or any(isinstance(s, torch.SymInt) and s.node.expr.free_symbols for s in lengths):
-            return 1
+            return self._batch
         first = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
         return int(first.shape[0]) if first.dim() > 0 else 1
 

@@ -12,15 +12,14 @@ from torch.utils import _pytree as pytree
 from paredown.errors import VerificationError
 from paredown.plan import Rank
 from paredown.program import Program
+from paredown.prune.example import healthy_inputs
 from paredown.prune.factors import Layer, factor_names, links, product
 from paredown.prune.nouns import Proof
 from paredown.prune.prove import (
-    DOUBLE,
-    SINGLE,
     Reference,
     compare,
     healthy,
-    healthy_inputs,
+    holds,
     in_dtype,
     run_dense,
     tells,
@@ -51,8 +50,8 @@ def factor_reference(
             whole = product(factors[parameter], ranks[parameter].method, layer.groups)
             replaced.update(dict.fromkeys(layer.names, layer.stored(whole, state[parameter])))
         with torch.no_grad():
-            dense = run_dense(program, state, inputs, None)
-            masked = run_dense(program, replaced, inputs, None)
+            dense = run_dense(program, state, inputs, None, dtype)
+            masked = run_dense(program, replaced, inputs, None, dtype)
         if tells(dense, masked):
             break
     else:
@@ -60,8 +59,9 @@ def factor_reference(
         msg = f"the output must be finite and depend on the factorized weights, or a proof would be empty. Got no move from {names}. Exclude them."
         raise VerificationError(msg)
     return Reference(
-        state=_with_factors(program, layers, state, factors), inputs=inputs, dense=dense, masked=masked, dtype=dtype
-    )
+        state=_with_factors(program, layers, state, factors), inputs=inputs, dense=dense, masked=masked, dtype=dtype,
+        program=program,
+    )  # fmt: skip
 
 
 def random_factors(
@@ -94,11 +94,10 @@ def prove_factors(
     `Proof.moved` says how far the products move the output. Raises VerificationError with the Proof as evidence.
     """
     proof = compare(module, known)
-    if not proof.max_error <= SINGLE * proof.scale:
+    if not holds(proof):
         again = factor_reference(program, layers, ranks, seed=seed, dtype=torch.float64)
         proof = compare(module, again)
-    tolerance = SINGLE if proof.mode == "float32" else DOUBLE
-    if not proof.max_error <= tolerance * proof.scale:
+    if not holds(proof):
         msg = (
             f"factorized must equal dense with the factors' products as weights. Got a difference of {proof.max_error:.2e} at "
             f"output scale {proof.scale:.2e} in {proof.mode}. Use the graph realiser, or exclude the layer that a class treats specially."

@@ -18,15 +18,15 @@ from torch.utils import _pytree as pytree
 from paredown.errors import UsageError, VerificationError
 from paredown.plan import Plan
 from paredown.program import GraphModel, Program, placeholder_names
+from paredown.prune.example import healthy_inputs
 from paredown.prune.nouns import Proof, Pruned
+from paredown.prune.one_dtype import one_dtype
 from paredown.prune.prove import (
-    DOUBLE,
-    SINGLE,
     Reference,
     arguments,
     compare,
     healthy,
-    healthy_inputs,
+    holds,
     in_dtype,
     own_move,
     run_dense,
@@ -389,24 +389,26 @@ def _reference(program: Program, spans: list[Call], seed: int, dtype: torch.dtyp
     inputs = pytree.tree_map(lambda t: in_dtype(t, dtype), healthy_inputs(program, seed))
     state: Mapping[str, Tensor] = {n: in_dtype(t, dtype) for n, t in healthy(program, seed).items()}
     with torch.no_grad():
-        dense = run_dense(program, state, inputs, None)
+        dense = run_dense(program, state, inputs, None, dtype)
         without = _Without(program.eval_graph.graph_module, spans)
-        masked = list(without.run(*arguments(program, state, inputs), enable_io_processing=False))
+        with torch.random.fork_rng(devices=[]), one_dtype(program, dtype):
+            torch.manual_seed(0)
+            masked = list(without.run(*arguments(program, state, inputs), enable_io_processing=False))
     if not tells(dense, masked):
         msg = "the output must be finite and must move when modules are left out, or a proof would be empty. Got one that stays: they do nothing."
         raise VerificationError(msg)
-    return Reference(state=state, inputs=inputs, dense=dense, masked=masked, dtype=dtype)
+    return Reference(state=state, inputs=inputs, dense=dense, masked=masked, dtype=dtype, program=program)
 
 
 def _proven(program: Program, module: nn.Module, spans: list[Call], known: Reference, seed: int) -> Proof:
     try:
         proof = compare(module, known)
-        if not proof.max_error <= SINGLE * proof.scale:
+        if not holds(proof):
             proof = compare(module, _reference(program, spans, seed, torch.float64))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, KeyError) as error:
         msg = f"the model must run without the modules. Got {type(error).__name__}: {error}."
         raise VerificationError(msg) from error
-    if not proof.max_error <= (SINGLE if proof.mode == "float32" else DOUBLE) * proof.scale:
+    if not holds(proof):
         msg = f"the model without the modules must equal its graph without them. Got a difference of {proof.max_error:.2e} at output scale {proof.scale:.2e}."
         raise VerificationError(msg, proof)
     return dataclasses.replace(proof, shown=("depth",), own_move=own_move(program, module))

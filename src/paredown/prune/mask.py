@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from paredown.errors import NothingToDo, UsageError, VerificationError
 from paredown.plan import Mask, Plan
 from paredown.program import GraphModel, Program
+from paredown.prune.example import own_example
 from paredown.prune.module import tensors
 from paredown.prune.nouns import Proof, Pruned
-from paredown.prune.prove import SINGLE, distance, own_example, run_dense, scale_of
+from paredown.prune.prove import SINGLE, distance, run_dense, scale_of
 from paredown.prune.removal import own
 from paredown.train.loop import private_copy
 from paredown.train.masks import check_zeros

@@ -16,6 +16,7 @@ from paredown.prune.dead_units import by_first_name, condensed
 from paredown.prune.depth import drop, left_out
 from paredown.prune.graph import realise_graph
 from paredown.prune.mask import carry_out, fitting, masked, only_parameters, refuse_empty
+from paredown.prune.modes import trains_as_it_runs
 from paredown.prune.module import Attributes, realise_module
 from paredown.prune.nouns import Proof, Pruned
 from paredown.prune.prove import Reference, own_move, prove, reference, same_in_train
@@ -161,6 +162,7 @@ def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
     refused = VerificationError(
         "the module realiser needs the user's own class. Got a model that was rebuilt from graphs."
     )
+    apart = not trains_as_it_runs(attempt.program)
     for by_value in (False, True):
         realised = realise_module(attempt.program, attempt.gone, by_value=by_value)
         if realised is None:
@@ -168,7 +170,7 @@ def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
         module, attributes = realised
         try:
             pruned = _proven(attempt, module, "module", attributes)
-            graph = realise_graph(attempt.program, attempt.gone) if by_value else None
+            graph = realise_graph(attempt.program, attempt.gone) if by_value or apart else None
             if graph is None or same_in_train(attempt.program, module, graph, attempt.known, seed=attempt.seed):
                 return pruned
             refused = VerificationError(
