@@ -78,8 +78,17 @@ def _fold(model: nn.Module) -> list[str]:
                 notes.append(f"folded weight norm into {name}.{hook.name}")
             elif kind == "SpectralNorm":
                 torch.nn.utils.remove_spectral_norm(module, hook.name)
+                _forget_loading(module)
                 notes.append(f"folded spectral norm into {name}.{hook.name}")
     return notes
+
+
+def _forget_loading(module: nn.Module) -> None:
+    """torch wraps this hook, then looks for it unwrapped, and leaves it: the plain weight could never be loaded again."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if type(getattr(hook, "hook", hook)).__name__ == "SpectralNormLoadStateDictPreHook":
+            del hooks[key]
 
 
 def refuse_bad_weights(model: nn.Module) -> None:

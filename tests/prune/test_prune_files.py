@@ -199,3 +199,40 @@ def test_levels_over_three_processes(tmp_path: Path) -> None:
     loaded = pare.load(tmp_path / "c", fresh())
     assert tuple(loaded[0].weight.shape) == (7, 3, 3, 3)  # 16 → 12 → 9 → 7
     assert float(loaded(X).detach().double().sum()) == float(said)
+
+
+def _reparametrized(how: str) -> nn.Module:
+    """A class whose layers compute their weights; capture folds them, and so must load."""
+    from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+    wraps = {
+        "old weight_norm": weight_norm,
+        "weight_norm": parametrizations.weight_norm,
+        "old spectral_norm": spectral_norm,
+        "spectral_norm": parametrizations.spectral_norm,
+    }
+    torch.manual_seed(0)
+    wrap = wraps[how]
+    return nn.Sequential(wrap(nn.Linear(6, 16)), nn.ReLU(), wrap(nn.Linear(16, 12)), nn.ReLU(), nn.Linear(12, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("what", ["channels", "masks", "ranks"])
+@pytest.mark.parametrize("how", ["old weight_norm", "weight_norm", "old spectral_norm", "spectral_norm"])
+def test_a_class_that_computes_its_weights_is_loaded_as_it_was_captured(how: str, what: str, tmp_path: Path) -> None:
+    x = torch.randn(5, 6)
+    program = pare.capture(_reparametrized(how), x)
+    if what == "ranks":
+        small = pare.factorize(program, pare.choose_ranks(program, pare.Budget(parameters=0.7), align=1))
+    elif what == "channels":
+        small = masked(program, "channel", channels=0.5)
+    else:
+        small = masked(program, "element", density=0.5)
+    pare.save(small, tmp_path)
+    own = _reparametrized(how)
+    before = {n: t.clone() for n, t in own.state_dict().items()}
+    loaded = pare.load(tmp_path, own)
+    with torch.no_grad():
+        assert torch.allclose(loaded(x), small.module.eval()(x), atol=1e-6)
+    assert all(torch.equal(t, before[n]) for n, t in own.state_dict().items())
+    assert before.keys() == own.state_dict().keys()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from paredown.couple.trace import trace
 from paredown.errors import RejectedError, UsageError
+from paredown.plain import plain_copy
 from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune.depth import identity_module, outermost, realise_without
@@ -66,7 +67,7 @@ def save(pruned: Pruned, folder: str | Path) -> None:
 def load(folder: str | Path, model: nn.Module, inputs: Any = None) -> nn.Module:
     """The pruned model in the user's class: cut by the plan, sizes set, weights loaded strictly. `model` is not changed.
 
-    Where only the graph realiser fitted, the model is captured again and rebuilt as a graph (`inputs` where the
+    Parametrizations, weight and spectral norm of the class are folded into plain weights, as capture does. Where only the graph realiser fitted, the model is captured again and rebuilt as a graph (`inputs` where the
     stored shapes are not enough: integer inputs with a meaning). Raises RejectedError where the files do not fit.
 
     >>> import paredown as pare                                       # doctest: +SKIP
@@ -129,7 +130,8 @@ def _read(folder: Path) -> _Read:
 
 def _loaded(folder: Path, read: _Read, model: nn.Module, inputs: Any) -> nn.Module:
     weights = read_tensors(folder / WEIGHTS)
-    rebuilt = model
+    device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else None
+    rebuilt, _ = plain_copy(model)  # as capture took it: weights that a layer computes are plain ones in the file
     for stage in read.stages:
         rebuilt = _rebuilt(rebuilt, stage, inputs if inputs is not None else example_of(read.form["inputs"]))
     try:
@@ -139,7 +141,7 @@ def _loaded(folder: Path, read: _Read, model: nn.Module, inputs: Any) -> nn.Modu
         raise RejectedError(msg) from error
     if read.plan.masks:
         check_zeros(rebuilt, read.plan.masks)
-    return rebuilt.eval()
+    return rebuilt.to(device).eval()
 
 
 def write_masks(folder: Path, plans: Iterable[Plan]) -> None:
