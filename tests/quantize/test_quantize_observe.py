@@ -9,12 +9,13 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("torchao")
 
 from paredown.cli.quantize import quantize as quantize_command
 from paredown.errors import UsageError
+from paredown.program import capture
 from paredown.quantize.histogram import BINS, StreamingHistogram, finite
 from paredown.quantize.observe import OBSERVERS, MeanSquaredError, MinMax, kl_divergences, observer_named
 from paredown.recipe_fields import Quantize
@@ -409,7 +410,6 @@ def test_entropy_leaves_the_empty_side_alone_and_ignores_zeros() -> None:
 def test_quantize_takes_every_observer() -> None:
     from torch import nn
 
-    from paredown.program import capture
     from paredown.quantize import quantize
 
     torch.manual_seed(0)
@@ -451,3 +451,43 @@ def test_a_part_of_a_large_call_is_counted_for_the_whole() -> None:
     assert after("mse", x).range()[1] == pytest.approx(
         0.2 * 40.0
     )  # the least that is searched: one value does not decide
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 768), (32, 1024, 14, 14), (4, 1 << 17), (1, 3, 257, 1021)])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_the_part_that_is_counted_favours_no_place(shape: tuple[int, ...], calls: int) -> None:
+    """A stride would divide the layout: of power-of-two shapes it counted one pixel, or one channel in 48."""
+    where = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    for axis in range(1, len(shape)):
+        length = shape[axis]
+        index = torch.div(where, torch.Size(shape[axis + 1 :]).numel(), rounding_mode="floor") % length
+        counted = StreamingHistogram()
+        for _ in range(calls):
+            counted.add(*finite(1.0 + index.float()))
+        middles, counts = counted.centres(), counted.counts / counted.counts.sum()
+        assert int((counts > 0).sum()) > 0.9 * min(length, 512), axis
+        parts = min(length, 16)  # of the axis, each of which holds its share of all values
+        for part in range(parts):
+            first, last = 1 + part * length // parts, 1 + (part + 1) * length // parts
+            share = float(counts[(middles >= first - 0.5) & (middles < last - 0.5)].sum())
+            assert share == pytest.approx((last - first) / length, rel=0.2), (axis, part)
+        again = StreamingHistogram()
+        for _ in range(calls):
+            again.add(*finite(1.0 + index.float()))
+        assert torch.equal(again.counts, counted.counts)
+
+
+def test_a_channel_of_large_values_is_seen() -> None:
+    """LayerNorm with one large weight: 6.8 dB before, when that channel was not among those counted."""
+    from paredown.quantize import quantize
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 256)).eval()
+    net[0].weight.data[7] = 30.0
+    x, fresh = torch.randn(64, 64, 256), torch.randn(8, 64, 256)
+    program = capture(net, x[:2])
+    found = {name: quantize(program, calibrate=[x], observer=name).module for name in ("mse", "minmax")}
+    with torch.no_grad():
+        wanted = net(fresh)
+        errors = {name: float((module(fresh) - wanted).square().mean()) for name, module in found.items()}
+    assert errors["mse"] < errors["minmax"]

@@ -11,7 +11,7 @@ from paredown.quantize.nouns import Histogram
 
 BINS = 2048
 _FEW_BITS = 15
-"""Of a call with 2¹⁶ values or more every k-th is counted, k times: 2¹⁵ to 2¹⁶ of them, from another start each call."""
+"""Of a call with 2¹⁶ values or more one of every k is counted, k times: 2¹⁵ to 2¹⁶ of them (see `_drawn`)."""
 _SAFE_WIDTH = (1e-30, 1e38)
 """Widths of a range in which float32 finds the right bin; others are counted in float64."""
 
@@ -31,12 +31,25 @@ def finite(values: Tensor) -> tuple[Tensor, float, float]:
     return finite(row[torch.isfinite(row)])
 
 
+def _drawn(values: Tensor, step: int, seed: int) -> Tensor:
+    """One value of every `step` that follow each other, at a place drawn anew for each; of a short last run perhaps none.
+
+    Every value is drawn with the same chance. A stride would not do: steps and axes are powers of two more often than not, and
+    it would see one pixel of every picture, or a few channels of every token.
+    """
+    starts = torch.arange(0, values.numel(), step)
+    places = starts.add_(torch.randint(step, starts.shape, generator=torch.Generator().manual_seed(seed)))
+    if int(places[-1]) >= values.numel():
+        places = places[:-1]
+    return values.index_select(0, places)
+
+
 class StreamingHistogram:
     """Counts of the values other than 0, in 2048 equal bins of a range that contains 0 and everything seen.
 
     The range is that of the first values. Where later ones lie outside, it doubles to that side, and pairs of bins merge
-    exactly: a bin is never narrower than half of what the final range needs. Zeros are only counted. Of a large call a part is
-    counted for the whole, its smallest and largest value being those of all; `whole` counts every value.
+    exactly: a bin is never narrower than half of what the final range needs. Zeros are only counted. Of a large call a part,
+    drawn with fixed seeds, is counted for the whole, its smallest and largest value being those of all; `whole` counts every value.
     """
 
     def __init__(self, *, whole: bool = False) -> None:
@@ -53,7 +66,7 @@ class StreamingHistogram:
         """Count `values`, one row of finite float32, and their smallest and largest (see `finite`)."""
         step = 1 if self.whole else max(1, values.numel() >> _FEW_BITS)
         self.calls += 1
-        values = values[self.calls % step :: step]
+        values = values if step == 1 else _drawn(values, step, self.calls)
         zeros = values.numel() - int(values.count_nonzero())
         self.zeros += zeros * step
         self.low, self.high = min(self.low, low), max(self.high, high)
