@@ -104,7 +104,7 @@ def test_a_fixed_batch_says_how_many_samples_it_counts() -> None:
     cost = cost_of(Fixed(), torch.zeros(3, 4))
     assert cost.samples == 3
     assert cost.macs == 3 * 12
-    assert "captured example of 3" in str(cost)
+    assert "for 3 samples, the fewest that the network takes" in " ".join(str(cost).split())
 
 
 class Attention(nn.Module):

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
-from paredown.export.conditioning import cosine_of, excuse
+from paredown.export.conditioning import excuse
+from paredown.export.distance import Distance
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
@@ -34,7 +35,6 @@ SPLIT_BYTES = 1_900_000_000
 """Above this many bytes of weights they go to a side file: one protobuf message holds 2 GiB at most."""
 TOLERANCES = {"fp32": 1e-4, "w4": 1e-3, "w2": 1e-4, "ternary": 1e-4, "binary": 1e-4}
 """Scheme → largest error, in parts of the output scale. Where activations are rounded, the cosine decides instead."""
-COSINE = 0.999
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 """Opset → the version of the file format that came with it. A newer one, as the exporter writes, would shut out the older
 runtimes that a lower opset is asked for."""
@@ -274,21 +274,21 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
     far = distance(predictor(artifact), reference, samples)
     int8_nodes, float_nodes = inspect_optimized(artifact)
     tolerance = None if _rounds_activations(artifact) else TOLERANCES.get(artifact.scheme)
-    within = far.error <= tolerance * far.scale if tolerance else far.cosine >= COSINE
-    excused = "" if within or tolerance or not far.finite else excuse(reference, far.worst, far.cosine)
+    within = far.within(tolerance)
+    excused = (
+        "" if within or tolerance or not (far.finite and far.in_spread) else excuse(reference, far.worst, far.cosine)
+    )
     check = Check(
         max_error=far.error,
         scale=far.scale,
         cosine=far.cosine,
         int8_nodes=int8_nodes,
         float_nodes=float_nodes,
-        holds=(within or bool(excused)) and far.finite,
+        holds=within or bool(excused),
         notes=(excused,) if excused else (),
     )
     if strict and not check.holds:
-        rule = f"within {tolerance:g} of the output scale" if tolerance else f"cosine ≥ {COSINE}"
-        got = f"an error of {far.error:.3g} at scale {far.scale:.3g}, cosine {far.cosine:.6f}"
-        msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got {got}{'' if far.finite else ', NaN or infinity'}."
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}"
         raise VerificationError(msg, evidence=check)
     return check
 
@@ -311,7 +311,7 @@ def distance(runtime: Predict, reference: Any, samples: Batches) -> Distance:
             before = far.cosine
             far.add(tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference))
             far.worst = part if far.cosine < before else far.worst
-    if not far.outputs:
+    if not far.runs:
         msg = "check must have at least one sample. Got 0 batches."
         raise RejectedError(msg)
     return far
@@ -327,29 +327,6 @@ def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
         )
         return [t[:1] for t in tensors_of(predict(*part[0], **part[1]))]
     return tensors_of(predict(*part[0], **part[1]))
-
-
-class Distance:
-    """How far outputs are from the reference, over all of them: four numbers and the batch of the smallest cosine are kept."""
-
-    def __init__(self) -> None:
-        self.error, self.scale, self.cosine, self.finite, self.outputs = 0.0, 0.0, 1.0, True, 0
-        self.worst: Any = None
-
-    def add(self, got: list[Tensor], expected: list[Tensor]) -> None:
-        """One run. Raises VerificationError where shapes differ."""
-        shapes = [tuple(t.shape) for t in got], [tuple(t.shape) for t in expected]
-        if shapes[0] != shapes[1]:
-            msg = f"outputs must have the shapes of PyTorch's: {shapes[1]}. Got {shapes[0]}."
-            raise VerificationError(msg)
-        for a, b in zip(got, expected, strict=True):
-            x, y = a.double().reshape(-1), b.double().reshape(-1)
-            self.outputs += 1
-            if not x.numel():
-                continue
-            self.finite &= bool(torch.isfinite(x).all())
-            self.error, self.scale = max(self.error, float((x - y).abs().max())), max(self.scale, float(y.abs().max()))
-            self.cosine = min(self.cosine, cosine_of(x, y))
 
 
 def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
 from paredown.export.conditioning import excuse
-from paredown.export.onnxruntime import COSINE, Distance, distance, onnx_model, write_files
+from paredown.export.distance import Distance
+from paredown.export.onnxruntime import distance, onnx_model, write_files
 from paredown.export.openvino_session import PRECISION, Session
 from paredown.export.session import answering, as_feed
 from paredown.program import Inputs, Program
@@ -314,13 +315,13 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
 
     far = distance(answering(session), reference, noted)
     int8_nodes, float_nodes = executed(session, Inputs(first[0]["args"], first[0]["kwargs"]))
-    within, notes = _within(far, tolerance), [f"OpenVINO computed with INFERENCE_PRECISION_HINT={PRECISION}"]
+    within, notes = far.within(tolerance), [f"OpenVINO computed with INFERENCE_PRECISION_HINT={PRECISION}"]
     notes += _changes_if_free(artifact, session, first, tolerance)
     if not within and excusable:
         exact = distance(answering(Session(artifact.path, in_float=unpack_weights)), reference, again)
-        within = _within(exact, tolerance)
+        within = exact.within(tolerance)
         notes.append(_saturates(far, exact))
-    if not within and tolerance is None and far.finite:
+    if not within and tolerance is None and far.finite and far.in_spread:
         excused = excuse(reference, far.worst, far.cosine)
         within, notes = bool(excused), [*notes, *([excused] if excused else [])]
     check = Check(
@@ -333,15 +334,9 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         notes=tuple(notes),
     )
     if strict and not check.holds:
-        rule = f"within {tolerance:g} of the output scale" if tolerance else f"cosine ≥ {COSINE}"
-        got = f"an error of {far.error:.3g} at scale {far.scale:.3g}, cosine {far.cosine:.6f}"
-        msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got {got}{'' if far.finite else ', NaN or infinity'}. "
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)} "
         raise VerificationError(msg + " ".join(f"{n}." for n in notes[1:]), evidence=check)
     return check
-
-
-def _within(far: Distance, tolerance: float | None) -> bool:
-    return far.finite and (far.error <= tolerance * far.scale if tolerance else far.cosine >= COSINE)
 
 
 def _changes_if_free(artifact: Artifact, session: Session, samples: Batches, tolerance: float | None) -> list[str]:
@@ -349,7 +344,7 @@ def _changes_if_free(artifact: Artifact, session: Session, samples: Batches, tol
     if not any(isinstance(d, str) for i in session.get_inputs() for d in i.shape):
         return []
     far = distance(answering(Session(artifact.path, free=True)), artifact, samples)
-    if _within(far, tolerance):
+    if far.within(tolerance):
         return []
     return [
         f"compiled with a free batch, OpenVINO answers otherwise (error {far.error:.3g} at scale {far.scale:.3g}, cosine "

@@ -17,7 +17,7 @@ from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check
 from paredown.export.child import child_of
 from paredown.export.conditioning import excuse
-from paredown.export.onnxruntime import COSINE, distance
+from paredown.export.onnxruntime import distance
 from paredown.export.phone_passes import plain
 from paredown.export.session import predictor, skeleton
 from paredown.program import Program, quiet
@@ -104,21 +104,20 @@ def compared(
 ) -> Check:
     """The file on the samples, at their batch and at 1, against PyTorch; `tolerance` None means that the cosine decides."""
     far = distance(predictor(artifact), reference, samples)
-    within = far.error <= tolerance * far.scale if tolerance is not None else far.cosine >= COSINE
-    excused = "" if within or tolerance is not None or not far.finite else excuse(reference, far.worst, far.cosine)
+    within = far.within(tolerance)
+    odd = not (far.finite and far.in_spread)
+    excused = "" if within or tolerance is not None or odd else excuse(reference, far.worst, far.cosine)
     check = Check(
         max_error=far.error,
         scale=far.scale,
         cosine=far.cosine,
         int8_nodes=tuple(nodes[0]),
         float_nodes=tuple(nodes[1]),
-        holds=(within or bool(excused)) and far.finite,
+        holds=within or bool(excused),
         notes=(*notes, *([excused] if excused else [])),
     )
     if strict and not check.holds:
-        rule = f"within {tolerance:g} of the output scale" if tolerance is not None else f"cosine ≥ {COSINE}"
-        got = f"an error of {far.error:.3g} at scale {far.scale:.3g}, cosine {far.cosine:.6f}"
-        msg = f"{artifact.path.name} in its runtime must equal PyTorch ({rule}). Got {got}{'' if far.finite else ', NaN or infinity'}."
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}"
         raise VerificationError(msg, evidence=check)
     return check
 

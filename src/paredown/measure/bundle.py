@@ -162,7 +162,8 @@ def golden_outputs(found: Bundle, number: int) -> list[Array]:
 
 def default_tolerance(scheme: str) -> Tolerance:
     """What `check` asks of a file of that scheme."""
-    from paredown.export.onnxruntime import COSINE, TOLERANCES
+    from paredown.export.distance import COSINE
+    from paredown.export.onnxruntime import TOLERANCES
 
     bound = {"fp16": 1e-2, **TOLERANCES}.get(scheme)
     return Tolerance(cosine=COSINE) if bound is None else Tolerance(max_error_of_scale=bound)

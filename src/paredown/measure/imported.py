@@ -271,9 +271,13 @@ class _Parity:
         self.tolerance = tolerance
         self.error = self.scale = 0.0
         self.relative, self.cosine, self.samples = 0.0, 1.0, 0
+        self.lost = 0.0
+        """Error of an output as a share of what its golden values differ among themselves, where that is too much."""
 
     def add(self, got: Sequence[Array], golden: Sequence[Array]) -> None:
         """All samples of one output."""
+        from paredown.export.distance import SPREAD, of_spread
+
         x = np.concatenate([a.astype(np.float64).ravel() for a in got])
         y = np.concatenate([a.astype(np.float64).ravel() for a in golden])
         error, scale = float(np.abs(x - y).max(initial=0.0)), float(np.abs(y).max(initial=0.0))
@@ -281,12 +285,16 @@ class _Parity:
         self.error, self.scale = max(self.error, error), max(self.scale, scale)
         self.relative = max(self.relative, error / scale if scale else (0.0 if error == 0 else math.inf))
         self.cosine = min(self.cosine, float(x @ y) / norms if norms else float(bool((x == y).all())))
+        share = of_spread(x, y)
+        self.lost = max(self.lost, share if share > SPREAD else 0.0)
         self.samples = len(got)
 
     @property
     def holds(self) -> bool:
         bound = self.tolerance.max_error_of_scale
-        return self.relative <= bound if bound is not None else self.cosine >= (self.tolerance.cosine or 1.0) - 1e-12
+        if bound is not None:
+            return self.relative <= bound
+        return self.cosine >= (self.tolerance.cosine or 1.0) - 1e-12 and not self.lost
 
     @property
     def rule(self) -> str:
@@ -295,7 +303,8 @@ class _Parity:
 
     @property
     def got(self) -> str:
-        return f"an error of {self.error:.3g} at scale {self.scale:.3g}, cosine {self.cosine:.6f}"
+        lost = f", {self.lost:.2g} of what an output's values differ among themselves" if self.lost else ""
+        return f"an error of {self.error:.3g} at scale {self.scale:.3g}, cosine {self.cosine:.6f}{lost}"
 
     def measured(self, where: str) -> dict[str, Measured]:
         """The two figures of a record."""
