@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,25 @@ def each(batches: Batches) -> Iterator[Inputs]:
         raise RejectedError(msg)
     for batch in source:
         yield as_call(batch)
+
+
+def reusable(batches: Batches, num_samples: int | None = None) -> Batches:
+    """Batches that can be gone through more than once: a generator is read, up to `num_samples` finite samples, and kept.
+
+    >>> held = reusable(torch.zeros(2, 3) for _ in range(4))
+    >>> [len(list(each(held))) for _ in range(2)]
+    [4, 4]
+    """
+    if not isinstance(batches, Iterator):
+        return batches
+    held: list[Any] = []
+    left = math.inf if num_samples is None else num_samples
+    for args, kwargs in each(batches):
+        held.append({"args": args, "kwargs": kwargs})
+        left -= int(finite_rows((args, kwargs)).sum())
+        if left <= 0:
+            break
+    return held
 
 
 def tensors_of(inputs: Any) -> list[Tensor]:

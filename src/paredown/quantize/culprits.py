@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from paredown.errors import NothingToDo
+from paredown.errors import NothingToDo, RejectedError, UsageError
 from paredown.program import Inputs, Program
 from paredown.prune.nouns import Pruned
-from paredown.quantize.batches import Batches, each, rows, tensors_of
+from paredown.quantize.batches import Batches, each, reusable, rows, tensors_of
 from paredown.quantize.decompose import fetch, op_name
 from paredown.quantize.lanes import Changes, Lane, Layer, cloned, layers_of
 from paredown.quantize.nouns import Quantized
@@ -46,9 +46,9 @@ class Spared:
     ranking: tuple[Culprit, ...]
     """All that was considered, the most harmful first."""
     value: float
-    """The metric with those layers in float, as simulated."""
+    """The metric with those layers in float, of `quantized`."""
     before: float
-    """The metric with every layer in codes, as simulated."""
+    """The metric with every layer in codes, as rehearsed."""
     tried: int
     """Evaluations of the metric."""
     extra_bytes: int
@@ -70,7 +70,8 @@ def spare(
     Runtimes run a layer on codes only where its inputs and its output are codes, so a value is in float only when every
     layer around it is. Layers, and the layers around each such value, are ranked by what the output's squared error on
     calibration samples loses when they are in float. The smallest prefix of the ranking that meets the bound is found by doubling and bisection;
-    then each of its layers is put back into codes if the bound still holds without it. `evaluate` is given
+    then each of its layers is put back into codes if the bound still holds without it. All this is rehearsed; what comes out is
+    quantized and evaluated, and where it misses the bound the prefix is searched anew with networks that are. `evaluate` is given
     `predict(*inputs)` and must not see test data: it chooses. `options` are those of `quantize`; `most` bounds the layers.
 
     >>> import torch
@@ -82,47 +83,97 @@ def spare(
     >>> spare(capture(net, x[:2]), evaluate=off, meets=lambda v: v < 1.0, calibrate=[x]).float_layers
     ()
 
-    Raises NothingToDo where even all layers (or `most`) in float do not meet the bound, with the value they reach; and what
-    `quantize` raises.
+    Raises NothingToDo where even all layers (or `most`) in float do not meet the bound, with the value they reach; UsageError
+    where `evaluate` returns no number; and what `quantize` raises.
     """
     given = tuple(options.pop("float_layers", ()))
+    calibrate = reusable(calibrate, options.get("num_samples"))
     base = calibrated(tuned, target=target, calibrate=calibrate, float_layers=given, **options)
     layers = named_layers(base)
-    values: dict[frozenset[str], float] = {}
+    made: dict[frozenset[str], Quantized] = {}
 
-    def value_of(chosen: Sequence[str]) -> float:
-        key = frozenset(chosen)
-        if key not in values:
-            values[key] = float(evaluate(Mixed(base, key, Changes())))
-        return values[key]
+    def quantized(key: frozenset[str]) -> Callable[..., Any]:
+        made.clear()  # one network at a time
+        made[key] = quantize(tuned, target=target, calibrate=calibrate, float_layers=[*given, *sorted(key)], **options)
+        return made[key].module
 
-    before = value_of(())
-    ranking = rank(base, calibrate) if not meets(before) else ()
-    order = list(dict.fromkeys(n for c in ranking if c.share > 0 for n in c.layers))
-    order += [n for c in ranking for n in c.layers if n not in order and len(c.layers) == 1]
-    order = order[:most]
-    chosen: list[str] = []
+    rehearsed = _Metric(evaluate, lambda key: Mixed(base, key, Changes()))
+    real = _Metric(evaluate, quantized)
+    before, chosen, ranking = rehearsed(()), list[str](), tuple[Culprit, ...]()
     if not meets(before):
-        count = _smallest_prefix(order, lambda part: meets(value_of(part)))
-        if count is None:
-            reached = value_of(order)
-            msg = f"a few layers in float must be enough to meet the bound. Got {reached:.6g} with {len(order)} of {len(layers)} layers in float, {before:.6g} with none."
+        ranking = rank(base, calibrate)
+        order = _order(ranking)[:most]
+        found = _chosen(order, rehearsed, real, meets)
+        if found is None:
+            msg = f"a few layers in float must be enough to meet the bound. Got {real(order):.6g} with {len(order)} of {len(layers)} layers in float, {before:.6g} with none."
             raise NothingToDo(msg)
-        chosen = _without_idle(order[:count], lambda part: meets(value_of(part)))
-    done = (
-        quantize(tuned, target=target, calibrate=calibrate, float_layers=[*given, *chosen], **options)
-        if chosen
-        else None
-    )
+        chosen = found
+        if frozenset(chosen) not in made:
+            quantized(frozenset(chosen))
     return Spared(
-        quantized=done or converted(base, base.prepared),
+        quantized=made[frozenset(chosen)] if made else converted(base, base.prepared),
         float_layers=tuple(chosen),
         ranking=ranking,
-        value=value_of(chosen),
+        value=real(chosen) if made else before,
         before=before,
-        tried=len(values),
+        tried=len(rehearsed.values) + len(real.values),
         extra_bytes=sum(_extra_bytes(base, layers[n]) for n in chosen),
     )
+
+
+class _Metric:
+    """The metric with some layers in float, evaluated once for each choice of them."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[Callable[..., Any]], float],
+        predict: Callable[[frozenset[str]], Callable[..., Any]],
+    ) -> None:
+        self._evaluate, self._predict = evaluate, predict
+        self.values: dict[frozenset[str], float] = {}
+
+    def __call__(self, chosen: Sequence[str]) -> float:
+        """Raises UsageError where the metric is no number."""
+        key = frozenset(chosen)
+        if key not in self.values:
+            self.values[key] = _number(self._evaluate(self._predict(key)))
+        return self.values[key]
+
+
+def _number(value: Any) -> float:
+    """What the metric gave. Raises UsageError where that is no number."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    msg = f"evaluate must return a number. Got {type(value).__name__}. Return the metric of predict as a float."
+    raise UsageError(msg)
+
+
+def _order(ranking: Sequence[Culprit]) -> list[str]:
+    """Layers as they are to be tried: those of what harms, the most harmful first, then the others."""
+    order = list(dict.fromkeys(n for c in ranking if c.share > 0 for n in c.layers))
+    return order + [n for c in ranking for n in c.layers if n not in order and len(c.layers) == 1]
+
+
+def _chosen(
+    order: Sequence[str],
+    rehearsed: _Metric,
+    real: _Metric,
+    meets: Callable[[float], bool],
+) -> list[str] | None:
+    """The fewest layers of `order` by rehearsal, if the network quantized so holds; else the shortest part of it that does, or None."""
+    count = _smallest_prefix(order, lambda part: meets(rehearsed(part)))
+    if count is not None:
+        chosen = _without_idle(order[:count], lambda part: meets(rehearsed(part)))
+        if meets(real(chosen)):
+            return chosen
+    # The rehearsal is not the network: what only it says must neither refuse a bound nor pass for one that is kept.
+    if not meets(real(order)):
+        return None
+    count = _smallest_prefix(order, lambda part: meets(real(part)))
+    return list(order[:count])
 
 
 def _smallest_prefix(order: Sequence[str], holds: Callable[[Sequence[str]], bool]) -> int | None:
@@ -173,7 +224,7 @@ def skipped(base: Calibrated, float_layers: frozenset[str]) -> frozenset[str]:
     """The observers that are gone when these layers are in float: of their weights, and of values that only they make and read."""
     gone = {x.observer for name, x in named_layers(base).items() if name in float_layers}
     for observer, (makers, readers) in _values(base).items():
-        if makers and readers and makers | readers <= float_layers:
+        if makers | readers and makers | readers <= float_layers:
             gone.add(observer)
     return frozenset(gone)
 
@@ -184,11 +235,11 @@ def named_layers(base: Calibrated) -> dict[str, Layer]:
 
 
 OTHER = "\0"
-"""Stands for a maker or reader that is no layer: an addition, an input, an output."""
+"""Stands for a maker or reader that works on codes and is no layer, as an addition."""
 
 
 def _values(base: Calibrated) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-    """Observers of activations, each with the layers that make the value and those that read it."""
+    """Observers of activations, each with the layers that make the value and those that read it; either may be none."""
     names = {x.node: n for n, x in named_layers(base).items()}
     passing = {*named(base.target).fusions, *(op for op, kind in named(base.target).ops.items() if kind == "shared")}
     found: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
@@ -206,7 +257,10 @@ def _values(base: Calibrated) -> dict[str, tuple[frozenset[str], frozenset[str]]
 def _ends(
     start: list[fx.Node], step: Callable[[fx.Node], list[fx.Node]], names: dict[fx.Node, str], passing: set[str]
 ) -> frozenset[str]:
-    """The layers that a value comes from or goes to, through observers and ops that a runtime fuses or that only move values."""
+    """The layers that a value comes from or goes to, through observers and ops that a runtime fuses or that only move values.
+
+    Inputs, outputs and ops that stay in float want no codes: they are no ends.
+    """
     ends: set[str] = set()
     waiting, seen = list(start), set()
     while waiting:
@@ -218,7 +272,7 @@ def _ends(
             ends.add(names[node])
         elif node.op == "call_module" or op_name(node) in passing:
             waiting += step(node)
-        else:
+        elif "quantization_annotation" in node.meta:
             ends.add(OTHER)
     return frozenset(ends)
 
@@ -246,7 +300,7 @@ def rank(base: Calibrated, calibrate: Batches) -> tuple[Culprit, ...]:
     layers = named_layers(base)
     whole = max(error(frozenset()), 1e-30)
     groups = {frozenset({n}): None for n in layers}
-    groups |= {m | r: None for m, r in _values(base).values() if m and r and OTHER not in m | r}
+    groups |= {m | r: None for m, r in _values(base).values() if m | r and OTHER not in m | r}
     found = [
         Culprit(
             layers=tuple(sorted(group)),
@@ -264,7 +318,7 @@ def _extra_bytes(base: Calibrated, layer: Layer) -> int:
 
 
 def some(calibrate: Batches) -> list[Inputs]:
-    """The first `SAMPLES` samples."""
+    """The first `SAMPLES` samples. Raises RejectedError where there are none any more."""
     found: list[Inputs] = []
     left = SAMPLES
     for batch in each(calibrate):
@@ -273,4 +327,7 @@ def some(calibrate: Batches) -> list[Inputs]:
         left -= max(1, len(next(iter(tensors_of(part)))))
         if left <= 0:
             break
+    if not found:
+        msg = "calibrate must give its samples each time it is called. Got none after the first time. Return a fresh iterable."
+        raise RejectedError(msg)
     return found
