@@ -54,3 +54,57 @@ def test_wrong_requests(call, asked):
     assert (done.code, "matches none" in done.err) == (2, True)
     done = call(*asked, "--repair", "gptq", "--repair", "adaround", "--out", "a.onnx")
     assert (done.code, "must not hold both" in done.err) == (2, True)
+
+
+WIDE = """
+import torch
+from torch import nn
+
+WIDTHS = torch.tensor([1e4] + [1.0] * 9)
+
+
+def wide():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
+    net[0].weight.data /= WIDTHS
+    return net
+
+
+def alike():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
+"""
+
+
+def test_what_rounding_does_to_the_float_network_is_said(call, tmp_path):
+    """One input column in ten thousands, the others in units: one grid for all of them keeps the one."""
+    import torch
+
+    (tmp_path / "own.py").write_text(WIDE, encoding="utf-8")
+    x = np.random.default_rng(0).normal(size=(256, 10)).astype(np.float32)
+    for name, scales, noisy in (("wide", [1e4] + [1.0] * 9, True), ("alike", [1.0] * 10, False)):
+        np.save("x.npy", x * np.array(scales, np.float32))
+        ask = (
+            "quantize",
+            f"{tmp_path / 'own.py'}:{name}",
+            "--input",
+            "2x10",
+            "--calibrate",
+            "x.npy",
+            "--out",
+            f"{name}.onnx",
+        )
+        done = call(*ask, "--json")
+        assert done.code == 0, done.err
+        found = done.json["rounding"]["error_of_deviation"]
+        runtime = pytest.importorskip("onnxruntime").InferenceSession(f"{name}.onnx")
+        inputs = x * np.array(scales, np.float32)
+        got = runtime.run(None, {runtime.get_inputs()[0].name: inputs})[0]
+        namespace: dict = {}
+        exec(WIDE, namespace)
+        with torch.no_grad():
+            dense = namespace[name]()(torch.from_numpy(inputs)).numpy()
+        assert found == pytest.approx(float(np.sqrt(((got - dense) ** 2).mean()) / dense.std()), rel=0.05)
+        assert (found > 0.1) == noisy == any("differ among themselves" in n for n in done.json["notes"])
+        said = call(*ask, "--overwrite")
+        assert "codes against float" in said.out and "runtime against the simulation" in said.out

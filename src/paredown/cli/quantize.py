@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from paredown.errors import RejectedError, UsageError
 if TYPE_CHECKING:
     from paredown.export import Artifact, Check
     from paredown.program import Program
+    from paredown.quantize import Quantized
 
 _OUT = Parameter(
     name="--out",
@@ -103,16 +105,39 @@ def quantize(
         say("export and check", quiet=quiet or json)
         artifact = paredown.export(quant, out, opset=opset)
         checked = paredown.check(artifact, quant, batches)
+        lost = _lost(found.program, quant, batches)
     source = "none" if needless else "random" if read is None else "given"
-    _told(artifact, checked, _facts(found, quant, source), json=json, quiet=quiet)
+    _told(artifact, checked, _facts(found, quant, source, lost), json=json, quiet=quiet)
     return 0
 
 
-def _facts(found: Any, quant: Any, source: str) -> dict[str, Any]:
+_NOISY = 0.1
+"""20 dB."""
+
+
+def _lost(program: Program, quant: Quantized, batches: list[Any]) -> float:
+    """The simulation's error against the float network, as a share of what an output's values differ among themselves."""
+    from paredown.export.onnxruntime import distance
+    from paredown.export.session import predictor
+
+    return distance(predictor(quant), program, batches).lost
+
+
+def _facts(found: Any, quant: Any, source: str, lost: float) -> dict[str, Any]:
     """What the document says beside the file and its check."""
     notes = [*((RANDOM_SAMPLES,) if source == "random" else ()), *found.notes, *quant.notes]
+    if lost > _NOISY:
+        notes.append(
+            f"rounding changes an output by {lost:.0%} of what its values differ among themselves: try --repair, --observer or --float-layers; "
+            "`paredown numerics MODEL --input … --out page.html` shows the noise of every layer"
+        )
     share = quant.coverage
     return {
+        "rounding": {
+            "error_of_deviation": lost,
+            "badge": "measured",
+            "samples": "random" if source != "given" else "calibration",
+        },
         "calibrated_on": source,
         **({"coverage": {"macs": share.macs, "weights": share.weights}} if share else {}),
         "weights": found.weights,
@@ -237,6 +262,20 @@ def random_batches(program: Program) -> list[Any]:
     return [{"args": args, "kwargs": kwargs} for args, kwargs in made]
 
 
+def _rounding(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the codes cost against the float network; nothing of a float file."""
+    if "rounding" not in facts:
+        return []
+    lost, samples = facts["rounding"]["error_of_deviation"], facts["rounding"]["samples"]
+    decibel = f"{-20 * math.log10(lost):.1f} dB" if lost else "no error"
+    return [
+        (
+            "codes against float",
+            f"error of {lost:.1%} of the outputs' own deviation ({decibel}), {samples} samples (measured)",
+        )
+    ]
+
+
 def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bool, quiet: bool) -> None:
     if json:
         emit(
@@ -262,8 +301,9 @@ def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bo
     rows = [
         ("file bytes", f"{artifact.size_bytes:,} (measured)"),
         ("scheme", f"{artifact.scheme} for {artifact.target}"),
+        *_rounding(facts),
         (
-            "runtime against PyTorch",
+            f"runtime against {'the simulation' if 'rounding' in facts else 'PyTorch'}",
             f"max error {checked.max_error:.2g} at scale {checked.scale:.2g}, cosine {checked.cosine:.6f}",
         ),
         ("runs in int8", f"{len(checked.int8_nodes)} nodes of the runtime's own graph"),

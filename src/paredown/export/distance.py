@@ -51,14 +51,19 @@ class _Output:
         return math.sqrt(max(self.squares / self.count - (self.total / self.count) ** 2, 0.0)) if self.count else 0.0
 
     @property
-    def of_spread(self) -> float:
-        """The error as a share of the reference's deviation; 0 where that is no more than a step of its codes."""
-        if self.count < 2 or self.deviation <= 1e-9 * self.scale:
+    def lost(self) -> float:
+        """The error, root of the mean square, as a share of the reference's deviation; 0 where it has none."""
+        if self.count < 2 or self.deviation <= 1e-5 * self.scale:  # what float32 makes of equal numbers
             return 0.0
-        missed = math.sqrt(self.missed / self.count)
+        return math.sqrt(self.missed / self.count) / self.deviation
+
+    @property
+    def of_spread(self) -> float:
+        """The same, but 0 where the error is no more than a step of the reference's codes."""
+        missed = self.lost * self.deviation
         values = sorted(self.values) if len(self.values) <= _MOST_VALUES else []
         step = min((b - a for a, b in itertools.pairwise(values)), default=0.0)
-        return 0.0 if missed <= step else missed / self.deviation
+        return 0.0 if missed <= step else self.lost
 
 
 def of_spread(got: Any, expected: Any) -> float:
@@ -117,6 +122,11 @@ class Distance:
         if tolerance is None:
             return self.cosine >= COSINE and self.in_spread
         return all(o.error <= tolerance * self._beside(o) for o in self._outputs)
+
+    @property
+    def lost(self) -> float:
+        """The largest error of an output, root of the mean square, as a share of what its values differ among themselves."""
+        return max((o.lost for o in self._outputs), default=0.0)
 
     @property
     def in_spread(self) -> bool:
