@@ -68,6 +68,9 @@ class Budget:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
                 msg = f"budget.{name} must be a number ≥ 0. Got {value!r}."
                 raise UsageError(msg)
+            if value == 0 and name != "metric_loss":
+                msg = f"budget.{name} must be above 0. Got {value!r}: nothing runs in none. To set no bound, leave it out."
+                raise UsageError(msg)
             if value is not None and math.isinf(value):
                 msg = f"budget.{name} must be a finite number. Got {value!r}. To set no bound, leave it out."
                 raise UsageError(msg)

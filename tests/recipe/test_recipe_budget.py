@@ -56,6 +56,8 @@ def test_latency_with_its_unit(text, ms):
         ("budget.latency=0 ms", "a text with its unit"),
         ("budget.latency=1e-3", "It has no unit"),
         ("budget.latency_ms=fast", "must be a number ≥ 0"),
+        ("budget.latency_ms=0", "must be above 0"),
+        ("budget.peak_ram_bytes=0", "must be above 0"),
         ("budget.size_bytes=25%", "'30 MB' or '30 MiB'"),
         ("budget.size_bytes=30 mb", "'30 MB' or '30 MiB'"),
         ("budget.size_bytes=1", "ambiguous"),

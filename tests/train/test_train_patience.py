@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import forked
-from paredown.errors import UsageError
+from paredown.errors import RejectedError, UsageError
 from paredown.train import task_from_module
 from paredown.train.patience import Patient
 
@@ -86,3 +86,19 @@ def test_the_limit_must_be_a_time(wrong: object) -> None:
     )
     with pytest.raises(UsageError, match="BATCH_SECONDS must be a number above 0"):
         task_from_module(found)
+
+
+@pytest.mark.parametrize("given", [None, 3, "batches", {"x": 1}])
+def test_what_holds_no_batches_is_refused(given: object) -> None:
+    with pytest.raises(RejectedError, match=r"calibration_batches\(\) must return batches.*Got"):
+        Patient(lambda: given, "calibration_batches")()  # type: ignore[arg-type, return-value]
+
+
+def test_a_generator_that_is_used_up_is_refused() -> None:
+    once = iter([1, 2])
+    batches = Patient(lambda: once, "test_batches")
+    assert list(batches()) == [1, 2]
+    with pytest.raises(RejectedError, match=r"test_batches\(\) must return its batches anew"):
+        batches()
+    anew = Patient(lambda: iter([1, 2]), "test_batches")
+    assert list(anew()) == list(anew()) == [1, 2]

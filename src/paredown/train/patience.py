@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from paredown.errors import ResourceError
+from paredown.errors import RejectedError, ResourceError
 
 BATCH_SECONDS = 600.0
 """Longest wait for one batch, where the task module has no BATCH_SECONDS of its own. The first one starts the workers."""
@@ -29,10 +29,24 @@ class Patient:
 
     def __init__(self, batches: Callable[[], Iterable[Any]], name: str, seconds: float = BATCH_SECONDS) -> None:
         self.batches, self.name, self.seconds = batches, name, seconds
+        self._last: Any = None
 
     def __call__(self) -> Iterable[Any]:
-        """The batches, as they are, but for the wait."""
-        source = self.batches()
+        """The batches, as they are, but for the wait. Raises RejectedError for what holds none, or is used up."""
+        source: Any = self.batches()
+        if not isinstance(source, Iterable) or isinstance(source, str | bytes | Mapping):
+            msg = (
+                f"{self.name}() must return batches: a list, a DataLoader or a generator. Got {type(source).__name__}."
+            )
+            raise RejectedError(msg)
+        if isinstance(source, Iterator):
+            if source is self._last:
+                msg = (
+                    f"{self.name}() must return its batches anew in every call. Got the same {type(source).__name__} again, which is "
+                    "used up. Make the generator inside the function, or return a list."
+                )
+                raise RejectedError(msg)
+            self._last = source
         kind = _SizedBatches if isinstance(source, Sized) else _Batches
         return kind(source, self.name, self.seconds)
 
