@@ -136,7 +136,9 @@ class _Metric:
         """Raises UsageError where the metric is no number."""
         key = frozenset(chosen)
         if key not in self.values:
-            self.values[key] = _number(self._evaluate(self._predict(key)))
+            predict = self._predict(key)
+            with torch.no_grad():
+                self.values[key] = _number(self._evaluate(predict))
         return self.values[key]
 
 
