@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -207,3 +208,59 @@ def test_repairs_that_do_the_same_work_are_not_combined() -> None:
         quantize(capture(net, torch.zeros(2, 4)), calibrate=[torch.zeros(2, 4)], repair=["bias", "adaround"])
     with pytest.raises(UsageError, match="weights must be"):
         quantize(capture(net, torch.zeros(2, 4)), calibrate=[torch.zeros(2, 4)], weights="group")  # type: ignore[arg-type]
+
+
+class OddBias(nn.Module):
+    """Three convolutions; the bias of the first is another's too, or computed from a parameter."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.kind = kind
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+        with torch.no_grad():
+            self.a.weight[0] *= 30
+            self.a.bias.uniform_(-1, 1)  # type: ignore[union-attr]
+        if kind == "shared":
+            self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.a.bias * 2 + 1 if self.kind == "computed" else self.a.bias
+        return self.c(F.relu(self.b(F.relu(F.conv2d(x, self.a.weight, bias, padding=1)))))
+
+
+@pytest.mark.parametrize("kind", ["shared", "computed"])
+def test_equalization_leaves_a_layer_alone_whose_bias_it_cannot_scale(kind: str) -> None:
+    from paredown.quantize.equalize import equalize, pairs_of
+
+    net, x = OddBias(kind).eval(), torch.randn(16, 3, 8, 8)
+    prepared = _prepared(net, x)
+    firsts = [p.first.weight for p in pairs_of(prepared)]
+    assert firsts == ([] if kind == "shared" else ["b.weight"])
+    with torch.no_grad():
+        before = prepared(x)
+        equalize(prepared, [((x,), {})])
+        assert torch.allclose(prepared(x), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["shared", "computed"])
+@pytest.mark.parametrize("repair", ["equalize", "gptq", "adaround", "blocks", "bias", "bias-fast"])
+def test_no_repair_harms_a_network_with_an_odd_bias(kind: str, repair: str) -> None:
+    net, x = OddBias(kind).eval(), torch.randn(16, 3, 8, 8)
+    program = capture(net, x[:2])
+    plain, mended = (quantize(program, calibrate=[x], scheme="w4a8", repair=r) for r in ([], [repair]))
+    assert signal(net, mended, x) > signal(net, plain, x) - 0.5
+
+
+@pytest.mark.parametrize("repair", ["equalize", "smooth"])
+def test_a_repair_that_changes_the_function_is_refused(repair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paredown.errors import VerificationError
+
+    def wrong(prepared: Any, calls: Any) -> dict[str, float]:
+        next(iter(prepared.parameters())).data *= 1.1
+        return {}
+
+    monkeypatch.setattr(importlib.import_module("paredown.quantize.equalize"), repair, wrong)
+    net, x = Separable(), torch.randn(16, 3, 8, 8)
+    with pytest.raises(VerificationError, match=f"{repair} must leave the function as it is"):
+        quantize(capture(net, x[:2]), calibrate=[x], repair=[repair])

@@ -37,6 +37,8 @@ def pairs_of(prepared: fx.GraphModule) -> Iterator[Pair]:
     """All pairs of the prepared graph, in graph order."""
     layers = {layer.node: layer for layer in layers_of(prepared)}
     for layer in layers.values():
+        if layer.bias_is_given:
+            continue  # its output would not scale with its weight
         node = layer.node
         clamps: list[fx.Node] = []
         while len(node.users) == 1:

@@ -33,6 +33,12 @@ class Layer:
     observer: str
     """Module of the prepared graph that gives the weight its scales."""
     bias: str | None
+    """Attribute that holds the bias, where it is this layer's alone and can be changed."""
+
+    @property
+    def bias_is_given(self) -> bool:
+        """Whether there is a bias that cannot be changed: it is computed, or another layer's too."""
+        return self.bias is None and len(self.node.args) > 2 and self.node.args[2] is not None
 
     @property
     def groups(self) -> int:
@@ -220,11 +226,10 @@ def plain_lanes(
 
 
 def _reread(run: Run, layer: Layer) -> None:
-    for arg in layer.node.all_input_nodes:
-        if arg is layer.source:
-            continue
-        for node in (*arg.all_input_nodes, arg):
-            run.env[node] = run.run_node(node)
+    """The weight and the bias that the layer holds; of a bias that is computed the inputs are dropped by now."""
+    weight: list[fx.Node] = [*layer.use.weight.all_input_nodes, layer.use.weight]
+    for node in weight if layer.bias is None else [*weight, layer.node.args[2]]:
+        run.env[node] = run.run_node(node)  # type: ignore[index, arg-type]
 
 
 def apply(prepared: fx.GraphModule, changes: Changes) -> None:

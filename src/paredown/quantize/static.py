@@ -248,11 +248,13 @@ def _repaired(prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], 
     from paredown.quantize.equalize import equalize, smooth
     from paredown.quantize.rounding import METHODS, round_layers
 
-    if {"equalize", "smooth"} & set(repair):
-        if "equalize" in repair:
-            equalize(prepared, calls)
-        if "smooth" in repair:
-            smooth(prepared, calls)
+    scalings = {n: f for n, f in (("equalize", equalize), ("smooth", smooth)) if n in repair}
+    if scalings:
+        before = _outputs(prepared, calls[0])
+        for name, scale in scalings.items():
+            scale(prepared, calls)
+            rule = f"the repair {name} must leave the function as it is"
+            _refuse_change(before, _outputs(prepared, calls[0]), rule, "Leave it out.")
         _reset(prepared)
         for args, kwargs in calls:  # ranges have moved
             with torch.no_grad():
@@ -355,9 +357,7 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
     """The graph with observers in it, which must still compute the same function, and whose parameter each op reads."""
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-    args, kwargs = program.inputs
-    with torch.no_grad():
-        before = tensors_of(graph(*_cloned(args), **_cloned(kwargs)))
+    before = _outputs(graph, program.inputs)
     with quiet("torchao"):
         decompose(graph, quantizer.target.decompositions)
         free_batch_norms(graph)
@@ -370,18 +370,27 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
         _refuse_unknown(graph, "float_layers", quantizer.float_layers)
         _refuse_unknown(graph, "bits", tuple(quantizer.bits))
         prepared = prepare_pt2e(graph, quantizer)
-    with torch.no_grad():
-        after = tensors_of(prepared(*_cloned(args), **_cloned(kwargs)))
+    after = _outputs(prepared, program.inputs)
     _reset(prepared)
+    rule = "the graph prepared for quantization must compute the same function"
+    hint = "An op that changes its input in place may be the cause: write it without the underscore."
+    _refuse_change(before, after, rule, hint)
+    return prepared, owners
+
+
+def _outputs(graph: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    args, kwargs = _cloned(inputs)
+    with torch.no_grad():
+        return tensors_of(graph(*args, **kwargs))
+
+
+def _refuse_change(before: Sequence[Tensor], after: Sequence[Tensor], rule: str, hint: str) -> None:
     for a, b in zip(before, after, strict=True):
         scale = float(a.double().abs().max()) if a.numel() else 0.0
         error = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
         if not error <= 1e-3 * max(scale, 1e-6):
-            msg = f"the graph prepared for quantization must compute the same function. Got a difference of {error:.3g} at scale {scale:.3g}."
-            raise VerificationError(
-                msg + " An op that changes its input in place may be the cause: write it without the underscore."
-            )
-    return prepared, owners
+            msg = f"{rule}. Got a difference of {error:.3g} at scale {scale:.3g}. {hint}"
+            raise VerificationError(msg)
 
 
 def _refuse_unknown(graph: fx.GraphModule, option: str, patterns: Sequence[str]) -> None:
