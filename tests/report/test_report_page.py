@@ -392,6 +392,14 @@ def test_dense_recommended() -> None:
     assert "the dense FP32 file stays the recommended one" in text and "judged on the INT8 file" in text
 
 
+def test_a_smaller_file_that_keeps_all_bounds_but_is_slower_is_named() -> None:
+    run = [*sample()[:-1], verdict(otherwise="dense")]
+    run[4] = dataclasses.replace(run[4], measured=measured((8, 24, 40), 98.52, -0.37, 0.2, int8=True))
+    text = Page(render(run)).text
+    assert "The INT8 file is smaller and keeps every bound, but it is slower than the dense FP32 file" in text
+    assert "No smaller file may take its place" not in text
+
+
 def test_layers_stand_under_the_roof_of_floats_and_that_of_integers() -> None:
     closer = insight()
     lines = roofline(view(sample()))

@@ -71,11 +71,25 @@ def _sentence(run: View, best: Record | None) -> str:
     if best is None:
         return ""
     if run.recommended == "dense":
+        coded = run.quantized
+        met = entry(run.verdict, "target_met") is True and all(b.get("met") for b in rows(entry(run.verdict, "bounds")))
+        if coded is not None and met and _bytes(coded) < _bytes(best):
+            pace, _ = speed(run, coded)
+            reason = (
+                "is slower than the dense FP32 file on this machine"
+                if pace == "slower"
+                else "is no faster on this machine"
+            )
+            return f"{_judged(run)[:1].upper()}{_judged(run)[1:]} is smaller and keeps every bound, but it {reason}. Where bytes decide, take that one."
         return "No smaller file may take its place: the dense FP32 file stays the recommended one."
     pace, _ = speed(run, best)
     if pace == "slower":
         return "It is recommended for its size. It is slower than the dense FP32 file on this machine."
     return ""
+
+
+def _bytes(record: Record) -> float:
+    return figure(record, "bytes").value or 0.0
 
 
 def _cards(run: View, best: Record | None, bounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
