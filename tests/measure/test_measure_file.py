@@ -126,6 +126,9 @@ def test_wrong_requests(files: tuple[Artifact, Artifact], tmp_path: Path) -> Non
         measure(files[1], [])
     with pytest.raises(UsageError, match="threads must be"):
         measure(files[1], x, threads=0)
+    for seconds in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="seconds must be a number above 0"):
+            measure(files[1], x, seconds=seconds)
     with pytest.raises(RejectedError, match="measured already"):
         measure(files[1], x, evaluate=lambda _: {"bytes": 1.0}, runs=5, seconds=0.1, memory=False)
     with pytest.raises(RejectedError, match=r"samples must be what the file takes.*\(1, 3, 8, 8\).*small\.onnx"):

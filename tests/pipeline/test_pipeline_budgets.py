@@ -77,6 +77,15 @@ def test_fault_71_an_impossible_latency_is_exit_4_with_the_nearest_plan(tmp_path
     assert caught.value.nearest.keep
 
 
+def test_bytes_that_no_file_reaches_come_with_the_smallest_that_there_is(tmp_path):
+    asked = recipe({"size_bytes": 100, "trials": 1, "low_rank": False})
+    with pytest.raises(
+        InfeasibleError, match=r"size_bytes must be reachable: 100\. Got some [\d,]+ B at the least \(.*, estimated\)"
+    ) as caught:
+        compress(asked, out=tmp_path / "run", quiet=True)
+    assert "Error" not in str(caught.value)
+
+
 def test_multiply_accumulates_are_searched_without_files(tmp_path):
     compress(recipe({"macs": 0.5, "allocation": "uniform"}), out=tmp_path / "run", quiet=True)
     records = {r.cell["stage"]: r for r in read(tmp_path / "run" / "records.jsonl")}

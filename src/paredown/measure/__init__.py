@@ -47,11 +47,14 @@ def measure(
     entry per metric: evaluate(predict) returns {name: number, or one value per sample}; arrays give mean and 95 %
     interval. `units` names the metrics' units. Timings and memory carry timing=True.
 
-    Raises RejectedError (no samples, a metric that is None, text or NaN), UsageError (threads, runs), MissingError
+    Raises RejectedError (no samples, a metric that is None, text or NaN), UsageError (threads, runs, seconds), MissingError
     (the runtime), ResourceError (the process that measures memory failed).
     """
     if threads < 1 or runs < 5:
         msg = f"threads must be ≥ 1 and runs ≥ 5. Got {threads} and {runs}."
+        raise UsageError(msg)
+    if not 0 < seconds < float("inf"):
+        msg = f"seconds must be a number above 0. Got {seconds}."
         raise UsageError(msg)
     where = machine_text()
     measured = dict(sizes(artifact.files, where))

@@ -83,9 +83,17 @@ def shrunk(run: Run, way: Way, here: Here, limit: float) -> Shrunk | None:
     coded = sum(p.codes.numel() + SCALE_BYTES * len(p.codes) for p in quantized.weights.values())
     shrinking = Shrinking(limit=limit, overhead=float(file.size_bytes - coded), widths=bounds.bits)
 
+    smallest: list[tuple[float, str]] = []
+
     def answer(values: Values) -> tuple[tuple[float, ...], Mapping[str, Any]]:
         variant, _ = _variant(run, way, here, values)
-        spread = _bits_within(run, variant, shrinking.codes, shrinking.widths)
+        try:
+            spread = _bits_within(run, variant, shrinking.codes, shrinking.widths)
+        except _TooLarge as large:
+            smallest.append(
+                (large.least + shrinking.overhead, f"{values['way']}, {float(values['share']):.2f} of the parameters")
+            )
+            raise
         error = _error(run, here, variant, spread.bits)
         size = spread.size_bytes + shrinking.overhead
         run.say(
@@ -97,8 +105,12 @@ def shrunk(run: Run, way: Way, here: Here, limit: float) -> Shrunk | None:
     trials = _trials(run, way, here, answer)
     good = [t for t in trials if t.losses is not None]
     if not good:
-        reasons = "; ".join(dict.fromkeys(t.why for t in trials))[:400]
-        msg = f"size_bytes must be reachable: {limit:,.0f}. Got no trial that is: {reasons}. Allow fewer bits (budget.bits), lower prune.floor, or ask for more."
+        near = (
+            f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)"
+            if smallest
+            else trials[-1].why
+        )
+        msg = f"size_bytes must be reachable: {limit:,.0f}. Got {near} in {len(trials)} trials. Allow fewer bits (budget.bits), lower prune.floor, or ask for more."
         raise InfeasibleError(msg, nearest=_nearest(way, here))
     best = min(good, key=lambda t: (t.losses or (math.inf,))[0])
     level = _level(here, best.values)
@@ -256,12 +268,20 @@ def unpacking_bytes(bits: int) -> int:
     return WORTH_BYTES * len(PLANES[bits]) if bits < 8 else 0
 
 
+class _TooLarge(NothingToDo):
+    """Even the narrowest widths do not fit; `least` is what their codes take, bytes."""
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 def _solved(groups: Sequence[Sequence[Width]], limit: int) -> _Spread:
     solved = knapsack([[w.size_bytes for w in g] for g in groups], [[w.error for w in g] for g in groups], limit)
     if solved is None:
         least = sum(min(w.size_bytes for w in g) for g in groups)
         msg = f"codes of the narrowest widths must fit {limit:,} B. Got {least:,} B"
-        raise NothingToDo(msg)
+        raise _TooLarge(msg, least)
     chosen = [g[o] for g, o in zip(groups, solved.chosen, strict=True)]
     return _Spread(bits={w.layer: w.bits for w in chosen}, size_bytes=sum(w.size_bytes for w in chosen))
 

@@ -77,7 +77,7 @@ def curve_view(records: Sequence[Record]) -> CurveView:
         raise RejectedError(msg) from error
     spot = sweet_spot(found, axis, limit=limit, unit=unit)
     comparisons = compared(found, goal=goal, unit=unit)
-    every = {id(p): p for line in found if line.kind != "random" for p in line.points}
+    every = {id(p): p for line in found for p in line.points}  # a random choice too, where it wins
     return CurveView(
         head=head, trials=tuple(trials), metric=metric, axis=axis, limit=limit, failed=failed, lines=found, spot=spot,
         comparisons=comparisons, verdict=dense_verdict(spot, comparisons, goal=goal),
