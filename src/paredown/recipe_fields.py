@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -202,6 +203,25 @@ class Recover(Strict):
         return self
 
 
+CLASHING_REPAIRS = (
+    *(("gptq", "adaround"), ("gptq", "blocks"), ("adaround", "blocks"), ("bias", "bias-fast")),
+    *((rounding, means) for rounding in ("gptq", "adaround", "blocks") for means in ("bias", "bias-fast")),
+)
+"""Of which the one does the work of the other; what rounds by samples gives back the means as it goes."""
+
+
+def clash_of(repair: Sequence[str]) -> str:
+    """What a list of repairs must not hold, and why; "" for one that is sound.
+
+    >>> clash_of(["equalize", "gptq"]), clash_of(["bias", "gptq"])[:36]
+    ('', "must not hold both 'gptq' and 'bias'")
+    """
+    for one, other in CLASHING_REPAIRS:
+        if one in repair and other in repair:
+            return f"must not hold both {one!r} and {other!r}: each does the work of the other. Got {list(repair)}. Leave one out."
+    return ""
+
+
 class Quantize(Strict):
     """Codes instead of floats, after the last level."""
 
@@ -215,8 +235,8 @@ class Quantize(Strict):
     samples: int | None = Field(default=None, ge=1)
     """Calibration samples at most; null takes all that the task gives."""
     repair: list[Literal["equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fast"]] = []
-    """What is done against the rounding: ranges moved between layers, codes chosen by what they do to the output, means given
-    back. The samples and their activations are kept in memory."""
+    """What is done against the rounding: ranges moved between layers, codes chosen by what they do to the output (one of gptq,
+    adaround and blocks, which give back the means as well), means given back. The samples and their activations are kept in memory."""
     float_layers: list[str] = []
     """Patterns of parameters or modules that stay in float."""
     spare: bool = False
@@ -232,12 +252,15 @@ class Quantize(Strict):
         return "int8" if self.scheme in ("int8", "w4a8") else "fp32"
 
     @model_validator(mode="after")
-    def _reads_samples(self) -> Quantize:
+    def _can_be_done(self) -> Quantize:
         if self.scheme in ("int8-dynamic", "w4"):
             asked = [n for n in ("repair", "spare", "epochs") if getattr(self, n)]
             if asked:
                 msg = f"quantize.{asked[0]} must be left out for the scheme {self.scheme}, which reads no samples. Got {getattr(self, asked[0])!r}."
                 raise ValueError(msg)
+        if clash := clash_of(self.repair):
+            msg = f"quantize.repair {clash}"
+            raise ValueError(msg)
         return self
 
 

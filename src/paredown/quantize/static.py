@@ -74,7 +74,8 @@ def quantize(
     or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
     `repair` names what is done against the rounding, in whatever order they are given: "equalize" and "smooth" move
     ranges between layers without changing the function, "gptq" or "adaround" choose codes layer after layer by what they
-    do to its output, "blocks" goes on from gptq's codes and chooses those of a whole residual block together, "bias" or "bias-fast" give back the means. They keep the samples and their activations in memory.
+    do to its output, "blocks" goes on from gptq's codes and chooses those of a whole residual block together, "bias" or "bias-fast"
+    give back the means, without those three, which do so as they go. They keep the samples and their activations in memory.
     `weights` "tensor" has one scale per weight. `float_layers` are patterns (fnmatch) of parameters or modules that
     stay in float.
 
@@ -287,6 +288,8 @@ def _checked(
     weights: str,
     bits: Mapping[str, int],
 ) -> Target:
+    from paredown.recipe_fields import clash_of
+
     table = named(target)
     if scheme not in STATIC:
         later = " It is a scheme of paredown, but this version cannot produce it yet." if scheme in SCHEMES else ""
@@ -298,14 +301,9 @@ def _checked(
             f"repair must be a list of {', '.join(REPAIRS)}. Got {repair if isinstance(repair, str) else unknown[0]!r}."
         )
         raise UsageError(msg)
-    for one, other in (
-        ("gptq", "adaround"), ("gptq", "blocks"), ("adaround", "blocks"), ("adaround", "bias"), ("blocks", "bias"), ("bias", "bias-fast"),
-    ):  # fmt: skip
-        if one in repair and other in repair:
-            msg = (
-                f"repair must not hold both {one!r} and {other!r}: each does the work of the other. Got {list(repair)}."
-            )
-            raise UsageError(msg)
+    if clash := clash_of(repair):
+        msg = f"repair {clash}"
+        raise UsageError(msg)
     if weights not in ("channel", "tensor"):
         msg = f"weights must be 'channel' or 'tensor'. Got {weights!r}."
         raise UsageError(msg)
