@@ -124,3 +124,13 @@ def test_steps_of_codes_are_no_loss() -> None:
     far = Distance()
     far.add([torch.from_numpy(got)], [torch.from_numpy(expected)])
     assert far.in_spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_are_refused_before_any_work(tmp_path: Path, dtype: torch.dtype) -> None:
+    net = nn.Linear(8, 2).to(dtype).eval()
+    with pytest.raises(
+        RejectedError, match=rf"float32 to be exported. Got {str(dtype).removeprefix('torch.')} in weight"
+    ):
+        export((net, X[:2].to(dtype)), tmp_path / "net.onnx")
+    assert not (tmp_path / "net.onnx").exists()

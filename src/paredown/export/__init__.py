@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from paredown.environments import python_of
-from paredown.errors import MissingError, UsageError
+from paredown.errors import MissingError, RejectedError, UsageError
 from paredown.export.artifact import Artifact, Check
 from paredown.export.session import Predict, predictor
 from paredown.program import Program, capture
@@ -51,7 +52,7 @@ def export(
     `Artifact.files`. Files appear whole or not at all. `accuracy_level` says how 4-bit weights are multiplied: 0 in
     float32, 4 in int8 with a range per row and 32 inputs, which is faster on some machines and less exact.
 
-    Raises UsageError (target, opset), RejectedError (ops without a translation, listed before conversion), MissingError
+    Raises UsageError (target, opset), RejectedError (weights that are not float32, ops without a translation, listed before conversion), MissingError
     (onnx, onnxscript, the environment), ResourceError (the path cannot be written).
 
     >>> import tempfile, torch
@@ -84,7 +85,20 @@ def export(
             msg = f"accuracy_level must be 0, or 4 for a network that is w4. Got {accuracy_level!r}."
             raise UsageError(msg)
         more = {"accuracy_level": accuracy_level}
-    return runtime.write(_floating(thing), path, target=table, opset=opset, **more)  # type: ignore[no-any-return]
+    found = _floating(thing)
+    _refuse_other_floats(found.program if isinstance(found, Quantized) else found)
+    return runtime.write(found, path, target=table, opset=opset, **more)  # type: ignore[no-any-return]
+
+
+def _refuse_other_floats(program: Program) -> None:
+    """Half precision in a file is the exporter's to make; kernels of double precision the runtimes do not have."""
+    parameters = program.eval_graph.graph_signature.parameters
+    for name in parameters:
+        dtype = program.state[name].dtype
+        if dtype.is_floating_point and dtype != torch.float32:
+            kind = str(dtype).removeprefix("torch.")
+            msg = f"a network must be of float32 to be exported. Got {kind} in {name}. Call model.float() before capture; scheme='fp16' writes halves where a runtime has them."
+            raise RejectedError(msg)
 
 
 def check(
