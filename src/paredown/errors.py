@@ -88,3 +88,15 @@ class Interrupted(KeyboardInterrupt):
     """Stopped by the user at a safe point; the same command resumes."""
 
     exit_code = 130
+
+
+def must_be(name: str, value: object, *kinds: type, fix: str = "") -> None:
+    """Raises UsageError where a value is of none of these types: what a verb was given in a noun's place.
+
+    >>> must_be("budget", 0.5, dict)
+    Traceback (most recent call last):
+    paredown.errors.UsageError: budget must be a dict. Got float.
+    """
+    if not isinstance(value, kinds):
+        msg = f"{name} must be a {' or a '.join(k.__name__ for k in kinds)}. Got {type(value).__name__}. {fix}".rstrip()
+        raise UsageError(msg)

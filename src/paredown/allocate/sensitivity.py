@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from paredown.allocate.latency import LayerLatency
-from paredown.errors import UsageError
+from paredown.errors import UsageError, must_be
 from paredown.records import Badge
 
 Floats = NDArray[np.float64]
@@ -48,8 +48,10 @@ class Sensitivity:
     @classmethod
     def from_table(cls, table: Table, of: Mapping[str, int], *, unit: str = "loss", **fields: Any) -> Sensitivity:
         """From one's own numbers: integers are counts, fractions in (0, 1] shares of `of`. Raises UsageError."""
+        must_be("sensitivity", table, Mapping, fix="Give {name: {kept: increase}}.")
         increase: dict[str, dict[int, float | None]] = {}
         for name, points in table.items():
+            must_be(f"sensitivity[{name!r}]", points, Mapping, fix="Give {kept: increase}, kept a count or a fraction.")
             if name not in of:
                 msg = f"a table of sensitivities must name what can be pruned. Got {name!r}; known are {', '.join(list(of)[:5])}…."
                 raise UsageError(msg)
@@ -128,6 +130,7 @@ class Latency:
     def check(self, units: Mapping[str, int]) -> None:
         """Raises UsageError for unknown spaces, a missing dense point, or times that are no numbers ≥ 0."""
         for name, points in self.by_space.items():
+            must_be(f"latency[{name!r}]", points, Mapping, fix="Give {kept units: ms}.")
             if name not in units:
                 msg = f"a latency table must name spaces of the coupling. Got {name!r}; known are {', '.join(list(units)[:5])}…."
                 raise UsageError(msg)

@@ -18,7 +18,7 @@ from paredown.allocate.request import MEASURED, Request
 from paredown.allocate.search import TOLERANCE, Found, Gap, lowest, nearest, ranked, uniform, within
 from paredown.allocate.sensitivity import Latency
 from paredown.couple.space import Coupling
-from paredown.errors import InfeasibleError, NothingToDo, UsageError
+from paredown.errors import InfeasibleError, NothingToDo, UsageError, must_be
 from paredown.plan import Plan
 from paredown.target.tables import named
 
@@ -115,6 +115,7 @@ def _task(request: Request) -> _Task:
 def _latency(request: Request) -> Latency | None:
     if request.latency is None:
         return None
+    must_be("latency", request.latency, Latency, Mapping, fix="Give {space: {kept units: ms}}.")
     table = request.latency if isinstance(request.latency, Latency) else Latency(by_space=request.latency)
     table.check({s.name: len(s) for s in request.coupling.spaces})
     return table

@@ -13,7 +13,7 @@ from paredown.allocate.sensitivity import Latency, Sensitivity, Table
 from paredown.allocate.structured import allocate_units
 from paredown.budget import Budget
 from paredown.couple.space import Coupling
-from paredown.errors import UsageError
+from paredown.errors import UsageError, must_be
 from paredown.examine.cost import Cost
 from paredown.plan import Plan
 from paredown.score.nouns import Scores
@@ -80,7 +80,7 @@ def allocate(
         coupling=coupling,
         scores=scores,
         cost=cost,
-        budget=Budget() if budget is None else budget,
+        budget=_checked(coupling, scores, cost, budget),
         target=target,
         allocation=allocation,
         include=as_patterns(include),
@@ -99,6 +99,15 @@ def allocate(
         msg = "allocate must be given scores of units or cells. Got granularity layer: whole modules leave through Plan(drop_modules=…)."
         raise UsageError(msg)
     return allocate_masks(request) if granularity.masked else allocate_units(request)
+
+
+def _checked(coupling: Coupling, scores: Scores, cost: Cost, budget: Budget | None) -> Budget:
+    for name, value, kind in (("coupling", coupling, Coupling), ("scores", scores, Scores), ("cost", cost, Cost)):
+        must_be(name, value, kind)
+    if budget is None:
+        return Budget()
+    must_be("budget", budget, Budget, fix="What remains of something, as Budget(macs=0.5).")
+    return budget
 
 
 def predict(coupling: Coupling, cost: Cost, plan: Plan) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from paredown.couple.ids import FIXED, along, varying
 from paredown.couple.space import Coupling, Footprint, Indices, Pinned, Role, Space
 from paredown.couple.trace import Pin, Trace, numbers, trace
+from paredown.errors import RejectedError, must_be
 from paredown.program import Program
 
 
@@ -39,10 +40,9 @@ def couple(program: Program, *, strict: bool = False) -> Coupling:
     [('0.weight[0]', 8)]
     """
     start = time.perf_counter()
+    must_be("program", program, Program, fix="Use paredown.capture(model, inputs).")
     run = trace(program)
     if strict and run.unknown:
-        from paredown.errors import RejectedError
-
         msg = f"every op must have a coupling rule with --strict. Got {dict(run.unknown)}."
         raise RejectedError(msg)
     return assemble(run, start)

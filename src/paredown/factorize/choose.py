@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from paredown.budget import Budget
-from paredown.errors import InfeasibleError, NothingToDo, UsageError
+from paredown.errors import InfeasibleError, NothingToDo, UsageError, must_be
 from paredown.examine import examine
 from paredown.examine.cost import Cost
 from paredown.factorize.decompose import Factoring, Seen
@@ -23,6 +23,7 @@ from paredown.program import Program
 from paredown.prune.factors import METHODS, Found, Layer, found
 from paredown.prune.nouns import Pruned
 from paredown.score.patterns import as_patterns
+from paredown.statistics.batches import Given
 from paredown.target.tables import named
 
 Choice = Literal["spectrum", "measured"]
@@ -40,11 +41,11 @@ def choose_ranks(
     choice: Choice = "spectrum",
     allocation: Allocation = "global",
     weigh: Weigh = "relative",
-    batches: Iterable[Any] | None = None,
+    batches: Given | None = None,
     statistics: Mapping[str, Seen] | None = None,
     num_batches: int = 16,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    loss_batches: Iterable[Any] | None = None,
+    loss_batches: Given | None = None,
     ratios: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
     alpha: float = 0.5,
     sweeps: int = 2,
@@ -115,6 +116,8 @@ def choose_ranks(
 def _checked(
     budget: Budget | None, energy: float | None, method: str, choice: str, allocation: str, weigh: str, floor: float
 ) -> dict[str, float | int]:
+    if budget is not None:
+        must_be("budget", budget, Budget, fix="What remains of something, as Budget(macs=0.5).")
     closed = {
         "method": (method, METHODS),
         "choice": (choice, ("spectrum", "measured")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,14 @@ from paredown.factorize.select import Floats
 from paredown.program import Program
 from paredown.prune.factors import product
 from paredown.prune.nouns import Pruned
+from paredown.statistics.batches import Given, as_number, once, taken
 
 
 def measured_losses(
     source: Program | Pruned,
     candidates: Sequence[Candidate],
     loss: Callable[[nn.Module, Any], Tensor] | None,
-    batches: Iterable[Any] | None,
+    batches: Given | None,
     ratios: Sequence[float],
     *,
     seen: Mapping[str, Seen],
@@ -42,7 +43,7 @@ def measured_losses(
     if not ratios or not all(isinstance(r, float) and 0 < r < 1 for r in ratios):
         msg = f"ratios must be fractions in (0, 1), what remains of a layer. Got {ratios!r}."
         raise UsageError(msg)
-    held = list(batches)
+    held = list(taken(once(batches, "loss_batches"), None, "loss_batches"))
     if not held:
         msg = "loss_batches must hold at least one batch. Got none."
         raise RejectedError(msg)
@@ -92,5 +93,5 @@ def _mean(loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batches: S
     for number, batch in enumerate(batches):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
-            values.append(float(loss(model, batch)))
+            values.append(as_number(loss(model, batch), number))
     return float(np.mean(values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from paredown.errors import NothingToDo, UsageError, VerificationError
+from paredown.errors import NothingToDo, UsageError, VerificationError, must_be
 from paredown.factorize.decompose import NEEDS_DATA, Factoring, Seen, factors_of
 from paredown.factorize.prove import factor_reference, prove_factors
 from paredown.plan import Plan, Rank
@@ -22,6 +22,7 @@ from paredown.prune.factors import Layer, found
 from paredown.prune.nouns import Pruned
 from paredown.prune.prove import Reference, in_dtype, own_move, same_in_train
 from paredown.prune.remove import compose
+from paredown.statistics.batches import Given, once
 
 Realiser = Literal["auto", "module", "graph"]
 
@@ -30,7 +31,7 @@ def factorize(
     source: Program | Pruned,
     plan: Plan,
     *,
-    batches: Iterable[Any] | None = None,
+    batches: Given | None = None,
     statistics: Mapping[str, Seen] | None = None,
     num_batches: int = 16,
     alpha: float = 0.5,
@@ -66,6 +67,7 @@ def factorize(
     if realiser not in ("auto", "module", "graph"):
         msg = f"realiser must be auto, module or graph. Got {realiser!r}."
         raise UsageError(msg)
+    must_be("plan", plan, Plan, fix="Use paredown.choose_ranks(program, budget).")
     program = program_of(source)
     layers, plan = _planned(program, plan)
     how = Factoring(alpha=alpha, sweeps=sweeps)
@@ -96,7 +98,7 @@ def input_statistics_for(
     program: Program,
     layers: Mapping[str, Layer],
     ranks: Mapping[str, Rank],
-    batches: Iterable[Any] | None,
+    batches: Given | None,
     statistics: Mapping[str, Seen] | None,
     num_batches: int,
 ) -> Mapping[str, Seen]:
@@ -113,7 +115,7 @@ def input_statistics_for(
     from paredown.statistics.inputs import input_statistics
 
     gram = any(ranks[p].method == "svd_llm" for p in needed)
-    return input_statistics(program, needed, batches, gram=gram, num_batches=num_batches)
+    return input_statistics(program, needed, once(batches), gram=gram, num_batches=num_batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from paredown.budget import Budget
 from paredown.environments import python_of
-from paredown.errors import UsageError
+from paredown.errors import UsageError, must_be
 from paredown.measure import machine
 from paredown.pipeline.budgets import check_budget
 from paredown.pipeline.display import Display, display
@@ -22,6 +22,7 @@ from paredown.pipeline.run import Run
 from paredown.pipeline.stages import Compressed, run_stages
 from paredown.pipeline.ways import check_ways
 from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
+from paredown.statistics.batches import Given, batches_of
 from paredown.target import named
 from paredown.train import Metric, Task, task_from_module
 
@@ -34,9 +35,9 @@ def compress(
     *,
     out: str | Path,
     train: Callable[[nn.Module], nn.Module | None] | None = None,
-    train_batches: Callable[[], Any] | None = None,
+    train_batches: Given | None = None,
     step: Callable[[nn.Module, Any], torch.Tensor] | None = None,
-    calibrate: Callable[[], Any] | None = None,
+    calibrate: Given | None = None,
     evaluate: Callable[..., Any] | None = None,
     metric: Metric | Mapping[str, str] | None = None,
     budget: Budget | None = None,
@@ -50,19 +51,22 @@ def compress(
 
     From a recipe: `compress("digits", out="runs/digits")`, an embedded name, a path or a Recipe, with `overrides`
     ("prune.criterion=l2"). From a notebook: `compress(model, inputs, train=…, calibrate=…, evaluate=…, metric=…,
-    budget=Budget(macs=0.5), out=…)`: `train(model)` is your own loop, or give `train_batches` and `step`; `calibrate()`
-    yields inputs; `evaluate(predict)` returns {metric: value or one value per sample} on test data; `budget` says what
-    remains after one level of pruning (without it nothing is pruned) and may bound `metric_loss`; `options` are recipe
-    keys ({"prune": {"criterion": "taylor"}}).
+    budget=Budget(macs=0.5), out=…)`: `train(model)` is your own loop, or give `train_batches` and `step`; `calibrate`
+    yields inputs (each a function of batches, a list or a DataLoader); `evaluate(predict)` returns {metric: value or one
+    value per sample} on test data; `budget` says what remains after one level of pruning (without it nothing is pruned)
+    and may bound `metric_loss`; `options` are recipe keys ({"prune": {"criterion": "taylor"}}).
 
     The same recipe in the same `out` continues a killed run, to the same model, plan and export, byte for byte; so does
     the same cell of a notebook. Functions that changed (their code, or what they reach by name) are refused with what
-    is different, unless `overwrite`. Writes recipe.yaml, plan.json, records.jsonl, report.html, model.safetensors and one file per export.
+    is different, unless `overwrite`. Writes recipe.yaml, plan.json, records.jsonl, report.html, model.safetensors and one
+    file per export.
 
     Raises UsageError (2), RejectedError (3), InfeasibleError (4), GateError (5: the metric bound does not hold; the
     report is written), VerificationError (6), ResourceError (7), MissingError (8), Interrupted (130, resumable).
     """
     if isinstance(what, nn.Module):
+        if budget is not None:
+            must_be("budget", budget, Budget, fix="What remains of something, as Budget(macs=0.5).")
         task = _notebook_task(what, inputs, train, train_batches, step, calibrate, evaluate, metric)
         functions = {
             "train": train, "train_batches": train_batches, "step": step, "calibrate": calibrate, "evaluate": evaluate,
@@ -128,9 +132,9 @@ def _notebook_task(
     model: nn.Module,
     inputs: Any,
     train: Callable[[nn.Module], nn.Module | None] | None,
-    train_batches: Callable[[], Any] | None,
+    train_batches: Given | None,
     step: Callable[[nn.Module, Any], torch.Tensor] | None,
-    calibrate: Callable[[], Any] | None,
+    calibrate: Given | None,
     evaluate: Callable[..., Any] | None,
     metric: Metric | Mapping[str, str] | None,
 ) -> Task:
@@ -146,13 +150,22 @@ def _notebook_task(
         name=type(model).__name__,
         model=lambda: model,
         inputs=lambda: inputs,
-        calibration_batches=calibrate,
+        calibration_batches=batches_of(calibrate, "calibrate"),
         evaluate=evaluate,
-        metric=metric if isinstance(metric, Metric) else Metric(**metric),  # type: ignore[arg-type]
-        train_batches=train_batches,
+        metric=_metric(metric),
+        train_batches=None if train_batches is None else batches_of(train_batches, "train_batches"),
         step=step,
         train=train,
     )
+
+
+def _metric(given: Metric | Mapping[str, str]) -> Metric:
+    if isinstance(given, Metric):
+        return given
+    if not isinstance(given, Mapping) or set(given) != {"name", "unit", "goal"}:
+        msg = f'metric must be {{"name": "accuracy", "unit": "%", "goal": "max"}}, or a Metric. Got {given!r}. paredown does not guess which direction is better.'
+        raise UsageError(msg)
+    return Metric(name=given["name"], unit=given["unit"], goal=given["goal"])  # type: ignore[arg-type]
 
 
 def _run(

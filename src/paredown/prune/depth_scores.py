@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +13,12 @@ from torch import Tensor, fx, nn
 
 from paredown.couple.ids import compact
 from paredown.couple.trace import op_name, trace
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import RejectedError, UsageError, must_be
 from paredown.examine import examine
 from paredown.plan import Plan
 from paredown.program import GraphModel, Program
 from paredown.prune.depth import calls_of, grouped
+from paredown.statistics.batches import Given, as_call, as_number, check_whole, once, taken
 from paredown.train.loop import private_copy
 from paredown.train.task import call_inputs
 
@@ -86,7 +86,7 @@ def depth_candidates(program: Program, *, every: bool = False) -> tuple[DepthCan
 
 def score_depth(
     program: Program,
-    batches: Iterable[Any],
+    batches: Given,
     *,
     by: By = "block_influence",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -114,6 +114,7 @@ def score_depth(
     >>> found["0"] < found["1"]
     True
     """
+    must_be("program", program, Program, fix="Use paredown.capture(model, inputs).")
     if by not in ("block_influence", "loss"):
         msg = f'by must be "block_influence" or "loss". Got {by!r}.'
         raise UsageError(msg)
@@ -123,12 +124,16 @@ def score_depth(
     paths = [c.path for c in depth_candidates(program)] if modules is None else list(modules)
     axes = {path: _channel_axis(program, path) for path in paths}  # also refuses what cannot be left out
     model = private_copy(module if module is not None else program.module).eval()
-    some = list(itertools.islice(batches, num_batches))
-    if not some:
+    check_whole("num_batches", num_batches)
+    held = list(taken(once(batches), num_batches))
+    if not held:
         msg = "batches must hold at least one batch. Got none."
         raise RejectedError(msg)
+    if loss is None:
+        for number, batch in enumerate(held):
+            as_call(program, batch, number)
     with torch.no_grad():
-        scores = _influence(model, axes, some, loss) if by == "block_influence" else _by_loss(model, paths, some, loss)
+        scores = _influence(model, axes, held, loss) if by == "block_influence" else _by_loss(model, paths, held, loss)
     bad = [p for p, s in scores.items() if not math.isfinite(s)]
     if bad:
         msg = f"scores must be finite. Got NaN or infinity for {', '.join(bad[:3])}."
@@ -228,7 +233,7 @@ def _left_out(module: nn.Module) -> Iterator[None]:
 
 def _mean_loss(model: nn.Module, batches: list[Any], loss: Callable[[nn.Module, Any], Tensor] | None) -> float:
     assert loss is not None  # checked by the caller
-    return sum(float(loss(model, batch)) for batch in batches) / len(batches)
+    return sum(as_number(loss(model, batch), number) for number, batch in enumerate(batches)) / len(batches)
 
 
 def _run(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> None:

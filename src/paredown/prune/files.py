@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from paredown.couple.trace import trace
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import RejectedError, UsageError, must_be
 from paredown.plain import plain_copy
 from paredown.plan import Plan
 from paredown.program import Program, capture
@@ -45,8 +45,16 @@ from paredown.train.masks import check_zeros
 
 
 def save(pruned: Pruned, folder: str | Path) -> None:
-    """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, input shapes); each whole or not at all."""
+    """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, input shapes); each whole or not at all.
+
+    Raises UsageError where `pruned` is something else, or `folder` a file.
+    """
+    must_be("pruned", pruned, Pruned, fix="Use paredown.prune(program, plan).")
     folder = Path(folder)
+    file = next((p for p in (folder, *folder.parents) if p.is_file()), None)
+    if file is not None:
+        msg = f"a pruned model must be saved to a folder. Got the file {file}."
+        raise UsageError(msg)
     folder.mkdir(parents=True, exist_ok=True)
     write_masks(folder, (pruned.plan, *(stage.plan for stage in pruned.stages)))
     write_text(folder / PLAN, pruned.plan.to_json())
@@ -91,6 +99,7 @@ def load_pruned(folder: str | Path, program: Program) -> Pruned:
     ...     load_pruned(folder, program).plan.masks["weight"].density
     0.25
     """
+    must_be("program", program, Program, fix="Use paredown.capture(model, inputs).")
     folder = Path(folder)
     read = _read(folder)
     return Pruned(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paredown.errors import NothingToDo, RejectedError, UsageError
+from paredown.errors import NothingToDo, RejectedError, UsageError, must_be
 from paredown.granularity import Granularity
 from paredown.plain import plain_copy
 from paredown.plan import Mask, Plan
@@ -37,6 +37,11 @@ def masks_of(program: Program, given: Given, *, granularity: str = "element") ->
     >>> masks_of(program, lambda name, tensor: tensor > tensor.median() if tensor.dim() == 2 else None).masks["weight"].shape
     (4, 4)
     """
+    must_be("program", program, Program, fix="Use paredown.capture(model, inputs).")
+    if not callable(given):
+        must_be(
+            "given", given, Mapping, str, Path, fix="Give {parameter: mask}, a function of (name, tensor), or a file."
+        )
     cells = Granularity.parse(granularity)
     parameters = only_parameters(program)
     if isinstance(given, str | Path):
@@ -76,6 +81,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
     >>> plan.masks["weight"].density, [n for n, _ in net.named_buffers()]
     (0.5, [])
     """
+    must_be("model", model, nn.Module)
     masks = {n: Mask.of(kept, _coarsest(kept)) for n, kept in torch_masks(model).items() if not kept.all()}
     if not masks:
         msg = "take_over must be given a model with masks of torch.nn.utils.prune. Got one without, or masks that keep all."

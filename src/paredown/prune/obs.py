@@ -23,18 +23,19 @@ from paredown.prune.prove import own_move
 from paredown.prune.remove import compose, prune
 from paredown.prune.sweep import Swept, swept
 from paredown.score.patterns import maskable
+from paredown.statistics.batches import Given, once
 from paredown.statistics.inputs import InputStatistics, Sums, input_statistics
 from paredown.statistics.sequential import Call, Run, layer_by_layer, recorded_calls
 from paredown.statistics.uses import Use, find_uses
 from paredown.train.loop import private_copy
-from paredown.train.task import Batches, Step
+from paredown.train.task import Step
 
 _VIEWS = frozenset("t transpose permute view split split_with_sizes chunk getitem slice select unbind".split())
 
 
 def obs(
     program: Program,
-    batches: Batches,
+    batches: Given,
     *,
     density: float | Mapping[str, float] = 0.5,
     granularity: str | Granularity = "element",
@@ -81,7 +82,7 @@ def obs(
     sites, notes = _sites(program, names, uses, cut if masks is None else None)
     amounts = _amounts(program, sites, density, cut, masks)
     state = _own_state(program)
-    calls = recorded_calls(program, batches(), step, num_batches)
+    calls = recorded_calls(program, once(batches), step, num_batches)
     walk = _Walk(
         program=program, state=state, calls=calls, cut=cut, masks=masks, amounts=amounts, block=block, damping=damping
     )
@@ -99,7 +100,7 @@ def obs(
 def obs_on_plan(
     program: Program,
     plan: Plan,
-    batches: Batches,
+    batches: Given,
     *,
     choose: bool = False,
     step: Step | None = None,

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
@@ -20,14 +19,15 @@ from torch.utils import _pytree as pytree
 
 from paredown.couple.operand import args_of
 from paredown.couple.trace import op_name, trace
-from paredown.errors import NothingToDo, RejectedError, UsageError
+from paredown.errors import NothingToDo, RejectedError, UsageError, must_be
 from paredown.program import GraphModel, Program, placeholder_names
 from paredown.prune.graph import conv_groups, rewritten_nodes
 from paredown.prune.least_squares import Normal, Solution
 from paredown.prune.module import tensors
 from paredown.prune.nouns import Fit, Pruned
 from paredown.prune.removal import Removal, removal, slice_state
-from paredown.train.task import Step, call_inputs, kept_randomness, seed_all
+from paredown.statistics.batches import Given, as_call, once, taken
+from paredown.train.task import Step, kept_randomness, seed_all
 
 Layers = Literal["readers", "all"]
 _CONVS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -38,7 +38,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 def reconstruct(
     pruned: Pruned,
-    batches: Callable[[], Iterable[Any]],
+    batches: Given,
     *,
     step: Step | None = None,
     layers: Layers = "all",
@@ -78,6 +78,9 @@ def reconstruct(
     >>> bool(torch.allclose(fitted.module(x), net(x), atol=1e-5))
     True
     """
+    must_be("pruned", pruned, Pruned, fix="Use paredown.prune(program, plan).")
+    if step is not None:
+        must_be("step", step, Callable)  # type: ignore[arg-type]
     _check(layers, ridge, num_batches)
     gone = _removal(pruned)
     with kept_randomness(), torch.no_grad():
@@ -87,7 +90,7 @@ def reconstruct(
         if not sites:
             msg = f"reconstruct must find a layer to fit. Got none with layers={layers!r}: no linear or convolution layer that may change reads what changed."
             raise NothingToDo(msg)
-        pairs = _pairs(pruned.program, gone, state, islice(batches(), num_batches), step)
+        pairs = _pairs(pruned.program, gone, state, taken(once(batches), num_batches), step)
         if not pairs:
             msg = (
                 "batches must yield at least one batch to fit on. Got none. A generator must be made anew at each call."
@@ -350,9 +353,9 @@ def _calls(program: Program, batches: Iterable[Any], step: Step | None) -> Itera
     order = program.eval_graph.call_spec.in_spec.child(1).context or []
     seen: list[_Call] = []
     stand_in.register_forward_pre_hook(lambda _m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         if step is None:
-            seen.append(call_inputs(batch))
+            seen.append(as_call(program, batch, number))
         else:
             step(stand_in, batch)
         yield from (

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from paredown.errors import must_be
 from paredown.examine import examine
 from paredown.granularity import Granularity
 from paredown.plan import Mask
@@ -143,6 +144,7 @@ def mask_sizes(pruned: Pruned, *, measure_gzip: bool = True) -> Sizes:
     >>> sizes.dense_bytes, sizes.bitmask_bytes, sizes.macs, sizes.effective_macs
     (16384, 4608, 4096, 1024)
     """
+    must_be("pruned", pruned, Pruned, fix="Use paredown.prune(program, plan).")
     parameters = dict(pruned.module.named_parameters(remove_duplicate=False))
     kept = fitting(parameters, pruned.plan.masks)
     first = {id(parameters[name]): name for name in kept}

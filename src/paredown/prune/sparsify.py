@@ -34,7 +34,7 @@ from paredown.allocate import allocate
 from paredown.allocate.request import Allocation, Floor, LeaveOut, Normalize, Scope
 from paredown.budget import Budget
 from paredown.couple import couple
-from paredown.errors import NothingToDo, UsageError
+from paredown.errors import NothingToDo, UsageError, must_be
 from paredown.examine import examine
 from paredown.granularity import Granularity
 from paredown.program import Program, capture
@@ -50,15 +50,16 @@ from paredown.prune.remove import compose
 from paredown.prune.schedule import Gradual, Iterative, Lottery, OneShot, Regrowth, Schedule, cubic, named_schedule
 from paredown.prune.structured import remove_in_training
 from paredown.score import Scores
+from paredown.statistics.batches import Batches, Given, batches_of, check_whole
 from paredown.train.distil import Distil
 from paredown.train.loop import Hook, OptimizerChoice, Progress
 from paredown.train.loop import Schedule as LearningRates
-from paredown.train.task import Batches, Step
+from paredown.train.task import Step
 
 
 def sparsify(
     model: Program | Pruned,
-    train_batches: Batches,
+    train_batches: Given,
     *,
     step: Step,
     density: float | Sequence[float] | None = None,
@@ -111,14 +112,14 @@ def sparsify(
 
     Raises UsageError, NothingToDo, InfeasibleError, VerificationError (a zero came alive), and what its parts raise.
 
-    >>> import torch
-    >>> program = capture(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.zeros(2, 8))
+    >>> import torch; program = capture(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.zeros(2, 8))
     >>> data = [(torch.randn(16, 8), torch.randint(4, (16,)))] * 8
     >>> step = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])
     >>> sparse = sparsify(program, lambda: data, step=step, density=0.25, epochs=2)
     >>> sum(int((p != 0).sum()) for p in sparse.module.parameters() if p.dim() == 2)
     48
     """
+    batches = _checked(model, train_batches, budget, score_batches, batch_norm_batches)
     asked = _Asked.read(granularity, criterion, schedule, regularize)
     amounts = _levels(asked, density, budget, {"leave_out": leave_out, "scope": scope, "align": align})
     where = {
@@ -133,9 +134,18 @@ def sparsify(
         "distil_layers": distil_layers, "distil_layers_weight": distil_layers_weight, "progress": progress, "max_steps": max_steps,
     }  # fmt: skip
     return _all_levels(
-        model, asked, amounts, checkpoint, allocation=where, batches=train_batches, step=step, options=options, seed=seed,
+        model, asked, amounts, checkpoint, allocation=where, batches=batches, step=step, options=options, seed=seed,
         epochs=epochs, training=training, score_batches=score_batches, batch_norm_batches=batch_norm_batches, hooks=hooks,
     )  # fmt: skip
+
+
+def _checked(model: object, batches: Given, budget: object, score_batches: int, batch_norm_batches: int) -> Batches:
+    must_be("model", model, Program, Pruned, fix="Use paredown.capture(model, inputs).")
+    for amount in budget if isinstance(budget, list | tuple) else () if budget is None else (budget,):
+        must_be("budget", amount, Budget, fix="What remains of something, as Budget(macs=0.5).")
+    check_whole("score_batches", score_batches)
+    check_whole("batch_norm_batches", batch_norm_batches, 0)
+    return batches_of(batches, "train_batches")
 
 
 def check_sparsify(

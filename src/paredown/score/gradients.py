@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
 from paredown.score.nouns import Source
+from paredown.statistics.batches import taken
 
 Mode = Literal["train", "eval"]
 Receive = Callable[[nn.Parameter], None]
@@ -63,7 +63,7 @@ class Gradients:
         """The first `num_batches` batches with their number, whole or one sample at a time."""
         assert self._source.batches is not None  # checked above
         number = -1
-        for batch in itertools.islice(self._source.batches, self._source.num_batches):
+        for batch in taken(self._source.batches, self._source.num_batches):
             for part in samples(batch) if per_sample else (batch,):
                 number += 1
                 yield number, part

@@ -18,7 +18,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from paredown.errors import RejectedError, UsageError
 from paredown.score.l2 import L2Options, l2
 from paredown.score.nouns import Source, UnitScores
 from paredown.score.reduce import unit_sums
+from paredown.statistics.batches import taken
 from paredown.statistics.curvature import damping_of, inverse
 from paredown.statistics.inputs import InputStatistics, input_statistics
 from paredown.statistics.readers import MOST_BYTES, Reader, readers
@@ -66,7 +66,7 @@ def refit(source: Source, options: RefitOptions) -> dict[str, UnitScores]:
     if source.batches is None:
         msg = "refit must be given batches. Got None. Pass batches=… of inputs, or full batches and loss=…."
         raise UsageError(msg)
-    batches = list(islice(source.batches, source.num_batches))
+    batches = list(taken(source.batches, source.num_batches))
     by_space = readers(source.program, source.coupling.spaces)
     scores: dict[str, UnitScores] = {}
     for some in _chunks(source, by_space):

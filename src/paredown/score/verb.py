@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from paredown.couple.space import Coupling, Footprint, Space
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import RejectedError, UsageError, must_be
 from paredown.granularity import Granularity
 from paredown.program import Program
 from paredown.score.nouns import (
@@ -30,6 +30,7 @@ from paredown.score.nouns import (
 from paredown.score.patterns import as_patterns, maskable
 from paredown.score.reduce import Along, Members, at, cells_of, left_out, num_elements, over_cells, sums_along
 from paredown.score.table import TABLE
+from paredown.statistics.batches import Given, check_whole, once
 
 
 def score(
@@ -38,7 +39,7 @@ def score(
     criterion: str = "l1",
     *,
     granularity: str | Granularity = "channel",
-    batches: Iterable[Any] | None = None,
+    batches: Given | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     module: nn.Module | None = None,
     num_batches: int = 16,
@@ -85,6 +86,7 @@ def score(
     >>> score(program, couple(program), "l2", granularity="4x4").by_cell["0.weight"].shape
     (2, 7)
     """
+    _check_nouns(program, coupling, loss, num_batches)
     row = _row(criterion)
     chosen = _options(criterion, row, options)
     cut = Granularity.parse(granularity)
@@ -95,7 +97,7 @@ def score(
     source = Source(
         program=program, coupling=_heads(coupling) if cut.kind == "head" else coupling,
         weights={n: program.state[n].detach() for n in names}, module=module if module is not None else program.module,
-        batches=batches, loss=loss, num_batches=num_batches, seed=seed, group=group, bias=bias,
+        batches=None if batches is None else once(batches), loss=loss, num_batches=num_batches, seed=seed, group=group, bias=bias,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -306,6 +308,23 @@ def _check(
         also = f", {' or '.join(kinds)}" if kinds else ""
         msg = f"criterion {criterion!r} must be used with channel{also}: it has no saliency of single weights. Got {cut}. Use l2, wanda or fisher for it."
         raise UsageError(msg)
+
+
+def _check_nouns(program: Program, coupling: Coupling, loss: object, num_batches: int) -> None:
+    """Another model's coupling names other parameters, or channels that are not there."""
+    must_be("program", program, Program, fix="Use paredown.capture(model, inputs).")
+    must_be("coupling", coupling, Coupling, fix="Use paredown.couple(program).")
+    if loss is not None:
+        must_be("loss", loss, Callable)  # type: ignore[arg-type]
+    check_whole("num_batches", num_batches)
+    for space in coupling.spaces:
+        for f in space.footprints:
+            shape = tuple(program.state[f.parameter].shape) if f.parameter in program.state else ()
+            if f.axis < len(shape) and (not f.indices.size or int(f.indices.max()) < shape[f.axis]):
+                continue
+            found = f"only {shape[f.axis]} of them" if f.axis < len(shape) else "none there"
+            msg = f"the coupling must be of this program, couple(program). Got one with {int(f.indices.max()) + 1} channels along axis {f.axis} of {f.parameter}, and {found}."
+            raise UsageError(msg)
 
 
 def _check_fit(criterion: str, row: Criterion, cut: Granularity, weights_given: bool, patterns: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from paredown.allocate.levels import protected
 from paredown.allocate.masks import layer_mask
 from paredown.allocate.search import lowest
 from paredown.couple.space import Coupling
-from paredown.errors import Interrupted, NothingToDo, RejectedError, UsageError
+from paredown.errors import Interrupted, NothingToDo, RejectedError, UsageError, must_be
 from paredown.examine import Cost, examine
 from paredown.granularity import Granularity
 from paredown.program import Program
@@ -27,6 +27,7 @@ from paredown.search.journal import Journal
 from paredown.search.masked import Copy
 from paredown.search.repair import Repair
 from paredown.search.value import Value, value_of
+from paredown.statistics.batches import Given, as_call, batches_of
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.task import Batches, Metric, Predict, Step, kept_randomness, seed_all
 
@@ -131,7 +132,7 @@ def sensitivity(
     coupling: Coupling,
     scores: Scores,
     *,
-    batches: Iterable[Any] | Batches | None = None,
+    batches: Given | None = None,
     loss: Step | None = None,
     evaluate: Callable[[Predict], Any] | None = None,
     metric: Metric | None = None,
@@ -176,15 +177,19 @@ def sensitivity(
     >>> list(seen.increase["0.weight[0]"])
     [6, 4, 2, 1]
     """
+    _check_nouns(program, coupling, scores)
     value = value_of(
         batches, loss=loss, evaluate=evaluate, metric=metric, distance=distance, num_batches=num_batches, device=device
     )
+    for number, batch in enumerate(() if distance is None else value.batches):
+        as_call(program, batch, number)
     points = points_of(program, coupling, scores, amounts, include, exclude)
     norms = None
     if batch_norm is not None:
         norms = _BatchNorm(
-            batches=batch_norm, step=loss, num_batches=num_batch_norm_batches, inputs=program.inputs, seed=seed
-        )
+            batches=batches_of(batch_norm, "batch_norm"), step=loss, num_batches=num_batch_norm_batches,
+            inputs=program.inputs, seed=seed,
+        )  # fmt: skip
     fit = _repair(program, scores, value) if repair else None
     run = _Run(copy=Copy(program, coupling, value.device, fit), scores=scores, value=value, norms=norms, seed=seed)
     log = Journal(None if journal is None else Path(journal), program, scores, value, norms, seed, repair=repair)
@@ -192,9 +197,7 @@ def sensitivity(
     increase, missing = _increases(run, points, dense, log, progress)
     return Sensitivity(
         increase=increase,
-        of={p.name: p.of for p in points},
-        unit=value.unit,
-        dense=dense,
+        of={p.name: p.of for p in points}, unit=value.unit, dense=dense,
         granularity=scores.granularity,
         num_samples=value.num_samples,
         missing=missing,
@@ -245,6 +248,12 @@ def _amounts(amounts: Sequence[float], scores: Scores) -> tuple[float, ...]:
         msg = f"amounts must be fractions in (0, 1), what remains. Got {bad[0] if bad else 'none'!r}."
         raise UsageError(msg)
     return tuple(sorted(set(amounts), reverse=True))
+
+
+def _check_nouns(program: Program, coupling: Coupling, scores: Scores) -> None:
+    must_be("program", program, Program, fix="Use paredown.capture(model, inputs).")
+    must_be("coupling", coupling, Coupling, fix="Use paredown.couple(program).")
+    must_be("scores", scores, Scores, fix="Use paredown.score(program, coupling).")
 
 
 def points_of(

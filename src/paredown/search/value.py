@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -14,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
+from paredown.statistics.batches import Given, as_number, check_whole, once, taken
 from paredown.train.loop import on_device, usable_device
-from paredown.train.task import Batches, Metric, Predict, Step, batch_length, call_inputs, metric_values, predictor
+from paredown.train.task import Metric, Predict, Step, batch_length, call_inputs, metric_values, predictor
 
 
 @dataclass(kw_only=True)
@@ -81,9 +81,9 @@ class Value:
     def _loss(self, module: nn.Module) -> float:
         assert self.loss is not None
         total, count = 0.0, 0
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches):
             length = batch_length(batch)
-            total += length * float(self.loss(module, on_device(batch, self.device)))
+            total += length * as_number(self.loss(module, on_device(batch, self.device)), number)
             count += length
         return total / count
 
@@ -107,7 +107,7 @@ class Value:
 
 
 def value_of(
-    batches: Iterable[Any] | Batches | None,
+    batches: Given | None,
     *,
     loss: Step | None,
     evaluate: Callable[[Predict], Any] | None,
@@ -142,14 +142,12 @@ def value_of(
     )
 
 
-def _batches(batches: Iterable[Any] | Batches | None, num_batches: int) -> tuple[Any, ...]:
-    if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
-        msg = f"num_batches must be an integer ≥ 1. Got {num_batches!r}."
-        raise UsageError(msg)
+def _batches(batches: Given | None, num_batches: int) -> tuple[Any, ...]:
+    check_whole("num_batches", num_batches)
     if batches is None:
         msg = "batches must be given to measure a loss or a distance: held-out data. Got none."
         raise UsageError(msg)
-    found = tuple(islice(batches() if callable(batches) else batches, num_batches))
+    found = tuple(taken(once(batches), num_batches))
     if not found:
         msg = "batches must yield at least one batch. Got none. A generator must be made anew for each call."
         raise RejectedError(msg)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError
-from paredown.program import GraphModel, Program, call_inputs
+from paredown.program import GraphModel, Program
+from paredown.statistics.batches import as_call, taken
 
 Look = Callable[[Any], None]
 Step = Callable[[nn.Module, Any], Tensor]
@@ -42,16 +42,17 @@ def observed(
 
     A batch is inputs (a tensor, a tuple, {"args": …, "kwargs": …}), or with `loss` whatever `loss(model, batch)`
     understands. `module` gives the weights where they are not the program's. Randomness of the caller is left alone.
-    Returns the number of batches. Raises RejectedError (none, or a loss that never calls its model).
+    Returns the number of batches. Raises RejectedError (none, one without a sample, or a loss that never calls its model) and
+    UsageError (without a loss: other inputs than were captured).
     """
     model = _model(program, sights, module)
     calls = [0]
     model.register_forward_pre_hook(lambda _m, _inputs: calls.__setitem__(0, calls[0] + 1))
     seen = 0
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for batch in islice(batches, num_batches):
+        for batch in taken(batches, num_batches):
             if loss is None:
-                args, kwargs = pytree.tree_map(_cloned, call_inputs(batch))
+                args, kwargs = pytree.tree_map(_cloned, as_call(program, batch, seen))
                 model(*args, **kwargs)
             else:
                 loss(model, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError
-from paredown.program import GraphModel, Program, call_inputs, placeholder_names
+from paredown.program import GraphModel, Program, placeholder_names
+from paredown.statistics.batches import as_call, taken
 from paredown.statistics.observe import Step
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -69,17 +69,17 @@ def layer_by_layer(
 def recorded_calls(program: Program, batches: Iterable[Any], loss: Step | None, num_batches: int) -> list[Call]:
     """The inputs of every call that the first batches make of the model, keywords in the captured order.
 
-    Raises RejectedError where there is none.
+    Raises RejectedError where there is none, UsageError where inputs without a loss are others than were captured.
     """
     order = program.eval_graph.call_spec.in_spec.child(1).context or []
     seen: list[Call] = []
     if loss is None:
-        seen = [call_inputs(batch) for batch in islice(batches, num_batches)]
+        seen = [as_call(program, batch, n) for n, batch in enumerate(taken(batches, num_batches))]
     else:
         model = GraphModel(program.eval_graph, None, program.state).eval()
         model.register_forward_pre_hook(lambda _m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for batch in islice(batches, num_batches):
+            for batch in taken(batches, num_batches):
                 loss(model, batch)
     if not seen:
         msg = "batches must hold at least one batch, and a step must call its model. Got no call of the model."

@@ -7,7 +7,6 @@ stay off, and each batch leaves its own mean and variance in the buffers.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, fx, nn
 
 from paredown.errors import RejectedError
 from paredown.program import GraphModel, capture, placeholder_names, trainable_copy
+from paredown.statistics.batches import Given, once, taken
 from paredown.train.loop import on_device, private_copy, usable_device
-from paredown.train.task import Batches, Step, batch_length, call_inputs, kept_randomness, seed_all
+from paredown.train.task import Step, batch_length, call_inputs, kept_randomness, seed_all
 
 _STATISTICS = {3: "running_mean", 4: "running_var"}
 """Argument positions of aten.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, …)."""
@@ -24,7 +24,7 @@ _STATISTICS = {3: "running_mean", 4: "running_var"}
 
 def reestimate_batch_norm(
     module: nn.Module,
-    batches: Batches,
+    batches: Given,
     inputs: Any,
     *,
     step: Step | None = None,
@@ -60,7 +60,7 @@ def reestimate_batch_norm(
     stand_in = stand_in.to(where)
     with kept_randomness(), torch.no_grad():
         seed_all(seed)
-        means = _averages(stand_in, names, islice(batches(), num_batches), step, where)
+        means = _averages(stand_in, names, taken(once(batches), num_batches), step, where)
         buffers = dict(result.named_buffers(remove_duplicate=False))
         for name, mean in means.items():
             if not bool(torch.isfinite(mean).all()):

@@ -9,11 +9,11 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
 from paredown.score.patterns import as_patterns
+from paredown.statistics.batches import Given, batches_of, taken
 from paredown.train import checkpoint as checkpoints
 from paredown.train.distil import Distil, Teacher, taught_by
+from paredown.train.options import OptimizerChoice as OptimizerChoice  # noqa: PLC0414  (it is this room's name for it as well)
+from paredown.train.options import Options, check_training, made_optimizer
+from paredown.train.options import Schedule as Schedule  # noqa: PLC0414
 from paredown.train.ranks import Ranks, own_device
 from paredown.train.task import Batches, Step, batch_length, kept_randomness, seed_all
-
-OptimizerChoice = str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-""" "sgd", "adamw" (torch's own defaults otherwise), or a function of the trainable parameters."""
-Schedule = Literal["cosine", "constant"]
 
 MOST_RETRIES = 2
 DIVERGED = 10.0
@@ -106,7 +106,7 @@ class Hook:
 
 def fit(
     module: nn.Module,
-    batches: Batches,
+    batches: Given,
     step: Step,
     *,
     epochs: int,
@@ -135,7 +135,7 @@ def fit(
     loss = (1 - w) × step + w × distil, w = `distil_weight` where a teacher distils, else 0 (see train.distil); modules that
     match `distil_layers` (fnmatch) are held to the teacher's outputs too, `distil_layers_weight` × the relative error.
     Learning rate at step t of T, cosine: lr/2 × (1 + cos(π t / T)); `constant`: lr. An `optimizer(parameters)` keeps its own
-    rates, which the schedule multiplies. `batches()` is called once per epoch after torch, numpy and random are seeded
+    rates, which the schedule multiplies. `batches`, a function, a list or a DataLoader, are asked once per epoch after torch, numpy and random are seeded
     with seed + epoch; without a length it is counted by one pass first. `max_steps` bounds the steps of each epoch (endless
     loaders). Parameters with requires_grad=False stay as they are; normalization and dropout are in train mode.
 
@@ -151,7 +151,8 @@ def fit(
     >>> fit(nn.Linear(2, 3), lambda: data, step, epochs=2).history[-1].num_samples
     24
     """
-    options = _Options(
+    check_training(step, teacher)
+    options = Options(
         epochs=epochs, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm,
         schedule=schedule, seed=seed, distil="none" if teacher is None else distil, temperature=temperature,
         distil_weight=distil_weight, max_steps=max_steps, distil_layers=as_patterns(distil_layers),
@@ -162,10 +163,10 @@ def fit(
     config = _config(options, module, teacher, hooks, ranks)
     with kept_randomness():
         student = private_copy(module).to(where)
-        training = Training(module=student, optimizer=_optimizer(student, options))
+        training = Training(module=student, optimizer=made_optimizer(student, options))
         distiller = taught_by(teacher, student, where, distil, temperature, distil_layers, distil_layers_weight)
         run = _Run(
-            training=training, batches=batches, step=step, options=options, device=where, teacher=distiller,
+            training=training, batches=batches_of(batches, "train_batches"), step=step, options=options, device=where, teacher=distiller,
             hooks=tuple(hooks), base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], progress=progress,
             ranks=ranks, called=student if ranks is None else ranks.wrapped(student),
         )  # fmt: skip
@@ -223,48 +224,11 @@ def private_copy(module: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """The options of fit that decide its result; a checkpoint keeps them."""
-
-    epochs: int
-    optimizer: OptimizerChoice
-    lr: float
-    momentum: float
-    weight_decay: float
-    clip_norm: float | None
-    schedule: Schedule
-    seed: int
-    distil: Distil
-    temperature: float
-    distil_weight: float
-    max_steps: int | None
-    distil_layers: tuple[str, ...]
-    distil_layers_weight: float
-
-    def __post_init__(self) -> None:
-        rules = [
-            ("epochs", self.epochs >= 0, "a number ≥ 0"),
-            ("lr", math.isfinite(self.lr) and self.lr > 0, "a finite number > 0"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0, or none"),
-            ("temperature", self.temperature > 0, "a number > 0"),
-            ("distil_weight", 0 <= self.distil_weight <= 1, "from 0 to 1"),
-            ("distil_layers_weight", 0 <= self.distil_layers_weight < math.inf, "a finite number ≥ 0"),
-            ("distil", self.distil in ("none", "kl", "mse"), 'one of "none", "kl", "mse"'),
-            ("schedule", self.schedule in ("cosine", "constant"), '"cosine" or "constant"'),
-            ("max_steps", self.max_steps is None or self.max_steps > 0, "a number > 0, or none"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                msg = f"{name} must be {rule}. Got {getattr(self, name)!r}."
-                raise UsageError(msg)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     training: Training
     batches: Batches
     step: Step
-    options: _Options
+    options: Options
     device: torch.device
     base_lrs: list[float]
     teacher: Teacher | None
@@ -324,7 +288,7 @@ def _epoch(run: _Run) -> None:
     has_batch_norm = any(name.endswith("running_var") for name, _ in training.module.named_buffers())
     total, num_samples, num_skipped, done, usual = 0.0, 0, 0, 0, 0
     first: list[float] = []
-    for batch in islice(run.batches(), run.options.max_steps):
+    for batch in taken(run.batches(), run.options.max_steps, "train_batches"):
         length = batch_length(batch)
         usual = max(usual, length)
         if _too_short(run, length, usual, has_batch_norm):
@@ -481,7 +445,7 @@ def _restore(run: _Run, snapshot: checkpoints.Snapshot) -> None:
 
 
 def _config(
-    options: _Options, module: nn.Module, teacher: nn.Module | None, hooks: Sequence[Hook], ranks: Ranks | None
+    options: Options, module: nn.Module, teacher: nn.Module | None, hooks: Sequence[Hook], ranks: Ranks | None
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued, and on all ranks, as JSON values."""
     given = {name: getattr(options, name) for name in options.__slots__}
@@ -521,29 +485,6 @@ def _count_steps(run: _Run) -> int:
         msg = "batches must yield at least one batch. Got none. Check the path and filters of the training data."
         raise RejectedError(msg)
     return count if run.options.max_steps is None else min(count, run.options.max_steps)
-
-
-def _optimizer(module: nn.Module, options: _Options) -> torch.optim.Optimizer:
-    choice, lr, decay = options.optimizer, options.lr, options.weight_decay
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        msg = (
-            "the model must have a parameter with requires_grad. Got none: everything is frozen, or there are no "
-            "parameters."
-        )
-        raise RejectedError(msg)
-    if choice == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=options.momentum, weight_decay=decay)
-    if choice == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-    if isinstance(choice, str):
-        msg = f'optimizer must be "sgd", "adamw" or a function of the parameters. Got {choice!r}.'
-        raise UsageError(msg)
-    made: object = choice(parameters)
-    if not isinstance(made, torch.optim.Optimizer):
-        msg = f"optimizer(parameters) must return a torch.optim.Optimizer. Got {type(made).__name__}."
-        raise UsageError(msg)
-    return made
 
 
 def _checked_loss(loss: Any) -> Tensor:

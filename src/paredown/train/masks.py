@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from paredown.errors import UsageError, VerificationError
+from paredown.errors import UsageError, VerificationError, must_be
 from paredown.plan import Mask, Plan
 from paredown.train.loop import Hook, Training
 
@@ -135,6 +135,7 @@ def keep_masks(module: nn.Module, plan: Plan | Masks) -> Iterator[None]:
     >>> float(net.weight[0, 1].detach())
     0.0
     """
+    must_be("plan", plan, Plan, Mapping, fix="A Pruned has one, small.plan.")
     masks = plan.masks if isinstance(plan, Plan) else plan
     module = _unwrapped(module)
     held = Held(module, masks)

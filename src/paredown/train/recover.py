@@ -12,13 +12,14 @@ from torch import nn
 
 from paredown.errors import Interrupted, RejectedError, UsageError
 from paredown.program import Program
+from paredown.statistics.batches import Batches, Given, batches_of, check_whole
 from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.distil import Distil
 from paredown.train.loop import Hook, OptimizerChoice, Progress, Schedule, fit, private_copy, usable_device
 from paredown.train.masks import Masks, check_zeros, keep_masks, mask_hook
 from paredown.train.ranks import Ranks, own_device
-from paredown.train.task import Batches, Step
+from paredown.train.task import Step
 
 
 class HoldsModule(Protocol):
@@ -38,7 +39,7 @@ S = TypeVar("S", bound=HoldsModule)
 
 def recover(
     small: S,
-    train_batches: Batches | None = None,
+    train_batches: Given | None = None,
     *,
     step: Step | None = None,
     train: Callable[[nn.Module], nn.Module | None] | None = None,
@@ -66,7 +67,7 @@ def recover(
 ) -> S:
     """`small` with its module trained by `fit` (or the user's own `train`), then batch norm re-estimated.
 
-    With `train_batches` and `step` the options are those of fit; `distil` is "kl" where there is a teacher (for a
+    With `train_batches` (a function, a list or a DataLoader) and `step` the options are those of fit; `distil` is "kl" where there is a teacher (for a
     regression say "mse"). With `train(model)` the loop is the user's: it gets a deep copy and trains it in place or
     returns a model of the same structure; `train_batches` and `step`, where given too, only serve batch norm.
     Masks of `small.plan` are kept in either loop: zeros stay zero through momentum and weight decay, and are checked
@@ -77,11 +78,20 @@ def recover(
     `distributed`: every process of torchrun calls this alike, with the model pruned by one plan, and shares every batch
     (see train.ranks); all return the same. A loop of one's own wraps the model itself.
 
-    Raises UsageError (no way to train, ranks with different plans), Interrupted, and what fit and reestimate_batch_norm raise.
+    Raises UsageError (no way to train, a generator for more than one pass, ranks with different plans), Interrupted, and what fit and reestimate_batch_norm raise.
     """
     if train is None and (step is None or train_batches is None):
         msg = f"recover must be given train_batches and step, or train. Got {train_batches!r} and {step!r}."
         raise UsageError(msg)
+    if not isinstance(getattr(small, "module", None), nn.Module) or not hasattr(small, "program"):
+        msg = f"recover must be given what prune returned, a Pruned. Got {type(small).__name__}."
+        raise UsageError(msg)
+    own: object = train
+    if own is not None and not callable(own):
+        msg = f"train must be a function train(model) that trains it. Got {type(own).__name__}."
+        raise UsageError(msg)
+    batches = None if train_batches is None else batches_of(train_batches, "train_batches")
+    check_whole("batch_norm_batches", batch_norm_batches, 0)
     if distil is None:
         distil = "none" if teacher is None else "kl"
     masks = getattr(getattr(small, "plan", None), "masks", {})
@@ -92,17 +102,17 @@ def recover(
         module = _own(small.module, train, masks)
     else:
         module = fit(
-            small.module, cast(Batches, train_batches), cast(Step, step), epochs=epochs, optimizer=optimizer, lr=lr,
+            small.module, cast(Batches, batches), cast(Step, step), epochs=epochs, optimizer=optimizer, lr=lr,
             momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm, schedule=schedule, seed=seed,
             device=device, teacher=teacher, distil=distil, temperature=temperature, distil_weight=distil_weight,
             distil_layers=distil_layers, distil_layers_weight=distil_layers_weight,
             hooks=(*hooks, mask_hook(masks)) if masks else hooks, checkpoint=checkpoint, progress=progress, max_steps=max_steps,
             distributed=distributed,
         ).module  # fmt: skip
-    if batch_norm_batches and train_batches is not None and step is not None:
+    if batch_norm_batches and batches is not None and step is not None:
         args, kwargs = small.program.inputs
         module = reestimate_batch_norm(
-            module, train_batches, {"args": args, "kwargs": kwargs}, step=step, num_batches=batch_norm_batches,
+            module, batches, {"args": args, "kwargs": kwargs}, step=step, num_batches=batch_norm_batches,
             seed=seed + epochs, device=device,
         )  # fmt: skip
     return cast(S, dataclasses.replace(cast(Any, small), module=module))
