@@ -134,3 +134,19 @@ def test_weights_of_another_dtype_are_refused_before_any_work(tmp_path: Path, dt
     ):
         export((net, X[:2].to(dtype)), tmp_path / "net.onnx")
     assert not (tmp_path / "net.onnx").exists()
+
+
+def test_samples_that_the_file_does_not_take_are_told_by_shape(tmp_path: Path) -> None:
+    net = nn.Linear(8, 2).eval()
+    artifact = export((net, X[:2]), tmp_path / "net.onnx")
+    for wrong in (torch.zeros(3, 7), torch.zeros(8), torch.zeros(2, 3, 8)):
+        with pytest.raises(RejectedError, match=r"samples must be what the file takes: .* of shape \(any, 8\)"):
+            check(artifact, Anything(), [wrong])
+    assert check(artifact, net, [X.bfloat16().float()]).holds
+
+
+class Anything(nn.Module):
+    """A reference that takes anything: it is the file that must refuse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros(len(x), 2)

@@ -131,7 +131,7 @@ def test_wrong_requests(files: tuple[Artifact, Artifact], tmp_path: Path) -> Non
             measure(files[1], x, seconds=seconds)
     with pytest.raises(RejectedError, match="measured already"):
         measure(files[1], x, evaluate=lambda _: {"bytes": 1.0}, runs=5, seconds=0.1, memory=False)
-    with pytest.raises(RejectedError, match=r"samples must be what the file takes.*\(1, 3, 8, 8\).*small\.onnx"):
+    with pytest.raises(RejectedError, match=r"samples must be what the file takes.*\(any, 1, 8, 8\).*\(1, 3, 8, 8\)"):
         measure(files[1], [torch.randn(1, 3, 8, 8)])
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"\0")

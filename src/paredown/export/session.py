@@ -168,12 +168,27 @@ def as_feed(wanted: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]
         msg = f"inputs must fit the file: {', '.join(names)}. Got {len(rest)} tensors by position and {', '.join(feed) or 'none'} by name."
         raise RejectedError(msg)
     feed.update(zip(free, rest, strict=True))
+    for one in wanted:
+        _refuse_shape(one, feed[one.name])
     kinds = {i.name: i.type for i in wanted}
     return {n: _array(feed[n], kinds[n]) for n in names}
 
 
+def _refuse_shape(wanted: Any, tensor: Tensor) -> None:
+    """Axes that the file fixes, but for the batch, which is run in pieces."""
+    sizes, got = list(wanted.shape or ()), tuple(tensor.shape)
+    fits = len(sizes) == len(got) and all(
+        not isinstance(w, int) or at == 0 or w == g for at, (w, g) in enumerate(zip(sizes, got, strict=False))
+    )
+    if not fits:
+        shape = ", ".join(str(w) if isinstance(w, int) else "any" for w in sizes)
+        msg = f"samples must be what the file takes: {wanted.name} of shape ({shape}). Got {got}."
+        raise RejectedError(msg)
+
+
 def _array(tensor: Tensor, kind: str) -> Any:
-    array = tensor.detach().cpu().contiguous().numpy()
+    tensor = tensor.detach().cpu()
+    array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
     return array.astype(np.float32) if kind == "tensor(float)" and array.dtype != np.float32 else array
 
 
