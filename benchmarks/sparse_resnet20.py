@@ -77,6 +77,14 @@ def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
     yield Cell(
         table="elements", schedule="gradual", criterion="random", **ELEMENTS
     )  # what a mask without a reason gives
+    for criterion in (
+        "movement",
+        "l2",
+    ):  # shares that are given to layers beforehand: scores of two layers are never compared
+        for allocation in ("uniform", "erk"):
+            yield Cell(
+                table="shares", schedule="gradual", criterion=criterion, **{**ELEMENTS, "allocation": allocation}
+            )
     one_shot = {"density": 0.2, "schedule": "one-shot", "lr": 0.01}
     for change in (
         {"distil": "none"}, {}, {"lr": 0.05}, {"lr": 0.05, "schedule": "gradual"},
