@@ -72,7 +72,8 @@ def load_model(
     base_dir: str | Path | None = None,
     strip_prefix: bool | str = False,
 ) -> tuple[nn.Module, bool]:
-    """The model that a MODEL string names, and whether weights were given: without them it is random.
+    """The model that a MODEL string names, and whether weights were given. Without them a library's is random, and one's own
+    has those that the callable made.
 
     `spec` is `torchvision:resnet50`, `timm:resnet50`, `package.module:callable` or `path/to/file.py:callable`, a path
     being relative to `base_dir` or the current folder. `weights` is a file for `read_weights`. A detector of torchvision
@@ -101,6 +102,15 @@ def load_model(
     if library == "torchvision" and is_detector(model):
         model = detector_body(model)
     return model, weights is not None
+
+
+def is_library(spec: str) -> bool:
+    """Whether a MODEL string names a library's model, which is random without weights; one's own callable may load its own.
+
+    >>> is_library("timm:resnet50"), is_library("net.py:trained")
+    (True, False)
+    """
+    return spec.partition(":")[0] in ("torchvision", "timm")
 
 
 def load_task_module(task: str, base_dir: str | Path | None = None) -> ModuleType:

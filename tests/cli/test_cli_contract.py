@@ -108,8 +108,8 @@ def test_examine(call, nets):
     assert found["parameter_bytes"] == 4 * NET
     assert found["file_bytes"] is None
     assert found["file_badge"] == "not tested"
-    assert found["weights"] == "random"
-    assert any("random" in note for note in found["notes"])
+    assert found["weights"] == "callable"
+    assert any("those that the callable made" in note for note in found["notes"])
     for key in ("parameters", "macs", "parameter_bytes", "activation_bytes"):
         assert sum(layer[key] for layer in found["layers"]) == found[key]
     assert {"name", "kind", "output_shape", "parameters", "macs", "parameter_bytes", "activation_bytes"} == set(
@@ -119,12 +119,12 @@ def test_examine(call, nets):
     assert found["peak_activation_bytes"] > 0
 
 
-def test_examine_as_text_says_what_is_random_and_what_must_shrink(call, nets, tmp_path):
+def test_examine_as_text_says_whose_the_weights_are_and_what_must_shrink(call, nets, tmp_path):
     done = call("examine", f"{nets}:net", *INPUT, "--target-size", "10 kB", "--plot", "bars.svg")
     assert done.code == 0
     assert f"{NET:,}" in done.out
     assert "layer to shrink" in done.out
-    assert "model is random" in done.out
+    assert "those that the callable made" in done.out
     assert (tmp_path / "bars.svg").read_text().lstrip().startswith("<?xml")
     again = call("examine", f"{nets}:net", *INPUT, "--plot", "bars.svg")
     assert (again.code, "--overwrite" in again.err) == (2, True)

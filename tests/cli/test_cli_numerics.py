@@ -41,8 +41,8 @@ def test_a_model_with_samples(call, nets, tmp_path):
     model = done.json["model"]
     assert [one["name"] for one in model["layers"]] == ["0.weight", "3.weight", "5.weight"]
     assert all(one["activation"]["tensor"]["8"] > one["activation"]["tensor"]["4"] + 15 for one in model["layers"])
-    assert (model["observer"], model["weights"]) == ("percentile", "random")
-    assert any("random" in note for note in model["notes"])
+    assert (model["observer"], model["weights"]) == ("percentile", "callable")
+    assert any("the callable made" in note for note in model["notes"])
     assert (tmp_path / "p.html").exists()
     other = call("numerics", f"{nets}:net", *INPUT, "--calibrate", "x.npy", "--observer", "minmax", "--json").json
     assert other["model"]["layers"][0]["activation"] != model["layers"][0]["activation"]

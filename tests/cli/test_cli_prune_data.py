@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import runpy
 from pathlib import Path
@@ -269,9 +270,23 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(call, task, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_a_random_model_is_refused_by_criteria_that_read_data(call, task, tmp_path):
-    asked: tuple[Any, ...] = ("--macs", "0.5", "--criterion", "taylor", "--task", task, "--out", "out")
+    np.save("pictures.npy", np.zeros((2, 3, 64, 64), dtype=np.float32))
+    asked = ("--channels", "0.5", "--criterion", "wanda", "--calibrate", "pictures.npy", "--dry-run")
+    done = call("prune", "torchvision:squeezenet1_1", "--input", "2x3x64x64", *asked)
+    assert done.code == 3 and "needs trained weights" in done.err and "Pass --weights" in done.err
+
+
+def test_ones_own_callable_may_load_its_own_weights(call, task, tmp_path):
+    """Only the callable knows whether they are trained, and the command says so."""
+    asked: tuple[Any, ...] = ("--macs", "0.5", "--criterion", "taylor", "--task", task, "--out", "out", "--json")
     done = call("prune", f"{task}:net", *INPUT, *asked)
-    assert done.code == 3 and "needs trained weights" in done.err
+    assert done.code == 0
+    assert done.json["weights"] == "callable"
+    assert any("those that the callable made" in note for note in done.json["notes"])
+
+
+def test_masks_that_keep_all_are_refused(call, task, tmp_path):
     done = call("prune", f"{task}:keeps_all", *INPUT, "--masks", "model", "--out", "out")
     assert done.code == 2 and "masks that keep all" in done.err

@@ -55,7 +55,10 @@ Input = Annotated[str, _INPUT]
 OptionalInput = Annotated[str | None, _INPUT]
 Weights = Annotated[
     Path | None,
-    Parameter(name="--weights", help="safetensors, or a .pt/.pth state_dict. Without it the model is random."),
+    Parameter(
+        name="--weights",
+        help="safetensors, or a .pt/.pth state_dict. Without it a library's model is random, your own as the callable makes it.",
+    ),
 ]
 OtherWeights = Annotated[
     Path | None, Parameter(name="--weights", help="Other weights than the recipe's: safetensors, or a state_dict.")

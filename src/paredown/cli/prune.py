@@ -274,7 +274,7 @@ class _Choice:
             _refuse_no_step(self.criterion, source)
         scores = paredown.score(
             program, coupling, how.pop("criterion", "l1"), granularity=self.granularity, seed=self.seed,
-            weights_given=found.weights == "given", **read,
+            weights_given=found.weights != "random", **read,
         )  # fmt: skip
         try:
             return paredown.allocate(coupling, scores, cost, self.budget, target=self.target, **how)

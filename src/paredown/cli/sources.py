@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paredown.prune import Pruned
 
 RANDOM = "No weights were given: the model is random. Sizes and counts hold, its values mean nothing."
+OWN = "No weights were given: they are those that the callable made, random if it loaded none."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,7 @@ class Loaded:
     name: str
     program: Program
     weights: str
-    """ "given" or "random"."""
+    """ "given", "callable" (one's own, which may have loaded them) or "random" (a library's model)."""
     masks: Plan | None = None
     """Of torch.nn.utils.prune, where MODEL came with some and they were asked for."""
     told: tuple[str, ...] = ()
@@ -33,8 +34,9 @@ class Loaded:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person must know: random weights first, then what the capture changed."""
-        return (*((RANDOM,) if self.weights == "random" else ()), *self.program.notes, *self.told)
+        """What a person must know: where weights came from first, then what the capture changed."""
+        notes = {"random": RANDOM, "callable": OWN}
+        return (*((notes[self.weights],) if self.weights in notes else ()), *self.program.notes, *self.told)
 
 
 def loaded(
@@ -56,7 +58,7 @@ def loaded(
     """
     refuse_device(device)
     use_threads(threads)
-    from paredown.models import load_model, parse_input
+    from paredown.models import is_library, load_model, parse_input
     from paredown.program import capture
     from paredown.train.task import seed_all
 
@@ -72,7 +74,12 @@ def loaded(
     if take_masks:
         network, masks = _with_masks(network)
     program = capture(network, inputs, train=train)
-    return Loaded(name=model, program=program, weights="given" if given else "random", masks=masks)
+    return Loaded(
+        name=model,
+        program=program,
+        weights="given" if given else "random" if is_library(model) else "callable",
+        masks=masks,
+    )
 
 
 def _with_masks(network: nn.Module) -> tuple[nn.Module, Plan | None]:

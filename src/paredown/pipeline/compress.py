@@ -83,7 +83,7 @@ def compress(
 
 def task_of(recipe: Recipe) -> tuple[Task, Callable[[], nn.Module], bool]:
     """The recipe's task, how to make its model with weights, and whether weights were given."""
-    from paredown.models import load_model, load_task_module
+    from paredown.models import is_library, load_model, load_task_module
     from paredown.weights import load_into, read_weights
 
     module = load_task_module(recipe.task, recipe.folder)
@@ -98,7 +98,7 @@ def task_of(recipe: Recipe) -> tuple[Task, Callable[[], nn.Module], bool]:
             load_into(made, read_weights(recipe.weights_path))
         return made
 
-    given = recipe.model is None or recipe.weights is not None
+    given = recipe.model is None or recipe.weights is not None or not is_library(recipe.model)
     return task, model, given
 
 

@@ -331,7 +331,7 @@ def _check_fit(criterion: str, row: Criterion, cut: Granularity, weights_given: 
     if row.needs_data and not row.at_init and not weights_given:
         msg = (
             f"criterion {criterion!r} needs trained weights. Got a model without given weights, which is random. "
-            "Pass --weights, or say that it is meant with weights_given=True."
+            "Pass --weights; in Python weights_given=True says that it is meant."
         )
         raise RejectedError(msg)
     if patterns and not cut.masked:
