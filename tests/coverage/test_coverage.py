@@ -213,6 +213,19 @@ def test_one_unproven_result_is_exit_6_after_the_table_is_written(
     assert main(asked) == 0
 
 
+def test_a_model_that_does_not_exist_is_exit_2_after_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\n\n\ndef net():\n    return nn.Linear(3, 3)\n")
+    asked = ["coverage", "--journal", str(tmp_path / "journal.jsonl"), "--json"]
+    assert main([*asked, "nonexist", f"{tmp_path}/net.py:net", f"{tmp_path}/net.py:nett"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["counts"]["error"] >= 2
+    assert "MODEL must be torchvision:NAME" in printed.err
+    assert "1 more like it" in printed.err
+    assert main([*asked, "nonexist"]) == 2, "from the journal, too"
+
+
 ROWS: list[dict[str, Any]] = [
     {
         "model": "zoo:right",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from cyclopts import Parameter
 
 from paredown.cli import options
 from paredown.cli.show import emit, only_document, say, show, table
-from paredown.errors import UsageError, VerificationError
+from paredown.errors import MissingError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from paredown.coverage import Row
@@ -71,11 +72,26 @@ def coverage(
     else:
         shown = table(("", "models"), list(total.items()))
         show(shown, *([f"wrote {out}"] if out is not None else []), quiet=quiet)
+    _refuse(rows)
+    return 0
+
+
+def _refuse(rows: Sequence[Row]) -> None:
+    """What is no result of the sweep but a failure of it."""
     unproven = [str(r["model"]) for r in rows if r["status"] == "unproven"]
     if unproven:
         msg = f"every pruned model must be proven. Got {len(unproven)} without a proof: {', '.join(unproven[:10])}."
         raise VerificationError(msg)
-    return 0
+    for kind in (UsageError, MissingError):
+        start = f"{kind.__name__}: "
+        said = [
+            str(r["message"]).removeprefix(start)
+            for r in rows
+            if str(r.get("message", "")).startswith(start) and "total_parameters" not in r
+        ]
+        if said:
+            more = f" And {len(said) - 1} more like it." if len(said) > 1 else ""
+            raise kind(said[0] + more)
 
 
 def _told(row: Row) -> str:
