@@ -14,7 +14,7 @@ import deploy_nets
 
 pytest.importorskip("torchao")
 
-from paredown.errors import NothingToDo, UsageError
+from paredown.errors import NothingToDo, RejectedError, UsageError
 from paredown.export import check, export
 from paredown.program import Program, capture
 from paredown.quantize.mixed import Allotment, allot
@@ -112,3 +112,15 @@ def test_wrong_requests(asked: dict[str, Any], says: str, case: tuple[nn.Module,
     _, program, x = case
     with pytest.raises(UsageError, match=says):
         allot(program, calibrate=[x], **asked)
+
+
+def test_a_generator_of_samples_is_gone_through_as_often_as_needed() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 16)
+    program = capture(net, x[:2])
+    once = allot(program, calibrate=(part for part in x.split(16)), as_uniform=4)
+    again = allot(program, calibrate=list(x.split(16)), as_uniform=4)
+    assert once.mixed == again.mixed and once.uniform == again.uniform
+    spent = iter([x])
+    with pytest.raises(RejectedError, match="fresh iterable"):
+        allot(program, calibrate=lambda: spent, as_uniform=4)

@@ -60,7 +60,7 @@ def reusable(batches: Batches, num_samples: int | None = None) -> Batches:
     if not isinstance(batches, Iterator):
         return batches
     held: list[Any] = []
-    left = math.inf if num_samples is None else num_samples
+    left = num_samples if isinstance(num_samples, int) else math.inf  # anything else is refused where it is used
     for args, kwargs in each(batches):
         held.append({"args": args, "kwargs": kwargs})
         left -= int(finite_rows((args, kwargs)).sum())

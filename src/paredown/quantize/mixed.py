@@ -17,7 +17,7 @@ from paredown.errors import NothingToDo, UsageError
 from paredown.plan import Plan
 from paredown.program import Inputs, Program
 from paredown.prune.nouns import Pruned
-from paredown.quantize.batches import Batches, length, tensors_of
+from paredown.quantize.batches import Batches, length, reusable, tensors_of
 from paredown.quantize.culprits import Mixed, named_layers, some
 from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Lane, Lanes, Layer, cloned
@@ -113,6 +113,7 @@ def allot(
     (True, True, True)
     """
     _check(size_bytes, bops, as_uniform, widths)
+    calibrate = reusable(calibrate, options.get("num_samples"))
     base = calibrated(
         tuned, target=options.pop("target", "onnxruntime-x86"), calibrate=calibrate, scheme=scheme, **options
     )
