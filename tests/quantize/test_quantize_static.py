@@ -175,8 +175,12 @@ def test_the_annotation_reads_nothing_but_the_table(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(TARGETS, "onnxruntime-x86", products)  # type: ignore[arg-type]
 
     class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 3)  # without a weight in codes nothing would be quantized
+
         def forward(self, x: Tensor) -> Tensor:
-            return x @ x.transpose(1, 2)
+            return self.head(x @ x.transpose(1, 2))
 
     small = quantize(capture(Product(), torch.randn(2, 3, 4)), calibrate=[torch.randn(32, 3, 4)])
     product = next(n for n in small.module.graph.nodes if op_name(n) == "matmul")
@@ -236,6 +240,35 @@ def test_oddities_of_the_calibration_data_are_noted() -> None:
     assert any("1 samples with NaN" in n for n in notes)
     assert any("1 of 39 samples are constant" in n for n in notes)
     assert not [n for n in quantize(program, calibrate=[torch.randn(40, 1, 8, 8)]).notes if "calibration" in n]
+
+
+class Masked(nn.Module):
+    """Tokens and which of them count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head((self.table(ids) * mask[..., None]).mean(1))
+
+
+def test_samples_are_told_apart_by_all_their_inputs() -> None:
+    """A mask of ones is the same in all samples, and one value everywhere; their tokens are not."""
+    ids, ones = torch.randint(50, (40, 6), generator=torch.Generator().manual_seed(0)), torch.ones(40, 6)
+    program = capture(Masked(), (ids[:2], ones[:2]))
+    assert not [n for n in quantize(program, calibrate=[(ids, ones)]).notes if "calibration" in n]
+    notes = quantize(program, calibrate=[(ids[:1].expand(40, 6), ones)]).notes
+    assert any("all 40 samples are identical" in n for n in notes) and not any("constant" in n for n in notes)
+    notes = quantize(program, calibrate=[(torch.cat([ids[:39], ids[:1]]), ones)]).notes
+    assert any("1 of 40 samples are repetitions" in n for n in notes)
+    notes = quantize(program, calibrate=[(torch.cat([ids[:39], 7 * torch.ones_like(ids[:1])]), ones)]).notes
+    assert any("1 of 40 samples are constant" in n for n in notes)
+
+
+def test_one_number_per_sample_is_not_called_constant() -> None:
+    x = torch.randn(40, 1)
+    assert not [n for n in quantize(capture(nn.Linear(1, 3), x[:2]), calibrate=[x]).notes if "calibration" in n]
 
 
 def test_num_samples_limits_what_is_read() -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import collections
 import difflib
-import hashlib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.program import Inputs, Program, capture, quiet, source_line
 from paredown.prune.nouns import Pruned
-from paredown.quantize.batches import Batches, each, finite_rows, length, rows, tensors_of
+from paredown.quantize.batches import Batches, tensors_of
+from paredown.quantize.calibration import run_samples
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
@@ -33,8 +32,6 @@ REPAIRS = ("equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fas
 """What may be done against the rounding, in this order: the first two before calibration, the others after it."""
 Owners = dict[tuple[str, int], str]
 """(name of a node, which of its inputs) → the parameter that this input is."""
-FEW = 32
-"""Below this many samples, activation ranges depend on the draw."""
 
 
 def quantize(
@@ -80,7 +77,8 @@ def quantize(
     stay in float.
 
     Raises UsageError (scheme, target, observer, repair), RejectedError (no samples, samples that do not fit, a network that
-    is quantized already), MissingError (torchao), VerificationError (the prepared graph computes something else).
+    is quantized already or not in float32), NothingToDo (no weight would be codes), MissingError (torchao), VerificationError
+    (the prepared graph computes something else, or a repair does).
 
     >>> from paredown.program import capture
     >>> from torch import nn
@@ -89,6 +87,7 @@ def quantize(
     >>> sorted(small.weights), small.weights["0.weight"].codes.dtype
     (['0.weight', '3.weight'], torch.int8)
     """
+    _refuse_other(scheme, (*STATIC, *DYNAMIC))
     if scheme in DYNAMIC:
         return _without_data(tuned, target, scheme, calibrate, repair, weights, float_layers, bits)
     if calibrate is None and (scheme not in WEIGHTS or repair):
@@ -179,12 +178,14 @@ def calibrated(
     graph = program.eval_graph.module(check_guards=False)
     with quiet("torchao"):
         from paredown.quantize.annotate import TableQuantizer
+        from paredown.quantize.stayed import refuse_empty, stayed_float
 
         quantizer = TableQuantizer(table, observer, scheme_named(scheme), weights, float_layers, bits)
     prepared, owners = _prepared(graph, quantizer, program)
-    stayed = _ONLY_WEIGHTS if scheme in WEIGHTS else tuple(_stayed_float(prepared, table))
+    refuse_empty(prepared, table, scheme, float_layers)
+    stayed = _ONLY_WEIGHTS if scheme in WEIGHTS else tuple(stayed_float(prepared, table))
     calls: list[Inputs] | None = [] if repair else None
-    notes = () if calibrate is None else _calibrated(prepared, calibrate, num_samples, program, calls)
+    notes = () if calibrate is None else run_samples(prepared, calibrate, num_samples, program, calls)
     _repaired(prepared, table, calls or [], repair)
     base = Calibrated(
         prepared=prepared,
@@ -291,10 +292,7 @@ def _checked(
     from paredown.recipe_fields import clash_of
 
     table = named(target)
-    if scheme not in STATIC:
-        later = " It is a scheme of paredown, but this version cannot produce it yet." if scheme in SCHEMES else ""
-        msg = f"scheme must be one of {', '.join((*STATIC, *DYNAMIC))}. Got {scheme!r}.{later}"
-        raise UsageError(msg)
+    _refuse_other(scheme, STATIC)
     unknown = [r for r in repair if r not in REPAIRS]
     if isinstance(repair, str) or unknown:
         msg = (
@@ -307,8 +305,9 @@ def _checked(
     if weights not in ("channel", "tensor"):
         msg = f"weights must be 'channel' or 'tensor'. Got {weights!r}."
         raise UsageError(msg)
-    if num_samples is not None and num_samples < 1:
-        msg = f"num_samples must be ≥ 1, or None for all. Got {num_samples}."
+    whole = isinstance(num_samples, int) and not isinstance(num_samples, bool)
+    if num_samples is not None and not (whole and num_samples >= 1):
+        msg = f"num_samples must be an integer ≥ 1, or None for all. Got {num_samples!r}."
         raise UsageError(msg)
     for pattern, own in bits.items():
         if isinstance(own, bool) or not isinstance(own, int) or not 1 <= own <= 8:
@@ -322,6 +321,18 @@ def _checked(
 
     observer_named(observer)
     return table
+
+
+def _refuse_other(scheme: str, offered: Sequence[str]) -> None:
+    if scheme in offered:
+        return
+    hint = ""
+    if scheme in DYNAMIC:
+        hint = " It reads no samples and leaves nothing to choose: use paredown.quantize."
+    elif scheme in SCHEMES:
+        hint = " It is a scheme of paredown, but this version cannot produce it yet."
+    msg = f"scheme must be one of {', '.join(offered)}. Got {scheme!r}.{hint}"
+    raise UsageError(msg)
 
 
 def require_torchao() -> None:
@@ -343,6 +354,11 @@ def _recaptured(tuned: Any) -> Program:
         raise UsageError(msg)
     args, kwargs = tuned.program.inputs if isinstance(tuned, Pruned) else tuned.inputs
     program = capture(tuned.module, {"args": args, "kwargs": kwargs}, train=False)
+    kinds = {t.dtype for t in program.state.values() if t.is_floating_point() and isinstance(t, nn.Parameter)}
+    if kinds and torch.float32 not in kinds:
+        names = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
+        msg = f"the network to quantize must be in float32. Got parameters in {names}. Call model.float(), give it float32 inputs and capture it again."
+        raise RejectedError(msg)
     coded = [n for n in program.eval_graph.graph.nodes if "quantize" in str(n.target)]
     if coded:
         where = source_line(coded[0]) or coded[0].name
@@ -402,80 +418,6 @@ def _refuse_unknown(graph: fx.GraphModule, option: str, patterns: Sequence[str])
             raise UsageError(msg)
 
 
-def _calibrated(
-    prepared: fx.GraphModule,
-    calibrate: Batches,
-    num_samples: int | None,
-    program: Program,
-    kept: list[Inputs] | None = None,
-) -> tuple[str, ...]:
-    """Run the samples through the observers; returns what was odd about them. `kept` receives them."""
-    seen: dict[str, int] = collections.Counter()
-    digests: set[bytes] = set()
-    for args, kwargs in each(calibrate):
-        batch: Any = (args, kwargs)
-        if num_samples is not None and program.batch == "dynamic":
-            batch = rows(batch, slice(0, num_samples - seen["used"]))
-        batch = _only_finite(batch, seen, program)
-        size = length(batch)
-        if size:
-            try:
-                with torch.no_grad():
-                    prepared(*batch[0], **batch[1])
-            except Exception as error:
-                shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(batch))
-                msg = f"calibration batches must fit the network's inputs. Got {shapes}: {str(error).strip().splitlines()[0][:200]}."
-                raise RejectedError(msg) from error
-            seen["used"] += size
-            if kept is not None:
-                kept.append(batch)
-            _remember(batch, seen, digests)
-        if num_samples is not None and seen["used"] >= num_samples:
-            break
-    if not seen["used"]:
-        got = f"{seen['bad']} samples, all with NaN or infinity" if seen["bad"] else "0 batches"
-        msg = f"calibration must have at least one sample. Got {got}. Pass inputs like those the network will see."
-        raise RejectedError(msg)
-    return tuple(_oddities(seen, len(digests)))
-
-
-def _only_finite(batch: Inputs, seen: dict[str, int], program: Program) -> Inputs:
-    good = finite_rows(batch)
-    if bool(good.all()):
-        return batch
-    seen["bad"] += int((~good).sum())
-    return rows(batch, good if program.batch == "dynamic" else slice(0, 0))  # type: ignore[no-any-return]
-
-
-def _remember(batch: Inputs, seen: dict[str, int], digests: set[bytes]) -> None:
-    floats = [t for t in tensors_of(batch) if t.dim() and t.is_floating_point() and t.shape[0] == length(batch)]
-    for i in range(length(batch) if floats else 0):
-        sample = [t[i] for t in floats]
-        digest = hashlib.blake2b(digest_size=8)
-        for tensor in sample:
-            digest.update(
-                tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                if tensor.dim()
-                else repr(float(tensor)).encode()
-            )
-        digests.add(digest.digest())
-        seen["constant"] += all(bool((t == t.reshape(-1)[0]).all()) for t in sample if t.numel())
-
-
-def _oddities(seen: dict[str, int], distinct: int) -> Iterator[str]:
-    used = seen["used"]
-    if seen["bad"]:
-        yield f"calibration: {seen['bad']} samples with NaN or infinity were left out"
-    if used < FEW:
-        yield f"calibration: only {used} samples; below {FEW} the ranges depend on the draw"
-    if distinct == 1 and used > 1:
-        yield f"calibration: all {used} samples are identical"
-    elif 0 < distinct < used:
-        yield f"calibration: {used - distinct} of {used} samples are repetitions"
-    if seen["constant"]:
-        yield f"calibration: {seen['constant']} of {used} samples are constant (one value everywhere)"
-
-
 def _keep_biases(prepared: fx.GraphModule, table: Target) -> None:
     """Give every weight observer the smallest scale for which the bias fits into int32."""
     observers = dict(prepared.named_modules())
@@ -487,27 +429,6 @@ def _keep_biases(prepared: fx.GraphModule, table: Target) -> None:
         if hasattr(x, "calculate_qparams") and hasattr(weight, "floor"):
             floor = bias_floor(fetch(prepared, str(node.args[2].target)), float(x.calculate_qparams()[0]))
             weight.floor = floor if weight.floor is None else torch.maximum(weight.floor, floor)
-
-
-def _stayed_float(prepared: fx.GraphModule, table: Target) -> Iterator[str]:
-    """One line per kind of op that computes in float, with where it is."""
-    free = (
-        *table.fusions,
-        *(op for op, kind in table.ops.items() if kind == "shared"),
-        "sym_size",
-        "_assert_tensor_metadata",
-    )
-    kinds: dict[str, list[fx.Node]] = collections.defaultdict(list)
-    for node in prepared.graph.nodes:
-        value = node.meta.get("val")
-        computes = (
-            isinstance(value, Tensor) and value.is_floating_point() and "quantization_annotation" not in node.meta
-        )
-        if computes and op_name(node) and op_name(node) not in free:
-            kinds[op_name(node)].append(node)
-    for name, nodes in sorted(kinds.items()):
-        where = source_line(nodes[0]) or nodes[0].name
-        yield f"{name} stays float ({len(nodes)}×, first at {where})"
 
 
 def _slim(converted: fx.GraphModule) -> None:

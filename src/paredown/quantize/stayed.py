@@ -1,0 +1,82 @@
+"""What stays float in a prepared graph, and why."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, fx
+
+from paredown.errors import NothingToDo
+from paredown.program import source_line
+from paredown.quantize.decompose import fetch, op_name
+from paredown.score.patterns import matches
+from paredown.target import Target
+
+
+def stayed_float(prepared: fx.GraphModule, table: Target) -> Iterator[str]:
+    """One line per kind of op that computes in float, with where it is."""
+    free = (
+        *table.fusions,
+        *(op for op, kind in table.ops.items() if kind == "shared"),
+        "sym_size",
+        "_assert_tensor_metadata",
+    )
+    kinds: dict[str, list[fx.Node]] = collections.defaultdict(list)
+    for node in prepared.graph.nodes:
+        value = node.meta.get("val")
+        computes = (
+            isinstance(value, Tensor) and value.is_floating_point() and "quantization_annotation" not in node.meta
+        )
+        if computes and op_name(node) and op_name(node) not in free:
+            kinds[op_name(node)].append(node)
+    for name, nodes in sorted(kinds.items()):
+        where = source_line(nodes[0]) or nodes[0].name
+        yield f"{name} stays float ({len(nodes)}×, first at {where})"
+
+
+def refuse_empty(prepared: fx.GraphModule, table: Target, scheme: str, float_layers: Sequence[str]) -> None:
+    """Raises NothingToDo, with the reasons, where no parameter and no constant will be codes: such a network is not quantized."""
+    observers = [n for n in prepared.graph.nodes if n.op == "call_module" and n.all_input_nodes]
+    if any(
+        n.all_input_nodes[0].op == "get_attr" and hasattr(fetch(prepared, str(n.target)), "calculate_qparams")
+        for n in observers
+    ):
+        return
+    kinds: dict[tuple[str, str], list[fx.Node]] = collections.defaultdict(list)
+    for node, reason in _float_layers(prepared, table, float_layers):
+        kinds[op_name(node), reason].append(node)
+    stayed = "; ".join(
+        f"{name} stays float ({len(nodes)}×, first at {source_line(nodes[0]) or nodes[0].name}): {reason}"
+        for (name, reason), nodes in sorted(kinds.items())
+    )
+    msg = f"at least one weight must be held in codes under {scheme} for {table.name}. Got none: {stayed or 'the network has no weights'}. "
+    raise NothingToDo(msg + "Use another scheme or target, or export it in fp32.")
+
+
+def _float_layers(
+    prepared: fx.GraphModule, table: Target, float_layers: Sequence[str]
+) -> Iterator[tuple[fx.Node, str]]:
+    """Ops that read a matrix, a kernel or a table that no input decides, each with why it is in float."""
+    from paredown.quantize.annotate import layer_names
+
+    active: set[fx.Node] = set()
+    for node in prepared.graph.nodes:
+        if node.op != "placeholder" and not any(a in active for a in node.all_input_nodes):
+            continue
+        active.add(node)
+        held = [a for a in node.all_input_nodes if a not in active and _is_matrix(a)]
+        if not held or not op_name(node):
+            continue
+        if matches(layer_names(node), float_layers):
+            yield node, "asked for"
+        elif table.ops.get(op_name(node)) != "weighted":
+            yield node, "there are no codes for its weight on this target"
+        else:
+            computed = any(a.op != "get_attr" for a in held)
+            yield node, "its weight is computed" if computed else "its numbers are not float32"
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
