@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -77,6 +78,8 @@ def _truncated(file: Path) -> None:
         ("form.json", _field(stages=[{"plan": 3}]), "must hold stages"),
         ("form.json", _field(stages=[{"plan": {}, "realiser": "graph", "attributes": {}}]), "as it was written"),
         ("form.json", _field(inputs=3), "inputs' shapes"),
+        ("form.json", _field(notes=3), "notes that are texts"),
+        ("form.json", _field(fits={"0.weight": {"before": "x", "after": 1.0}}), "fits of a number"),
         ("form.json", _field(plan_digest="0" * 64), "must belong together"),
         ("plan.json", _text('{"schema": 1, "ke'), "as it was written"),
         ("plan.json", _bytes(b"\xff\xfe\x00"), "UTF-8"),
@@ -164,6 +167,20 @@ def test_masks_of_a_folder_hold_in_a_training_that_goes_on(tmp_path: Path) -> No
         weight = tuned.module.get_parameter(name)
         assert not weight[gone].any()
         assert not torch.equal(weight, again.module.get_parameter(name))
+
+
+def test_notes_and_fits_come_back(tmp_path: Path) -> None:
+    program = pare.capture(net(), X)
+    fitted = pare.reconstruct(masked(program, "channel", channels=0.5), [X])
+    simulated = dataclasses.replace(masked(program, "element", density=0.3), notes=("what a reader should know",))
+    assert fitted.fits
+    for number, pruned in enumerate((fitted, simulated)):
+        pare.save(pruned, tmp_path / str(number))
+        again = pare.load_pruned(tmp_path / str(number), program)
+        assert (again.fits, again.notes) == (dict(pruned.fits), pruned.notes)
+    form = tmp_path / "1" / "form.json"  # as it was written before
+    form.write_text(json.dumps({k: v for k, v in json.loads(form.read_text()).items() if k not in ("notes", "fits")}))
+    assert pare.load_pruned(form.parent, program).notes == ()
 
 
 @pytest.mark.slow

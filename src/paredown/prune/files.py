@@ -38,14 +38,14 @@ from paredown.prune.form import (
 )
 from paredown.prune.graph import realise_graph
 from paredown.prune.module import put_state, set_attributes, tensors
-from paredown.prune.nouns import Pruned, Stage
+from paredown.prune.nouns import Fit, Pruned, Stage
 from paredown.prune.removal import removal
 from paredown.records import whole_file, write_text
 from paredown.train.masks import check_zeros
 
 
 def save(pruned: Pruned, folder: str | Path) -> None:
-    """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, input shapes); each whole or not at all.
+    """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, input shapes, proof, notes); each whole or not at all.
 
     Raises UsageError where `pruned` is something else, or `folder` a file.
     """
@@ -66,6 +66,8 @@ def save(pruned: Pruned, folder: str | Path) -> None:
         "inputs": described(pruned.program.inputs),
         "stages": [_stage_json(stage) for stage in pruned.stages],
         "proof": dataclasses.asdict(pruned.proof),
+        "notes": list(pruned.notes),
+        "fits": {name: dataclasses.asdict(fit) for name, fit in sorted(pruned.fits.items())},
     }
     write_text(folder / FORM, json.dumps(form, indent=1, sort_keys=True) + "\n")
     with whole_file(folder / WEIGHTS) as temporary:
@@ -110,6 +112,8 @@ def load_pruned(folder: str | Path, program: Program) -> Pruned:
         proof=proof_of(read.form, folder),
         attributes=read.form["attributes"],
         stages=read.stages if read.form["stages"] else (),
+        notes=tuple(read.form["notes"]),
+        fits={name: Fit(**fit) for name, fit in read.form["fits"].items()},
     )
 
 

@@ -55,6 +55,8 @@ def read_form(folder: Path) -> dict[str, Any]:
     return {
         **form,
         "attributes": tuples(form["attributes"]),
+        "notes": form.get("notes", []),  # folders of before there were any
+        "fits": form.get("fits", {}),
         "stages": [{**s, "attributes": tuples(s["attributes"])} for s in form.get("stages") or ()],
     }
 
@@ -139,6 +141,7 @@ def tuples(attributes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _rules(form: Mapping[str, Any]) -> dict[str, bool]:
     inputs, stages = form.get("inputs"), form.get("stages") or []
+    notes, fits = form.get("notes", []), form.get("fits", {})
     right = isinstance(stages, list) and all(isinstance(s, dict) and isinstance(s.get("plan"), dict) for s in stages)
     return {
         "the realiser, module or graph": form.get("realiser") in ("module", "graph"),
@@ -147,9 +150,19 @@ def _rules(form: Mapping[str, Any]) -> dict[str, bool]:
         "the inputs' shapes": isinstance(inputs, dict)
         and isinstance(inputs.get("args"), list)
         and isinstance(inputs.get("kwargs"), dict),
+        "notes that are texts": isinstance(notes, list) and all(isinstance(n, str) for n in notes),
+        "fits of a number before and after": isinstance(fits, dict) and all(_is_fit(f) for f in fits.values()),
         "stages with plan, realiser and attributes": right
         and all(s.get("realiser") in ("module", "graph") and _are_sizes(s.get("attributes")) for s in stages),
     }
+
+
+def _is_fit(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"before", "after"}
+        and all(isinstance(v, float) for v in value.values())
+    )
 
 
 def _are_sizes(attributes: object) -> bool:
