@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import paredown as pare
-from paredown.errors import UsageError
+from paredown.errors import NothingToDo, UsageError
 from paredown.granularity import Granularity
 from paredown.prune.movement import Learning, LearntMasks, Movement, SoftMovement, SrSte
 from paredown.prune.schedule import Gradual
@@ -227,6 +227,12 @@ def test_soft_movement_brings_its_own_density() -> None:
     )
     assert sum(nonzero(less.module).values()) < sum(nonzero(more.module).values())
     assert all(n >= 1 for n in nonzero(less.module).values())
+
+
+def test_soft_movement_that_leaves_all_says_by_which_option_it_would_prune() -> None:
+    soft = SoftMovement(threshold=0.01, score_lr=1e-9, penalty=0.0)
+    with pytest.raises(NothingToDo, match=r"left every weight. Train longer, or give SoftMovement a larger penalty"):
+        sparse(density=None, criterion=soft)
 
 
 def test_soft_movement_leaves_the_least_of_every_weight() -> None:

@@ -197,7 +197,9 @@ def finished(job: Job, module: nn.Module, kept: Kept, density: float | None, how
         **{k: v for k, v in job.allocation.items() if v not in (None, (), [])},
     }  # fmt: skip
     if not masks:
-        msg = f"sparsify must prune something. Got {how} and {job.criterion}, which left every weight. Train longer, or ask for less."
+        # soft movement takes no amount: its options decide
+        fix = "ask for less" if density is not None else "give SoftMovement a larger penalty, threshold or score_lr"
+        msg = f"sparsify must prune something. Got {how} and {job.criterion}, which left every weight. Train longer, or {fix}."
         raise NothingToDo(msg)
     plan = Plan(keep={}, masks=masks, made_by=made_by)
     if job.granularity.kind in ("row", "column"):
