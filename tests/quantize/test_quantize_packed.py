@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from paredown.errors import RejectedError, UsageError
+from paredown.program import capture
+from paredown.quantize import quantize
 from paredown.quantize.nouns import Packed
 from paredown.quantize.packed import load_packed, pack_codes, packed_length, packed_size, save_packed, unpack_codes
 
@@ -234,12 +237,21 @@ def test_a_file_that_lies_is_refused(tmp_path: Path, header: Any) -> None:
         load_packed(path)
 
 
-def test_the_documented_reader_reads_without_paredown(tmp_path: Path) -> None:
+def _read_as_documented(path: Path, weights: dict[str, Packed]) -> None:
+    """Run the reader that docs/packed.md prints and compare."""
     reader = re.search(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert reader is not None
     code = reader[1]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 16
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
     assert "torch" not in code and "paredown.quantize" not in code
+    space: dict[str, Any] = {}
+    exec(code.replace('"model.packed.safetensors"', repr(str(path))), space)
+    assert set(space["weights"]) == set(weights)
+    for name, one in weights.items():
+        assert np.allclose(space["weights"][name], one.unpack().numpy(), rtol=1e-6), name
+
+
+def test_the_documented_reader_reads_without_paredown(tmp_path: Path) -> None:
     weights = {
         "a": packed((6, 11), 3, "integer", group=4),
         "b": packed((5, 3, 3, 3), 4, "integer"),
@@ -248,10 +260,48 @@ def test_the_documented_reader_reads_without_paredown(tmp_path: Path) -> None:
     }
     path = tmp_path / "model.packed.safetensors"
     save_packed(weights, path)
-    space: dict[str, Any] = {}
-    exec(code.replace('"model.packed.safetensors"', repr(str(path))), space)
-    assert set(space["weights"]) == set(weights)
-    for name, one in weights.items():
-        assert np.allclose(space["weights"][name], one.unpack().numpy(), rtol=1e-6), name
+    _read_as_documented(path, weights)
     with safe_open(path, framework="np") as file:
         assert all(file.get_tensor(f"{n}.codes").dtype == np.uint8 for n in weights)
+
+
+class Product(nn.Module):
+    """A product with a matrix [inputs, outputs], a table, and a constant that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.shift = nn.Parameter(torch.randn(40, 12)), nn.Parameter(torch.randn(1, 6, 12))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x @ self.matrix + self.shift)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "w4", "w4a8", "w2", "ternary", "binary"])
+def test_the_documented_reader_reads_what_every_scheme_writes(tmp_path: Path, scheme: str) -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, 40)
+    weights = dict(quantize(capture(Product(), x[:2]), calibrate=[x], scheme=scheme).weights)
+    axes = {name: one.axis for name, one in weights.items()}
+    assert axes["head.weight"] == 0
+    assert axes.get("matrix", 1) == 1
+    assert ("shift" in axes) == (scheme in ("int8", "w4a8")) and axes.get("shift") is None
+    save_packed(weights, tmp_path / "model.packed.safetensors")
+    _read_as_documented(tmp_path / "model.packed.safetensors", weights)
+    held = load_packed(tmp_path / "model.packed.safetensors")
+    assert all(torch.equal(held[n].unpack(), one.unpack()) for n, one in weights.items())
+
+
+def test_the_documented_reader_takes_any_axis(tmp_path: Path) -> None:
+    weights = {}
+    for axis, group in ((0, None), (1, None), (2, None), (1, 4), (2, 5), (None, None)):
+        codes = torch.randint(0, 16, (3, 4, 7), dtype=torch.uint8)
+        shape: tuple[int, ...] = () if axis is None else (codes.shape[axis],)
+        if group is not None and axis is not None:
+            shape = (*shape, -(-codes.numel() // codes.shape[axis] // group))
+        weights[f"{axis}.{group}"] = Packed(
+            codes=codes, scales=torch.rand(shape) + 0.1, zero_points=torch.randint(0, 9, shape), bits=4, axis=axis, group=group,
+        )  # fmt: skip
+    save_packed(weights, tmp_path / "model.packed.safetensors")
+    _read_as_documented(tmp_path / "model.packed.safetensors", weights)
