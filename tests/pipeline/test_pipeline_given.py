@@ -144,6 +144,23 @@ def test_closures_partials_methods_and_callable_objects_count_their_content() ->
         assert not given_notes(a)
 
 
+def test_waiting_workers_of_a_loader_are_no_change() -> None:
+    loader = torch.utils.data.DataLoader([torch.ones(2)] * 4, num_workers=1, persistent_workers=True)
+    before = given_digests({"calibrate": loader, "train": lambda model: loader})
+    assert len(list(loader)) == 4
+    assert given_digests({"calibrate": loader, "train": lambda model: loader}) == before
+    assert not given_notes(before)
+
+
+def test_packages_have_no_line_of_their_own_and_count() -> None:
+    found = digests(CELL)
+    assert not {"train.np", "train.torch", "train.nn", "train.functools"} & found.keys()
+    source = "import {} as np\n\ndef train(model):\n    return np.sin(1.0)\n"
+    a, b = (digests(source.format(name), "train") for name in ("numpy", "math"))
+    assert a.keys() == b.keys() == {"train"}
+    assert a != b
+
+
 def test_a_teachers_mode_is_no_change() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     before = given_digests({"train": lambda x: net(x) + 1})

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 NOT_COMPARABLE = "not comparable"
 _SHOWN = (int, float, bool, type(None))
@@ -55,8 +56,12 @@ def given_digests(functions: Mapping[str, Any]) -> dict[str, str]:
         if value is None:
             continue
         if isinstance(value, FunctionType) and not _is_installed(value):
-            found[name] = _line(digests, _Own(value))
-            found |= {f"{name}.{n}": _line(digests, v) for n, v in sorted(_reached(value).items())}
+            reached = _reached(value)
+            packages = {
+                n: v for n, v in reached.items() if isinstance(v, ModuleType) and _is_installed_module(v.__name__)
+            }
+            found[name] = _line(digests, _Own(value, packages))
+            found |= {f"{name}.{n}": _line(digests, v) for n, v in sorted(reached.items()) if n not in packages}
         else:
             found[name] = _line(digests, value)
     return found
@@ -72,10 +77,10 @@ def given_notes(given: Mapping[str, str]) -> list[str]:
 
 
 class _Own:
-    """A function without what it reaches by name."""
+    """A function without what it reaches by name, but for packages."""
 
-    def __init__(self, function: FunctionType) -> None:
-        self.function = function
+    def __init__(self, function: FunctionType, packages: Mapping[str, Any]) -> None:
+        self.parts = (function.__code__, function.__defaults__, function.__kwdefaults__, dict(sorted(packages.items())))
 
 
 def _line(digests: _Digests, value: Any) -> str:
@@ -115,7 +120,7 @@ class _Digests:
             (Tensor, _tensor), (np.ndarray, self._array), (CodeType, self._code), (_Own, self._own),
             (FunctionType, self._function), (ModuleType, self._module_file), (type, self._class),
             ((dict, MappingProxyType), self._mapping), (property, lambda v: self._all(v.fget, v.fset, v.fdel)),
-            ((staticmethod, classmethod), lambda v: self._all(v.__func__)), (nn.Module, self._module),
+            ((staticmethod, classmethod), lambda v: self._all(v.__func__)), (nn.Module, self._module), (DataLoader, self._loader),
         )  # fmt: skip
         exact: dict[type, Callable[[Any], Iterator[bytes]]] = {
             list: self._listed,
@@ -153,7 +158,11 @@ class _Digests:
             yield Path(module.__file__).read_bytes()
 
     def _own(self, own: _Own) -> Iterator[bytes]:
-        return self._all(own.function.__code__, own.function.__defaults__, own.function.__kwdefaults__)
+        return self._all(*own.parts)
+
+    def _loader(self, loader: DataLoader[Any]) -> Iterator[bytes]:
+        # workers that wait for the next pass are no part of what is asked for
+        return self._all(type(loader), {k: v for k, v in vars(loader).items() if k != "_iterator"})
 
     def _code(self, code: CodeType) -> Iterator[bytes]:
         consts = code.co_consts
