@@ -151,6 +151,9 @@ def test_numbers_of_batches_are_whole(value: Any, parts: tuple[Any, ...]) -> Non
         lambda: pare.sensitivity(program, coupling, scores, batches=LIST, loss=step, num_batches=value),
         lambda: pare.sparsify(program, LIST, step=step, density=0.5, score_batches=value),
         lambda: pare.recover(small, LIST, step=step, batch_norm_batches=value or -1),
+        lambda: pare.choose_ranks(
+            program, pare.Budget(parameters=0.8), method="svd_llm", batches=INPUTS, num_batches=value or -1
+        ),
     ):
         with pytest.raises(UsageError, match="must be a whole number ≥"):
             call()

@@ -53,7 +53,13 @@ def once(given: object, name: str = "batches") -> Iterable[Any]:
 
 
 def taken(batches: Iterable[Any], most: int | None, name: str = "batches") -> Iterator[Any]:
-    """The first `most` batches. Raises RejectedError for one without a sample: means over nothing look like zeros."""
+    """The first `most` batches; None takes all.
+
+    Raises RejectedError for one without a sample, since means over nothing look like zeros, and UsageError where `most`
+    is no whole number ≥ 0.
+    """
+    if most is not None:
+        check_whole("num_batches", most, 0)
     for number, batch in enumerate(islice(batches, most)):
         lengths = [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim() > 0]
         if lengths and not any(lengths):
