@@ -166,6 +166,13 @@ def test_the_real_network_decides_where_the_rehearsal_is_wrong(monkeypatch: pyte
         spare(program, evaluate=evaluate, meets=lambda v: v < 0, calibrate=[x])
 
 
+def test_a_network_all_of_which_would_be_float_is_refused_with_what_that_reaches() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 8)
+    evaluate = noise(net, x)
+    with pytest.raises(NothingToDo, match=r"Got 0 with 2 of 2 layers in float, .* with none"):
+        spare(capture(net, x[:2]), evaluate=evaluate, meets=lambda v: v < 1e-9, calibrate=[x])
+
+
 @pytest.mark.parametrize("value", [None, [0.5], {"accuracy": 0.5}, "0.5"], ids=["None", "list", "dict", "str"])
 def test_a_metric_that_is_no_number_is_refused(value: Any) -> None:
     net, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(8, 4)

@@ -83,7 +83,7 @@ def spare(
     >>> spare(capture(net, x[:2]), evaluate=off, meets=lambda v: v < 1.0, calibrate=[x]).float_layers
     ()
 
-    Raises NothingToDo where even all layers (or `most`) in float do not meet the bound, with the value they reach; UsageError
+    Raises NothingToDo where even all layers (or `most`) in float do not meet the bound, or nothing less than all, with the value they reach; UsageError
     where `evaluate` returns no number; and what `quantize` raises.
     """
     given = tuple(options.pop("float_layers", ()))
@@ -94,7 +94,11 @@ def spare(
 
     def quantized(key: frozenset[str]) -> Callable[..., Any]:
         made.clear()  # one network at a time
-        made[key] = quantize(tuned, target=target, calibrate=calibrate, float_layers=[*given, *sorted(key)], **options)
+        stay = [*given, *sorted(key)]
+        try:
+            made[key] = quantize(tuned, target=target, calibrate=calibrate, float_layers=stay, **options)
+        except NothingToDo:  # every layer is in float, and then there is nothing to hand back
+            return Mixed(base, frozenset(), None)
         return made[key].module
 
     rehearsed = _Metric(evaluate, lambda key: Mixed(base, key, Changes()))
@@ -104,12 +108,12 @@ def spare(
         ranking = rank(base, calibrate)
         order = _order(ranking)[:most]
         found = _chosen(order, rehearsed, real, meets)
-        if found is None:
+        if found is not None and frozenset(found) not in made:
+            quantized(frozenset(found))
+        if found is None or not made:
             msg = f"a few layers in float must be enough to meet the bound. Got {real(order):.6g} with {len(order)} of {len(layers)} layers in float, {before:.6g} with none."
             raise NothingToDo(msg)
         chosen = found
-        if frozenset(chosen) not in made:
-            quantized(frozenset(chosen))
     return Spared(
         quantized=made[frozenset(chosen)] if made else converted(base, base.prepared),
         float_layers=tuple(chosen),
