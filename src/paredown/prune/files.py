@@ -51,9 +51,8 @@ def save(pruned: Pruned, folder: str | Path) -> None:
     """
     must_be("pruned", pruned, Pruned, fix="Use paredown.prune(program, plan).")
     folder = Path(folder)
-    file = next((p for p in (folder, *folder.parents) if p.is_file()), None)
-    if file is not None:
-        msg = f"a pruned model must be saved to a folder. Got the file {file}."
+    if folder.is_file():
+        msg = f"a pruned model must be saved to a folder. Got the file {folder}."
         raise UsageError(msg)
     folder.mkdir(parents=True, exist_ok=True)
     write_masks(folder, (pruned.plan, *(stage.plan for stage in pruned.stages)))
