@@ -18,6 +18,7 @@ from torchao.quantization.pt2e.quantizer import (
 from paredown.quantize.decompose import op_name
 from paredown.quantize.fixed import fix_results
 from paredown.quantize.observe import WEIGHT_OBSERVERS, observer_named
+from paredown.quantize.products import OF
 from paredown.quantize.schemes import Levels, Scheme, levels_at, weight_range
 from paredown.score.patterns import matches
 from paredown.target import Target
@@ -240,7 +241,7 @@ def _spec(user: fx.Node, node: fx.Node) -> QuantizationSpec | None:
 
 def layer_names(node: fx.Node) -> list[str]:
     """What a pattern may call an op: the parameters that it reads, and its module."""
-    names = [str(a.target) for a in node.all_input_nodes if a.op == "get_attr"]
+    names = [str(a.meta.get(OF, a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]).removeprefix("L['self'].").removeprefix("L['self']") if stack else ""
     return [*names, *((path,) if path else ())]

@@ -197,8 +197,8 @@ def learnable(base: Calibrated, masks: Mapping[str, Mask]) -> fx.GraphModule:
             continue
         keep = None
         if isinstance(observer, PerChannel):
-            owner = base.parameter_of(node)
-            keep = _kept(masks[owner], fetch(graph, str(node.args[0].target))) if owner in masks else None
+            owner, weight = base.owner_of(node), fetch(graph, str(node.args[0].target))
+            keep = _kept(masks[owner.parameter], weight, owner.transposed) if owner.parameter in masks else None
         if id(observer) not in made:
             made[id(observer)] = LearnedStep(observer, keep)
         graph.add_submodule(str(node.target), made[id(observer)])
@@ -208,8 +208,8 @@ def learnable(base: Calibrated, masks: Mapping[str, Mask]) -> fx.GraphModule:
     return graph
 
 
-def _kept(mask: Mask, weight: Tensor) -> Tensor:
-    kept = torch.from_numpy(mask.kept.copy())
+def _kept(mask: Mask, weight: Tensor, transposed: bool) -> Tensor:
+    kept = torch.from_numpy((mask.kept.T if transposed else mask.kept).copy())
     if kept.shape != weight.shape:
         msg = f"a mask must have the shape of its weight. Got {tuple(kept.shape)} for {tuple(weight.shape)}."
         raise RejectedError(msg)

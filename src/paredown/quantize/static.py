@@ -20,6 +20,7 @@ from paredown.quantize.calibration import run_samples
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
+from paredown.quantize.products import OF, products_as_layers
 from paredown.quantize.schemes import DYNAMIC, SCHEMES, WEIGHTS, Levels, scheme_named
 from paredown.score.patterns import matches
 from paredown.target import Target, named
@@ -30,7 +31,17 @@ if TYPE_CHECKING:
 STATIC = (*(s.name for s in SCHEMES.values() if s.activations == "static"), *WEIGHTS)
 REPAIRS = ("equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fast")
 """What may be done against the rounding, in this order: the first two before calibration, the others after it."""
-Owners = dict[tuple[str, int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The parameter that an op reads, and whether it reads the transpose of it."""
+
+    parameter: str
+    transposed: bool = False
+
+
+Owners = dict[tuple[str, int], Owner]
 """(name of a node, which of its inputs) → the parameter that this input is."""
 
 
@@ -153,10 +164,14 @@ class Calibrated:
                 found[self.parameter_of(node)] = (8 if eight else int(width).bit_length(), held.levels)
         return found
 
-    def parameter_of(self, observer: fx.Node) -> str:
-        """The parameter behind a weight's observer, by the name that it has in the user's model."""
+    def owner_of(self, observer: fx.Node) -> Owner:
+        """The parameter behind a weight's observer."""
         readers = ((u.name, u.all_input_nodes.index(observer)) for u in observer.users)
-        return next((self.owners[r] for r in readers if r in self.owners), str(observer.args[0].target))  # type: ignore[union-attr]
+        return next((self.owners[r] for r in readers if r in self.owners), Owner(str(observer.args[0].target)))  # type: ignore[union-attr]
+
+    def parameter_of(self, observer: fx.Node) -> str:
+        """Its name in the user's model."""
+        return self.owner_of(observer).parameter
 
 
 def calibrated(
@@ -373,10 +388,12 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
 
     before = _outputs(graph, program.inputs)
     with quiet("torchao"):
+        if quantizer.target.ops.get("linear") == "weighted":
+            products_as_layers(graph)
         decompose(graph, quantizer.target.decompositions)
         free_batch_norms(graph)
         owners = {
-            (node.name, i): str(x.target)
+            (node.name, i): Owner(str(x.meta.get(OF, x.target)), OF in x.meta)
             for node in graph.graph.nodes
             for i, x in enumerate(node.all_input_nodes)
             if x.op == "get_attr"
@@ -463,7 +480,8 @@ def _packed(
             continue
         codes = fetch(converted, str(node.args[0].target))
         readers = ((u.name, u.all_input_nodes.index(node)) for u in node.users)
-        name = next((owners[r] for r in readers if r in owners), str(node.args[0].target))
+        owner = next((owners[r] for r in readers if r in owners), Owner(str(node.args[0].target)))
+        name = owner.parameter
         own = formats.get(name, (8, "integer"))
         name = name if name not in done else f"{name} ({node.name})"
         done.add(name)
@@ -474,12 +492,12 @@ def _packed(
         yield (
             name,
             Packed(
-                codes=codes,
+                codes=codes.t() if owner.transposed else codes,
                 scales=scales.float(),
                 zero_points=zeros.long(),
                 bits=own[0] if per_channel else 8,
                 levels=own[1] if per_channel else "integer",
-                axis=int(node.args[3]) if per_channel else None,
+                axis=abs(int(node.args[3]) - owner.transposed) if per_channel else None,
             ),
         )
 
