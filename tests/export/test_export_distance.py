@@ -101,6 +101,11 @@ def test_minus_infinity_that_both_say_is_no_error(tmp_path: Path) -> None:
     assert not check(artifact, other, [X], strict=False).holds
 
 
+def test_a_masked_network_is_quantized_and_checked(tmp_path: Path) -> None:
+    quantized = quantize(capture(Masked().eval(), X[:2]), calibrate=[X])
+    assert check(export(quantized, tmp_path / "net.onnx"), quantized, [X]).holds
+
+
 def test_a_reference_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     net = nn.Linear(8, 2).eval()
     artifact = export((net, X[:2]), tmp_path / "net.onnx")

@@ -386,6 +386,11 @@ def _roll_back(run: _Run, last: checkpoints.Snapshot, why: str) -> None:
             f"{MOST_RETRIES} retries with half the "
             "learning rate each. Use a lower learning rate, clip_norm, or look for NaN in the data."
         )
+        if run.options.distil == "mse":
+            msg += (
+                " distil: mse is in the square of the outputs' own unit, whatever step's loss is in: for outputs in large numbers "
+                "(grams, pixels) lower distil_weight, or use distil: none."
+            )
         raise RejectedError(msg)
     history = [
         *training.history,
