@@ -91,7 +91,7 @@ def test_training_recovers_what_four_bits_cost_and_the_codes_are_those_trained()
     before = {n: t.clone() for n, t in net.state_dict().items()}
     options: dict[str, Any] = {"calibrate": images, "scheme": "w4a4"}
     plain = quantize(program, **options)
-    trained = train_quantized(program, lambda: data, step=step, epochs=3, lr=0.01, teacher=net, **options)
+    trained = train_quantized(program, lambda: data, step=step, epochs=6, lr=0.01, teacher=net, **options)
 
     def loss(quantized: Any) -> float:
         with torch.no_grad():
