@@ -111,8 +111,10 @@ def test_permuting_channels_permutes_scores(criterion: str) -> None:
             permuted.state_dict()[name].copy_(model.state_dict()[name][order])
         permuted[3].weight.copy_(model[3].weight[:, order])
     a, b = scored(criterion, program(model)), scored(criterion, program(permuted))
-    np.testing.assert_allclose(b.by_space["first"], a.by_space["first"][order.numpy()], rtol=1e-4)
-    np.testing.assert_allclose(b.by_space["second"], a.by_space["second"], rtol=1e-4)
+    # Sums in another order differ in the last bit, which solving with H (damping 1e-3) makes a thousand times as large.
+    rtol = 1e-3 if criterion == "refit" else 1e-4
+    np.testing.assert_allclose(b.by_space["first"], a.by_space["first"][order.numpy()], rtol=rtol)
+    np.testing.assert_allclose(b.by_space["second"], a.by_space["second"], rtol=rtol)
 
 
 @pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("l2", 2)])

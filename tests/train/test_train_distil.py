@@ -275,7 +275,7 @@ def test_a_distillation_in_grams_that_goes_astray_is_told_its_unit():
     teacher = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
     nn.init.constant_(teacher[1].bias, 3e6)
     x = torch.randn(64, 4)
-    with pytest.raises(RejectedError, match="must stay finite.*square of the outputs' own unit"):
+    with pytest.raises(RejectedError, match=r"must stay finite.*square of the outputs' own unit"):
         fit(
             nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)), lambda: [x] * 20, lambda m, b: m(b).sum() * 0, epochs=3, lr=10.0,
             teacher=teacher, distil="mse", distil_weight=1.0,
