@@ -17,7 +17,6 @@ from paredown.measure import machine
 from paredown.pipeline.budgets import check_budget
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
-from paredown.pipeline.given import given_digests
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import Compressed, run_stages
 from paredown.pipeline.ways import check_ways
@@ -25,6 +24,7 @@ from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
 from paredown.statistics.batches import Given, batches_of
 from paredown.target import named
 from paredown.train import Metric, Task, task_from_module
+from paredown.train.given import given_digests
 
 _VERSIONS = ("paredown", "torch", "torchao", "onnx", "onnxruntime", "onnxscript", "openvino", "numpy")
 

@@ -27,7 +27,6 @@ from paredown.measure.watched import Watch, another_range, oddities, range_of
 from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, key_of
-from paredown.pipeline.given import given_notes
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
 from paredown.pipeline.levels import one_level
@@ -42,6 +41,7 @@ from paredown.quantize import Quantized, quantize
 from paredown.records import Measured, Record, whole_file
 from paredown.target import named
 from paredown.train import Roles, check_roles
+from paredown.train.given import given_notes
 from paredown.train.task import seed_all
 
 TITLES = {

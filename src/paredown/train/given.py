@@ -67,6 +67,19 @@ def given_digests(functions: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def code_digest(function: Any) -> str:
+    """What a function does, without the values that it reaches: they may change while it is called. By name, where there is no code.
+
+    >>> code_digest(lambda x: x + 1) == code_digest(lambda x: x + 1), code_digest(lambda x: x + 1) == code_digest(lambda x: x + 2)
+    (True, False)
+    """
+    if isinstance(function, FunctionType):
+        line = _line(_Digests(), _Own(function, {}))
+        if not line.startswith(NOT_COMPARABLE):
+            return line
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 def given_notes(given: Mapping[str, str]) -> list[str]:
     """What a run says where it cannot tell later whether it was given the same."""
     return [

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from paredown.pipeline.given import given_digests, given_notes
+from paredown.train.given import given_digests, given_notes
 
 CELL = """
 import dataclasses, enum, functools
@@ -81,7 +81,7 @@ def test_the_same_source_is_the_same_at_other_lines_and_in_another_process() -> 
     assert here == digests(CELL, head="\n\n\n# comment\n")
     assert not given_notes(here)
     assert here["train.lr"] == "0.1"
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_pipeline_given import *; print(digests(CELL))"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_train_given import *; print(digests(CELL))"
     for seed in "12":
         found = subprocess.run(
             [sys.executable, "-c", code, str(Path(__file__).parent)],
