@@ -258,6 +258,28 @@ def test_a_stopped_measurement_goes_on_where_it_was(tmp_path: Path) -> None:
     )
 
 
+def test_points_of_another_function_of_the_same_name_are_not_taken(tmp_path: Path) -> None:
+    journal = tmp_path / "points.jsonl"
+
+    def one_of() -> Any:
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            return F.cross_entropy(model(batch[0]), batch[1])
+
+        return loss
+
+    def two_of() -> Any:
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            return 2.0 * F.cross_entropy(model(batch[0]), batch[1])
+
+        return loss
+
+    one, doubled = measure(loss=one_of(), journal=journal), measure(loss=two_of(), journal=journal)
+    lines = len(journal.read_text().splitlines())
+    assert measure(loss=one_of(), journal=journal) == one and measure(loss=two_of(), journal=journal) == doubled
+    assert len(journal.read_text().splitlines()) == lines  # both were there
+    assert doubled.dense == pytest.approx(2 * one.dense)
+
+
 def test_other_data_or_scores_do_not_take_over_points(tmp_path: Path) -> None:
     journal = tmp_path / "points.jsonl"
     program, coupling, _ = parts()

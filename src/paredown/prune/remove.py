@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from paredown.couple.trace import trace
-from paredown.errors import NothingToDo, UsageError, VerificationError
+from paredown.errors import NothingToDo, UsageError, VerificationError, must_be
 from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune.dead_units import by_first_name, condensed
@@ -49,6 +49,8 @@ def prune(
     >>> small.module[0].weight.shape, small.realiser
     (torch.Size([2, 3, 3, 3]), 'module')
     """
+    must_be("program", program, Program, fix="Use paredown.capture(model, inputs).")
+    must_be("plan", plan, Plan, fix="Use paredown.allocate, or Plan(keep=…).")
     if realiser not in ("auto", "module", "graph"):
         msg = f"realiser must be auto, module or graph. Got {realiser!r}."
         raise UsageError(msg)
@@ -94,6 +96,7 @@ def condense(pruned: Pruned, *, seed: int = 0) -> Pruned:
     >>> held.module[0].weight.shape, condense(held).module[0].weight.shape
     (torch.Size([6, 4]), torch.Size([4, 4]))
     """
+    must_be("pruned", pruned, Pruned, fix="Use paredown.prune(program, plan).")
     if not pruned.plan.masks:
         msg = "condense must be given a model with masks. Got a plan without."
         raise UsageError(msg)
@@ -209,6 +212,8 @@ def compose(first: Pruned, second: Pruned, *, seed: int = 0) -> Pruned:
     which `load` replays one by one; each has its own proof and the second one is reported. So it is with ranks, because
     later plans name factors.
     """
+    for name, level in (("first", first), ("second", second)):
+        must_be(name, level, Pruned, fix="Use paredown.prune(program, plan).")
     if any(p.ranks or p.drop_modules for p in (first.plan, second.plan)):
         return _in_stages(first, second)
     plan = first.plan.then(second.plan)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
 from paredown.statistics.batches import Given, as_number, check_whole, once, taken
+from paredown.train.given import code_digest
 from paredown.train.loop import on_device, usable_device
 from paredown.train.task import Metric, Predict, Step, batch_length, call_inputs, metric_values, predictor
 
@@ -54,9 +55,9 @@ class Value:
         return value - dense
 
     def digest(self) -> str:
-        """Of what is measured and on which data; functions are known by name."""
+        """Of what is measured, by functions of which code, and on which data."""
         state = hashlib.sha256()
-        functions = [getattr(f, "__qualname__", type(f).__name__) for f in (self.loss, self.evaluate) if f is not None]
+        functions = [code_digest(f) for f in (self.loss, self.evaluate) if f is not None]
         state.update(repr((self.name, self.unit, functions)).encode())
         for leaf in pytree.tree_leaves(list(self.batches)):
             if isinstance(leaf, Tensor):
