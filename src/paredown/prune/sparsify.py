@@ -106,7 +106,7 @@ def sparsify(
     Budget for units that leave physically (granularity "channel", "head"). A sequence is levels: each entry is what remains
     of what the level before left, each with all epochs. Schedules and criteria: see the module paredown.prune.sparsify.
 
-    `allocation` is "global" for masks, "uniform" for channels and N:M where none is given; it and the next up to `target` are
+    `allocation` is "global" for masks ("erk" for movement of single elements), "uniform" for channels and N:M where none is given; it and the next up to `target` are
     those of allocate, `options` those of the criterion, the training's those of recover (`lr_schedule` is its `schedule`). With
     `checkpoint` (of several, numbered) the same call goes on where it stopped, to the same bits. The model is not touched.
 
@@ -175,7 +175,9 @@ class _Asked:
         return cls(cut=Granularity.parse(granularity), criterion=named, schedule=schedule, regularize=regularize)
 
     def usual(self) -> Allocation:
-        """The allocation where none is given."""
+        """The allocation where none is given. Movement's scores of two layers are of different sizes: they are never compared."""
+        if isinstance(self.criterion, Movement) and self.cut.kind == "element":
+            return "erk"
         return "global" if self.cut.masked and self.cut.kind != "n:m" else "uniform"
 
     def way(self) -> Schedule:
