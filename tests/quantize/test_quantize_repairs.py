@@ -285,3 +285,12 @@ def test_a_repair_that_changes_the_function_is_refused(repair: str, monkeypatch:
     net, x = Separable(), torch.randn(16, 3, 8, 8)
     with pytest.raises(VerificationError, match=f"{repair} must leave the function as it is"):
         quantize(capture(net, x[:2]), calibrate=[x], repair=[repair])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
+def test_a_pattern_alone_is_one_pattern(scheme: str) -> None:
+    net, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(13))).eval(), torch.randn(8, 4)
+    more: dict[str, Any] = {} if scheme == "int8-dynamic" else {"calibrate": [x]}
+    for given in ("12", ["12"]):
+        found = quantize(capture(net, x[:2]), scheme=scheme, float_layers=given, **more)
+        assert set(found.weights) == {f"{n}.weight" for n in range(12)}

@@ -20,7 +20,7 @@ from paredown.quantize.fixed import fix_results
 from paredown.quantize.observe import WEIGHT_OBSERVERS, observer_named
 from paredown.quantize.products import OF
 from paredown.quantize.schemes import Levels, Scheme, levels_at, weight_range
-from paredown.score.patterns import matches
+from paredown.score.patterns import as_patterns, matches
 from paredown.target import Target
 
 KEY = "quantization_annotation"
@@ -54,7 +54,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         self.ends: frozenset[fx.Node] = frozenset()
         self.wanted: dict[fx.Node, QuantizationSpec] = {}
         """What an op that only moves values was given: an end may want more bits than the rest."""
-        self.float_layers = tuple(float_layers)
+        self.float_layers = as_patterns(float_layers)
 
     def _activation(self, bits: int) -> QuantizationSpec:
         unsigned, levels = self.target.activation_dtype == "uint8", 2**bits

@@ -19,6 +19,7 @@ from paredown.quantize.lanes import Changes, Lane, Layer, cloned, layers_of
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.numerics import observes_weight
 from paredown.quantize.static import Calibrated, calibrated, converted, quantize
+from paredown.score.patterns import as_patterns
 from paredown.target import named
 
 SAMPLES = 64
@@ -86,7 +87,7 @@ def spare(
     Raises NothingToDo where even all layers (or `most`) in float do not meet the bound, or nothing less than all, with the value they reach; UsageError
     where `evaluate` returns no number; and what `quantize` raises.
     """
-    given = tuple(options.pop("float_layers", ()))
+    given = as_patterns(options.pop("float_layers", ()))
     calibrate = reusable(calibrate, options.get("num_samples"))
     base = calibrated(tuned, target=target, calibrate=calibrate, float_layers=given, **options)
     layers = named_layers(base)

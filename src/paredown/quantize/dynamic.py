@@ -22,7 +22,7 @@ from paredown.quantize.decompose import attach, call, fetch, op_name
 from paredown.quantize.nouns import Coverage, Packed, Quantized
 from paredown.quantize.numerics import quantize_codes, symmetric, symmetric_of_least_error
 from paredown.quantize.schemes import Scheme
-from paredown.score.patterns import matches
+from paredown.score.patterns import as_patterns, matches
 
 aten, ops = torch.ops.aten, torch.ops.paredown
 _ACTIVATIONS = "both of its factors are activations"
@@ -42,6 +42,7 @@ def quantize_dynamic(program: Program, *, target: str, scheme: Scheme, float_lay
     pattern in `float_layers` that matches none.
     """
     graph = program.eval_graph.module(check_guards=False)
+    float_layers = as_patterns(float_layers)
     _refuse_unknown(graph, float_layers)
     work = _Work(graph=graph, scheme=scheme)
     for node in list(graph.graph.nodes):

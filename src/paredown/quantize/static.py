@@ -197,7 +197,7 @@ def calibrated(
 
         quantizer = TableQuantizer(table, observer, scheme_named(scheme), weights, float_layers, bits)
     prepared, owners = _prepared(graph, quantizer, program)
-    refuse_empty(prepared, table, scheme, float_layers)
+    refuse_empty(prepared, table, scheme, quantizer.float_layers)
     stayed = _ONLY_WEIGHTS if scheme in WEIGHTS else tuple(stayed_float(prepared, table))
     calls: list[Inputs] | None = [] if repair else None
     notes = () if calibrate is None else run_samples(prepared, calibrate, num_samples, program, calls)
