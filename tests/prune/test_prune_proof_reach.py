@@ -239,3 +239,12 @@ def test_time_that_is_taken_for_the_batch_is_said(kind: Any) -> None:
     said = [capture(kind(batch_first=first), torch.randn(9, 4, 6)).notes for first in (True, False)]
     assert not said[0]
     assert any(note.startswith("t") and "runs along axis 0" in note for note in said[1])
+
+
+def test_a_hole_in_the_example_is_no_reason_to_exclude_channels() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5)
+    x[0, 2] = torch.nan
+    model = ByWidth()
+    _, pruned = halved(model, x)
+    assert pruned.proof.moved > 0 and pruned.proof.scale < float("inf")
