@@ -182,3 +182,42 @@ def test_what_cannot_be_compared_never_equals_itself_and_is_named() -> None:
             assert kind in note
             assert "cannot be continued" in note
             assert " at 0x" not in note
+
+
+FILLS = """
+from collections import defaultdict
+losses, log, seen, rates = [], defaultdict(list), {}, [0.1, 0.2]
+total = 0
+
+def train(model):
+    global total
+    total += 1
+    losses.append(rates[0])
+    log["loss"].append(rates[1])
+    seen[total] = model
+
+def counting():
+    calls = 0
+    def step(model, batch):
+        nonlocal calls
+        calls += 1
+        return rates[0]
+    return step
+
+step = counting()
+"""
+
+
+def test_what_a_function_fills_itself_is_no_other_function_and_what_it_reads_is() -> None:
+    space: dict = {"__name__": "__main__"}
+    exec(compile(FILLS, "<cell>", "exec"), space)
+
+    def now() -> dict[str, str]:
+        return given_digests({"train": space["train"], "step": space["step"]})
+
+    before = now()
+    space["train"](1), space["step"](1, 2)
+    assert (space["total"], len(space["losses"]), dict(space["log"]), space["seen"]) == (1, 1, {"loss": [0.2]}, {1: 1})
+    assert now() == before and {"train.losses", "train.rates", "step.calls"} <= set(before)
+    space["rates"][0] = 0.3
+    assert {n for n, line in now().items() if line != before[n]} == {"train.rates", "step.rates"}

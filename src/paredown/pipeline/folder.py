@@ -79,7 +79,7 @@ def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overw
         if not overwrite:
             msg = f"{path} holds another run. The recipe differs:\n{changed}\nChoose another --out, or --overwrite."
             if "given." in changed:  # a notebook's functions count with all that they reach by name
-                msg += " A list that a function appends to, or a counter, differs after every run: make it inside the function."
+                msg += " What a function keeps its results in, by a way that is not seen in its code, differs after every run: make it inside the function."
             raise UsageError(msg)
     elif not overwrite and any(p.name != LOCK for p in path.iterdir()):
         msg = f"out must be an empty folder or one of a run. Got {path} with other files in it. Choose another --out, or --overwrite."

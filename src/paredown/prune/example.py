@@ -32,7 +32,9 @@ def healthy_inputs(program: Program, seed: int) -> Any:
     def noisy(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        value = value.nan_to_num(0.0, math.inf, -math.inf)  # a hole in the user's example proves nothing; a mask's infinities stay
+        value = value.nan_to_num(
+            0.0, math.inf, -math.inf
+        )  # a hole in the user's example proves nothing; a mask's infinities stay
         if not bool(torch.isfinite(value).all()):
             return value
         if bool(((value == 0) | (value == 1)).all()) and bool((value == 1).any()):

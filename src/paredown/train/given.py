@@ -3,7 +3,7 @@
 A task file is compared by its bytes. A notebook's functions have no file of their own, so they are compared by what
 they do: their instructions and constants, and the content of everything of the user's that they reach by name (other
 functions, classes, modules, numbers, texts, tensors, arrays, objects). Line numbers, file names and memory addresses
-do not count: the same cell run again, in another process too, is the same. What comes from an installed package
+do not count, nor what a function itself fills (losses.append) or counts: the same cell run again, in another process too, is the same. What comes from an installed package
 counts by its name; the versions stand in the environment.
 """
 
@@ -16,6 +16,7 @@ import hashlib
 import secrets
 import sys
 import sysconfig
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import (
@@ -238,7 +239,33 @@ def _reached(function: FunctionType) -> dict[str, Any]:
     """What a function finds by name when it runs: of its closure, and of its module's globals, but for builtins."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     names = [n for n in _global_names(function.__code__) if n in function.__globals__]
-    return {n: function.__globals__[n] for n in names} | {n: _cell(c) for n, c in cells}
+    found = {n: function.__globals__[n] for n in names} | {n: _cell(c) for n, c in cells}
+    kept = {n for n in _written_names(function.__code__) if type(found.get(n)) in _RECORDS}
+    return {n: f"a {type(v).__name__} that it fills itself" if n in kept else v for n, v in found.items()}
+
+
+_RECORDS = (list, dict, set, deque, defaultdict, Counter, int, float)
+"""What a function may keep its losses or its calls in: after every run another, and no other function for that."""
+_FILLS = frozenset(("append", "appendleft", "extend", "add", "update", "setdefault", "insert"))
+
+
+def _written_names(code: CodeType) -> Iterator[str]:
+    """Names outside the code that it, or code inside it, changes: set anew, or filled (losses.append, log["loss"].append, seen[k] = v)."""
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG")]
+    for at, step in enumerate(steps):
+        if step.opname in ("STORE_GLOBAL", "STORE_DEREF"):
+            yield str(step.argval)
+        if step.opname not in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+            continue
+        rest = steps[at + 1 :]
+        while len(rest) > 1 and rest[0].opname.startswith("LOAD_") and rest[1].opname == "BINARY_SUBSCR":
+            rest = rest[2:]
+        fills = rest and rest[0].opname in ("LOAD_METHOD", "LOAD_ATTR") and rest[0].argval in _FILLS
+        if fills or (len(rest) > 1 and rest[0].opname.startswith("LOAD_") and rest[1].opname == "STORE_SUBSCR"):
+            yield str(step.argval)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _written_names(inner)
 
 
 def _cell(cell: Any) -> Any:
