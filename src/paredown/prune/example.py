@@ -49,7 +49,7 @@ def healthy_inputs(program: Program, seed: int) -> Any:
 def _rows(program: Program) -> int:
     least = least_batch(program)
     decides = not any(t.is_floating_point() for t in _outputs(program))
-    room = DECISIONS if decides else 1
+    room = ROWS if decides else 1
     inputs = sum(t.numel() for t in pytree.tree_leaves(own_example(program)) if isinstance(t, Tensor)) // least
     parameters = sum(t.numel() for t in program.state.values())
     rows = min(
