@@ -102,6 +102,13 @@ def test_the_front_has_the_recipe_and_command_of_each_point(page: Page) -> None:
     assert re.search(r"paredown compress trials/\d{4}/recipe\.yaml", page.text)
 
 
+def test_a_random_criterion_that_wins_stands_on_the_front() -> None:
+    """A front that leaves it out would list points that it beats."""
+    found = sweep(MEASURED, DENSE) + [trial("random", 0.1, s, 99.5, 99.5) for s in range(3)]
+    front = curve_document([head(cells=len(found)), *found])["pareto"]
+    assert [(p["amount"], round(p["removed"]["parameters"])) for p in front] == [(0.1, 90)]
+
+
 def test_charts_draw_what_the_records_say(page: Page) -> None:
     charts = [a for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
     assert len(charts) == 5
