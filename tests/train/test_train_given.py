@@ -144,14 +144,6 @@ def test_closures_partials_methods_and_callable_objects_count_their_content() ->
         assert not given_notes(a)
 
 
-def test_waiting_workers_of_a_loader_are_no_change() -> None:
-    loader = torch.utils.data.DataLoader([torch.ones(2)] * 4, num_workers=1, persistent_workers=True)
-    before = given_digests({"calibrate": loader, "train": lambda model: loader})
-    assert len(list(loader)) == 4
-    assert given_digests({"calibrate": loader, "train": lambda model: loader}) == before
-    assert not given_notes(before)
-
-
 def test_packages_have_no_line_of_their_own_and_count() -> None:
     found = digests(CELL)
     assert not {"train.np", "train.torch", "train.nn", "train.functools"} & found.keys()

@@ -19,12 +19,12 @@ from paredown.train import task_from_module
 from paredown.train.patience import Patient
 
 
-def test_loaders_whose_workers_hang() -> None:
+def test_loaders_with_workers() -> None:
     """In a process of its own, without a terminal's plugins."""
-    file = Path(__file__).with_name("hanging_loaders.py")
+    file = Path(__file__).with_name("loaders_with_workers.py")
     call = "import sys, pytest\nsys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', sys.argv[1]]))"
     done = forked.run(call, file)
-    assert "3 passed" in done.stdout, done.stdout + done.stderr
+    assert "4 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_whatever_else_is_late_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Loaders whose workers hang, in a process of their own: forked workers that are killed must not share a runner of tests.
+"""Loaders with workers, in a process of their own: forks must not share a runner of tests.
 
 test_train_patience.py runs this file with pytest.
 """
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, _utils
 
 from paredown.errors import ResourceError
 from paredown.train import check_roles, task_from_module
+from paredown.train.given import given_digests, given_notes
 from paredown.train.patience import Patient
 
 _utils.MP_STATUS_CHECK_INTERVAL = 1.0  # so long, and not 5 s, PyTorch waits for a worker that hangs before it ends it
@@ -70,3 +71,11 @@ def module(**more: object) -> ModuleType:
 def test_fault_60_the_task_module_sets_the_limit() -> None:
     with pytest.raises(ResourceError, match="train_batches must give a batch within 1 s"):
         check_roles(task_from_module(module(BATCH_SECONDS=1)))
+
+
+def test_waiting_workers_of_a_loader_are_no_change() -> None:
+    loader = DataLoader([torch.ones(2)] * 4, num_workers=1, persistent_workers=True)
+    before = given_digests({"calibrate": loader, "train": lambda model: loader})
+    assert len(list(loader)) == 4
+    assert given_digests({"calibrate": loader, "train": lambda model: loader}) == before
+    assert not given_notes(before)
