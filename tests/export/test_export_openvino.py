@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import deploy_nets
+import forked
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("torchao")
@@ -275,3 +276,26 @@ def test_dense_layers_that_the_plugin_fuses_wrongly_are_told_with_the_setting_th
         assert check(artifact, quantized, [x]).cosine > 0.999  # a plugin that does it right
     except VerificationError as error:
         assert "SNIPPETS_MODE=DISABLE the same file holds" in str(error)
+
+
+SIGNALS = """
+import os, pathlib, signal, sys
+from paredown.export.session import open_session
+caught = []
+signal.signal(signal.SIGUSR1, lambda *_: caught.append(1))
+sessions = [open_session(pathlib.Path(path)) for path in sys.argv[1:]]
+for session in sessions:
+    session.request({i.name: __import__("numpy").zeros([d if isinstance(d, int) else 2 for d in i.shape], "float32") for i in session.get_inputs()})
+while sessions:
+    del session, sessions[0]  # in the order in which they began
+    session = None
+os.kill(os.getpid(), signal.SIGUSR1)
+print(len(caught), "caught")
+"""
+
+
+def test_signals_find_a_stack_when_sessions_have_ended(
+    concat: tuple[nn.Module, Program, Quantized, Artifact, Artifact],
+) -> None:
+    done = forked.run(SIGNALS, *(artifact.path for artifact in concat[3:]))
+    assert (done.returncode, done.stdout) == (0, "1 caught\n"), done.stderr

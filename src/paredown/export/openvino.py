@@ -22,7 +22,7 @@ from paredown.export.artifact import Artifact, Check
 from paredown.export.conditioning import excuse
 from paredown.export.distance import Distance
 from paredown.export.onnxruntime import distance, onnx_model, write_files
-from paredown.export.openvino_session import APART, PRECISION, Session
+from paredown.export.openvino_session import APART, PRECISION, Session, core
 from paredown.export.session import answering, as_feed
 from paredown.program import Inputs, Program
 from paredown.quantize.batches import Batches, each
@@ -40,8 +40,6 @@ def write(
     thing: Program | Quantized, path: Path, *, target: Target, opset: int, scheme: Literal["fp32", "fp16"] = "fp32"
 ) -> Artifact:
     """Convert, tidy, name and write; both files appear whole or not at all."""
-    import openvino
-
     if path.suffix.lower() != target.suffix:
         msg = f"a file for {target.name} must have a name that ends in {target.suffix}. Got {path.name!r}."
         raise UsageError(msg)
@@ -57,7 +55,7 @@ def write(
     with tempfile.TemporaryDirectory() as folder:
         source = write_files(graph, Path(folder) / "model.onnx")[0]
         try:
-            model = openvino.Core().read_model(str(source))
+            model = core().read_model(str(source))
         except Exception as error:
             raise RejectedError(_untranslated(str(error), graph, opset)) from error
         tidy(model, kept)

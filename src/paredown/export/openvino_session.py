@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,26 @@ def settings(threads: int, *, in_float: bool = False) -> dict[str, Any]:
     return {**pinned, "INFERENCE_PRECISION_HINT": PRECISION, **more}
 
 
+def core() -> Any:
+    """OpenVINO's one entry in this process; raises MissingError without OpenVINO.
+
+    Every Core has a CPU plugin, which gives the thread a stack for its signals and puts the stack before it back when it ends (2026.4).
+    Of two that end in the order in which they began the second puts back what the first has freed, and the next signal
+    (Ctrl-C, a worker of a DataLoader that ends) is a segmentation fault.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        msg = "running an .xml file must have OpenVINO. It is not installed. Run: pip install 'paredown[openvino]'."
+        raise MissingError(msg) from error
+    return _core(openvino)
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    return openvino.Core()
+
+
 class Session:
     """A file on the CPU, compiled once for every shape that it meets. Raises MissingError without OpenVINO, RejectedError where it refuses.
 
@@ -56,14 +77,9 @@ class Session:
         self, path: Path, *, threads: int = 1, free: bool = False, in_float: Callable[[Any], None] | None = None,
         apart: bool = False,
     ) -> None:  # fmt: skip
-        try:
-            import openvino
-        except ImportError as error:
-            msg = "running an .xml file must have OpenVINO. It is not installed. Run: pip install 'paredown[openvino]'."
-            raise MissingError(msg) from error
         self._path, self._free = path, free
         self._settings = settings(threads, in_float=in_float is not None) | (APART if apart else {})
-        self._core = openvino.Core()
+        self._core = core()
         with self._explained():
             self._model = self._core.read_model(str(path))
             if in_float is not None:
@@ -142,4 +158,4 @@ def _metadata(model: Any) -> dict[str, str]:
     return {STRUCTURE: str(model.get_rt_info(place).astype(str))} if model.has_rt_info(place) else {}
 
 
-__all__ = ["PRECISION", "STRUCTURE", "Input", "Session", "settings"]
+__all__ = ["PRECISION", "STRUCTURE", "Input", "Session", "core", "settings"]
