@@ -413,13 +413,10 @@ def rotary_constant() -> nn.Module:
     return Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 12), v=nn.Linear(5, 12), head=nn.Linear(12, 3))
 
 
-@hazard(tokens, free=2 + 4, zero_writes=True)
-def rotary_pairs() -> nn.Module:
-    """Rotary positions of neighbours, from a saved table that all heads share: a pair leaves every head and the table."""
-
+def _saved_rotary(heads_of_keys: int) -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         b, n, _ = x.shape
-        q, k, v = (p(x).view(b, n, 3, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
+        q, k, v = (p(x).view(b, n, -1, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
 
         def turned(t: Tensor) -> Tensor:
             beside = torch.stack([-t[..., 1::2], t[..., ::2]], -1).reshape(t.shape)
@@ -428,9 +425,22 @@ def rotary_pairs() -> nn.Module:
         w = (turned(q) @ turned(k).transpose(-2, -1) * 0.5).softmax(-1)
         return m.head((w @ v).transpose(1, 2).reshape(b, n, -1))
 
-    net = Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 12), v=nn.Linear(5, 12), head=nn.Linear(12, 3))
+    kv = 4 * heads_of_keys
+    net = Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, kv), v=nn.Linear(5, kv), head=nn.Linear(12, 3))
     net.register_buffer("table", random(6, 4))
     return net
+
+
+@hazard(tokens, free=2 + 4, zero_writes=True)
+def rotary_pairs() -> nn.Module:
+    """Rotary positions of neighbours from a saved table, keys of one head: a pair leaves every head, the keys and the table."""
+    return _saved_rotary(1)
+
+
+@hazard(tokens, free=3, because=("a table that all heads share",), zero_writes=True)
+def rotary_heads() -> nn.Module:
+    """The same with keys for every head: the table stays, so that heads leave."""
+    return _saved_rotary(3)
 
 
 @hazard(free=3 + 5, because=("every n-th channel",))

@@ -40,6 +40,11 @@ class IdForest:
         self.size = end
         return torch.arange(end - count, end)
 
+    @property
+    def next_origin(self) -> int:
+        """The origin number that the next fresh ids get."""
+        return len(self._starts)
+
     def origins(self, ids: Tensor) -> Tensor:
         """The origin number of each id, 0 for fixed ones. Same shape."""
         return torch.from_numpy(self._origin[ids.numpy()])

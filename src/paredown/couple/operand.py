@@ -56,9 +56,10 @@ def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
 
     An operand of length 1 along the other's channels serves all of them: it does not die with any one of them.
     """
-    a, b = trace.forest.canon(a), trace.forest.canon(b)
     dims = max(a.dim(), b.dim())
     a, b = (t.reshape((1,) * (dims - t.dim()) + tuple(t.shape)) if t.dim() < dims else t for t in (a, b))
+    a, b = _numbers(a, b, trace), _numbers(b, a, trace)
+    a, b = trace.forest.canon(a), trace.forest.canon(b)
     a, b = _released(a, b, trace), _released(b, a, trace)
     a, b = _whole(a, b, trace), _whole(b, a, trace)
     shape = torch.broadcast_shapes(a.shape, b.shape)
@@ -71,6 +72,23 @@ def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
         if bool(lone.any()) and any(y_whole.shape[d] > 1 for d in varying(tidy(x))):
             trace.pin(x[lone], "a constant as long as the channels is combined with them")
     return tidy(torch.where(one != FIXED, one, two)).expand(shape)
+
+
+def _numbers(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
+    """`t` as numbers where it is a table of positions by channels (rotary), saved or made of saved numbers, that several heads share.
+
+    Its columns would tie the heads to one another, and those of all layers that read it: then no head could leave.
+    """
+    columns = [d for d in varying(t) if d in varying(other)]
+    shared = [d for d in varying(other) if t.shape[d] == 1]
+    positions = [d for d in range(t.dim()) if t.shape[d] > 1 and d not in columns]
+    if not (trace.whole_tables and columns and shared and positions and trace.is_saved(t)):
+        return t
+    for axis in positions:
+        trace.tie(t, t.narrow(axis, 0, 1), "a table that all heads share")
+        t = trace.forest.canon(t)
+    trace.keep_table(t, "a table that all heads share")
+    return fixed(t.shape)
 
 
 def _released(t: Tensor, other: Tensor, trace: Trace) -> Tensor:

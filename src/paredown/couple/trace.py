@@ -47,7 +47,8 @@ _TRACES: weakref.WeakKeyDictionary[Program, Trace] = weakref.WeakKeyDictionary()
 def trace(program: Program) -> Trace:
     """The trace of a program; made once, since both are immutable."""
     if program not in _TRACES:
-        _TRACES[program] = Trace(program)
+        run = Trace(program)
+        _TRACES[program] = Trace(program, whole_tables=False) if run.tables_meet_channels() else run
     return _TRACES[program]
 
 
@@ -67,7 +68,9 @@ class Trace:
     The train graph is run as well: it may read channels that the eval graph does not (auxiliary heads).
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, whole_tables: bool = True) -> None:
+        self.whole_tables = whole_tables
+        """Whether a table that several heads share stays as it is, so that heads can leave."""
         self.forest = IdForest()
         self.ids: dict[fx.Node, Any] = {}
         """Id tensor (or nested tuple of them, or int for sizes) of each node."""
@@ -92,6 +95,10 @@ class Trace:
         """What lies between: ids of the channels that such a weight writes, and of those that it reads."""
         self.instead: dict[fx.Node, Tensor] = {}
         """Ids of parameters while a lane is run."""
+        self._saved: set[int] = set()
+        """Origins of the ids of buffers that are read element by element."""
+        self._kept: list[Tensor] = []
+        """Ids of tables that stay whole."""
         self._tables: list[Tensor] = []
         self._chunks: list[Tensor] = []
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
@@ -195,6 +202,23 @@ class Trace:
         mine = np.unique(numbers(self.forest, compact(ids)))
         return bool(np.isin(mine[mine != FIXED], heads).any())
 
+    def is_saved(self, ids: Tensor) -> bool:
+        """Whether all of these are elements of buffers to which no channel is tied (the oldest of a class is its root)."""
+        return set(self.forest.origins(compact(self.forest.canon(ids))).unique().tolist()) <= self._saved
+
+    def keep_table(self, ids: Tensor, reason: str) -> None:
+        """A saved table of which nothing leaves."""
+        self._kept.append(compact(ids))
+        self.pin(ids, reason)
+
+    def tables_meet_channels(self) -> bool:
+        """Whether such a table serves channels elsewhere that could leave together with its own (the one head of keys)."""
+        if not self._kept:
+            return False
+        kept = np.unique(np.concatenate([numbers(self.forest, ids).ravel() for ids in self._kept]))
+        tied = torch.from_numpy(np.flatnonzero(np.isin(self.forest.roots(), kept[kept != FIXED])))
+        return not set(self.forest.origins(tied).unique().tolist()) <= self._saved
+
     def chunks(self, stacked: Tensor) -> None:
         """Pieces of one axis, stacked: kept equal where that leaves enough freedom."""
         self._chunks.append(compact(stacked))
@@ -212,6 +236,8 @@ class Trace:
             tensor = self._state[name]
             shape = tuple(tensor.shape)
             floating = tensor.is_floating_point() and tensor.dim() > 0
+            if floating and not isinstance(tensor, torch.nn.Parameter):
+                self._saved.add(self.forest.next_origin)
             ids = self.forest.fresh(tensor.numel()).reshape(shape) if floating else fixed(shape)
             self.raw[stored] = ids
             self.table(ids)
