@@ -34,6 +34,8 @@ AXES: dict[Axis, str] = {
     "latency": "latency_ms",
 }
 """Axis to the figure whose share that left is drawn."""
+_IN_TURNS = {"latency_ms": "baseline_latency_ms"}
+"""The dense figure that was measured in turns with a trial's own: two files timed at other times, or elsewhere, do not compare."""
 CONTROLS = {
     "scratch": "the same shape from scratch",
     "thin": "a uniformly thinner dense network",
@@ -282,7 +284,7 @@ def _point(
     removed: dict[Axis, float] = {}
     absolute: dict[Axis, float] = {}
     for axis, name in AXES.items():
-        pairs = [(_value(r, name), _value(b, name)) for r, b in with_base]
+        pairs = [(_value(r, name), _value(r, _IN_TURNS.get(name, "")) or _value(b, name)) for r, b in with_base]
         if pairs and all(a is not None and b for a, b in pairs):
             removed[axis] = float(np.mean([100 * (1 - (a or 0) / (b or 1)) for a, b in pairs]))
             absolute[axis] = float(np.mean([a for a, _ in pairs if a is not None]))
@@ -340,54 +342,61 @@ def quality(point: Point) -> float:
 
 
 def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: str = "") -> SweetSpot:
-    """The rule on every line that prunes, on held-out data; of several lines the one that comes furthest.
+    """The rule on all lines that prune, on held-out data. Points where a seed has no result, or where nothing left, are not chosen.
 
-    With `limit`: the largest reduction whose one-sided 95 % bound on the loss is at most that. Without: the point farthest
-    above the chord of the mean curve, from the dense model to the point with most removed, both axes scaled to 0–1; a
-    point below the chord is no sweet spot. Points where a seed has no result are not chosen.
+    With `limit`: the largest reduction whose one-sided 95 % bound on the loss is at most that; of equal ones the one that loses less.
+    Without: the point farthest above the chord of the mean curve, from the dense model to the point with most removed,
+    both axes scaled to 0–1; a point below the chord is no sweet spot. With several lines the curve is their joint front, since a
+    chord of each line's own would favour the line that collapses.
     """
     rule: Literal["limit", "chord"] = "chord" if limit is None else "limit"
-    best: tuple[tuple[float, float], Line, list[Point], Floats, int] | None = None
-    seen = 0
+    own: list[tuple[Line, Point]] = []
+    dense, seen = None, 0
     for line in found:
         points = [p for p in line.points if p.complete and axis in p.removed and p.loss]
-        if line.kind in CONTROLS or len(points) < 2:
+        if line.kind in CONTROLS or len(points) < 2 or points[0].kind != "base":
             continue
-        seen += 1
+        dense, seen = points[0], seen + 1
+        own += [(line, p) for p in points[1:] if p.removed[axis] > 0]
+    at = None
+    if dense is not None and own:
+        points = [dense, *(p for _, p in own)]
         x = np.asarray([p.removed[axis] for p in points])
-        loss = np.asarray([[p.loss[seed] for seed in points[0].seeds] for p in points])
-        at, merit = _chosen(x, loss, limit)
-        if at is None:
-            continue
-        rank = (round(merit, 9), -float(loss[at].mean()))  # of equal reductions the one that loses less
-        if best is None or rank > best[0]:
-            best = (rank, line, points, loss, at)
-    if best is None:
-        nothing = _nothing(seen, found, limit, unit)
+        loss = np.asarray([[p.loss[seed] for seed in dense.seeds] for p in points])
+        at = _chosen(x, loss, limit, joint=seen > 1)
+    if at is None:
+        nothing = _nothing(seen, found, axis, limit, unit, slower=not own)
         return SweetSpot(rule=rule, axis=axis, line="", point=None, removed=None, low=None, high=None, sentence=nothing)
-    _, line, points, loss, at = best
-    x = np.asarray([p.removed[axis] for p in points])
-    low, high = _spread(x, loss, limit)
+    low, high = _spread(x, loss, limit, joint=seen > 1)
+    line, point = own[at - 1]
     return SweetSpot(
-        rule=rule, axis=axis, line=line.name, point=points[at], removed=float(x[at]), low=low, high=high,
-        sentence=_why(line, points[at], axis, loss[at], (low, high), limit, unit),
+        rule=rule, axis=axis, line=line.name, point=point, removed=float(x[at]), low=low, high=high,
+        sentence=_why(line, point, axis, loss[at], (low, high), limit, unit, joint=seen > 1),
     )  # fmt: skip
 
 
-def _chosen(x: Floats, loss: Floats, limit: float | None) -> tuple[int | None, float]:
-    """Index of the point that the rule takes, and by how much it stands out; `loss` is [points, seeds]."""
+def _chosen(x: Floats, loss: Floats, limit: float | None, *, joint: bool) -> int | None:
+    """Index of the point that the rule takes; `loss` is [points, seeds], the first point is the dense model."""
     means = loss.mean(axis=1)
     if limit is not None:
-        for at in sorted(range(1, len(x)), key=lambda i: (-x[i], means[i])):  # the first that holds is the furthest
-            if means[at] <= limit + 1e-9 and _within(loss[at], limit):
-                return at, float(x[at])
-        return None, float("-inf")
-    distances = chord_distances(x, -means)
-    at = int(np.argmax(distances))
-    if distances[at] > 0:
-        return at, float(distances[at])
-    flat = float(np.ptp(means)) == 0.0
-    return (int(np.argmax(x)), 0.0) if flat and len(x) > 1 else (None, float("-inf"))
+        order = sorted(range(1, len(x)), key=lambda i: (-round(float(x[i]), 9), means[i]))
+        return next((i for i in order if means[i] <= limit + 1e-9 and _within(loss[i], limit)), None)
+    if float(np.ptp(means)) == 0.0:
+        return int(np.argmax(x))
+    curve = _front(x, means) if joint else np.arange(len(x))
+    distances = chord_distances(x[curve], -means[curve])
+    best = int(np.argmax(distances))
+    return int(curve[best]) if distances[best] > 0 else None
+
+
+def _front(x: Floats, means: Floats) -> NDArray[np.int64]:
+    """The dense model and every point that no other one beats: as much removed and as little lost, and more of one."""
+    kept, least = [], math.inf
+    for i in sorted(range(1, len(x)), key=lambda i: (-x[i], means[i])):
+        if means[i] < least:
+            kept.append(i)
+            least = float(means[i])
+    return np.asarray([0, *reversed(kept)], dtype=np.int64)
 
 
 def _within(loss: Floats, limit: float) -> bool:
@@ -418,7 +427,7 @@ def _scaled(values: Floats) -> Floats:
     return (values - values.min()) / span if span > 0 else np.zeros(len(values))
 
 
-def _spread(x: Floats, loss: Floats, limit: float | None) -> tuple[float | None, float | None]:
+def _spread(x: Floats, loss: Floats, limit: float | None, *, joint: bool) -> tuple[float | None, float | None]:
     """95 % interval of the chosen reduction: the rule on resampled seeds, 0 where it then chooses nothing."""
     n = loss.shape[1]
     if n < 2:
@@ -427,18 +436,20 @@ def _spread(x: Floats, loss: Floats, limit: float | None) -> tuple[float | None,
     picks, weights = (picks, weights) if n <= ENUMERATED else (picks[:400], np.full(400, 1 / 400))
     took = []
     for row in picks:
-        at, _ = _chosen(x, np.repeat(loss, row.astype(int), axis=1), limit)
+        at = _chosen(x, np.repeat(loss, row.astype(int), axis=1), limit, joint=joint)
         took.append(0.0 if at is None else float(x[at]))
     values = np.asarray(took)
     return -_quantile(-values, weights, 0.975), _quantile(values, weights, 0.975)
 
 
-def _nothing(seen: int, found: Sequence[Line], limit: float | None, unit: str) -> str:
+def _nothing(seen: int, found: Sequence[Line], axis: Axis, limit: float | None, unit: str, *, slower: bool) -> str:
     prunes = [line for line in found if line.kind not in CONTROLS]
     if not any(p.loss for line in prunes for p in line.points):
         return "Nothing was chosen: the task has no held-out data (choose_batches), and test data choose nothing."
     if not seen:
         return "Nothing was chosen: no point has a result for every seed."
+    if slower:
+        return f"Nothing was chosen: no point takes anything off {_NOUNS[axis]}."
     if limit is not None:
         seeds = max(len(p.seeds) for line in prunes for p in line.points)
         if seeds < 2:
@@ -457,6 +468,8 @@ def _why(
     spread: tuple[float | None, float | None],
     limit: float | None,
     unit: str,
+    *,
+    joint: bool,
 ) -> str:
     assert point.amount is not None
     bound = upper_bound([*map(float, loss)])
@@ -471,7 +484,8 @@ def _why(
         interval_of = f"95 % interval {spread[0]:.1f} to {spread[1]:.1f} % over {loss.size} seeds"
     lost = f"mean loss {_points(float(loss.mean()), unit)}"
     if limit is None:
-        return f"{where}: the point farthest above the chord of the mean curve, both axes scaled to 0–1; {interval_of}; {lost} on held-out data."
+        curve = "the joint front of all lines' mean curves" if joint else "the mean curve"
+        return f"{where}: the point farthest above the chord of {curve}, both axes scaled to 0–1; {interval_of}; {lost} on held-out data."
     return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {_points(bound or 0.0, unit)}, is within {_points(limit, unit)}; {interval_of}; {lost} on held-out data."
 
 
@@ -485,8 +499,14 @@ _NOUNS: dict[Axis, str] = {
 
 
 def _points(value: float, unit: str) -> str:
-    said = "points" if unit == "%" else unit
-    return f"{value:.2f} {said}".rstrip()
+    """A loss with its unit: points with two decimals, whatever else with three digits that count."""
+    return f"{value:.{_decimals(value, unit, 3)}f} {'points' if unit == '%' else unit}".rstrip()
+
+
+def _decimals(value: float, unit: str, count: int) -> int:
+    if unit == "%":
+        return 2
+    return min(max(count - 1 - math.floor(math.log10(abs(value))), 0), 12) if value and math.isfinite(value) else 2
 
 
 # -------------------------------------------------------------------------------------------------- the dense question
@@ -520,6 +540,8 @@ def _comparison(line: Line, point: Point, control: Point, dense: Point | None, g
     whole = None if dense is None or dense.steps is None or point.steps is None else dense.steps + point.steps
     if not why and control.kind != "random" and whole and control.steps and control.steps < (1 - ALIKE) * whole:
         why = f"it was trained for {control.steps:,.0f} steps, base and recovery together for {whole:,.0f}"
+    if not why and control.kind == "random" and (control.method, control.schedule) != (line.method, line.schedule):
+        why = f"it was pruned and trained like {control.method} {control.schedule}"
     held_out = float(np.mean([*control.held_out.values()])) if control.held_out else None
     assert point.amount is not None
     return Comparison(
@@ -541,7 +563,10 @@ def _verdict(kind: str, gain: Interval, why: str, unit: str) -> str:
         better = "better" if gain.mean >= 0 else "worse"
         return f"{subject} was {_points(abs(gain.mean), unit)} {better} than {rival}, with one seed: no interval is available.{tail}"
     half = max(gain.high - gain.mean, gain.mean - gain.low)  # a bootstrap interval is not symmetric: its longer side
-    said = f"{gain.mean:.2f} ± {_points(half, unit)}".replace("-", "−")
+    decimals = _decimals(half or gain.mean, unit, 2)
+    said = f"{gain.mean:.{decimals}f} ± {half:.{decimals}f} {'points' if unit == '%' else unit}".rstrip().replace(
+        "-", "−"
+    )
     n = f"95 % interval over {gain.n} seeds"
     if gain.low > 0:
         return f"{subject} bought {said} over {rival} ({n}).{tail}"
@@ -564,6 +589,8 @@ def dense_verdict(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: s
         last = min(comparisons, key=lambda c: c.amount)
         own = [c for c in comparisons if c.amount == last.amount and c.line == last.line]
         why = "nothing was chosen" if at is None else f"no control stands at {at:g}"
+        if spot.point is not None and spot.point.kind == "from-scratch":
+            why = f"the sweet spot, {at:g} of {spot.line}, is itself trained from scratch"
         where = f"At {last.amount:g} of {last.line} ({why})"
     sign = 1.0 if goal == "max" else -1.0
     dense = [c for c in own if c.control != "random" and not c.same_as]

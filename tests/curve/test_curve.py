@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from paredown.curve import (
     sweet_spot,
     upper_bound,
 )
+from paredown.records import Measured, Record
 
 finite = st.floats(-100, 100, allow_nan=False).map(lambda v: round(v, 3))
 
@@ -264,6 +266,72 @@ def test_of_several_lines_the_one_that_comes_furthest() -> None:
     assert (spot.line, spot.point.amount if spot.point else None) == ("taylor one-shot", 0.5)
 
 
+def test_a_line_does_not_win_by_collapsing() -> None:
+    """Each line's own chord: the first line stands 0.57 above it at 0.25, the second, which loses less everywhere, 0.24."""
+    first = {0.5: 97.0, 0.25: 96.0, 0.1: 38.0}
+    second = {0.5: 97.5, 0.25: 97.0, 0.1: 96.0}
+    dense = [98.0, 98.0]
+    records = sweep({a: [v, v] for a, v in first.items()}, dense)
+    records += sweep({a: [v, v] for a, v in second.items()}, dense, method="taylor")[2:]
+    found = lines(records, goal="max")
+    spot = sweet_spot(found, "sparsity", limit=None, unit="%")
+    assert spot.line == "taylor one-shot" and "joint front of all lines" in spot.sentence
+    assert spot.point in pareto([p for line in found for p in line.points], "sparsity", goal="max")
+    alone = sweet_spot(lines(records[:8], goal="max"), "sparsity", limit=None, unit="%")
+    assert alone.point is not None and alone.point.amount == 0.25 and "of the mean curve" in alone.sentence
+
+
+def timed(kind: str, amount: float | None, seed: int, value: float, ms: float, dense_ms: float | None) -> Record:
+    record = trial(kind, amount, seed, value, value)
+    in_turns = {} if dense_ms is None else {"baseline_latency_ms": Measured(value=dense_ms, unit="ms")}
+    return dataclasses.replace(
+        record, measured={**record.measured, "latency_ms": Measured(value=ms, unit="ms"), **in_turns}
+    )
+
+
+def test_what_is_no_faster_is_never_chosen_and_latency_is_that_of_one_schedule() -> None:
+    """A base timed alone at another time says 20 ms; beside each trial the dense file takes 10."""
+    figures = {0.75: (95.0, 10.2), 0.5: (90.0, 7.0), 0.25: (89.0, 4.0)}
+    records = [timed("base", None, s, 98.0, 20.0, None) for s in (0, 1)]
+    records += [timed("pruned", a, s, v, ms, 10.0) for a, (v, ms) in figures.items() for s in (0, 1)]
+    found = lines(records, goal="max")
+    assert [round(p.removed["latency"], 6) for p in found[0].points] == [0.0, -2.0, 30.0, 60.0]
+    for limit in (None, 4.0):
+        spot = sweet_spot(found, "latency", limit=limit, unit="%")
+        assert spot.point is None and "Nothing was chosen" in spot.sentence
+    slow = [r for r in records if r.cell["amount"] in (None, 0.75)]
+    spot = sweet_spot(lines(slow, goal="max"), "latency", limit=5.0, unit="%")
+    assert spot.point is None and "takes anything off the latency" in spot.sentence
+
+
+def test_small_figures_are_told_in_digits_that_count() -> None:
+    records = sweep({0.5: [0.9034, 0.9031, 0.9037]}, [0.91, 0.91, 0.91])
+    records += [trial("thin", 0.5, s, 0.9, 0.9, steps=1000) for s in range(3)]
+    found = lines(records, goal="max")
+    (told,) = compared(found, goal="max")
+    assert told.sentence.startswith("pruning bought 0.00340 ± 0.00030 over a uniformly")
+    assert "bound on the loss, 0.00690, is within 0.00800;" in sweet_spot(found, "sparsity", limit=0.008).sentence
+
+
+def test_the_random_control_is_beside_its_own_line_only() -> None:
+    records = sweep({0.5: [97.0, 97.0]}, [98.0, 98.0])
+    records += sweep({0.5: [97.5, 97.5]}, [98.0, 98.0], schedule="lottery")[2:]
+    records += [trial("random", 0.5, s, 96.0, 96.0) for s in (0, 1)]
+    told = {c.line: c for c in compared(lines(records, goal="max"), goal="max", unit="%")}
+    assert told["l1 one-shot"].comparable
+    assert told["l1 lottery"].why == "it was pruned and trained like l1 one-shot"
+
+
+def test_a_sweet_spot_from_scratch_is_said_to_be_one() -> None:
+    records = sweep({0.5: [90.0, 90.0], 0.25: [80.0, 80.0]}, [98.0, 98.0])
+    records += [trial("from-scratch", 0.5, s, 97.9, 97.9, schedule="from-scratch") for s in (0, 1)]
+    records += [trial("thin", a, s, 90.0, 90.0, steps=1000) for a in (0.5, 0.25) for s in (0, 1)]
+    found = lines(records, goal="max")
+    spot = sweet_spot(found, "sparsity", limit=1.0, unit="%")
+    told = dense_verdict(spot, compared(found, goal="max", unit="%"), goal="max")
+    assert "(the sweet spot, 0.5 of l1 from-scratch, is itself trained from scratch)" in told
+
+
 def test_test_data_choose_nothing() -> None:
     held_out = {0.75: [98.0, 97.9, 98.1], 0.5: [97.0, 97.2, 97.1], 0.25: [90.0, 91.0, 89.0]}
     told = set()
@@ -355,7 +423,7 @@ def test_of_a_metric_to_be_small_less_is_a_gain() -> None:
     ]
     (found,) = compared(lines(records, goal="min"), goal="min", unit="g")
     assert found.gain.mean == pytest.approx(9.0)
-    assert "9.00 ± 1.00 g" in found.sentence
+    assert "9.0 ± 1.0 g" in found.sentence
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,20 @@ def test_equal_recipes_give_equal_cells_and_every_key_counts() -> None:
     for more in ({"recover": {"epochs": 9}}, {"prune": {"align": 4}}, {"threads": 2}, {"target": "openvino-x86"}):
         assert not plain & {c.digest for c in grid(recipe(curve, **more)) if c.kind != "base"}, more
     assert not plain & {c.digest for c in grid(recipe({**curve, "latency": True}))}
+
+
+def test_another_checkpoint_under_the_same_name_is_another_base(tmp_path: Path) -> None:
+    weights, model = tmp_path / "w.safetensors", tmp_path / "net.py"
+    plain = grid(recipe({"amounts": [0.5], "seeds": [0]}))
+    for more, file in (({"weights": str(weights)}, weights), ({"model": f"{model}:net"}, model)):
+        file.write_bytes(b"one")
+        curve = {"amounts": [0.5], "seeds": [0]}
+        first, again = grid(recipe(curve, **more)), grid(recipe(curve, **more))
+        file.write_bytes(b"two")
+        other = grid(recipe(curve, **more))
+        assert [c.digest for c in first] == [c.digest for c in again]
+        assert not {c.digest for c in first} & {c.digest for c in other}
+        assert [c.kind for c in first] == [c.kind for c in plain]
 
 
 def test_a_cells_recipe_is_one_that_compress_runs() -> None:

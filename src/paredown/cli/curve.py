@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from paredown.cli import options
 from paredown.cli.compress import safe_name
 from paredown.cli.show import emit, only_document, show, table
+from paredown.report.wording import interval, quantity
 
 if TYPE_CHECKING:
     from paredown.recipe import Recipe
@@ -122,5 +123,5 @@ def told(document: dict[str, Any]) -> list[Any]:
 def _figure(found: dict[str, Any] | None, unit: str) -> str:
     if found is None:
         return "not tested"
-    spread = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
-    return f"{found['mean']:.2f} {unit}{spread}"
+    spread = "" if found["low"] is None else f" ({interval(found['low'], found['high'], unit)})"
+    return f"{quantity(found['mean'], unit)}{spread}"

@@ -118,7 +118,10 @@ def _asked(request: Mapping[str, Any], recipe: Recipe, place: Path, emit: Emit) 
     said = [0.0]
 
     def on_training(name: str, state: Any) -> None:
-        _note_training(place / "steps" / TRAINING, name, int(state.epochs), int(state.steps))
+        own = getattr(state, "training", "")  # a level may hold several trainings; a task's own scratch() may tell less
+        _note_training(
+            place / "steps" / TRAINING, f"{name}, {own}" if own else name, int(state.epochs), int(state.steps)
+        )
         now = time.monotonic()
         if now - said[0] > _SAY_EVERY_S:
             said[0] = now

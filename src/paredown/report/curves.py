@@ -132,8 +132,9 @@ def _spot(seen: CurveView) -> dict[str, Any]:
 
 def _loss_notes(point: Point, unit: str) -> list[str]:
     bound = upper_bound([*point.loss.values()])
-    said = "points" if unit == "%" else unit
-    return ["no bound: one seed"] if bound is None else [f"one-sided 95 % bound on the loss {bound:.2f} {said}"]
+    if bound is None:
+        return ["no bound: one seed"]
+    return [f"one-sided 95 % bound on the loss {f'{bound:.2f} points' if unit == '%' else quantity(bound, unit)}"]
 
 
 def _sign(seen: CurveView) -> float:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -87,9 +88,10 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
         for method in curve.methods
         for schedule in curve.schedules
     ]
+    files = _files(recipe)
     for seed in curve.seeds:
         own = _changed(recipe, seed, prune=Prune(), recover=Recover())
-        base = _cell("base", seed=seed, recipe=own, latency=curve.latency)
+        base = _cell("base", seed=seed, recipe=own, latency=curve.latency, files=files)
         cells[base.digest] = base
         for cell in _of_seed(recipe, curve, ways, seed, base):
             twin = cells.setdefault(cell.digest, cell)
@@ -138,8 +140,21 @@ def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
         yield cell
 
 
-def _cell(kind: Kind, *, recipe: Recipe, needs: tuple[tuple[str, str], ...] = (), **more: Any) -> Cell:
-    text = json.dumps([kind, recipe.digest, needs, more.get("epochs"), more.get("latency", False)])
+def _files(recipe: Recipe) -> list[str]:
+    """Digests of the files that the base is made of: another checkpoint under the same name is another base."""
+    model = None if recipe.model is None else recipe.model.rpartition(":")[0]
+    found = []
+    for path in (Path(p) for p in (recipe.weights, model) if p):
+        if path.is_file():
+            with path.open("rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return found
+
+
+def _cell(
+    kind: Kind, *, recipe: Recipe, needs: tuple[tuple[str, str], ...] = (), files: Sequence[str] = (), **more: Any
+) -> Cell:
+    text = json.dumps([kind, recipe.digest, needs, more.get("epochs"), more.get("latency", False), *files])
     return Cell(kind=kind, recipe=recipe, needs=needs, digest=hashlib.sha256(text.encode()).hexdigest(), **more)
 
 

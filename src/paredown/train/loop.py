@@ -63,6 +63,8 @@ class Progress:
     """Steps in every epoch."""
     loss: float | None
     history: tuple[Epoch, ...]
+    training: str = ""
+    """Name of its checkpoint, without the suffix: tells the trainings of one call apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +171,7 @@ def fit(
             training=training, batches=batches_of(batches, "train_batches"), step=step, options=options, device=where, teacher=distiller,
             hooks=tuple(hooks), base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], progress=progress,
             ranks=ranks, called=student if ranks is None else ranks.wrapped(student),
+            name="" if checkpoint is None else checkpoint.stem,
         )  # fmt: skip
         try:
             _train(run, checkpoint, config)
@@ -237,6 +240,7 @@ class _Run:
     called: nn.Module
     """What `step` gets: the module, or its wrapper where ranks share the training."""
     ranks: Ranks | None
+    name: str
 
     @property
     def writes(self) -> bool:
@@ -533,5 +537,6 @@ def _report(run: _Run, done: int) -> None:
                 steps=training.steps,
                 loss=loss,
                 history=tuple(training.history),
+                training=run.name,
             )
         )
