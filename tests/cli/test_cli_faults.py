@@ -62,6 +62,43 @@ def test_usage_is_exit_2(call, arguments, says, tmp_path):
     assert files(tmp_path) == []
 
 
+def test_what_a_runtime_writes_beside_the_file_is_as_safe_as_the_file(tmp_path):
+    from paredown.cli.quantize import check_out_file
+    from paredown.errors import UsageError
+
+    weights, out = tmp_path / "net.bin", tmp_path / "net.xml"
+    weights.write_bytes(b"the user's")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="must not be the file of the weights"):
+            check_out_file(out, {"weights": weights}, overwrite=overwrite)
+    with pytest.raises(UsageError, match=r"no other file where its weights go.*net\.bin"):
+        check_out_file(out, {}, overwrite=False)
+    check_out_file(out, {}, overwrite=True)
+    side = tmp_path / "net.onnx.data"
+    side.write_bytes(b"another's")
+    with pytest.raises(UsageError, match="must not be the file of the weights"):
+        check_out_file(tmp_path / "net.onnx", {"weights": side}, overwrite=True)
+
+
+def test_samples_are_cut_into_batches_of_the_length_that_a_network_fixes():
+    import torch
+    from torch import nn
+
+    from paredown.cli.quantize import as_batches
+    from paredown.errors import RejectedError
+    from paredown.program import capture
+
+    samples = np.arange(7 * 6, dtype="f4").reshape(7, 6)
+    fixed = capture(nn.Sequential(nn.Flatten(0), nn.Linear(12, 3)), torch.randn(2, 6))
+    assert fixed.batch != "dynamic"
+    found = [b["args"][0] for b in as_batches({"x": samples}, fixed, "--calibrate")]
+    assert [len(x) for x in found] == [2, 2, 2] and torch.equal(torch.cat(found), torch.from_numpy(samples[:6]))
+    with pytest.raises(RejectedError, match="at least one batch of 2"):
+        as_batches({"x": samples[:1]}, fixed, "--calibrate")
+    free = capture(nn.Linear(6, 2), torch.randn(2, 6))
+    assert [len(b["args"][0]) for b in as_batches({"x": samples}, free, "--calibrate")] == [7]
+
+
 @pytest.mark.parametrize("amount", ["0", "1", "1.0", "-0.1", "1.5", "25%", "half", "nan", "inf"])
 def test_fault_67_one_rule_for_amounts(call, nets, amount):
     done = call("prune", f"{nets}:net", *INPUT, "--macs", amount, "--out", "small")

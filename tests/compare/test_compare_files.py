@@ -20,6 +20,7 @@ from paredown.compare import Comparison, compare, files
 from paredown.errors import RejectedError, UsageError
 from paredown.export import export
 from paredown.measure import artifact_at
+from paredown.pipeline.folder import files_digest
 from paredown.program import capture
 from paredown.quantize import quantize
 
@@ -165,3 +166,51 @@ def test_wrong_requests(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"\0")
     with pytest.raises(RejectedError):
         compare(one, tmp_path / "broken.onnx")
+
+
+class Masked(nn.Module):
+    """A mask in, minus infinity out where it says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.a(x).masked_fill(~mask, float("-inf"))
+
+
+def test_masks_in_and_minus_infinity_out_are_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 4), torch.tensor([[True, False] * 3] * 2))
+    paths = [str(export((Masked().eval(), inputs), tmp_path / name).path) for name in ("a.onnx", "b.onnx")]
+    found = compare(
+        *paths, runs=5, seconds=0.2
+    )  # no samples: of a mask all is false, and every output is minus infinity
+    assert {t.answers for t in found.timings} <= {"own", "same"} and len(found.timings) >= 2
+    own, infinite = np.array([[1.0, -np.inf]]), np.array([[np.nan, -np.inf]])
+    artifact = artifact_at(Path(paths[0]))
+    entry = lambda outputs, runtime: files._Entry(  # noqa: E731
+        name="a",
+        file="a",
+        artifact=artifact_at(Path(paths[0])),
+        runtime=runtime,
+        session=None,
+        feed={},
+        outputs=outputs,
+    )
+    first = entry([own], "onnxruntime")
+    for outputs, wanted in ((own, "same"), (infinite, "other"), (-own, "other"), (np.array([[9.0, -np.inf]]), "other")):
+        other = entry([outputs], "openvino")
+        assert files._answers(other, [first, other])[0] == wanted
+
+
+def test_weights_beside_the_graph_make_another_file(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    x, seen = torch.randn(2, 4), []
+    for name in ("a.xml", "b.xml"):
+        torch.manual_seed(len(seen))
+        net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        seen.append(export((net, x), tmp_path / name, target="openvino-x86"))
+    assert seen[0].path.read_bytes() == seen[1].path.read_bytes()
+    assert files_digest(seen[0].files) != files_digest(seen[1].files)
+    assert files_digest(seen[0].files[:1]) == files_digest(seen[1].files[:1])

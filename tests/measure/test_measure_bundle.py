@@ -331,6 +331,22 @@ def test_openvino_files_are_bundled_with_both_parts(samples: Any, tmp_path: Path
         import_results(sealed(tmp_path / "r.json", document), made)
 
 
+class Boxes(nn.Module):
+    """An image without boxes: an output with no element."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.mean((1, 2, 3)), x[:, :0, 0, :4]
+
+
+def test_an_output_without_elements_is_no_edit(samples: Any, tmp_path: Path) -> None:
+    images = [batch[0] if isinstance(batch, tuple | list) else batch for batch in samples]
+    images = [i["args"][0] if isinstance(i, dict) else i for i in images]
+    made = bundle(export((Boxes(), images[0]), tmp_path / "net.onnx"), images, out=tmp_path / "b", num_golden=2)
+    done = started([made.folder / "run_local.sh", "--seconds", "0.2", "--readings", "20", "--pause", "0"], made.folder)
+    assert done.returncode == 0, done.stderr
+    assert import_results(made.folder / "results.json", made).details["golden"]["holds"]
+
+
 def test_the_runner_is_a_file_of_its_own() -> None:
     code = "import sys, runpy; runpy.run_path(sys.argv[1]); print([m for m in ('paredown', 'numpy', 'torch') if m in sys.modules])"
     from paredown.measure.bundled import runner

@@ -189,21 +189,41 @@ def export(
 
 
 def check_out_file(out: Path, inputs: dict[str, Any], *, overwrite: bool, option: str = "--out") -> None:
-    """A new file; never one that is read."""
+    """A new file; never one that is read. So is the file of weights that a runtime has beside it."""
+    beside = _beside(out)
     if out.is_dir():
         msg = f"{option} must be a file to write. Got the folder {str(out)!r}. Add a name, as {str(out / 'model.onnx')!r}."
         raise UsageError(msg)
     for what, path in inputs.items():
-        if path and Path(path).is_file() and Path(path).resolve() == out.resolve():
-            msg = f"{option} must not be the file of the {what}. Got {str(out)!r} for both."
-            raise UsageError(msg)
+        for written in (out, beside):
+            if path and written and Path(path).is_file() and Path(path).resolve() == written.resolve():
+                msg = f"{option} must not be the file of the {what}. Got {str(written)!r} for both."
+                raise UsageError(msg)
+    if out.suffix.lower() == ".xml" and beside is not None and beside.exists() and not overwrite:
+        msg = f"{option} must have no other file where its weights go. Got {str(beside)!r}, which exists. Choose another name, or --overwrite."
+        raise UsageError(msg)
     if out.exists() and not overwrite:
         msg = f"{option} must be a new file. Got {str(out)!r}, which exists. Choose another, or --overwrite."
         raise UsageError(msg)
 
 
+def _beside(out: Path) -> Path | None:
+    """Where a second file is written: OpenVINO's weights always, ONNX's where they are too large for one."""
+    suffix = out.suffix.lower()
+    return (
+        out.with_suffix(".bin")
+        if suffix == ".xml"
+        else out.with_name(f"{out.name}.data")
+        if suffix == ".onnx"
+        else None
+    )
+
+
 def as_batches(read: dict[str, Any], program: Program, option: str) -> list[Any]:
-    """Arrays as batches of 32 samples in the structure of the example inputs: by name where all names fit, else in order."""
+    """Arrays as batches of 32 samples in the structure of the example inputs: by name where all names fit, else in order.
+
+    Where the network's batch is fixed, a batch has its length, and samples that do not fill one are left out.
+    """
     import torch
     from torch import Tensor
     from torch.utils import _pytree as pytree
@@ -218,8 +238,15 @@ def as_batches(read: dict[str, Any], program: Program, option: str) -> list[Any]
         msg = f"{option} must hold one array for each of the model's {len(places)} inputs. Got {len(order)}: {', '.join(order)}."
         raise RejectedError(msg)
     tensors = [_fitting(read[name], leaves[at], name, option) for name, at in zip(order, places, strict=True)]
+    size, total = 32, min((len(t) for t in tensors if t.dim()), default=0)
+    if program.batch != "dynamic":
+        size = next(int(leaves[at].shape[0]) for at in places if leaves[at].dim())
+        if total < size:
+            msg = f"{option} must hold at least one batch of {size}, which the network's batch is fixed to. Got {total} samples."
+            raise RejectedError(msg)
+        tensors = [t[: total - total % size] for t in tensors]
     batches = []
-    for parts in zip(*(torch.split(t, 32) for t in tensors), strict=True):
+    for parts in zip(*(torch.split(t, size) for t in tensors), strict=True):
         filled = list(leaves)
         for at, part in zip(places, parts, strict=True):
             filled[at] = part

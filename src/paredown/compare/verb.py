@@ -107,10 +107,11 @@ def _run_files(laid: list[Run], notes: list[str]) -> dict[str, Artifact]:
         if not files:
             notes.append(f"{run.name}: its files are not in the folder any more, so they are not timed here")
         for path in files:
-            name, sum_ = f"{run.name}/{path.name}", sha256(path)
-            if sum_ in seen:
-                notes.append(f"{name} is the same file as {seen[sum_]}")
+            name, artifact = f"{run.name}/{path.name}", artifact_at(path)
+            sums = " ".join(sha256(f) for f in artifact.files)  # an .xml alone says nothing of the weights
+            if sums in seen:
+                notes.append(f"{name} is the same file as {seen[sums]}")
                 continue
-            seen[sum_] = name
-            found[name] = artifact_at(path)
+            seen[sums] = name
+            found[name] = artifact
     return found

@@ -26,6 +26,7 @@ _ALL = {"pads": 0, "strides": 1, "dilations": 1}
 
 def tidy(model: ir.Model, *, on_codes: bool = True) -> None:
     """All rewrites that hold for float and quantized graphs; no name changes. Without `on_codes`, none that computes on codes."""
+    names = [v.name for v in model.graph.outputs]
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.ClearMetadataAndDocStringPass()(model)
     pools(model)
@@ -45,11 +46,27 @@ def tidy(model: ir.Model, *, on_codes: bool = True) -> None:
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
+    own_outputs(model, names)
     drop_defaults(model)
     drop_shapes(model)
     model.producer_name, model.producer_version = "paredown", None
     model.graph.name = "main"
     model.graph.doc_string = model.doc_string = None
+
+
+def own_outputs(model: ir.Model, names: list[str | None]) -> None:
+    """One value that the network returns twice stays two outputs, each by its name: eliminating Identity makes them one of two uses."""
+    seen: dict[ir.Value, str | None] = {}
+    for number, (value, name) in enumerate(zip(list(model.graph.outputs), names, strict=True)):
+        if value not in seen:
+            seen[value] = name
+            continue
+        value.name = seen[value]
+        node = ir.node("Identity", [value])
+        again = node.outputs[0]
+        again.name, again.shape, again.type = name, value.shape, value.type
+        model.graph.append(node)
+        model.graph.outputs[number] = again
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:

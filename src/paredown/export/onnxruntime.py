@@ -256,6 +256,7 @@ def write_files(model: Any, path: Path) -> tuple[Path, ...]:
             temporary.write_bytes(data)
         return (path,)
     side = path.with_name(path.name + ".data")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
         ir.external_data.unload_from_model(model, folder, side.name, size_threshold_bytes=1024)
         data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)

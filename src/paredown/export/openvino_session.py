@@ -23,7 +23,11 @@ FORMAT = 11
 APART = {"SNIPPETS_MODE": "DISABLE"}
 _KEPT = 4
 """Shapes for which a compiled file is kept: each holds the weights once more."""
-_TYPES = {"f32": "tensor(float)", "f64": "tensor(double)", "i64": "tensor(int64)", "i32": "tensor(int32)"}
+_TYPES = {
+    "f32": "tensor(float)", "f64": "tensor(double)", "f16": "tensor(float16)", "bf16": "tensor(bfloat16)",
+    "i64": "tensor(int64)", "i32": "tensor(int32)", "i16": "tensor(int16)", "i8": "tensor(int8)",
+    "u64": "tensor(uint64)", "u32": "tensor(uint32)", "u16": "tensor(uint16)", "u8": "tensor(uint8)", "boolean": "tensor(bool)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

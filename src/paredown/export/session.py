@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import itertools
 import json
 import re
@@ -193,19 +195,32 @@ def _array(tensor: Tensor, kind: str) -> Any:
 
 
 def _in_pieces(session: Any, feed: dict[str, Any], fixed: int) -> list[Any]:
-    """Run a file whose batch is fixed: pieces of that length, the last filled with its own last sample, and cut again."""
+    """Run a file whose batch is fixed: pieces of that length, the last filled with its own last sample, and cut again.
+
+    Raises RejectedError where an output has another first axis and differs from piece to piece.
+    """
     total = next(a.shape[0] for a in feed.values() if a.ndim)
     parts = []
     for start in range(0, total, fixed):
         index = np.minimum(np.arange(start, start + fixed), total - 1)
         parts.append(session.run(None, {n: a[index] if a.ndim and a.shape[0] == total else a for n, a in feed.items()}))
-    outs = [np.concatenate(p) if p[0].ndim and p[0].shape[0] == fixed else p[0] for p in zip(*parts, strict=True)]
-    return [o[:total] if o.ndim and o.shape[0] > total else o for o in outs]
+    outs = []
+    for number, pieces in enumerate(zip(*parts, strict=True)):
+        first = pieces[0]
+        if first.ndim and first.shape[0] == fixed:
+            outs.append(np.concatenate(pieces)[:total])
+        elif all(np.array_equal(first, other) for other in pieces[1:]):
+            outs.append(first)
+        else:
+            msg = f"samples must be given {fixed} at a time, since output {number} of this file has another first axis than the samples. Got {total}."
+            raise RejectedError(msg)
+    return outs
 
 
 def skeleton(out_spec: Any, tensors: list[bool]) -> Any:
     """The structure of an output as JSON: a number for a tensor, a list, an object with names, null for anything else.
 
+    Objects with one odd name: {"()": names} is a named tuple, {"[]": pairs} a dict whose keys are not all text.
     `tensors` says of every leaf whether it is one.
     """
     leaves = iter(tensors)
@@ -220,7 +235,15 @@ def skeleton(out_spec: Any, tensors: list[bool]) -> Any:
             keys = (
                 keys[0] if len(keys[0]) == len(children) else keys[1]
             )  # OrderedDict-like outputs carry (names, types)
-        if isinstance(spec.type, type) and issubclass(spec.type, dict) and isinstance(keys, list | tuple):
+        names = getattr(spec.context, "_fields", None)
+        if names is not None and len(names) == len(children):
+            return {"()": dict(zip(names, children, strict=True))}
+        named = isinstance(spec.type, type) and (issubclass(spec.type, dict) or dataclasses.is_dataclass(spec.type))
+        if named and isinstance(keys, list | tuple) and len(keys) == len(children):
+            if all(isinstance(k, str) for k in keys):
+                return dict(zip(keys, children, strict=True))
+            if all(isinstance(k, str | int | float | bool) for k in keys):
+                return {"[]": [[k, c] for k, c in zip(keys, children, strict=True)]}
             return {str(k): c for k, c in zip(keys, children, strict=True)}
         return children
 
@@ -233,7 +256,11 @@ def leaf_names(structure: Any, prefix: str = "") -> dict[int, str]:
         return {structure: prefix or "output"}
     if structure is None:
         return {}
-    parts = structure.items() if isinstance(structure, dict) else enumerate(structure)
+    if isinstance(structure, dict):
+        structure = structure.get("()", structure)
+        parts = [*structure["[]"]] if [*structure] == ["[]"] else [*structure.items()]
+    else:
+        parts = [*enumerate(structure)]
     found: dict[int, str] = {}
     for key, part in parts:
         found |= leaf_names(
@@ -245,6 +272,11 @@ def leaf_names(structure: Any, prefix: str = "") -> dict[int, str]:
 def _built(structure: Any, leaves: list[Tensor]) -> Any:
     if isinstance(structure, int):
         return leaves[structure]
+    if isinstance(structure, dict) and [*structure] == ["()"]:
+        fields = structure["()"]
+        return collections.namedtuple("Outputs", fields)(*(_built(v, leaves) for v in fields.values()))
+    if isinstance(structure, dict) and [*structure] == ["[]"]:
+        return {k: _built(v, leaves) for k, v in structure["[]"]}
     if isinstance(structure, dict):
         return Fields({k: _built(v, leaves) for k, v in structure.items()})
     return None if structure is None else tuple(_built(v, leaves) for v in structure)

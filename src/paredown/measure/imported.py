@@ -386,7 +386,8 @@ def _refuse_wrong_claims(
 def _alike(true: Sequence[float], claimed: Sequence[float | None]) -> bool:
     same = len(true) == len(claimed)
     return same and all(
-        c is not None and math.isclose(t, c, rel_tol=1e-6, abs_tol=1e-12) for t, c in zip(true, claimed, strict=True)
+        (c is None and t == 0.0) or (c is not None and math.isclose(t, c, rel_tol=1e-6, abs_tol=1e-12))
+        for t, c in zip(true, claimed, strict=True)
     )
 
 

@@ -13,7 +13,7 @@ from paredown.budget import parse_latency
 from paredown.errors import InfeasibleError, UsageError
 from paredown.examine import examine
 from paredown.measure.layer_tables import Setting
-from paredown.pipeline.folder import file_digest, key_of
+from paredown.pipeline.folder import files_digest, key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.shrink import Shrinking, shrunk
 from paredown.pipeline.ways import Here, Way
@@ -211,7 +211,7 @@ def _round(found: Round) -> dict[str, Any]:
 
 def _key(run: Run, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> str:
     plan = None if tuned is None else tuned.plan.digest
-    dense = file_digest(run.dense["artifact"].path)
+    dense = files_digest(run.dense["artifact"].files)
     return key_of(run.recipe.digest, program.source_digest, plan, dense, dict(asked), run.environment)
 
 

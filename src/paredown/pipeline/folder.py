@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,10 @@ def add_device(path: Path, record: Record) -> None:
     from paredown.report import read_run, write_report
 
     run, sums = read_run(path), set(record.details["model"].values())
-    if not any(r.details.get("digest") in sums for r in run.stages):
+    if not any(
+        r.details.get("digest") in sums or ((own := {*r.details.get("digests", ())}) and own <= sums)
+        for r in run.stages
+    ):
         msg = f"the results must be of a file of the run. Got another model's: none of the run in {path} has the SHA-256 {min(sums)[:12]}…."
         raise RejectedError(msg)
     steps = path / STEPS
@@ -125,6 +128,12 @@ def add_device(path: Path, record: Record) -> None:
 def key_of(*parts: Any) -> str:
     """SHA-256 of JSON values: what a stage's result depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """SHA-256 of one file, or of the sums of several: an .xml without its .bin says nothing of the weights."""
+    sums = [file_digest(f) for f in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -12,6 +12,9 @@ from paredown.export.session import PRECISE
 from paredown.program import Program
 from paredown.quantize.batches import rows, tensors_of
 
+_KINDS = {"bool": "bool_", "bfloat16": "float32"}
+"""Names in NumPy 1 and 2, where they are others than PyTorch's."""
+
 
 def input_of(program: Program) -> dict[str, Any]:
     """Name and shape of the first input, for the report; "N" stands for a free batch."""
@@ -27,17 +30,15 @@ def snippet(file: str, normalisation: str, program: Program, *, exact: bool = Fa
     `exact`: no session option is needed, see export.session.has_exact_products.
     """
     tensors = [t for t in pytree.tree_leaves(program.inputs) if isinstance(t, Tensor)]
-    shapes = [[1, *t.shape[1:]] if program.batch == "dynamic" else list(t.shape) for t in tensors]
-    kinds = [str(t.dtype).removeprefix("torch.") for t in tensors]
-    values = ", ".join(f"np.zeros({shape}, np.{kind})" for shape, kind in zip(shapes, kinds, strict=True))
+    kinds = [_KINDS.get(kind := str(t.dtype).removeprefix("torch."), kind) for t in tensors]
+    values = ", ".join(
+        f"np.zeros({[*t.shape]}, np.{k})" for t, k in zip(_per_run(program, tensors), kinds, strict=True)
+    )
     how = " ".join(normalisation.split()) or "bring your data to the form that the model was trained on"
     if file.endswith(".xml"):
         return _openvino(file, how, values)
     if file.endswith((".pte", ".tflite")):
-        one = ", ".join(
-            f"np.zeros({[*t.shape]}, np.{k})" for t, k in zip(_per_run(program, tensors), kinds, strict=True)
-        )
-        return (_executorch if file.endswith(".pte") else _litert)(file, how, one)
+        return (_executorch if file.endswith(".pte") else _litert)(file, how, values)
     options = [
         "options = ort.SessionOptions()",
         f"options.add_session_config_entry{PRECISE!r}  # exact int8 sums on x86 without VNNI, too",
@@ -61,7 +62,7 @@ def snippet(file: str, normalisation: str, program: Program, *, exact: bool = Fa
 
 
 def _per_run(program: Program, tensors: list[Tensor]) -> list[Tensor]:
-    """Inputs of one run of a file whose batch is fixed."""
+    """Inputs of one run: one sample where the batch is free or was made so."""
     return tensors_of(rows(program.inputs, slice(0, 1))) if program.batch == "dynamic" else tensors
 
 
@@ -107,9 +108,12 @@ def _openvino(file: str, how: str, values: str) -> str:
             "import openvino",
             "",
             f"options = {{'INFERENCE_PRECISION_HINT': {PRECISION!r}}}  # without it, bfloat16 where the processor can",
-            f"model = openvino.Core().compile_model({file!r}, 'CPU', options)",
             f"# {how}",
             f"inputs = [{values}]  # put your samples here",
+            "core = openvino.Core()",
+            f"network = core.read_model({file!r})",
+            "network.reshape({n: list(a.shape) for n, a in enumerate(inputs)})  # a free batch is slower, and not always right",
+            "model = core.compile_model(network, 'CPU', options)",
             "outputs = model(inputs)",
             "for o in model.outputs:",
             "    print(o.any_name, outputs[o].shape)",

@@ -26,7 +26,7 @@ from paredown.measure.quality import keep_values, kept_values
 from paredown.measure.watched import Watch, another_range, oddities, range_of
 from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.budgets import searched
-from paredown.pipeline.folder import file_digest, key_of
+from paredown.pipeline.folder import file_digest, files_digest, key_of
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
 from paredown.pipeline.levels import one_level
@@ -317,7 +317,8 @@ def _measured(
         details={
             "file": artifact.path.name,
             "files": [f.name for f in artifact.files],
-            "digest": file_digest(artifact.path),
+            "digest": files_digest(artifact.files),
+            **({"digests": [file_digest(f) for f in artifact.files]} if len(artifact.files) > 1 else {}),
             "float_nodes": list(checked.float_nodes),
             "int8_nodes": list(checked.int8_nodes),
             "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},

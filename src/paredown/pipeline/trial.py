@@ -29,7 +29,7 @@ from paredown.export import Artifact, check, export, predictor
 from paredown.export.onnxruntime import load_translations
 from paredown.measure import evaluated, machine, machine_text, measure, sizes, summarize
 from paredown.pipeline.compress import task_of, versions
-from paredown.pipeline.folder import LOCK, RunFolder, file_digest
+from paredown.pipeline.folder import LOCK, RunFolder, files_digest
 from paredown.pipeline.levels import one_level
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import accepted, base_of, metric_of
@@ -377,7 +377,7 @@ def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, detai
     training = run.folder.steps / TRAINING
     kept = {
         "file": path.name,
-        "digest": file_digest(artifact.path),
+        "digest": files_digest(artifact.files),
         "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},
         "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else {},
         **details,
