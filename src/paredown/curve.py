@@ -41,9 +41,8 @@ CONTROLS = {
     "thin": "a uniformly thinner dense network",
     "random": "a random criterion",
 }
-ENUMERATED = 6
-"""Seeds up to which every resample is looked at."""
-DRAWN = 4_000
+ENUMERATED, DRAWN = 6, 4_000
+"""Seeds up to which every resample is looked at, and resamples that are drawn beyond."""
 ALIKE = 0.05
 """Share by which MACs may differ in a comparison."""
 

@@ -192,7 +192,7 @@ def test_masks_in_and_minus_infinity_out_are_compared(tmp_path: Path) -> None:
     entry = lambda outputs, runtime: files._Entry(  # noqa: E731
         name="a",
         file="a",
-        artifact=artifact_at(Path(paths[0])),
+        artifact=artifact,
         runtime=runtime,
         session=None,
         feed={},

@@ -77,6 +77,23 @@ def test_units_that_only_come_near_an_amount_stand_in_its_column() -> None:
     assert sensitivity_document([head(), *some])["units"]["columns"] == [50.0, 25.0]
 
 
+def test_a_space_of_few_units_is_not_ranked_by_its_mild_amounts_alone() -> None:
+    """Three heads lose more than twelve at every share that both have; their plain mean, 4.0, is less than 4.5."""
+    losses = {("few", 3): {2: 2.0, 1: 6.0}, ("many", 12): {9: 0.5, 6: 1.5, 3: 4.0, 1: 12.0}}
+    points = [
+        point(name, kept, of, loss, loss + 0.01 * np.random.default_rng(kept).normal(size=8))
+        for (name, of), found in losses.items()
+        for kept, loss in found.items()
+    ]
+    found = sensitivity_document([head(amounts=[0.75, 0.5, 0.25, 0.1]), *points, *clear(1)[1:]])["units"]
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["many"]["mean_metric_loss"] == pytest.approx(4.5)
+    by_hand = np.mean([1.5, 4.0, 6 + 12 * (1 / 3 - 0.25), 6 + 12 * (1 / 3 - 0.1)])  # 12 more for each whole that leaves
+    assert rows["few"]["mean_metric_loss"] == pytest.approx(by_hand)
+    assert found["order"].index("many") < found["order"].index("few")
+    assert "have too few units for every amount" in found["sentence"]
+
+
 def test_what_failed_is_marked_and_takes_no_rank() -> None:
     document = sensitivity_document([*clear(), point("odd", 5, 10, None)])
     odd = next(r for r in document["units"]["rows"] if r["name"] == "odd")

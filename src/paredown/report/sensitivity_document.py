@@ -127,16 +127,39 @@ def _table(head: Record, points: Sequence[Record], kind: str) -> dict[str, Any] 
         details = mapping(record.details)
         groups.setdefault(name, []).append((items(details.get("metric")), items(details.get("distance"))))
     found = list(rows.values())
+    wanted = [float(a) for a in items(entry(head, "amounts"))]
+    weights = {}
     for row in found:
+        weights[row["name"]] = own = _weights(row["points"], wanted if kind == "units" else [])
+        row["continued"] = kind == "units" and len(row["points"]) < len(wanted)
         for measure in ("metric_loss", "distance"):
             values = [p[measure] for p in row["points"]]
-            row[f"mean_{measure}"] = None if None in values else float(np.mean(values))
+            row[f"mean_{measure}"] = None if None in values else float(own @ np.asarray(values, dtype=np.float64))
     table = {
         "rows": found,
         "columns": sorted({p["at"] for row in found for p in row["points"]}, reverse=True),
-        **_ordered(found, groups),
+        **_ordered(found, groups, weights),
     }
     return {**table, "sentence": _sentence(head, table, kind)}
+
+
+def _weights(points: Sequence[Mapping[str, Any]], wanted: Sequence[float]) -> NDArray[np.float64]:
+    """What each point counts in the mean over all amounts; they sum to 1 where a row has a point for each.
+
+    A space of few units comes to some of the amounts only. Its losses are continued to the others along straight lines, from nothing
+    lost at 1 and on beyond its last two points: a mean over mild amounts alone would rank it before all others.
+    """
+    if len(points) >= len(wanted):
+        return np.full(len(points), 1 / len(points))
+    shares = np.array([1.0, *(p["kept"] / p["of"] for p in points)])
+    order = np.argsort(shares)
+    x, found = shares[order], np.zeros(len(shares))
+    for amount in wanted:
+        at = int(np.clip(np.searchsorted(x, amount), 1, len(x) - 1))
+        up = (amount - x[at - 1]) / (x[at] - x[at - 1])  # beyond the last point it is negative
+        found[order[at - 1]] += 1 - up
+        found[order[at]] += up
+    return np.asarray(found[1:] / len(wanted))
 
 
 def _point(head: Record, record: Record, kind: str) -> dict[str, Any]:
@@ -155,10 +178,15 @@ def _point(head: Record, record: Record, kind: str) -> dict[str, Any]:
     }
 
 
-def _ordered(rows: list[dict[str, Any]], groups: Mapping[str, list[tuple[list[float], list[float]]]]) -> dict[str, Any]:
+def _ordered(
+    rows: list[dict[str, Any]],
+    groups: Mapping[str, list[tuple[list[float], list[float]]]],
+    weights: Mapping[str, NDArray[np.float64]],
+) -> dict[str, Any]:
     """The order, by the metric where it holds, else by the distance where that does; ranks with their intervals."""
     whole = [row for row in rows if row["mean_distance"] is not None]
-    by_group = {m: _by_group([groups[row["name"]] for row in whole], i) for i, m in enumerate(("metric", "distance"))}
+    told = [(groups[row["name"]], weights[row["name"]]) for row in whole]
+    by_group = {m: _by_group(told, i) for i, m in enumerate(("metric", "distance"))}
     found: dict[str, Stability | None] = {m: None if g is None else stability(g) for m, g in by_group.items()}
     has_metric = bool(whole) and all(row["mean_metric_loss"] is not None for row in whole)
     ordered_by: Measure = (
@@ -185,12 +213,14 @@ def _ordered(rows: list[dict[str, Any]], groups: Mapping[str, list[tuple[list[fl
     }
 
 
-def _by_group(rows: list[list[tuple[list[float], list[float]]]], which: int) -> NDArray[np.float64] | None:
+def _by_group(
+    rows: Sequence[tuple[list[tuple[list[float], list[float]]], NDArray[np.float64]]], which: int
+) -> NDArray[np.float64] | None:
     """[rows, groups of samples]: means over a row's points; None where samples were not told apart."""
-    lengths = {len(point[which]) for points in rows for point in points}
+    lengths = {len(point[which]) for points, _ in rows for point in points}
     if len(lengths) != 1 or not rows or 0 in lengths:
         return None
-    return np.array([np.mean([point[which] for point in points], axis=0) for points in rows])
+    return np.array([weights @ np.array([point[which] for point in points]) for points, weights in rows])
 
 
 def _holds(found: Stability | None) -> bool:
@@ -215,9 +245,13 @@ def _sentence(head: Record, table: Mapping[str, Any], kind: str) -> str:
     first, last = rows[order[0]], rows[order[-1]]
     what = "Cut" if kind == "units" else "Give fewer bits to"
     costs = [_cost(head, row, kind) for row in (first, last)]
-    return (
-        f"{what} {first['name']} first ({costs[0]}); leave {last['name']} alone ({costs[1]}). {_reliance(head, table)}"
+    few = sum(bool(row["continued"]) for row in table["rows"])
+    said = (
+        f" {few} of {len(rows)} have too few units for every amount: their means are continued along straight lines (estimated)."
+        if few
+        else ""
     )
+    return f"{what} {first['name']} first ({costs[0]}); leave {last['name']} alone ({costs[1]}). {_reliance(head, table)}{said}"
 
 
 def _cost(head: Record, row: Mapping[str, Any], kind: str) -> str:
