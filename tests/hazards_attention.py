@@ -443,6 +443,41 @@ def rotary_heads() -> nn.Module:
     return _saved_rotary(3)
 
 
+@hazard(tokens, free=8)
+def saved_positions_of_streams() -> nn.Module:
+    """Two streams stacked and a saved table of positions: what looks like heads is none, and the channels leave with the table's."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        both = torch.stack([m.a(x), m.b(x)], 1) + m.table
+        return m.head(both.mean(1))
+
+    net = Net(run, a=nn.Linear(5, 8), b=nn.Linear(5, 8), head=nn.Linear(8, 3))
+    net.register_buffer("table", random(6, 8))
+    return net
+
+
+@hazard(tokens, free=3, zero_writes=True)
+def saved_masks_of_scores() -> nn.Module:
+    """Saved masks that all heads share, added and compared: they stay, and heads leave as they would without them."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, -1, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
+        scores = (q @ k.transpose(-2, -1) * 0.5 + m.shift).masked_fill(m.tril == 0, -1e4)
+        return m.head((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1))
+
+    net = Net(run, q=nn.Linear(5, 12), k=nn.Linear(5, 12), v=nn.Linear(5, 12), head=nn.Linear(12, 3))
+    net.register_buffer("shift", random(1, 1, 6, 6))
+    net.register_buffer("tril", torch.ones(6, 6).tril())
+    return net
+
+
+@hazard(free=4 + 6)
+def channel_shuffle_op() -> nn.Module:
+    """torch's own shuffle: of every group the same positions leave."""
+    return nn.Sequential(conv(3, 8), nn.ReLU(), nn.ChannelShuffle(2), conv(8, 6), conv(6, 3))
+
+
 @hazard(free=3 + 5, because=("every n-th channel",))
 def every_second_channel() -> nn.Module:
     """Every second channel is taken, of six and of five: pairs leave whole; five have no pairs."""

@@ -75,14 +75,15 @@ def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
 
 
 def _numbers(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
-    """`t` as numbers where it is a table of positions by channels (rotary), saved or made of saved numbers, that several heads share.
+    """`t` as numbers where it is a table of positions by channels (rotary), or of positions alone (a mask), that several heads share.
 
+    It is saved, or made of saved numbers.
     Its columns would tie the heads to one another, and those of all layers that read it: then no head could leave.
     """
     columns = [d for d in varying(t) if d in varying(other)]
     shared = [d for d in varying(other) if t.shape[d] == 1]
     positions = [d for d in range(t.dim()) if t.shape[d] > 1 and d not in columns]
-    if not (trace.whole_tables and columns and shared and positions and trace.is_saved(t)):
+    if not (trace.whole_tables and shared and positions and (columns or varying(t)) and trace.is_saved(t)):
         return t
     for axis in positions:
         trace.tie(t, t.narrow(axis, 0, 1), "a table that all heads share")

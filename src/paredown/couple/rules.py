@@ -211,6 +211,15 @@ def _holds_channels(ids: Tensor, axis: int, trace: Trace) -> bool:
     return bool(((origin_a == origin_b) & (origin_a > 0) & (a != b)).any())
 
 
+def _channel_shuffle(node: fx.Node, trace: Trace) -> Any:
+    """[groups · n] channels in another order: of every group the same positions leave, so that groups stay equal."""
+    ids = trace.forest.canon(trace.of(node.args[0]))
+    channels = trace.vector(ids, 1, "channels that are shuffled")
+    table = channels.reshape(int(args_of(node, "groups")[0]), -1)
+    trace.tie(table, table[:1], "groups of a shuffle")
+    return shape.executed(node, trace)
+
+
 def _group_norm(node: fx.Node, trace: Trace) -> Any:
     """group_norm: all groups lose the same positions, so that groups stay equal."""
     ids = trace.of(node.args[0])
@@ -275,7 +284,7 @@ _NARY = (
 ).split()
 _SHAPE = (
     "view reshape squeeze unsqueeze expand cat concat split split_with_sizes tensor_split flatten unflatten stack repeat repeat_interleave "
-    "pixel_shuffle pixel_unshuffle channel_shuffle narrow movedim moveaxis swapaxes broadcast_to _unsafe_view hstack vstack meshgrid flip rot90 view_copy _reshape_alias"
+    "pixel_shuffle pixel_unshuffle narrow movedim moveaxis swapaxes broadcast_to _unsafe_view hstack vstack meshgrid flip rot90 view_copy _reshape_alias"
 ).split()
 _MOVED = "permute transpose t numpy_T swapdims adjoint mT".split()
 _REDUCE = (
@@ -337,6 +346,8 @@ def _table() -> dict[str, Rule]:
             "glu": _glu,
             "prelu": _prelu,
             "group_norm": _group_norm,
+            "channel_shuffle": _channel_shuffle,
+            "native_channel_shuffle": _channel_shuffle,
             "grid_sampler": _grid_sample,
         }
     )

@@ -48,8 +48,26 @@ def trace(program: Program) -> Trace:
     """The trace of a program; made once, since both are immutable."""
     if program not in _TRACES:
         run = Trace(program)
-        _TRACES[program] = Trace(program, whole_tables=False) if run.tables_meet_channels() else run
+        if run.keeps_tables:
+            run = max((run, Trace(program, whole_tables=False)), key=_free_positions)  # of equals the first
+        _TRACES[program] = run
     return _TRACES[program]
+
+
+def lockstep(program: Program) -> Trace | None:
+    """The trace in which tables that several heads share leave with their channels, where `trace` is another."""
+    return Trace(program, whole_tables=False) if trace(program).keeps_tables else None
+
+
+def _free_positions(run: Trace) -> int:
+    """How many positions of all parameter axes may leave; of tables a tenth more, since whole heads are what people remove."""
+    from paredown.couple.assemble import parameter_axes, pinned_roots  # which are about finished traces
+
+    pins, axes = list(run.pins), parameter_axes(run)
+    fixed_roots = np.array([FIXED, *pinned_roots(run, axes)])
+    run.pins[:] = pins
+    free = sum(int((~np.isin(a.classes, fixed_roots)).sum()) for a in axes)
+    return free + free // 10 if run.keeps_tables else free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +115,7 @@ class Trace:
         """Ids of parameters while a lane is run."""
         self._saved: set[int] = set()
         """Origins of the ids of buffers that are read element by element."""
-        self._kept: list[Tensor] = []
-        """Ids of tables that stay whole."""
+        self._kept = False
         self._tables: list[Tensor] = []
         self._chunks: list[Tensor] = []
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
@@ -208,16 +225,13 @@ class Trace:
 
     def keep_table(self, ids: Tensor, reason: str) -> None:
         """A saved table of which nothing leaves."""
-        self._kept.append(compact(ids))
+        self._kept = True
         self.pin(ids, reason)
 
-    def tables_meet_channels(self) -> bool:
-        """Whether such a table serves channels elsewhere that could leave together with its own (the one head of keys)."""
-        if not self._kept:
-            return False
-        kept = np.unique(np.concatenate([numbers(self.forest, ids).ravel() for ids in self._kept]))
-        tied = torch.from_numpy(np.flatnonzero(np.isin(self.forest.roots(), kept[kept != FIXED])))
-        return not set(self.forest.origins(tied).unique().tolist()) <= self._saved
+    @property
+    def keeps_tables(self) -> bool:
+        """Whether there is such a table."""
+        return self._kept
 
     def chunks(self, stacked: Tensor) -> None:
         """Pieces of one axis, stacked: kept equal where that leaves enough freedom."""

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from paredown.couple.trace import trace
+from paredown.couple.trace import lockstep, trace
 from paredown.errors import RejectedError, UsageError, must_be
 from paredown.plain import plain_copy
 from paredown.plan import Plan
@@ -39,7 +39,7 @@ from paredown.prune.form import (
 from paredown.prune.graph import realise_graph
 from paredown.prune.module import put_state, set_attributes, tensors
 from paredown.prune.nouns import Fit, Pruned, Stage
-from paredown.prune.removal import removal
+from paredown.prune.removal import Removal, removal
 from paredown.records import whole_file, write_text
 from paredown.train.masks import check_zeros
 
@@ -218,8 +218,19 @@ def _rebuilt(model: nn.Module, stage: Stage, inputs: Any) -> nn.Module:
         model = realise_without(capture(model, inputs), plan.drop_modules)
     if plan.keep or not (plan.ranks or plan.drop_modules):
         program = capture(model, inputs)
-        model = realise_graph(program, removal(trace(program), plan))
+        model = realise_graph(program, _fitting(program, plan))
     return empty_factor_graph(capture(model, inputs), plan.ranks) if plan.ranks else model
+
+
+def _fitting(program: Program, plan: Plan) -> Removal:
+    """The plan laid over the program; folders from before tables stayed whole cut rotary pairs."""
+    try:
+        return removal(trace(program), plan)
+    except UsageError:
+        run = lockstep(program)
+        if run is None:
+            raise
+        return removal(run, plan)
 
 
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:

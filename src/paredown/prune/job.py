@@ -28,6 +28,7 @@ from paredown.prune.nouns import Pruned
 from paredown.prune.remove import prune
 from paredown.prune.schedule import Schedule
 from paredown.score import TABLE, Scores, score
+from paredown.statistics.batches import apart
 from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.loop import Fitted, Hook, fit, private_copy
@@ -78,7 +79,7 @@ def scores_of(job: Job, module: nn.Module) -> Scores:
         seed_all(job.seed)
         return score(
             as_program(job.program, module), job.coupling, criterion, granularity=str(job.granularity),
-            batches=job.batches() if data else None, loss=job.step if data else None, num_batches=job.score_batches,
+            batches=apart(job.batches()) if data else None, loss=job.step if data else None, num_batches=job.score_batches,
             seed=job.seed, **job.options,
         )  # fmt: skip
 

@@ -109,9 +109,11 @@ def carry_out(pruned: Pruned, masks: Mapping[str, Mask]) -> Pruned:
 
 
 def outputs_of(module: nn.Module, example: Any) -> list[Any]:
-    """Outputs of a module in eval mode; the example is not touched."""
+    """Outputs of a module in eval mode, drawn as in `run_dense` where it draws; the example is not touched."""
     args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
-    return pytree.tree_leaves(module.eval()(*args, **kwargs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return pytree.tree_leaves(module.eval()(*args, **kwargs))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from paredown.score.gradients import Gradients
+from paredown.score.gradients import Gradients, wide
 from paredown.score.nouns import Computed, Elements, Source
 
 
@@ -30,12 +30,13 @@ def fisher(source: Source, options: FisherOptions) -> Iterator[Elements]:
 
     def take(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        squares[id(parameter)].addcmul_(parameter.grad, parameter.grad)
+        slope = wide(parameter.grad)
+        squares[id(parameter)].addcmul_(slope, slope)
 
     passes = gradients.streamed(take, per_sample=options.per_sample)
 
     def saliency(name: str) -> Tensor:
         parameter = gradients.parameters[name]
-        return parameter.detach().square().mul_(squares[id(parameter)]).mul_(0.5 / passes).cpu()
+        return wide(parameter).square().mul_(squares[id(parameter)]).mul_(0.5 / passes).cpu()
 
     yield Computed(source.weights, saliency)

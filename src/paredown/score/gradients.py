@@ -118,8 +118,8 @@ class Gradients:
                 ]
 
     def accumulators(self) -> dict[int, Tensor]:
-        """Zeros by the identity of each distinct parameter."""
-        return {id(p): torch.zeros_like(p) for p in self.distinct}
+        """Zeros by the identity of each distinct parameter, in float32 at least: squares of half-precision gradients are zero."""
+        return {id(p): torch.zeros_like(wide(p)) for p in self.distinct}
 
     @contextmanager
     def _seeded(self, number: int) -> Iterator[None]:
@@ -137,6 +137,12 @@ class Gradients:
             msg = f"a loss must be finite. Got {loss.item()} at batch {number}. Look at that batch and its labels."
             raise RejectedError(msg)
         return loss.reshape(())
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor in float32, or wider where they are; no copy where they are that already."""
+    tensor = tensor.detach()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def samples(batch: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from paredown.errors import UsageError
-from paredown.score.gradients import Gradients, Mode
+from paredown.score.gradients import Gradients, Mode, wide
 from paredown.score.nouns import Computed, Elements, Source
 
 
@@ -51,6 +51,6 @@ def grasp(source: Source, options: GraspOptions) -> Iterator[Elements]:
 
     def saliency(name: str) -> Tensor:
         parameter = gradients.parameters[name]
-        return (parameter.detach() * curved[id(parameter)]).div_(len(batches)).cpu()
+        return (wide(parameter) * curved[id(parameter)]).div_(len(batches)).cpu()
 
     yield Computed(source.weights, saliency)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paredown.errors import UsageError
-from paredown.score.gradients import Gradients
+from paredown.score.gradients import Gradients, wide
 from paredown.score.nouns import Computed, Elements, Source
 
 
@@ -41,13 +41,13 @@ def hessian_trace(source: Source, options: HessianTraceOptions) -> Iterator[tupl
         vectors = [[_signs(p, generator) for p in gradients.distinct] for _ in range(options.probes)]
         for v, found in zip(vectors, gradients.hessian_products(batch, number, vectors), strict=True):
             for parameter, sign, product in zip(gradients.distinct, v, found, strict=True):
-                diagonal[id(parameter)].add_(product * sign)
+                diagonal[id(parameter)].add_(wide(product) * sign)
             count += 1
 
     def curvature(name: str) -> Tensor:
         return (diagonal[id(gradients.parameters[name])] / count).cpu()
 
-    yield Computed(source.weights, curvature), Computed(source.weights, lambda n: source.weights[n].square())
+    yield Computed(source.weights, curvature), Computed(source.weights, lambda n: wide(source.weights[n]).square())
 
 
 def _signs(parameter: Tensor, generator: torch.Generator) -> Tensor:

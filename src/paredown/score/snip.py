@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from paredown.score.gradients import Gradients, Mode
+from paredown.score.gradients import Gradients, Mode, wide
 from paredown.score.nouns import Computed, Elements, Source
 
 
@@ -36,6 +36,6 @@ def snip(source: Source, options: SnipOptions) -> Iterator[Elements]:
 
     def saliency(name: str) -> Tensor:
         parameter = gradients.parameters[name]
-        return (parameter.detach() * slopes[id(parameter)]).abs_().div_(passes).cpu()
+        return (wide(parameter) * slopes[id(parameter)]).abs_().div_(passes).cpu()
 
     yield Computed(source.weights, saliency)

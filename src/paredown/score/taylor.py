@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paredown.errors import UsageError
-from paredown.score.gradients import Gradients
+from paredown.score.gradients import Gradients, wide
 from paredown.score.nouns import Computed, Elements, Source
 
 
@@ -40,8 +40,8 @@ def taylor(source: Source, options: TaylorOptions) -> Iterator[Elements]:
     def product(name: str) -> Tensor:
         parameter = gradients.parameters[name]
         if parameter.grad is None:
-            return torch.zeros_like(parameter)
-        signed = (parameter.grad * parameter.detach()).cpu()
+            return torch.zeros_like(wide(parameter))
+        signed = (wide(parameter.grad) * wide(parameter)).cpu()
         return signed.abs_() if options.form == "elementwise" else signed
 
     for number, batch in gradients.batches():

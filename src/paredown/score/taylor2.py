@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from paredown.score.gradients import Gradients
+from paredown.score.gradients import Gradients, wide
 from paredown.score.nouns import Computed, Elements, Source
 
 
@@ -30,14 +30,15 @@ def taylor2(source: Source, options: Taylor2Options) -> Iterator[Elements]:
 
     def take(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        slopes[id(parameter)].add_(parameter.grad)
-        squares[id(parameter)].addcmul_(parameter.grad, parameter.grad)
+        slope = wide(parameter.grad)
+        slopes[id(parameter)].add_(slope)
+        squares[id(parameter)].addcmul_(slope, slope)
 
     passes = gradients.streamed(take, per_sample=options.per_sample)
 
     def saliency(name: str) -> Tensor:
         parameter = gradients.parameters[name]
-        weight = parameter.detach()
+        weight = wide(parameter)
         change = weight * slopes[id(parameter)]
         change.addcmul_(weight * squares[id(parameter)], weight, value=-0.5)
         return change.abs_().div_(passes).cpu()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from paredown.errors import RejectedError, UsageError
+from paredown.score.gradients import wide
 from paredown.score.nouns import Computed, Elements, Source
 from paredown.statistics.inputs import input_statistics
 from paredown.statistics.uses import find_uses
@@ -38,11 +39,12 @@ def wanda(source: Source, options: WandaOptions) -> Iterator[Elements]:
         module=source.module,
     )
     norms = {
-        n: s.along(s.squared_norms.to(source.weights[n].dtype), tuple(source.weights[n].shape)) for n, s in seen.items()
+        n: s.along(s.squared_norms.to(wide(source.weights[n]).dtype), tuple(source.weights[n].shape))
+        for n, s in seen.items()
     }
 
     def saliency(name: str) -> Tensor:
-        squares = source.weights[name].square()
+        squares = wide(source.weights[name]).square()
         return squares.mul_(norms[name]) if name in norms else squares
 
     yield Computed(source.weights, saliency)

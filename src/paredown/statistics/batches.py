@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from paredown.errors import RejectedError, UsageError
 from paredown.program import Program, call_inputs
@@ -50,6 +52,28 @@ def once(given: object, name: str = "batches") -> Iterable[Any]:
         msg = f"{name} must be a function that returns batches, a list or a DataLoader. Got {got}{' from the function' if found is not given else ''}.{hint}"
         raise UsageError(msg)
     return found
+
+
+def reseeded(source: Any, seed: int) -> Any:
+    """The source; of a DataLoader its own generator, and that of its sampler, starts at `seed`: an epoch that is repeated, or continued in
+    another process, must see the same batches."""
+    loader = getattr(source, "source", source)  # behind what watches for late batches
+    if isinstance(loader, DataLoader):
+        for holder in (loader, loader.sampler, loader.batch_sampler):
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+    return source
+
+
+def apart(source: Any) -> Any:
+    """The source; of a DataLoader with persistent workers a copy, since all passes over it share one iterator."""
+    loader = getattr(source, "source", source)
+    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        return source
+    copied = copy.copy(loader)
+    vars(copied).update(persistent_workers=False, _iterator=None)
+    return copied
 
 
 def taken(batches: Iterable[Any], most: int | None, name: str = "batches") -> Iterator[Any]:

@@ -57,10 +57,11 @@ def reestimate_batch_norm(
     stand_in, names = _stand_in(module, inputs)
     if not names:
         return result
-    stand_in = stand_in.to(where)
+    stand_in, own = stand_in.to(where), private_copy(module).to(where).train()
+    own.register_forward_pre_hook(lambda _, args, kwargs: (stand_in(*args, **kwargs), None)[1], with_kwargs=True)
     with kept_randomness(), torch.no_grad():
         seed_all(seed)
-        means = _averages(stand_in, names, taken(once(batches), num_batches), step, where)
+        means = _averages((stand_in, own), names, taken(once(batches), num_batches), step, where)
         buffers = dict(result.named_buffers(remove_duplicate=False))
         for name, mean in means.items():
             if not bool(torch.isfinite(mean).all()):
@@ -100,10 +101,31 @@ def _stand_in(module: nn.Module, inputs: Any) -> tuple[nn.Module, list[str]]:
     return GraphModel(graph, None, state, bodies=(body, body)), list(dict.fromkeys(names))
 
 
+def _stepped(step: Step, chosen: nn.Module, own: nn.Module, batch: Any) -> nn.Module:
+    """Whichever model the step runs with."""
+    try:
+        step(chosen, batch)
+    except Exception:  # the user's code, about the outputs it got
+        if chosen is own:
+            raise
+        step(own, batch)
+        return own
+    return chosen
+
+
 def _averages(
-    stand_in: nn.Module, names: list[str], batches: Iterable[Any], step: Step | None, device: torch.device
+    models: tuple[nn.Module, nn.Module],
+    names: list[str],
+    batches: Iterable[Any],
+    step: Step | None,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Sample-weighted means of the statistics that each batch leaves behind, float64 on the CPU."""
+    """Sample-weighted means of the statistics that each batch leaves behind, float64 on the CPU.
+
+    `models`: the stand-in, and the user's own class, which runs it first. A step that wants what the class gives in training, as the outputs of an
+    auxiliary head, fails on the stand-in and gets the class.
+    """
+    stand_in, chosen = models[0], models[0]
     buffers = dict(stand_in.named_buffers())
     sums = {name: torch.zeros(buffers[name].shape, dtype=torch.float64) for name in names}
     num_samples, usual = 0, 0
@@ -117,7 +139,7 @@ def _averages(
             args, kwargs = call_inputs(batch)
             stand_in(*args, **kwargs)
         else:
-            step(stand_in, batch)
+            chosen = _stepped(step, chosen, models[1], batch)
         num_samples += length
         for name in names:
             sums[name] += length * buffers[name].double().cpu()

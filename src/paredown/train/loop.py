@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
 from paredown.score.patterns import as_patterns
-from paredown.statistics.batches import Given, batches_of, taken
+from paredown.statistics.batches import Given, batches_of, reseeded, taken
 from paredown.train import checkpoint as checkpoints
 from paredown.train.distil import Distil, Teacher, taught_by
 from paredown.train.options import OptimizerChoice as OptimizerChoice  # noqa: PLC0414  (it is this room's name for it as well)
@@ -171,7 +171,7 @@ def fit(
             training=training, batches=batches_of(batches, "train_batches"), step=step, options=options, device=where, teacher=distiller,
             hooks=tuple(hooks), base_lrs=[float(g["lr"]) for g in training.optimizer.param_groups], progress=progress,
             ranks=ranks, called=student if ranks is None else ranks.wrapped(student),
-            name="" if checkpoint is None else checkpoint.stem,
+            name="" if checkpoint is None else checkpoint.stem, finite=finite_tensors(student),
         )  # fmt: skip
         try:
             _train(run, checkpoint, config)
@@ -241,6 +241,8 @@ class _Run:
     """What `step` gets: the module, or its wrapper where ranks share the training."""
     ranks: Ranks | None
     name: str
+    finite: frozenset[str]
+    """Tensors that must stay so: a causal mask of minus infinity may be a buffer."""
 
     @property
     def writes(self) -> bool:
@@ -292,7 +294,8 @@ def _epoch(run: _Run) -> None:
     has_batch_norm = any(name.endswith("running_var") for name, _ in training.module.named_buffers())
     total, num_samples, num_skipped, done, usual = 0.0, 0, 0, 0, 0
     first: list[float] = []
-    for batch in taken(run.batches(), run.options.max_steps, "train_batches"):
+    source = reseeded(run.batches(), run.options.seed + training.epoch)
+    for batch in taken(source, run.options.max_steps, "train_batches"):
         length = batch_length(batch)
         usual = max(usual, length)
         if _too_short(run, length, usual, has_batch_norm):
@@ -318,7 +321,9 @@ def _epoch(run: _Run) -> None:
         )
         raise RejectedError(msg)
     mean = total / num_samples
-    _check_finite(training.module)
+    if bad := sorted(run.finite - finite_tensors(training.module)):
+        msg = f"NaN or infinity in {bad[0]}"
+        raise _Diverged(msg)
     if training.start_loss is None:
         training.start_loss = sum(first) / len(first)
     if retries < MOST_RETRIES and 0 < DIVERGED * training.start_loss < mean:
@@ -508,11 +513,10 @@ def _checked_loss(loss: Any) -> Tensor:
     return loss.reshape(())
 
 
-def _check_finite(module: nn.Module) -> None:
-    for name, tensor in checkpoints.model_tensors(module).items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
-            msg = f"NaN or infinity in {name}"
-            raise _Diverged(msg)
+def finite_tensors(module: nn.Module) -> frozenset[str]:
+    """Names of the floating-point parameters and buffers that hold neither NaN nor infinity."""
+    every = checkpoints.model_tensors(module).items()
+    return frozenset(n for n, t in every if t.is_floating_point() and bool(torch.isfinite(t.detach()).all()))
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

@@ -16,7 +16,16 @@ from paredown.statistics.batches import Batches, Given, batches_of, check_whole
 from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.distil import Distil
-from paredown.train.loop import Hook, OptimizerChoice, Progress, Schedule, fit, private_copy, usable_device
+from paredown.train.loop import (
+    Hook,
+    OptimizerChoice,
+    Progress,
+    Schedule,
+    finite_tensors,
+    fit,
+    private_copy,
+    usable_device,
+)
 from paredown.train.masks import Masks, check_zeros, keep_masks, mask_hook
 from paredown.train.ranks import Ranks, own_device
 from paredown.train.task import Step
@@ -153,12 +162,7 @@ def _own(module: nn.Module, train: Callable[[nn.Module], nn.Module | None], mask
             "model itself, not a wrapper."
         )
         raise RejectedError(msg)
-    bad = [
-        n
-        for n, t in checkpoints.model_tensors(trained).items()
-        if t.is_floating_point() and not bool(t.isfinite().all())
-    ]
-    if bad:
+    if bad := sorted(finite_tensors(module) - finite_tensors(trained)):
         msg = (
             f"train(model) must return finite weights. Got NaN or infinity in {', '.join(bad[:5])}. Use a lower "
             "learning rate."
