@@ -35,6 +35,23 @@ def test_an_exported_file_costs_what_the_program_costs(tmp_path: Path) -> None:
     assert found.ops["Conv"] == 2
 
 
+def test_weights_of_integer_products_are_parameters(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from paredown.export import export
+    from paredown.quantize import quantize
+
+    x = torch.randn(8, 64)
+    program = capture(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval(), x[:2])
+    weights = 64 * 96 + 96 * 32
+    for scheme, bytes_each in (("int8-dynamic", 1.0), ("w4", 0.5)):
+        artifact = export(quantize(program, scheme=scheme), tmp_path / f"{scheme}.onnx")
+        found = examine_onnx(artifact.path)
+        assert weights <= found.parameters <= weights + 4 * (96 + 32), (
+            scheme
+        )  # biases, and factors of a layer's channels
+        assert found.parameter_bytes == pytest.approx(weights * bytes_each, abs=16 * (96 + 32))
+
+
 def with_side_file(folder: Path, location: str) -> Path:
     tensor = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [4, 4], b"\0" * 64, raw=True)
     tensor.ClearField("raw_data")

@@ -35,6 +35,13 @@ def test_turns_and_the_samples_that_turned() -> None:
     assert [m["id"] for m in found["most"]] == ["b", "e"] and [m["id"] for m in found["best"]] == ["c"]
 
 
+def test_of_an_error_to_be_small_zero_is_right() -> None:
+    dense, now = np.array([100.0, 0, 0, 100]), np.array([0.0, 100, 0, 100])
+    assert changed(dense, now, {}, "min", "%")["turns"] == {"gained": 1, "lost": 1, "both": 1, "neither": 1}
+    lost = changed(np.zeros(40), np.array([100.0] * 30 + [0.0] * 10), {}, "min", "%")
+    assert lost["turns"] == {"gained": 0, "lost": 30, "both": 10, "neither": 0} and len(lost["best"]) == 0
+
+
 def test_the_worst_tenth_is_that_of_each_file() -> None:
     rng = np.random.default_rng(0)
     dense, now = rng.exponential(size=200), rng.exponential(size=200) * 2

@@ -105,6 +105,17 @@ def test_without_a_budget_nothing_is_pruned(job: dict, tmp_path: Path) -> None:
     assert [r.cell["stage"] for r in result.records] == ["examine", "dense", "int8", "verdict"]
 
 
+def test_budget_and_options_are_put_together_and_never_lost(job: dict, tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleError):  # the size that is asked for is still asked for
+        call(job, tmp_path / "a", budget=Budget(size_bytes=10), options={**QUICK, "budget": {"rounds": 2}})
+    for budget, more in (
+        (Budget(size_bytes=10), {"budget": {"size_bytes": 0.5}}),
+        (Budget(channels=0.5), {"prune": {"levels": [{"macs": 0.5}]}}),
+    ):
+        with pytest.raises(UsageError, match=r"must not say the same\. Got (size_bytes|prune\.levels) in both"):
+            call(job, tmp_path / "b", budget=budget, options={**QUICK, **more})
+
+
 def test_a_missing_direction_is_refused(job: dict, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="goal"):
         call(job, tmp_path / "run", metric={"name": "mae", "unit": "g", "goal": "lower"})

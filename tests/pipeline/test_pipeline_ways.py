@@ -295,6 +295,29 @@ def test_what_does_not_fit_is_refused_before_any_work(prune: dict[str, Any], say
         check_ways(recipe_of(**prune), task)
 
 
+def of_budget(budget: dict[str, Any], **prune: Any) -> Recipe:
+    given = {"schema": 1, "task": "small", "prune": {"align": 1, **prune}, "budget": budget}
+    return parse_recipe({**given, "recover": {"epochs": 1, "lr": 0.02, "batch_norm_batches": 2}})
+
+
+def test_a_budget_that_is_the_one_level_is_checked_as_one(task: Task) -> None:
+    check_ways(of_budget({"density": 0.2}, granularity="element", schedule="gradual"), task)
+    check_ways(of_budget({"density": 0.2}, granularity="element", update="obs"), task)
+    check_ways(of_budget({"channels": 0.5}), task)
+    for kind in ("element", "layer"):
+        with pytest.raises(UsageError, match=r"budget\.channels must fit what is pruned"):
+            check_ways(of_budget({"channels": 0.5}, granularity=kind), task)
+    own = dataclasses.replace(task, train=lambda model: model, step=None, train_batches=None)
+    with pytest.raises(UsageError):
+        check_ways(of_budget({"density": 0.3}, criterion="movement"), own)
+
+
+def test_as_many_weights_as_there_are_is_met_already(task: Task, tmp_path: Path) -> None:
+    recipe = recipe_of(granularity="element", levels=[{"density": 10**7}])
+    with pytest.raises(AssertionError):  # nothing was done
+        levels(task, recipe, tmp_path)
+
+
 def test_a_loop_of_ones_own_cannot_be_pruned_in(task: Task) -> None:
     own = dataclasses.replace(task, train=lambda model: model)
     recipe = recipe_of(granularity="element", schedule="gradual", levels=[{"density": 0.5}])

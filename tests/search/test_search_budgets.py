@@ -109,6 +109,26 @@ def test_bytes_are_met_on_the_disk_and_nothing_is_given_away(search):
     assert all(not r.foreseen or abs(r.foreseen["size_bytes"] / r.measured["size_bytes"] - 1) < 0.2 for r in met.rounds)
 
 
+def test_bytes_of_half_a_file_in_float_are_not_pruned_to_the_floor(given, search):
+    """A parameter takes four bytes here, where eight bits would lead to expect one; without expectation the first file says it."""
+    dense = search.dense.path.stat().st_size
+    for expected in (4.0, None):
+        met = meet(dataclasses.replace(search, asked={"size_bytes": 0.6 * dense}, bytes_per_parameter=expected))
+        assert 0.8 * 0.6 * dense <= met.chosen.measured["size_bytes"] <= 0.6 * dense
+
+
+@pytest.mark.parametrize("scheme", ["w2", "binary"])
+def test_bytes_of_a_few_bits_are_met(given, search, scheme):
+    program, _, _ = given
+    make = maker(program, target="onnxruntime-x86", scheme=scheme, calibrate=search.samples)
+    whole = make(None, search.folder / "whole.onnx").size_bytes
+    each = {"w2": 0.25, "binary": 0.125}[scheme]
+    asked = {"size_bytes": 0.93 * whole}  # of so small a network most is no codes
+    met = meet(dataclasses.replace(search, make=make, asked=asked, bytes_per_parameter=each, key=f"k {scheme}"))
+    assert met.chosen.measured["size_bytes"] <= asked["size_bytes"]
+    assert met.chosen.measured["parameters"] > 0.2 * search.cost.parameters
+
+
 def test_fault_72_a_budget_that_is_met_already_changes_nothing(search):
     met = meet(dataclasses.replace(search, asked={"size_bytes": 1e9, "macs": 1e12}))
     assert met.already_met

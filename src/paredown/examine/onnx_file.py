@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,8 +251,9 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
     from onnx import TensorProto as T
 
     bits = _bits()
-    helpers = {i for n in nodes if n.op_type in ("QuantizeLinear", "DequantizeLinear") for i in n.input[1:3]}
-    quantized = {n.input[0] for n in nodes if n.op_type == "DequantizeLinear"}
+    helpers = {i for n in nodes for p in _HELPERS.get(n.op_type, ()) for i in n.input[p : p + 1]}
+    quantized = {n.input[_CODES[n.op_type]] for n in nodes if len(n.input) > _CODES.get(n.op_type, len(n.input))}
+    packed = {n.input[1]: n for n in nodes if n.op_type == "MatMulNBits" and len(n.input) > 1}
     found: dict[str, tuple[tuple[int, ...], int, bool]] = {}
     constants = [(a.t, n.output[0]) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
     for tensor, name in [*((t, t.name) for g in graphs for t in g.initializer), *constants]:
@@ -265,8 +266,33 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
             raise ResourceError(msg)
         is_float = tensor.data_type in (T.FLOAT, T.DOUBLE, T.FLOAT16, T.BFLOAT16)
         counts = name not in helpers and (is_float or name in quantized)
-        found[name] = (shape, bits.get(tensor.data_type, 64), counts)
+        found[name] = (*_unpacked(name, shape, bits.get(tensor.data_type, 64), packed), counts)
     return found
+
+
+_CODES = {
+    "DequantizeLinear": 0,
+    "MatMulInteger": 1,
+    "ConvInteger": 1,
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+    "MatMulNBits": 1,
+}
+"""Op → which input holds a weight's codes."""
+_HELPERS = {
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), (1, 2)), **dict.fromkeys(("MatMulInteger", "ConvInteger"), (2, 3)),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul"), (1, 2, 4, 5, 6, 7)), "MatMulNBits": (2, 3),
+}  # fmt: skip
+"""Op → its scales and zero points, which are no parameters."""
+
+
+def _unpacked(name: str, shape: tuple[int, ...], bits: int, packed: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """Shape and bits per element; of codes that lie several in a byte those of the matrix that they stand for."""
+    node = packed.get(name)
+    if node is None:
+        return shape, bits
+    given = {a.name: a.i for a in node.attribute}
+    return (int(given.get("N", 0)), int(given.get("K", 0))), int(given.get("bits", 4))
 
 
 _UNPACKING = ("Cast", "Gather", "Reshape", "Slice", "Add")

@@ -16,7 +16,7 @@ from paredown.measure.layer_tables import Setting
 from paredown.pipeline.folder import files_digest, key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.shrink import Shrinking, shrunk
-from paredown.pipeline.ways import Here, Way
+from paredown.pipeline.ways import Here, Way, level_of
 from paredown.plan import Plan
 from paredown.program import Program
 from paredown.prune import Pruned
@@ -98,15 +98,6 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
     return result
 
 
-def level_of(recipe: Recipe) -> Level | None:
-    """The level that a budget of channels or of a density is; None for amounts that are searched."""
-    bounds, prune = recipe.budget, recipe.prune
-    if prune.levels or not bounds.rounds or (bounds.channels is None and bounds.density is None):
-        return None
-    plain = prune.granularity == "channel" and bounds.density is not None
-    return Level(channels=bounds.channels, density=bounds.density, granularity="element" if plain else None)
-
-
 def limits(run: Run, program: Program) -> dict[str, float]:
     """The amounts that are searched, absolute; a latency as a fraction of the dense file's stays one."""
     bounds, cost, dense = run.recipe.budget, examine(program), run.dense["artifact"]
@@ -168,7 +159,7 @@ def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Sea
             float_layers=recipe.quantize.float_layers, seed=recipe.seed,
         ),
         dense=run.dense["artifact"], samples=run.task.calibration_batches,
-        folder=run.folder.steps / f"search-{way.number}", bytes_per_parameter=1.0,
+        folder=run.folder.steps / f"search-{way.number}", bytes_per_parameter=_bytes_per_parameter(recipe),
         threads=recipe.measure.threads, runs=recipe.measure.runs, seconds=recipe.measure.seconds, rounds=bounds.rounds,
         key=key_of(recipe.digest, here.program.source_digest, run.environment), say=run.say,
         options={
@@ -177,6 +168,14 @@ def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Sea
             "sensitivity": way.sensitivity(here, scores) if measured else None,
         },
     )  # fmt: skip
+
+
+_BYTES = {"int8": 1.0, "w4a8": 0.5, "w4a4": 0.5, "w2": 0.25, "ternary": 0.25, "binary": 0.125}
+
+
+def _bytes_per_parameter(recipe: Recipe) -> float | None:
+    """What leaves the file with a parameter; None where some weights stay in float, so that only the file can say."""
+    return None if recipe.quantize.float_layers else _BYTES.get(recipe.quantize.scheme)
 
 
 def _align(recipe: Recipe) -> int:

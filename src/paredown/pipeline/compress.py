@@ -113,15 +113,19 @@ def _notebook_recipe(
     level = {k: v for k, v in given.items() if k in ("channels", "parameters", "macs", "density")}
     bounds = {k: v for k, v in given.items() if k not in level}
     asked: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (options or {}).items()}
-    prune = {"levels": [level] if level else [], **asked.pop("prune", {})}
+    prune, more = {**asked.pop("prune", {})}, {**asked.pop("budget", {})}
+    twice = sorted({*bounds} & {*more}) + (["prune.levels"] if level and "levels" in prune else [])
+    if twice:
+        msg = f"budget and options must not say the same. Got {', '.join(twice)} in both."
+        raise UsageError(msg)
     return parse_recipe(
         {
             "schema": 1,
             "name": "notebook",
             "task": "notebook",
             "target": target,
-            "prune": prune,
-            "budget": bounds,
+            "prune": {"levels": [level] if level else [], **prune},
+            "budget": {**bounds, **more},
             **asked,
             "given": dict(functions),
         }

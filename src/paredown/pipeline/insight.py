@@ -103,7 +103,7 @@ def changed(dense: Values, now: Values, columns: Mapping[str, Sequence[Any]], go
     found: dict[str, Any] = {
         "n": len(dense),
         "hits": hits,
-        "turns": _turns(dense > 0, now > 0) if hits else None,
+        "turns": _turns((dense > 0) == (goal == "max"), (now > 0) == (goal == "max")) if hits else None,
         "worst": None if hits else _worst(dense, now, goal),
         "slices": [
             s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,12 @@ class Shrinking:
     overhead: float
     """Bytes of the 8-bit file besides codes and scales: graph, biases, float layers."""
     widths: tuple[int, ...]
+    float_bytes: int = 0
+    """Of them those of matrices that stay in float, which pruning makes smaller too."""
 
-    @property
-    def codes(self) -> int:
-        """Bytes that codes and scales may take, *estimated*."""
-        return max(1, int(self.limit - self.overhead))
+    def overhead_of(self, thing: Program | Pruned, coded: Iterable[str]) -> float:
+        """The same of a variant of the network, *estimated*."""
+        return self.overhead + _float_bytes(thing, coded) - self.float_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,21 +82,26 @@ def shrunk(run: Run, way: Way, here: Here, limit: float) -> Shrunk | None:
     if file.size_bytes <= limit:
         return None
     coded = sum(p.codes.numel() + SCALE_BYTES * len(p.codes) for p in quantized.weights.values())
-    shrinking = Shrinking(limit=limit, overhead=float(file.size_bytes - coded), widths=bounds.bits)
+    shrinking = Shrinking(
+        limit=limit, overhead=float(file.size_bytes - coded), widths=bounds.bits,
+        float_bytes=_float_bytes(here.program, quantized.weights),
+    )  # fmt: skip
 
     smallest: list[tuple[float, str]] = []
 
     def answer(values: Values) -> tuple[tuple[float, ...], Mapping[str, Any]]:
         variant, _ = _variant(run, way, here, values)
+        groups = _widths(run, variant, shrinking.widths)
+        overhead = shrinking.overhead_of(variant, (g[0].layer for g in groups))
         try:
-            spread = _bits_within(run, variant, shrinking.codes, shrinking.widths)
+            spread = _solved(groups, max(1, int(limit - overhead)))
         except _TooLarge as large:
             smallest.append(
-                (large.least + shrinking.overhead, f"{values['way']}, {float(values['share']):.2f} of the parameters")
+                (large.least + overhead, f"{values['way']}, {float(values['share']):.2f} of the parameters")
             )
             raise
         error = _error(run, here, variant, spread.bits)
-        size = spread.size_bytes + shrinking.overhead
+        size = spread.size_bytes + overhead
         run.say(
             f"budget: {values['way']} {float(values['share']):.2f}: error {error:.4g} at {size:,.0f} B (estimated), "
             f"bits {min(spread.bits.values())}–{max(spread.bits.values())}"
@@ -286,8 +292,10 @@ def _solved(groups: Sequence[Sequence[Width]], limit: int) -> _Spread:
     return _Spread(bits={w.layer: w.bits for w in chosen}, size_bytes=sum(w.size_bytes for w in chosen))
 
 
-def _bits_within(run: Run, thing: Program | Pruned, limit: int, widths: Sequence[int]) -> _Spread:
-    return _solved(_widths(run, thing, widths), limit)
+def _float_bytes(thing: Program | Pruned, coded: Iterable[str]) -> int:
+    """Of all matrices that get no codes."""
+    names = set(coded)
+    return sum(4 * p.numel() for n, p in thing.module.named_parameters() if p.dim() > 1 and n not in names)
 
 
 def fitted_bits(run: Run, thing: Program | Pruned, shrinking: Shrinking) -> dict[str, int]:
@@ -295,7 +303,8 @@ def fitted_bits(run: Run, thing: Program | Pruned, shrinking: Shrinking) -> dict
 
     Raises InfeasibleError where the narrowest widths are too large.
     """
-    groups, codes = _widths(run, thing, shrinking.widths), shrinking.codes
+    groups = _widths(run, thing, shrinking.widths)
+    codes = max(1, int(shrinking.limit - shrinking.overhead_of(thing, (g[0].layer for g in groups))))
     best: _Spread | None = None
     path = run.folder.steps / f"weighed{named(run.recipe.target).suffix}"
     tried: dict[str, int] = {}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from torch import nn
 
 from paredown.allocate import allocate, foresee
@@ -33,7 +35,7 @@ from paredown.prune.regularize import Growing, Regularize, Slimming
 from paredown.prune.schedule import Regrowth, Schedule, named_schedule
 from paredown.prune.sparsify import check_sparsify
 from paredown.recipe import Recipe
-from paredown.recipe_fields import Level
+from paredown.recipe_fields import Level, Prune
 from paredown.score import TABLE, Scores, score
 from paredown.score.patterns import maskable
 from paredown.search import sensitivity
@@ -197,7 +199,7 @@ class Way:
         names = maskable(here.program, here.coupling, self.recipe.prune.include, self.recipe.prune.exclude)
         total = sum(here.program.state[n].numel() for n in names)
         if isinstance(asked, int):
-            return min(asked / total, 1.0)
+            return asked / total if asked < total else math.nextafter(1.0, 0.0)  # met already; 1.0 may mean one weight
         left = total - sum(here.masks[n].kept.size - here.masks[n].num_kept for n in names if n in here.masks)
         return asked * left / total
 
@@ -338,6 +340,15 @@ class Way:
         return self.task.calibration_batches()
 
 
+def level_of(recipe: Recipe) -> Level | None:
+    """The level that a budget of channels or of a density is; None for amounts that are searched."""
+    bounds, prune = recipe.budget, recipe.prune
+    if prune.levels or not bounds.rounds or (bounds.channels is None and bounds.density is None):
+        return None
+    plain = prune.granularity == "channel" and bounds.density is not None
+    return Level(channels=bounds.channels, density=bounds.density, granularity="element" if plain else None)
+
+
 def check_ways(recipe: Recipe, task: Task) -> None:
     """Criterion, schedule and their options known, and every level able to run; raises UsageError before any work."""
     asked, scheme = recipe.prune, recipe.quantize.scheme
@@ -353,9 +364,17 @@ def check_ways(recipe: Recipe, task: Task) -> None:
     if asked.criterion in TABLE:
         fields = [*OF_SCORE, *(f.name for f in dataclasses.fields(TABLE[asked.criterion].options))]
         _refuse_unknown(asked.criterion_options, fields, "prune.criterion_options")
+    alone = level_of(recipe)
+    if alone is not None:
+        try:
+            Prune.model_validate({**asked.model_dump(by_alias=True), "levels": (alone,)})
+        except ValidationError as error:
+            what = "density" if alone.channels is None else "channels"
+            msg = f"budget.{what} must fit what is pruned, of which it is the one level. Got: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+            raise UsageError(msg) from error
     ways = [
         Way(recipe=recipe, task=task, level=level, number=n, weights_given=True)
-        for n, level in enumerate(asked.levels, start=1)
+        for n, level in enumerate(asked.levels or filter(None, [alone]), start=1)
     ]
     of_masks = [w for w in ways if w.cut.masked and w.level.factorize is None]
     of_units = [w for w in ways if w.cut.kind in ("channel", "head") and w.level.factorize is None]

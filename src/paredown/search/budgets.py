@@ -86,7 +86,8 @@ class Search:
     folder: Path
     """Where files lie while they are measured, and the journal of the rounds."""
     table: Latency | None = None
-    bytes_per_parameter: float = 4.0
+    bytes_per_parameter: float | None = 4.0
+    """Expected, where files say nothing yet; None takes what the first file has."""
     threads: int = 1
     runs: int = 200
     seconds: float = 3.0
@@ -119,7 +120,11 @@ class Search:
                 out[name] = Line(slope=1.0, offset=0.0)
                 continue
             x, y = points[0]
-            expected = y / max(x, 1e-12) if name in LATENCY else self.bytes_per_parameter
+            expected, whole = self.bytes_per_parameter or 0.0, y / max(x, 1e-12)
+            if name in LATENCY or (name == "size_bytes" and self.bytes_per_parameter is None):
+                expected = whole
+            elif name not in ("size_bytes",):
+                expected = 1.0  # memory: most of it is no parameter
             out[name] = fitted(points, near=limit, slope=expected)
         return out
 
