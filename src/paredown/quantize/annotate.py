@@ -131,7 +131,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             _put(node, {}, self.activation)
         elif any(isinstance(v, fx.Node) for v in node.kwargs.values()) or "alpha" in node.kwargs:
             return  # PT2E cannot annotate tensors that are passed by keyword; x + 2·y is two ops in the runtime
-        elif self._stays_float(node):
+        elif self._stays_float(node) or (kind == "binary" and _leads_to_softmax(node)):
             return
         elif kind == "weighted" and is_float(args[0]) and is_constant(args[1]):
             at_end = node in self.ends and self.end_bits is not None
@@ -208,6 +208,59 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         _put(node, {inputs[0]: spec, **specs}, None if parts else first)
         for part in parts:
             _put(part, {}, first)
+
+
+_SCORES = (
+    *(
+        "add",
+        "add_",
+        "sub",
+        "sub_",
+        "mul",
+        "mul_",
+        "div",
+        "div_",
+        "masked_fill",
+        "masked_fill_",
+        "where",
+        "clamp",
+        "maximum",
+    ),
+    *(
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "permute",
+        "contiguous",
+        "clone",
+    ),
+    *("dropout", "to", "_to_copy", "type_as", "alias", "detach", "getitem"),
+)
+
+
+def _leads_to_softmax(node: fx.Node) -> bool:
+    """Whether all that comes of a sum is a softmax: scores of attention with a mask or a table of positions on them.
+
+    Minus infinity has no code, and beside -1e9 all other scores share one. NNCF leaves these sums in float as well.
+    """
+    waiting, seen, found = list(node.users), set[fx.Node](), False
+    while waiting:
+        user = waiting.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        name = op_name(user)
+        if name in ("softmax", "_softmax"):
+            found = True
+        elif name.rpartition(".")[2] in _SCORES:
+            waiting += list(user.users)
+        else:
+            return False
+    return found
 
 
 _VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")

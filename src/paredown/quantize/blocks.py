@@ -61,6 +61,8 @@ class _Choice:
     """float32 [out, 1] both."""
     pair_sum: int | None
     bias: nn.Parameter | None
+    kept: Tensor | None
+    """float32 [out, K], 0 where a weight was pruned."""
 
     def up(self) -> Tensor:
         """h, from 0 to 1."""
@@ -68,7 +70,7 @@ class _Choice:
 
     def weight(self, up: Tensor, *, final: bool = False) -> Tensor:
         """In the layer's own shape. `final` codes are whole, and keep to the pair rule."""
-        codes = self.low + up
+        codes = self.low + up if self.kept is None else (self.low + up) * self.kept
         if final and self.pair_sum is not None:
             codes = within(codes, self.layer.use.shape[1:], self.pair_sum)
         return (self.steps * codes + self.offset).reshape(self.layer.use.shape)
@@ -84,6 +86,8 @@ def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
     place = {n: i for i, n in enumerate(nodes)}
     active: set[fx.Node] = set()
     for n in nodes:
+        if isinstance(n.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
+            continue  # a length is no value that a block hands on
         if n.op == "placeholder" or any(a in active for a in n.all_input_nodes):
             active.add(n)
     ends = {n: max((place.get(u, len(nodes)) for u in n.users), default=-1) for n in active}
@@ -92,6 +96,7 @@ def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
         n
         for i, n in enumerate(nodes)
         if n in active
+        and isinstance(n.meta.get("val", torch.empty(0)), Tensor)  # pieces of a split are several
         and not any(m is not n and place[m] <= i < ends[m] for m in active)
         and not (n.op == "placeholder" and any(m.op == "placeholder" for m in nodes[i + 1 :]))
     ]
@@ -226,6 +231,7 @@ def _rebuilt(work: _Work, rounded: Sequence[Rounded], iterations: int, lr: float
 
 def _choice(work: _Work, layer: Layer, rounded: Rounded) -> _Choice:
     observer: Any = fetch(work.prepared, layer.observer)
+    weight = fetch(work.prepared, layer.weight).detach().flatten(1)
     odd = observer.levels in ODD
     low, high = observer.quant_min, observer.quant_max
     scales = rounded.scales.float()[:, None]
@@ -243,6 +249,7 @@ def _choice(work: _Work, layer: Layer, rounded: Rounded) -> _Choice:
         offset=scales if odd else torch.zeros_like(scales),
         pair_sum=None if odd else observer.limit,
         bias=None if bias is None else nn.Parameter(bias.clone()),
+        kept=None if odd or bool(weight.all()) else (weight != 0).float(),
     )
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 Rewrite = Callable[[fx.Node], "fx.Node | None"]
+_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 CONVS = (
     *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+    *_TRANSPOSED,
 )
 
 
@@ -137,12 +138,18 @@ def free_batch_norms(graph: fx.GraphModule) -> None:
             continue
         layer = node.args[0]
         flat = layer.target is aten.linear.default and layer.meta["val"].dim() == 2
-        if (flat or layer.target in CONVS) and len(layer.users) == 1:
+        if (flat or _folds(layer)) and len(layer.users) == 1:
             _own_weights(graph, layer)
         else:
             _as_affine(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _folds(layer: fx.Node) -> bool:
+    """A convolution that prepare_pt2e folds rightly: of transposed ones it mistakes the channels where there are groups."""
+    transposed = layer.target in _TRANSPOSED
+    return layer.target in CONVS and not (transposed and len(layer.args) > 6 and layer.args[6] != 1)
 
 
 def _own_weights(graph: fx.GraphModule, layer: fx.Node) -> None:

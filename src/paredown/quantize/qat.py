@@ -17,6 +17,7 @@ from paredown.program import Program, quiet
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches
 from paredown.quantize.decompose import fetch
+from paredown.quantize.fixed import FixedRange
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.observe import PerChannel
 from paredown.quantize.pairs import within
@@ -57,6 +58,8 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
         if hasattr(observer, "ch_axis"):
             self.ch_axis = observer.ch_axis
         self.limit: int | None = getattr(observer, "limit", None)
+        self.is_fixed = isinstance(observer, FixedRange)
+        """Whether the kernel takes one scale and no other."""
 
     def hold_pairs(self, weight: Tensor) -> None:
         """Move weights whose codes break the rule of pairs (see pairs.py) to the nearest codes that keep it, in place."""
@@ -204,6 +207,8 @@ def learnable(base: Calibrated, masks: Mapping[str, Mask]) -> fx.GraphModule:
         graph.add_submodule(str(node.target), made[id(observer)])
     for parameter in graph.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    for step in made.values():
+        step.scale.requires_grad_(not step.is_fixed)
     graph.recompile()
     return graph
 

@@ -76,7 +76,15 @@ class Rounded:
 
 
 def gptq(
-    weight: Tensor, gram: Tensor, scales: Tensor, low: int, high: int, *, damping: float = 0.01, sweeps: int = SWEEPS
+    weight: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    low: int,
+    high: int,
+    *,
+    kept: Tensor | None = None,
+    damping: float = 0.01,
+    sweeps: int = SWEEPS,
 ) -> Tensor:
     """Codes of a weight whose rounding errors cancel in the layer's output.
 
@@ -85,7 +93,8 @@ def gptq(
     weight W [out, K], gram G [K, K] (mean of x xᵀ), scales s [out]; codes [out, K] as float64. GPTQ (Frantar et al. 2022,
     arXiv 2210.17323, algorithm 1): column after column in the order of falling G_kk, each rounded to the nearest, its
     error spread over the columns to come by the Cholesky factor of (G + λ)⁻¹, λ = damping · mean G_kk. We differ in what
-    follows: `sweeps` rounds of coordinate descent on the same objective, which can only lower it.
+    follows: `sweeps` rounds of coordinate descent on the same objective, which can only lower it. Where `kept` is False the code
+    is 0, and what it cost is spread like any other error (SparseGPT, arXiv 2301.00774, algorithm 1 with a mask).
 
     >>> w, g = torch.tensor([[0.4, 0.4]], dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
     >>> gptq(w, g, torch.ones(1, dtype=torch.float64), -8, 7).sum().item()
@@ -96,13 +105,18 @@ def gptq(
     mixed.diagonal().add_(max(damping * float(mixed.diagonal().mean()), 1e-12))
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(mixed)), upper=True)
     left, codes = weight[:, order].clone(), torch.empty_like(weight)
+    stays = None if kept is None else kept[:, order]
     for k in range(weight.shape[1]):
         codes[:, k] = torch.round(left[:, k] / scales).clamp(low, high)
+        if stays is not None:
+            codes[:, k] *= stays[:, k]
         error = (left[:, k] - scales * codes[:, k]) / factor[k, k]
         left[:, k + 1 :] -= torch.outer(error, factor[k, k + 1 :])
     back = torch.empty_like(codes)
     back[:, order] = codes
     least, most = torch.full_like(back, low), torch.full_like(back, high)
+    if kept is not None:
+        least, most = least * kept, most * kept
     return _descended(weight, gram, scales, back, least, most, sweeps)
 
 
@@ -135,6 +149,7 @@ def adaround(
     low: int,
     high: int,
     *,
+    kept: Tensor | None = None,
     iterations: int = 1000,
     lr: float = 0.05,
     strength: float = 0.01,
@@ -160,7 +175,8 @@ def adaround(
         optimizer = torch.optim.Adam([raw], lr=lr)
         for number in range(iterations):
             up = (1.2 * torch.sigmoid(raw) - 0.1).clamp(0.0, 1.0)
-            away = weight.float() - steps * (down + up).clamp(low, high)
+            codes = (down + up).clamp(low, high)
+            away = weight.float() - steps * (codes if kept is None else codes * kept)
             loss = ((away @ mixed) * away).sum() / len(weight)
             share = (number / iterations - 0.2) / 0.8
             if share > 0:
@@ -171,15 +187,40 @@ def adaround(
             optimizer.step()
     codes = (down + (raw.detach() >= 0)).clamp(low, high).double()
     least, most = down.clamp(low, high).double(), (down + 1).clamp(low, high).double()
+    if kept is not None:
+        codes, least, most = codes * kept, least * kept, most * kept
     return _descended(weight, gram, scales, codes, least, most, SWEEPS)
+
+
+def _solved_within(wanted: Tensor, gram: Tensor, amount: float, kept: Tensor, steps: int = 60) -> Tensor:
+    """Rows V with (V G + λ V) = wanted at their kept entries, and 0 elsewhere."""
+    found, left, way = torch.zeros_like(wanted), wanted.clone(), wanted.clone()
+    size = left.square().sum(1)
+    least = 1e-20 * size.clamp_min(1e-300)
+    for _ in range(steps):
+        step = (way @ gram + amount * way) * kept
+        length = torch.where(size > least, size / (way * step).sum(1).clamp_min(1e-300), torch.zeros_like(size))
+        found += length[:, None] * way
+        left -= length[:, None] * step
+        now = left.square().sum(1)
+        way = left + (now / size.clamp_min(1e-300))[:, None] * way
+        size = now
+        if not bool((size > least).any()):
+            break
+    return found
 
 
 METHODS: Mapping[str, Callable[..., Tensor]] = {"gptq": gptq, "adaround": adaround}
 
 
-def fitted(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """argmin ‖t - W' x‖² + λ ‖W' - W‖², λ = ridge · mean G_kk: what the layer should be on inputs that are quantized."""
+def fitted(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float, kept: Tensor | None = None) -> Tensor:
+    """argmin ‖t - W' x‖² + λ ‖W' - W‖², λ = ridge · mean G_kk: what the layer should be on inputs that are quantized.
+
+    With `kept` the weights that are not stay zero: each row has a system of its own, solved by conjugate gradients.
+    """
     amount = max(ridge * float(gram.diagonal().mean()), 1e-12)
+    if kept is not None:
+        return weight + _solved_within((cross - weight @ gram) * kept, gram, amount, kept)
     mixed = gram + amount * torch.eye(len(gram), dtype=gram.dtype)
     return weight + torch.cholesky_solve((cross - weight @ gram).T, torch.linalg.cholesky(mixed)).T
 
@@ -241,6 +282,8 @@ def moments_of(layer: Layer, lanes: Sequence[Lanes], rows: Tensor) -> list[Momen
     total = sum(t.numel() // t.shape[axis] for t in outputs)
     for lane, t in zip(lanes, outputs, strict=True):
         wanted = t.movedim(axis, -1).reshape(-1, t.shape[axis])
+        if layer.bias_is_given:  # the layer adds it whatever its weight becomes
+            wanted = wanted - lane.whole.env[layer.node.args[2]]  # type: ignore[index]
         start = 0
         for x in inputs_of(lane.coded.env[layer.source], layer.use):
             number = len(x) if total <= _ROWS else max(1, round(len(x) * _ROWS / total))
@@ -258,10 +301,15 @@ def moments_of(layer: Layer, lanes: Sequence[Lanes], rows: Tensor) -> list[Momen
 def rounded_rows(
     rows: Tensor, sums: Sequence[Moments], observer: Any, with_bias: bool, method: str, ridge: float
 ) -> list[Rounded]:
-    """Scales and codes by a method of `METHODS` for the grid of an observer; one result per group of the layer. rows [groups, out, K]."""
+    """Scales and codes by a method of `METHODS` for the grid of an observer; one result per group of the layer. rows [groups, out, K].
+
+    Weights that are exactly zero were pruned, and stay so.
+    """
+    pruned = observer.levels not in ODD and bool((rows == 0).any())
+    kept = [w != 0 if pruned else None for w in rows]
     low, high = observer.quant_min, observer.quant_max
     seen = [m.centred() if with_bias else m.plain() for m in sums]
-    wanted = [fitted(w, gram, cross, ridge) for w, (gram, cross) in zip(rows, seen, strict=True)]
+    wanted = [fitted(w, gram, cross, ridge, k) for w, (gram, cross), k in zip(rows, seen, kept, strict=True)]
     lowest, limit = observer.lowest(), observer.limit
     floors = [None] * len(rows) if lowest is None else list(lowest.double().reshape(rows.shape[:2]))
     scales = [
@@ -272,11 +320,11 @@ def rounded_rows(
         largest = torch.stack(scales).max()
         scales = [largest.expand_as(s) for s in scales]
     found = []
-    for w, s, moments, (gram, _) in zip(wanted, scales, sums, seen, strict=True):
+    for w, s, moments, (gram, _), k in zip(wanted, scales, sums, seen, kept, strict=True):
         if observer.levels in ODD:  # odd codes 2u + 1: integers u on the grid of 2s that is shifted by s
             codes = 2 * METHODS[method](w - s[:, None], gram, 2 * s, (low - 1) // 2, (high - 1) // 2) + 1
         else:
-            codes = METHODS[method](w, gram, s, low, high)
+            codes = METHODS[method](w, gram, s, low, high, kept=k)
             codes = codes if limit is None else within(codes, observer.weight.shape[1:], limit)
         nearest = snap(w / s[:, None], low, high, observer.levels)
         spread = float((w @ gram * w).sum()) or 1.0
