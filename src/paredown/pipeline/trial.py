@@ -35,8 +35,9 @@ from paredown.pipeline.run import Run
 from paredown.pipeline.stages import accepted, base_of, metric_of
 from paredown.pipeline.ways import Here, Way, simulated
 from paredown.plan import Mask
-from paredown.program import Program, capture
+from paredown.program import GraphModel, Program, capture
 from paredown.prune import Pruned, fresh, load_pruned, prune, save
+from paredown.prune.scratch import fresh_graph
 from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Measured, Record, locked, sweep_stale, write_text
 from paredown.score import score
@@ -227,7 +228,7 @@ def _thin(asked: Asked) -> Record:
 
 def _anew(small: Pruned, seed: int) -> Pruned:
     """The same shape and masks with fresh weights."""
-    module = fresh(small.module, seed=seed)
+    module = fresh_graph(small, seed) if isinstance(small.module, GraphModel) else fresh(small.module, seed=seed)
     with torch.no_grad():
         for name, mask in small.plan.masks.items():
             module.get_parameter(name).mul_(torch.from_numpy(mask.kept))

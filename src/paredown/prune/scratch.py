@@ -12,8 +12,32 @@ import torch
 from torch import nn
 
 from paredown.errors import RejectedError
+from paredown.plan import Plan
+from paredown.program import GraphModel, capture
+from paredown.prune.nouns import Pruned
+from paredown.prune.remove import prune
 from paredown.train.loop import private_copy
 from paredown.train.task import kept_randomness, seed_all
+
+
+def fresh_graph(small: Pruned, seed: int) -> GraphModel:
+    """A pruned model that only the graph holds, with new random weights: those of the user's class, cut, for the inputs that are left.
+
+    A graph cannot reset itself. Of every weight [out, in, …] the cut of fresh ones is multiplied by √(inputs before / inputs left), which is how
+    torch's own initialisations, and He's, depend on them. Raises RejectedError as `fresh` does, and for low rank.
+    """
+    if small.plan.ranks or small.plan.drop_modules or not isinstance(small.module, GraphModel):
+        fresh(small.module, seed=seed)  # says which parts cannot reset themselves
+    dense = fresh(small.program.module, seed=seed)
+    program = capture(dense, small.program.inputs)
+    made = prune(program, Plan(keep=small.plan.keep), realiser="graph", seed=seed).module
+    before = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.dim() > 1 and name in before:
+                parameter.mul_((before[name][0].numel() / parameter[0].numel()) ** 0.5)
+    assert isinstance(made, GraphModel)
+    return made
 
 
 def fresh(model: nn.Module, *, seed: int = 0, init: Callable[[nn.Module], None] | None = None) -> nn.Module:
