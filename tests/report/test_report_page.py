@@ -10,6 +10,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from paredown.errors import MissingError, RejectedError
 from paredown.records import Measured, Record, append
 from paredown.report import page, render, write_report
 from paredown.report.insight import roofline
-from paredown.report.reading import view
+from paredown.report.reading import stage_of_device, view
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 ALLOWED = set(
@@ -477,3 +478,20 @@ def test_template_turns_no_escaping_off() -> None:
     template = (Path(room.__file__).parent / "page.html").read_text(encoding="utf-8")
     assert "safe" not in re.findall(r"\|\s*(\w+)", template)
     assert "autoescape" not in template and "<script" not in template
+
+
+def test_a_device_ran_the_file_whose_every_part_it_names() -> None:
+    """An .xml says nothing of the weights in its .bin: two runs of one architecture share it."""
+    stages = [
+        Record(cell={"stage": "dense"}, details={"digest": "whole", "digests": ["xml", "bin"]}),
+        Record(cell={"stage": "int8"}, details={"digest": "alone"}),
+        Record(cell={"stage": "none"}, details={}),
+    ]
+    run = SimpleNamespace(stages=stages)
+    for sums, wanted in (
+        ({"a.xml": "xml", "a.bin": "bin"}, "dense"),
+        ({"a.xml": "xml", "a.bin": "another"}, None),
+        ({"a.onnx": "alone"}, "int8"),
+        ({}, None),
+    ):
+        assert stage_of_device(run, Record(cell={"stage": "device"}, details={"model": sums})) == wanted  # type: ignore[arg-type]

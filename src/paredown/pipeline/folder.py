@@ -107,12 +107,10 @@ def add_device(path: Path, record: Record) -> None:
     Raises RejectedError where the device ran another model than those of the run.
     """
     from paredown.report import read_run, write_report
+    from paredown.report.reading import stage_of_device
 
     run, sums = read_run(path), set(record.details["model"].values())
-    if not any(
-        r.details.get("digest") in sums or ((own := {*r.details.get("digests", ())}) and own <= sums)
-        for r in run.stages
-    ):
+    if stage_of_device(run, record) is None:
         msg = f"the results must be of a file of the run. Got another model's: none of the run in {path} has the SHA-256 {min(sums)[:12]}…."
         raise RejectedError(msg)
     steps = path / STEPS

@@ -99,9 +99,10 @@ def stage_title(record: Record) -> str:
 
 
 def stage_of_device(run: View, record: Record) -> str | None:
-    """The stage whose file ran on a device, by its SHA-256."""
+    """The stage whose file ran on a device, by its SHA-256; where a file has several parts, by those of all."""
     sums = {text(v) for v in mapping(entry(record, "model")).values()}
-    return next((stage_name(r) for r in run.stages if text(entry(r, "digest")) in sums), None)
+    parts = {stage_name(r): {*map(text, items(entry(r, "digests")) or [entry(r, "digest")])} for r in run.stages}
+    return next((name for name, own in parts.items() if own <= sums and any(own)), None)
 
 
 def entry(record: Record | None, key: str) -> Any:
