@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from paredown.couple import couple
-from paredown.errors import RejectedError
+from paredown.errors import RejectedError, UsageError
 from paredown.plan import Mask, Plan
 from paredown.program import capture
-from paredown.prune import prune
+from paredown.prune import Lottery, prune, sparsify
 from paredown.score import score
 from paredown.statistics.batches import apart, reseeded
 from paredown.train import fit, recover
@@ -176,3 +176,51 @@ def test_gradients_of_half_precision_are_not_lost(criterion: str) -> None:
         found.append(np.asarray(scores.by_space["0.weight[0]"]))
     assert (found[1] > 0).all()
     np.testing.assert_allclose(found[1], found[0], rtol=0.05, atol=0.01 * found[0].max())
+
+
+def test_every_training_of_one_call_tells_its_own_name(tmp_path: Path) -> None:
+    """Controls of a curve are trained as long as all of them together."""
+    heard: dict[str, int] = {}
+    net = nn.Sequential(nn.Flatten(), nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 2))
+    sparsify(
+        capture(net.eval(), batches()[0][0]), batches(), step=step, epochs=2, density=0.5, criterion="l1", schedule=Lottery(rounds=2),
+        checkpoint=tmp_path / "level-1-training.safetensors", progress=lambda p: heard.update({p.training: p.epochs}),
+    )  # fmt: skip
+    assert heard == {"level-1-training": 2, "level-1-training-1": 2, "level-1-training-2": 2}
+
+
+def test_a_folder_from_before_tables_stayed_whole_still_fits() -> None:
+    from paredown.couple.assemble import assemble
+    from paredown.couple.trace import lockstep, trace
+    from paredown.prune.files import _fitting
+    from paredown.prune.removal import removal
+
+    net, x = Rotary().eval(), torch.randn(2, 6, 5)
+    program = capture(net, x)
+    other = lockstep(program)
+    assert other is not None
+    space = next(s for s in assemble(other, 0.0).spaces if any(f.parameter == "table" for f in s.footprints))
+    gone = {(f.parameter, f.axis): set(f.indices[0].tolist()) for f in space.footprints}
+    keep: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (name, axis), lost in gone.items():
+        length = program.state[name].shape[axis]
+        keep.setdefault(name, {})[axis] = tuple(i for i in range(length) if i not in lost)
+    plan = Plan(keep=keep)
+    with pytest.raises(UsageError):
+        removal(trace(program), plan)
+    assert _fitting(program, plan).trace is not trace(program)
+
+
+class Rotary(nn.Module):
+    """A saved table turns pairs of channels of every head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 3)
+        self.register_buffer("table", torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, -1, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k = (t * self.table + torch.cat([-t[..., 2:], t[..., :2]], -1) * (1 - self.table) for t in (q, k))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
