@@ -210,13 +210,9 @@ def check_out_file(out: Path, inputs: dict[str, Any], *, overwrite: bool, option
 def _beside(out: Path) -> Path | None:
     """Where a second file is written: OpenVINO's weights always, ONNX's where they are too large for one."""
     suffix = out.suffix.lower()
-    return (
-        out.with_suffix(".bin")
-        if suffix == ".xml"
-        else out.with_name(f"{out.name}.data")
-        if suffix == ".onnx"
-        else None
-    )
+    if suffix == ".xml":
+        return out.with_suffix(".bin")
+    return out.with_name(f"{out.name}.data") if suffix == ".onnx" else None
 
 
 def as_batches(read: dict[str, Any], program: Program, option: str) -> list[Any]:

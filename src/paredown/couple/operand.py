@@ -83,7 +83,7 @@ def _numbers(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
     columns = [d for d in varying(t) if d in varying(other)]
     shared = [d for d in varying(other) if t.shape[d] == 1]
     positions = [d for d in range(t.dim()) if t.shape[d] > 1 and d not in columns]
-    if not (trace.whole_tables and shared and positions and (columns or varying(t)) and trace.is_saved(t)):
+    if not (trace.whole_tables and shared and positions and varying(t) and trace.is_saved(t)):
         return t
     for axis in positions:
         trace.tie(t, t.narrow(axis, 0, 1), "a table that all heads share")

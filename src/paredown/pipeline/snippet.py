@@ -112,7 +112,7 @@ def _openvino(file: str, how: str, values: str) -> str:
             f"inputs = [{values}]  # put your samples here",
             "core = openvino.Core()",
             f"network = core.read_model({file!r})",
-            "network.reshape({n: list(a.shape) for n, a in enumerate(inputs)})  # a free batch is slower, and not always right",
+            "network.reshape({n: list(a.shape) for n, a in enumerate(inputs)})  # a free batch is not always answered rightly",
             "model = core.compile_model(network, 'CPU', options)",
             "outputs = model(inputs)",
             "for o in model.outputs:",

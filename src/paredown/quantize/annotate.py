@@ -211,41 +211,16 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
 
 
 _SCORES = (
-    *(
-        "add",
-        "add_",
-        "sub",
-        "sub_",
-        "mul",
-        "mul_",
-        "div",
-        "div_",
-        "masked_fill",
-        "masked_fill_",
-        "where",
-        "clamp",
-        "maximum",
-    ),
-    *(
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "transpose",
-        "permute",
-        "contiguous",
-        "clone",
-    ),
-    *("dropout", "to", "_to_copy", "type_as", "alias", "detach", "getitem"),
-)
+    "add add_ sub sub_ mul mul_ div div_ masked_fill masked_fill_ where clamp maximum dropout to _to_copy type_as alias detach getitem "
+    "view reshape _unsafe_view expand unsqueeze squeeze transpose permute contiguous clone"
+).split()
+"""What may lie between a sum of scores and its softmax."""
 
 
 def _leads_to_softmax(node: fx.Node) -> bool:
     """Whether all that comes of a sum is a softmax: scores of attention with a mask or a table of positions on them.
 
-    Minus infinity has no code, and beside -1e9 all other scores share one. NNCF leaves these sums in float as well.
+    Minus infinity has no code, and beside -1e9 all other scores share one.
     """
     waiting, seen, found = list(node.users), set[fx.Node](), False
     while waiting:

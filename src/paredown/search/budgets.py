@@ -123,7 +123,7 @@ class Search:
             expected, whole = self.bytes_per_parameter or 0.0, y / max(x, 1e-12)
             if name in LATENCY or (name == "size_bytes" and self.bytes_per_parameter is None):
                 expected = whole
-            elif name not in ("size_bytes",):
+            elif name != "size_bytes":
                 expected = 1.0  # memory: most of it is no parameter
             out[name] = fitted(points, near=limit, slope=expected)
         return out
