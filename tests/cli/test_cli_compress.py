@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import forked
-from paredown.cli.compress import safe_name
+from paredown.cli.compress import safe_name, verdict
 
 TASK = """
 import os, time
@@ -135,6 +135,16 @@ def test_report_as_text_makes_the_page_again(call, place, monkeypatch):
     assert "not tested" in done.out
     wrong = call("report", ".")
     assert (wrong.code, "größe" in wrong.err) == (2, True)
+
+
+def test_small_figures_are_not_rounded_away():
+    row = {"stage": "dense", "bytes": 1234, "parameters": 7, "macs": 8000, "latency_ms": {"median": 0.0004}}
+    row["metric"] = {"name": "error", "unit": "g{}", "value": 0.0031}
+    told = {"target_met": None, "recommended": None, "not_tested": []}
+    drawn, said = verdict({"verdict": told, "rows": [row]})
+    cells = [next(iter(column.cells)).plain for column in drawn.columns]
+    assert cells == ["dense", "1,234", "100.0 %", "0.003100 g{}", "0.000400", "7", "8,000"]
+    assert said == "recommended: nothing yet (not finished)"  # its recipe may well have bounds
 
 
 def test_the_same_command_is_done_at_once(call, place, monkeypatch):

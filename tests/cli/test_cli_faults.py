@@ -280,6 +280,13 @@ def test_calibration_data_of_the_wrong_kind(call, nets, tmp_path):
     np.savez("empty.npz", x=np.zeros((0, 3, 12, 12), np.float32))
     np.savez("objects.npz", x=np.array([{"a": 1}], dtype=object))
     Path("random.npz").write_bytes(b"\x00\x01not an archive")
+    np.savez_compressed("whole.npz", x=np.random.default_rng(0).normal(size=(4, 3, 12, 12)).astype(np.float32))
+    whole = Path("whole.npz").read_bytes()
+    Path("cut.npz").write_bytes(whole[: len(whole) // 2])
+    Path("flipped.npz").write_bytes(whole[:200] + b"\xff" * 50 + whole[250:])
+    at = whole.index(b"PK\x01\x02")  # the entry of the directory: flags, then the kind of compression
+    Path("encrypted.npz").write_bytes(whole[: at + 8] + b"\x01" + whole[at + 9 :])
+    Path("packed.npz").write_bytes(whole[: at + 10] + b"\x63" + whole[at + 11 :])
     for name, says in (
         ("bytes.npz", "floats"),
         ("shape.npz", "(3, 12, 12)"),
@@ -287,6 +294,10 @@ def test_calibration_data_of_the_wrong_kind(call, nets, tmp_path):
         ("empty.npz", "at least one sample"),
         ("objects.npz", "pickle"),
         ("random.npz", "pickle"),
+        ("cut.npz", "a whole .npz"),
+        ("flipped.npz", "a whole .npz"),
+        ("encrypted.npz", "a whole .npz"),
+        ("packed.npz", "a whole .npz"),
         ("missing.npz", "missing.npz"),
     ):
         done = call(*ask, name)

@@ -57,6 +57,11 @@ def test_samples_that_are_given_check_the_file(call, own, tmp_path):
     done = call(*ask, "--out", "q.onnx")
     assert done.code == 0
     assert "100.0% of the MACs" in done.out
+    assert "given samples" in " ".join(done.out.split())
+    found = call(*ask, "--out", "again.onnx", "--json").json
+    assert (found["calibrated_on"], found["rounding"]["samples"]) == ("none", "given")
+    found = call(*ask[:-2], "--out", "random.onnx", "--json").json
+    assert (found["calibrated_on"], found["rounding"]["samples"]) == ("none", "random")
 
 
 def test_nothing_covered_is_an_error_with_the_reasons(call, own, tmp_path):

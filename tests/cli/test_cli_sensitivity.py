@@ -32,6 +32,15 @@ def test_tables_a_document_and_the_report_again(call: Any, recipe: Path, tmp_pat
     assert plan.code == 0 and plan.json["macs"][1] < plan.json["macs"][0]
 
 
+def test_calibration_samples_are_not_called_held_out(call: Any, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(TASK.read_text().replace("def choose_batches", "def not_choose_batches"))
+    recipe.write_text("schema: 1\nname: own\ntask: task.py\n")
+    done = call("sensitivity", recipe, "--bits", "4", "--amounts", "none")
+    assert done.code == 0, done.err
+    assert "on 64 calibration samples (which training may have seen)" in done.out
+    assert "held-out" not in done.out + done.err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

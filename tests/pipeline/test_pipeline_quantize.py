@@ -119,6 +119,8 @@ def test_another_scheme_has_a_stage_a_file_and_a_verdict_of_its_name(task: Task,
     )  # fmt: skip
     assert done.recommended == scheme == done.artifact.scheme
     assert done.artifact.path.name == f"{scheme}.onnx" and done.artifact.path.is_file()
+    assert f"InferenceSession('{scheme}.onnx'" in done.verdict["snippet"]
+    assert f"InferenceSession('{done.verdict['otherwise']}.onnx'" in done.verdict["otherwise_snippet"]
     kinds = {t.data_type for t in onnx.load(done.artifact.path).graph.initializer}
     assert onnx.TensorProto.UINT8 in kinds  # of w4a8 two codes to a byte
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

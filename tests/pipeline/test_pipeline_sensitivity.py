@@ -160,11 +160,13 @@ def test_one_number_for_all_samples_has_no_stability_by_the_metric(monkeypatch: 
     assert all(p["metric_loss"] is not None for r in found["bits"]["rows"] for p in r["points"])
 
 
-def test_without_held_out_data_there_are_distances_alone(tmp_path: Path) -> None:
+def test_without_held_out_data_there_are_distances_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = TASK.read_text().replace("def choose_batches", "def not_choose_batches")
     (tmp_path / "task.py").write_text(text)
     recipe = load_recipe({"schema": 1, "task": str(tmp_path / "task.py")})
-    found = sensitivity(recipe, out=tmp_path / "out", quiet=True, amounts=(0.5,), bits=(4,)).document
+    found = sensitivity(recipe, out=tmp_path / "out", amounts=(0.5,), bits=(4,)).document
+    said = capsys.readouterr().err
+    assert "measure on 64 calibration samples" in said and "held-out" not in said
     assert found["metric"] is None and found["data"] == "calibration_batches" and found["num_samples"] == 64
     assert all(p["metric_loss"] is None and p["distance"] > 0 for r in found["units"]["rows"] for p in r["points"])
     assert found["not_tested"][0].startswith("the metric")

@@ -138,6 +138,15 @@ def test_missing_dense_or_recommended_stays_visible() -> None:
     assert any("int8" in t for t in found["verdict"]["not_tested"])
 
 
+def test_a_device_that_ran_need_not_be_the_phone() -> None:
+    """`bundle/run_local.sh` makes such a record on the machine of the run."""
+    device = record("device-some-cpu-onnxruntime-2", "Some CPU, ONNX Runtime, 2 thread(s)")
+    told = report_json([*sample()[:-1], device, sample()[-1]])["verdict"]["not_tested"]
+    phone = "latency on the phone: these timings are of this machine"
+    assert f"{phone} (measured on: Some CPU, ONNX Runtime, 2 thread(s))" in told
+    assert phone in report_json(sample())["verdict"]["not_tested"]
+
+
 def test_later_record_of_a_stage_counts() -> None:
     run = sample()
     newer = dataclasses.replace(run[1], measured={**run[1].measured, "bytes": Measured(value=77, unit="B")})

@@ -401,6 +401,50 @@ def test_a_smaller_file_that_keeps_all_bounds_but_is_slower_is_named() -> None:
     assert "No smaller file may take its place" not in text
 
 
+def test_the_example_opens_the_file_that_the_page_recommends() -> None:
+    run = [*sample()[:-1], verdict(otherwise="dense", otherwise_snippet="session = ort.InferenceSession('dense.onnx')")]
+    assert "InferenceSession('int8.onnx')" in Page(render(run)).text
+    run[4] = dataclasses.replace(run[4], measured=measured((8, 24, 40), 98.52, -0.37, 0.2, int8=True))
+    text = Page(render(run)).text
+    assert "Recommended file: dense.onnx" in text
+    assert "InferenceSession('dense.onnx')" in text and "InferenceSession('int8.onnx')" not in text
+
+
+def test_a_smaller_file_that_is_only_slower_breaks_no_bound_where_none_was_set() -> None:
+    run = [*sample()[:-1], verdict(otherwise="dense", target_met=None, bounds=[])]
+    run[4] = dataclasses.replace(run[4], measured=measured((8, 24, 40), 98.52, -0.37, 0.2, int8=True))
+    text = Page(render(run)).text
+    assert "The INT8 file is smaller, but it is slower than the dense FP32 file on this machine" in text
+    assert "No smaller file may take its place" not in text and "every bound" not in text
+
+
+@pytest.mark.parametrize(
+    ("scheme", "calibrated"), [("int8", True), ("w4a8", True), ("w4", False), ("int8-dynamic", False)]
+)
+def test_only_schemes_that_calibrate_are_said_to(scheme: str, calibrated: bool) -> None:
+    run = [*sample()[:-1], verdict(recommended=scheme, quantized=scheme)]
+    run[4] = dataclasses.replace(run[4], cell={**run[4].cell, "stage": scheme, "title": "In codes"})
+    text = Page(render(run)).text
+    assert "weights as codes" in text and ("activations calibrated" in text) is calibrated
+    assert "both quantized" in text and "both INT8" not in text
+    floats = [*(r for r in run[:-1] if r.cell["stage"] in ("examine", "dense")), run[-1]]
+    assert "There is no quantized file in this run." in Page(render(floats)).text
+
+
+def test_an_attempt_that_was_rolled_back_is_no_epoch() -> None:
+    run = sample()
+    losses = [(1, 0.5), (2, None), (2, 0.4), (3, 0.45)]
+    history = [{"epoch": epoch, "loss": loss} for epoch, loss in losses]
+    run[2] = dataclasses.replace(run[2], details={**run[2].details, "history": history})
+    html = render(run)
+    assert "3 epochs of training after it" in html and "4 epochs of training" not in html
+    assert '<td class="n">3</td><td class="n">0.500</td>' in html and "<small>epoch 2</small>" in html
+    data = re.search(r'download="training.csv" href="data:text/csv;charset=utf-8;base64,([^"]+)"', html)
+    assert data is not None
+    lines = [*csv.DictReader(io.StringIO(base64.b64decode(data[1]).decode()))]
+    assert [r["epoch"] for r in lines if r["stage"] == "level-1"] == ["1", "2", "3"]
+
+
 def test_layers_stand_under_the_roof_of_floats_and_that_of_integers() -> None:
     closer = insight()
     lines = roofline(view(sample()))

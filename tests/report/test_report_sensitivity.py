@@ -102,6 +102,13 @@ def test_what_failed_is_marked_and_takes_no_rank() -> None:
     assert 'title="RuntimeError: no"><span class="badge">not tested</span>' in page
 
 
+def test_calibration_samples_are_not_called_held_out() -> None:
+    assert "400 held-out samples, from choose_batches" in render_sensitivity(clear())
+    page = render_sensitivity([head(data="calibration_batches", metric=None), *clear()[1:]])
+    assert "400 calibration samples (which training may have seen), from calibration_batches" in page
+    assert "held-out" not in page.lower()
+
+
 def test_nothing_runs_and_nothing_is_fetched() -> None:
     page = render_sensitivity([*clear(), point(BAD, 5, 10, 1.0)])
     assert "<script" not in page and "{{ 7*7 }}" in page

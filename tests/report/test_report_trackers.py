@@ -191,6 +191,30 @@ def test_report_tells_both(tmp_path: Path, store: str, capsys: pytest.CaptureFix
     assert to_mlflow(run, store) == ()
 
 
+@pytest.mark.parametrize("option", ["--json", "--quiet", None])
+def test_what_mlflow_prints_is_never_part_of_the_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str | None
+) -> None:
+    """Of an HTTP server it prints a URL for every run that ends."""
+    pytest.importorskip("jinja2")
+
+    def talks(folder: object, uri: str) -> tuple[str, ...]:
+        print(f"View run level-1 at: {uri}")
+        return ("id",)
+
+    monkeypatch.setattr("paredown.report.trackers.to_mlflow", talks)
+    run = folder(tmp_path / "run", [stage()])
+    assert main(["report", str(run), "--mlflow", "http://host", *([option] if option else [])]) == 0
+    out, err = capsys.readouterr()
+    assert "View run" not in out
+    if option == "--json":
+        assert json.loads(out)["schema"] == 1
+    elif option == "--quiet":
+        assert out + err == ""
+    else:
+        assert "View run level-1" in err and "MLflow: 1 new runs at http://host" in out
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
 def test_a_missing_package_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

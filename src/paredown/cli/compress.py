@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -217,6 +219,8 @@ def told(folder: Path, *, json: bool, quiet: bool) -> None:
 
 def verdict(document: dict[str, Any]) -> list[Any]:
     """A short table out of report_json: one line per file, then what is recommended and what nobody tested."""
+    from paredown.report.wording import digits, quantity, whole
+
     rows = document["rows"]
     dense = rows[0] if rows else None
     lines = []
@@ -225,17 +229,19 @@ def verdict(document: dict[str, Any]) -> list[Any]:
         lines.append(
             (
                 row["stage"],
-                _figure(row["bytes"], "{:,}"),
+                _figure(row["bytes"], whole),
                 share(row["bytes"], dense["bytes"]) if dense and row["bytes"] and dense["bytes"] else "–",
-                _figure(metric["value"], "{:.2f} " + str(metric["unit"]).replace("{", "{{").replace("}", "}}")),
-                _figure(latency["median"], "{:.3f}"),
-                _figure(row["parameters"], "{:,}"),
-                _figure(row["macs"], "{:,}"),
+                _figure(metric["value"], partial(quantity, unit=str(metric["unit"]))),
+                _figure(latency["median"], digits),
+                _figure(row["parameters"], whole),
+                _figure(row["macs"], whole),
             )
         )
     name = str(dense["metric"]["name"]) if dense else "metric"
     told = document["verdict"]
     met = {True: "all bounds hold", False: "a bound does not hold", None: "no bound was given"}[told["target_met"]]
+    if told["recommended"] is None:  # no verdict yet: bounds may well have been given
+        met = "not finished"
     titles = ("stage", "bytes", "of dense", name, "ms", "parameters", "MACs")
     return [
         table(titles, lines),
@@ -244,5 +250,5 @@ def verdict(document: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "not tested" if value is None else form.format(value)
+def _figure(value: float | None, say: Callable[[float], str]) -> str:
+    return "not tested" if value is None else say(value)

@@ -107,7 +107,7 @@ def quantize(
         checked = paredown.check(artifact, quant, batches)
         lost = _lost(found.program, quant, batches)
     source = "none" if needless else "random" if read is None else "given"
-    _told(artifact, checked, _facts(found, quant, source, lost), json=json, quiet=quiet)
+    _told(artifact, checked, _facts(found, quant, source, lost, given=read is not None), json=json, quiet=quiet)
     return 0
 
 
@@ -123,8 +123,8 @@ def _lost(program: Program, quant: Quantized, batches: list[Any]) -> float:
     return distance(predictor(quant), program, batches).lost
 
 
-def _facts(found: Any, quant: Any, source: str, lost: float) -> dict[str, Any]:
-    """What the document says beside the file and its check."""
+def _facts(found: Any, quant: Any, source: str, lost: float, *, given: bool) -> dict[str, Any]:
+    """What the document says beside the file and its check: `source` calibrated it, samples that are `given` or random compared it."""
     notes = [*((RANDOM_SAMPLES,) if source == "random" else ()), *found.notes, *quant.notes]
     if lost > _NOISY:
         notes.append(
@@ -133,11 +133,7 @@ def _facts(found: Any, quant: Any, source: str, lost: float) -> dict[str, Any]:
         )
     share = quant.coverage
     return {
-        "rounding": {
-            "error_of_deviation": lost,
-            "badge": "measured",
-            "samples": "random" if source != "given" else "calibration",
-        },
+        "rounding": {"error_of_deviation": lost, "badge": "measured", "samples": "given" if given else "random"},
         "calibrated_on": source,
         **({"coverage": {"macs": share.macs, "weights": share.weights}} if share else {}),
         "weights": found.weights,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +70,7 @@ def _tracked(folder: Path, tensorboard: Path | None, mlflow: str | None, *, quie
         files = to_tensorboard(folder, tensorboard)
         show(f"TensorBoard: {len(files)} records, tensorboard --logdir {tensorboard}", quiet=quiet)
     if mlflow is not None:
-        new = to_mlflow(folder, mlflow)
+        with redirect_stdout(io.StringIO() if quiet else sys.stderr):  # MLflow prints a URL for every run
+            new = to_mlflow(folder, mlflow)
         show(f"MLflow: {len(new)} new runs at {mlflow}", quiet=quiet)
     return 0

@@ -66,6 +66,8 @@ def _numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any
 
 def told(document: dict[str, Any]) -> list[Any]:
     """A table of spaces, one of layers, and the verdict."""
+    from paredown.report.sensitivity_document import SAMPLES
+
     metric = document["metric"]
     shown: list[Any] = []
     for kind, first in (("units", "space"), ("bits", "weight")):
@@ -83,7 +85,7 @@ def told(document: dict[str, Any]) -> list[Any]:
     what = unit or f"output distance ({document['distance']['name']})"
     return [
         *shown,
-        f"cells: {what}, on {document['num_samples']:,} held-out samples",
+        f"cells: {what}, on {document['num_samples']:,} {SAMPLES.get(str(document['data']), 'samples')}",
         f"verdict: {document['verdict']}",
     ]
 

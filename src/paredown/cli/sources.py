@@ -181,8 +181,8 @@ def arrays(path: Path, option: str) -> dict[str, Any]:
     try:
         found = np.load(path, allow_pickle=False)
         read = {"0": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
-    except (ValueError, OSError, EOFError, KeyError, MemoryError) as error:
-        msg = f"{option} must be readable without pickle. Got {type(error).__name__} at {str(path)!r}: {error}."
+    except Exception as error:  # a broken file is refused by zipfile, zlib, tokenize or NumPy, each in its own way
+        msg = f"{option} must be a whole .npz or .npy file, readable without pickle. Got {type(error).__name__} at {str(path)!r}: {error}. Write plain arrays with numpy.savez."
         raise RejectedError(msg) from error
     if not read or any(a.ndim == 0 or len(a) == 0 for a in read.values()):
         msg = f"{option} must hold at least one array with at least one sample. Got { ({n: a.shape for n, a in read.items()}) } at {str(path)!r}."

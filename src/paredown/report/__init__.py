@@ -20,9 +20,10 @@ Stages with a file carry plan_digest, and in `measured`: "bytes", "gzip_bytes", 
 "proof" {max_error, scale, moved, mode, own_move}, "realiser", "layers" [{name, kind, parameters, macs, parameter_bytes,
 activation_bytes}], "removed" [{space, kind, before, after, parameters}], "reached" {budget, reached, blocked_by}, "history"
 (epochs: loss), "notes". examine's details: layers, uncounted, alarms, pinned [{reason, units, where}], parameters, macs,
-peak_activation_bytes. verdict's: recommended (stage), target_met, metric {name, unit, goal}, bounds [{what, bound, value, unit,
-margin, met, badge}], not_tested, normalisation, input {name, shape}, snippet, warnings. environment, on every record:
-{versions, machine, isa, threads, seed, …}.
+peak_activation_bytes. verdict's: recommended (stage), otherwise (stage, where the file in codes is slower than the dense one),
+target_met, metric {name, unit, goal}, bounds [{what, bound, value, unit, margin, met, badge}], not_tested, normalisation, input
+{name, shape}, snippet (of recommended), otherwise_snippet, warnings. environment, on every record: {versions, machine, isa,
+threads, seed, …}.
 
 Any entry of measured or details may be missing; it is then shown as "not tested". A figure that was not measured is marked
 wherever it stands.

@@ -13,6 +13,7 @@ from paredown.report.reading import (
     runtime,
     stage_name,
     stage_of_device,
+    stage_title,
     text,
     threads,
     view,
@@ -63,8 +64,9 @@ def _device(run: View, record: Record) -> dict[str, Any]:
 def not_tested(run: View) -> list[str]:
     """What the verdict says was not tested, and the figures that the stages lack."""
     told = [text(t, 300) for t in items(entry(run.verdict, "not_tested"))]
-    if run.devices:
-        told = [t for t in told if not t.startswith("latency on the phone")]
+    if run.devices:  # a bundle runs on any machine: which of them are phones the reader must judge
+        where = f" (measured on: {'; '.join(stage_title(r) for r in run.devices)})"
+        told = [t + where if t.startswith("latency on the phone") else t for t in told]
     for record in run.stages:
         lacking = [word for key, word in _TOLD if figure(record, key).value is None]
         if lacking:

@@ -9,7 +9,18 @@ from typing import Any
 from paredown.records import Record
 from paredown.report.figures import line
 from paredown.report.layers import SMALL, csv_link
-from paredown.report.reading import View, entry, figure, items, mapping, number, stage_name, stage_title, text
+from paredown.report.reading import (
+    View,
+    entry,
+    epoch_losses,
+    figure,
+    items,
+    mapping,
+    number,
+    stage_name,
+    stage_title,
+    text,
+)
 from paredown.report.wording import difference, digits, quantity, whole
 
 _LIMITS = {"float32": 1e-4, "float64": 1e-9}
@@ -115,10 +126,11 @@ def training_lines(run: View) -> list[dict[str, Any]]:
     """Loss per epoch of every recovery."""
     out = []
     for record in run.records:
-        losses = [v for v in (_loss(e) for e in items(entry(record, "history"))) if v is not None]
-        if not losses:
+        found = epoch_losses(record)
+        if not found:
             continue
-        lowest = min(losses)
+        losses = [loss for _, loss in found]
+        at, lowest = min(found, key=lambda one: one[1])
         out.append(
             {
                 "title": stage_title(record),
@@ -126,7 +138,7 @@ def training_lines(run: View) -> list[dict[str, Any]]:
                 "first": digits(losses[0]),
                 "last": digits(losses[-1]),
                 "lowest": digits(lowest),
-                "at": losses.index(lowest) + 1,
+                "at": at,
                 "chart": line([float(v) for v in losses[:2000]]) if len(losses) > 1 else None,
             }
         )
@@ -137,14 +149,8 @@ def training_csv(run: View) -> str:
     """Loss of every epoch, for a spreadsheet."""
     lines = []
     for record in run.records:
-        losses = [_loss(e) for e in items(entry(record, "history"))]
-        lines += [[stage_name(record), i, v] for i, v in enumerate(losses, start=1) if v is not None]
+        lines += [[stage_name(record), epoch, loss] for epoch, loss in epoch_losses(record)]
     return csv_link(("stage", "epoch", "loss"), lines, SMALL)
-
-
-def _loss(epoch: Any) -> float | None:
-    found = number(epoch)
-    return found if found is not None else number(mapping(epoch).get("loss"))
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,19 @@ from typing import Any
 
 from paredown.report.figures import bar, roof, scatter
 from paredown.report.layers import SMALL, csv_link
-from paredown.report.reading import View, entry, figure, items, mapping, number, rows, stage_name, stage_title, text
+from paredown.report.reading import (
+    View,
+    entry,
+    epoch_losses,
+    figure,
+    items,
+    mapping,
+    number,
+    rows,
+    stage_name,
+    stage_title,
+    text,
+)
 from paredown.report.wording import difference, digits, interval, large, quantity, whole
 
 LAYERS, SLICES = 120, 40
@@ -343,11 +355,12 @@ def lineage(run: View) -> list[dict[str, str]]:
         reached = mapping(entry(record, "reached"))
         known = ("criterion", "granularity", "allocation", "schedule")
         done = [f"{key} {text(reached[key], 60)}" for key in known if reached.get(key)]
-        epochs = len(items(entry(record, "history")))
+        epochs = len(epoch_losses(record))
         if epochs:
             done.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of training after it")
-        if name == (stage_name(run.quantized) if run.quantized else ""):
-            done.append("weights as codes, activations calibrated")
+        if run.quantized is not None and name == stage_name(run.quantized):
+            static = name in ("int8", "w4a8")  # the others round weights alone, or activations by each input
+            done.append("weights as codes, activations calibrated" if static else "weights as codes")
         source = "trained by itself" if twin else before
         out.append(
             {

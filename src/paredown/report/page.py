@@ -123,7 +123,7 @@ def _content(run: View) -> dict[str, Any]:
         "checks": evidence.check_lines(run),
         "training": evidence.training_lines(run),
         "training_csv": evidence.training_csv(run),
-        "snippet": block(entry(run.verdict, "snippet")),
+        "snippet": _snippet(run),
         "normalisation": block(entry(run.verdict, "normalisation"), 2000),
         "input": _input(run),
         "provenance": evidence.provenance(run),
@@ -150,6 +150,12 @@ def _dense_facts(run: View) -> list[tuple[str, str]]:
     if peak is not None:
         facts.append(("peak activations, estimated", f"{megabytes(peak)} ({mebibytes(peak)})"))
     return facts
+
+
+def _snippet(run: View) -> str:
+    """The example of the file that the page recommends: where speed overrules the verdict, that of `otherwise`."""
+    overruled = run.recommended != entry(run.verdict, "recommended")
+    return block(entry(run.verdict, "otherwise_snippet" if overruled else "snippet"))
 
 
 def _input(run: View) -> str:

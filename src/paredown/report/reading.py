@@ -110,6 +110,18 @@ def entry(record: Record | None, key: str) -> Any:
     return None if record is None else mapping(record.details).get(key)
 
 
+def epoch_losses(record: Record) -> list[tuple[float, float]]:
+    """(epoch, loss) of a training; an attempt that was rolled back has no loss and is no epoch."""
+    found: list[tuple[float, float]] = []
+    for one in items(entry(record, "history")):
+        told = mapping(one)
+        loss = number(told.get("loss") if told else one)
+        if loss is not None:
+            epoch = number(told.get("epoch"))
+            found.append((len(found) + 1 if epoch is None else epoch, loss))
+    return found
+
+
 def figure(record: Record | None, key: str) -> Measured:
     """One measured figure. Missing, NaN or of an unknown badge: value None, badge "not tested"."""
     found = None if record is None else mapping(record.measured).get(key)

@@ -14,6 +14,7 @@ from paredown.report.page import _template
 from paredown.report.reading import mapping, text
 from paredown.report.sensitivity_document import (
     CSV_HEAD,
+    SAMPLES,
     csv_lines,
     is_sensitivity,
     sensitivity_csv,
@@ -49,7 +50,8 @@ def _content(records: Sequence[Record]) -> dict[str, Any]:
         "metric": {"name": text(metric.get("name")), "unit": text(metric.get("unit"))} if metric else None,
         "dense": None if dense is None or not metric else quantity(dense, text(metric.get("unit"))),
         "samples": whole(document["num_samples"] or 0),
-        "data": document["data"],
+        "data": text(document["data"]),
+        "kind": SAMPLES.get(text(document["data"]), "samples"),
         "distance": document["distance"],
         "verdict": document["verdict"],
         "parts": [p for p in (_part(document, kind) for kind in ("units", "bits")) if p is not None],

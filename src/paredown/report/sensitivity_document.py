@@ -27,6 +27,12 @@ DISTANCES = {
     "mse": "squared error of the outputs against the dense network's, over their mean square",
 }
 
+SAMPLES = {
+    "choose_batches": "held-out samples",
+    "calibration_batches": "calibration samples (which training may have seen)",
+}
+"""What was read, by the document's "data": a task need not hold its calibration samples out."""
+
 
 def is_sensitivity(records: Sequence[Record]) -> bool:
     """Whether records are those of `paredown sensitivity`."""

@@ -72,7 +72,8 @@ def _sentence(run: View, best: Record | None) -> str:
         return ""
     if run.recommended == "dense":
         coded = run.quantized
-        met = entry(run.verdict, "target_met") is True and all(b.get("met") for b in rows(entry(run.verdict, "bounds")))
+        bounds = rows(entry(run.verdict, "bounds"))
+        met = entry(run.verdict, "target_met") is not False and all(b.get("met") for b in bounds)
         if coded is not None and met and _bytes(coded) < _bytes(best):
             pace, _ = speed(run, coded)
             reason = (
@@ -80,7 +81,8 @@ def _sentence(run: View, best: Record | None) -> str:
                 if pace == "slower"
                 else "is no faster on this machine"
             )
-            return f"{_judged(run)[:1].upper()}{_judged(run)[1:]} is smaller and keeps every bound, but it {reason}. Where bytes decide, take that one."
+            keeps = " and keeps every bound" if bounds else ""
+            return f"{_judged(run)[:1].upper()}{_judged(run)[1:]} is smaller{keeps}, but it {reason}. Where bytes decide, take that one."
         return "No smaller file may take its place: the dense FP32 file stays the recommended one."
     pace, _ = speed(run, best)
     if pace == "slower":
