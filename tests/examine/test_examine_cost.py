@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -221,6 +222,58 @@ def test_peak_of_a_chain_and_of_a_residual_by_hand() -> None:
     assert cost_of(Residual(), torch.zeros(2, 10)).peak_activation_bytes == 4 * (10 + 100 + 100)
 
 
+VIEWS = {
+    "parts": lambda x: sum(t.sum() for t in (*x.chunk(3, -1), *x.split(4, 1), *x.tensor_split(2, 1), *x.unbind(2))),
+    "dense": lambda x: x.reshape(-1, 72).contiguous().view(-1, 6, 12).float().flatten(1),
+    "sliced": lambda x: x[:, 1:].reshape(-1, 5, 3, 4).relu_(),
+}
+COPIES = {
+    "reshape": lambda x: x.transpose(1, 2).reshape(-1, 72),
+    "flatten": lambda x: x.transpose(1, 2).flatten(1),
+    "contiguous": lambda x: x.transpose(1, 2).contiguous(),
+    "expanded": lambda x: x.unsqueeze(1).expand(-1, 2, -1, -1)[:, :1].transpose(2, 3).reshape(-1, 72),
+    "to": lambda x: x.to(torch.float32, copy=True),
+}
+
+
+class Says(nn.Module):
+    def __init__(self, what: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.what(x)
+
+
+@pytest.mark.parametrize("name", [*VIEWS, *COPIES])
+def test_views_cost_no_memory_and_copies_do(name: str) -> None:
+    cost = cost_of(Says((VIEWS | COPIES)[name]), torch.zeros(2, 6, 12))
+    if name in VIEWS:
+        assert [n.kind for n in cost.by_node if n.output_shape and n.kind not in ("sum", "add")] == []
+    else:
+        assert (cost.activation_bytes, cost.peak_activation_bytes) == (4 * 72, 2 * 4 * 72)
+
+
+def test_numbers_of_another_type_are_a_copy() -> None:
+    cost = cost_of(Says(lambda x: x.float() / 255), torch.zeros(2, 6, 12, dtype=torch.uint8))
+    assert cost.activation_bytes == 2 * 4 * 72
+    assert cost.peak_activation_bytes == 2 * 4 * 72
+
+
+def test_a_weight_is_known_through_its_copies() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.w.t().contiguous()
+
+    cost = cost_of(Net(), torch.zeros(2, 3, 4))
+    assert [(c.name, c.weights) for c in cost.layers if c.macs] == [("w", ("w",))]
+    assert cost.activation_bytes == 4 * (20 + 15)
+
+
 def test_an_unknown_op_is_listed_with_its_line_and_strict_refuses() -> None:
     class Net(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -284,6 +337,16 @@ def test_shrink_to_takes_from_the_largest_first() -> None:
     assert "layer to shrink" in str(cost_of(model, torch.zeros(2, 100), target_bytes=target))
     with pytest.raises(UsageError, match="target_bytes"):
         shrink_to(cost, 0)
+
+
+def test_a_target_size_leaves_room_for_what_does_not_shrink() -> None:
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 50))
+    model.register_buffer("table", torch.zeros(2_500))
+    cost = cost_of(model, torch.zeros(2, 100), target_bytes=65_000)
+    assert cost.parameter_bytes < 65_000 < cost.file_bytes
+    assert cost.shrink is not None and cost.shrink.layers
+    saved = sum(s.parameter_bytes - s.to_bytes for s in cost.shrink.layers)
+    assert 65_000 - 64 <= cost.file_bytes - saved <= 65_000
 
 
 TORCHVISION = [

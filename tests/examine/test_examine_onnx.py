@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,13 +45,162 @@ def test_weights_of_integer_products_are_parameters(tmp_path: Path) -> None:
     x = torch.randn(8, 64)
     program = capture(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval(), x[:2])
     weights = 64 * 96 + 96 * 32
-    for scheme, bytes_each in (("int8-dynamic", 1.0), ("w4", 0.5)):
+    for scheme, bytes_each, others in (("int8-dynamic", 1.0, 96 + 32), ("w4", 0.5, 96 + 32)):
         artifact = export(quantize(program, scheme=scheme), tmp_path / f"{scheme}.onnx")
         found = examine_onnx(artifact.path)
-        assert weights <= found.parameters <= weights + 4 * (96 + 32), (
-            scheme
-        )  # biases, and factors of a layer's channels
+        assert found.parameters == weights + others, scheme  # biases, but no scales
         assert found.parameter_bytes == pytest.approx(weights * bytes_each, abs=16 * (96 + 32))
+
+
+class Frames(nn.Module):
+    """A clip's frames through one convolution, as one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.flatten(0, 1)).unflatten(0, (-1, 5))
+
+
+class Windows(nn.Module):
+    """Attention inside windows of an image, as Swin does it, with the heads folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        windows = x.unflatten(1, (2, 4)).unflatten(3, (2, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        q, k, v = (
+            t.flatten(0, 1).unflatten(-1, (2, 3)).transpose(1, 2).flatten(0, 1) for t in self.qkv(windows).chunk(3, -1)
+        )
+        return self.out(
+            (torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [
+        (Frames(), torch.zeros(2, 5, 3, 8, 8)),
+        (Windows(), torch.zeros(2, 8, 8, 6)),
+        (nn.LSTM(4, 7, num_layers=2, batch_first=True, bidirectional=True), torch.zeros(2, 5, 4)),
+        (nn.GRU(4, 7), torch.zeros(5, 2, 4)),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_a_batch_that_is_folded_and_recurrent_nets_cost_what_the_program_costs(
+    net: nn.Module, x: torch.Tensor, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    from paredown.export import export
+
+    program = capture(net.eval(), x, train=False)
+    found = examine_onnx(export(program, tmp_path / "a.onnx").path)
+    assert (found.macs, found.uncounted) == (examine(program).macs, ())
+
+
+def of_nodes(
+    folder: Path, nodes: list[Any], inputs: dict[str, list[Any]], weights: dict[str, Any] | None = None, opset: int = 18
+) -> Path:
+    """A file of these nodes, whose last output is the graph's."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    ends = [helper.make_tensor_value_info(n, kind, shape) for n, shape in inputs.items()]
+    out = helper.make_tensor_value_info(nodes[-1].output[0], kind, None)
+    held = [onnx.numpy_helper.from_array(v, n) for n, v in (weights or {}).items()]
+    sets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends, [out], held), opset_imports=sets)
+    path = folder / "nodes.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_an_axis_of_unknown_length_is_not_one(tmp_path: Path) -> None:
+    node = onnx.helper.make_node
+    nodes = [
+        node("NonZero", ["x"], ["where"]),
+        node("Cast", ["where"], ["float"], to=1),
+        node("Transpose", ["float"], ["rows"], perm=[1, 0]),
+        node("Gemm", ["rows", "w"], ["y"], name="fc"),
+    ]
+    found = examine_onnx(of_nodes(tmp_path, nodes, {"x": ["n", 4]}, {"w": np.zeros((2, 3), np.float32)}))
+    assert (found.macs, found.uncounted) == (0, ("fc",))
+
+
+@pytest.mark.parametrize("noted", [[8, 4], ["n", 4], ["2*n", 4]])
+def test_shapes_noted_in_a_file_fill_only_what_inference_does_not_reach(noted: list[Any], tmp_path: Path) -> None:
+    node = onnx.helper.make_node
+    made = {"acme": node("Magic", ["x"], ["v"], domain="acme"), "onnx": node("Relu", ["x"], ["v"])}
+    for domain, first in made.items():
+        nodes = [first, node("Gemm", ["v", "w"], ["y"], name="fc")]
+        path = of_nodes(tmp_path, nodes, {"x": ["n", 4]}, {"w": np.zeros((4, 3), np.float32)})
+        model = onnx.load(path)
+        model.opset_import.append(onnx.helper.make_opsetid("acme", 1))
+        model.graph.value_info.append(onnx.helper.make_tensor_value_info("v", 1, noted))
+        onnx.save(model, path)
+        found = examine_onnx(path)
+        if domain == "onnx":
+            assert (found.macs, found.uncounted) == (12, ())
+        elif noted == ["2*n", 4]:
+            assert (found.macs, found.uncounted) == (0, ("acme::Magic", "fc"))
+        else:
+            assert (found.macs, found.uncounted) == (12 * (8 if noted[0] == 8 else 1), ("acme::Magic",))
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "attributes", "macs"),
+    [
+        ("Einsum", [["n", 3, 4], ["n", 4, 5]], {"equation": "bij,bjk->bik"}, 3 * 4 * 5),
+        ("Attention", [["n", 2, 7, 4], ["n", 2, 9, 4], ["n", 2, 9, 3]], {}, 2 * 7 * 9 * (4 + 3)),
+        (
+            "Attention",
+            [["n", 7, 8], ["n", 9, 4], ["n", 9, 3]],
+            {"q_num_heads": 2, "kv_num_heads": 1},
+            2 * 7 * 9 * (4 + 3),
+        ),
+        ("RNN", [[5, "n", 4], [1, 6, 4], [1, 6, 6]], {"hidden_size": 6}, 5 * (6 * 4 + 6 * 6)),
+        ("DeformConv", [["n", 4, 9, 9], [6, 4, 3, 3], ["n", 18, 7, 7]], {}, 49 * 6 * 4 * 9),
+        ("DFT", [["n", 8, 1]], {}, None),
+    ],
+)
+def test_other_ops_that_multiply_are_counted_or_listed(
+    op: str, shapes: list[list[Any]], attributes: dict[str, Any], macs: int | None, tmp_path: Path
+) -> None:
+    inputs = dict(zip("abc", shapes, strict=False))
+    node = onnx.helper.make_node(op, list(inputs), ["y"], name="it", **attributes)
+    found = examine_onnx(of_nodes(tmp_path, [node], inputs, opset=23))
+    assert (found.macs, found.uncounted) == ((0, ("it",)) if macs is None else (macs, ()))
+
+
+def test_products_inside_a_branch_are_said_to_count_once(tmp_path: Path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto
+    y = helper.make_tensor_value_info("z", kind.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["z"])], "b", [], [y])
+    nodes = [
+        helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("t", kind.BOOL, [], [True])),
+        helper.make_node("If", ["yes"], ["y"], name="choice", then_branch=branch, else_branch=branch),
+    ]
+    found = examine_onnx(of_nodes(tmp_path, nodes, {"x": ["n", 4]}, {"w": np.zeros((4, 3), np.float32)}))
+    assert found.macs == 2 * 12
+    assert found.uncounted == ("choice",)
+
+
+def test_weights_of_dynamic_lstm_and_gemm_codes_are_parameters(tmp_path: Path) -> None:
+    lstm = [*("x", "w", "r", "", "", "", "", ""), *("ws", "wz", "rs", "rz")]
+    codes = {"w": np.zeros((1, 4, 24), np.uint8), "r": np.zeros((1, 6, 24), np.uint8)}
+    for name in ("w", "r"):
+        codes |= {f"{name}s": np.ones((1, 24), np.float32), f"{name}z": np.zeros((1, 24), np.uint8)}
+    node = onnx.helper.make_node("DynamicQuantizeLSTM", lstm, ["y"], domain="com.microsoft", hidden_size=6)
+    found = examine_onnx(of_nodes(tmp_path, [node], {"x": [5, "n", 4]}, codes))
+    assert (found.parameters, found.parameter_bytes) == (10 * 24, 10 * 24)
+    assert (found.macs, found.uncounted) == (5 * 10 * 24, ())
+    gemm = ["a", "as", "az", "b", "bs", "bz", "c"]
+    held = {"b": np.zeros((4, 3), np.int8), "c": np.zeros(3, np.int32), "bs": np.ones(3, np.float32)}
+    held |= {"as": np.ones((), np.float32), "az": np.zeros((), np.uint8), "bz": np.zeros(3, np.int8)}
+    node = onnx.helper.make_node("QGemm", gemm, ["y"], domain="com.microsoft")
+    found = examine_onnx(of_nodes(tmp_path, [node], {"a": ["n", 4]}, held))
+    assert (found.parameters, found.parameter_bytes) == (12 + 3, 12 + 4 * 3)
 
 
 def with_side_file(folder: Path, location: str) -> Path:
@@ -69,6 +220,14 @@ def test_a_side_file_is_counted(tmp_path: Path) -> None:
     found = examine_onnx(with_side_file(tmp_path, "w.bin"))
     assert found.file_bytes == (tmp_path / "a.onnx").stat().st_size + 64
     assert (found.macs, found.parameters) == (16, 16)
+
+
+def test_side_files_in_folders_keep_their_way(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "w.bin").write_bytes(b"\0" * 64)
+    (tmp_path / "w.bin").write_bytes(b"another file's")
+    found = examine_onnx(with_side_file(tmp_path, "weights/w.bin"))
+    assert found.files == ("a.onnx", "weights/w.bin")
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", ""])

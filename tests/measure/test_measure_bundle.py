@@ -331,6 +331,21 @@ def test_openvino_files_are_bundled_with_both_parts(samples: Any, tmp_path: Path
         import_results(sealed(tmp_path / "r.json", document), made)
 
 
+@pytest.mark.parametrize("side", ["weights/w.bin", "net.bin"])
+def test_side_files_of_an_onnx_file_stay_where_it_names_them(
+    side: str, artifact: Artifact, samples: Any, tmp_path: Path
+) -> None:
+    model = onnx.load(artifact.path)
+    (tmp_path / side).parent.mkdir(exist_ok=True)
+    (tmp_path / "w.bin").write_bytes(b"another file's")
+    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location=side, size_threshold=256)
+    made = bundle(tmp_path / "net.onnx", samples, out=tmp_path / "b", num_golden=1)
+    assert set(made.files) == {"model.onnx", side}
+    assert (made.folder / side).read_bytes() == (tmp_path / side).read_bytes()
+    done = started([made.folder / "run_local.sh", "--seconds", "0.2", "--readings", "20", "--pause", "0"], made.folder)
+    assert done.returncode == 0, done.stderr
+
+
 class Boxes(nn.Module):
     """An image without boxes: an output with no element."""
 

@@ -18,10 +18,13 @@ import deploy_nets
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+import onnx
+
 from paredown.errors import RejectedError, ResourceError, UsageError
 from paredown.export import Artifact, export
+from paredown.measure import artifact_at, machine, machine_text, measure, sizes
 from paredown.measure import latency as latencies
-from paredown.measure import machine, machine_text, measure, sizes
+from paredown.measure.turns import timed_in_turns
 from paredown.records import Measured
 
 
@@ -118,6 +121,58 @@ def test_the_memory_module_runs_by_itself(files: tuple[Artifact, Artifact]) -> N
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["peak_bytes"] >= found["after_import_bytes"] > 10e6
+
+
+class Four(nn.Module):
+    """Of four samples, always."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(4, 64) @ torch.ones(64, 2)
+
+
+def test_a_fixed_batch_is_said_and_not_compared_with_one_sample(
+    files: tuple[Artifact, Artifact], tmp_path: Path
+) -> None:
+    four = export((Four(), torch.randn(4, 1, 8, 8)), tmp_path / "four.onnx")
+    x = [torch.randn(4, 1, 8, 8)]
+    with pytest.raises(RejectedError, match=r"inputs of one shape.*\(4, 1, 8, 8\).*four\.onnx.*\(1, 1, 8, 8\).*batch"):
+        measure(four, x, baseline=files[1], runs=5, seconds=0.1, memory=False)
+    with pytest.raises(RejectedError, match="inputs of one shape"):
+        timed_in_turns({"a": four, "b": files[1]}, x, runs=5, seconds=0.1)
+    found = measure(four, x, baseline=four, runs=5, seconds=0.1)
+    for name in ("latency_ms", "baseline_latency_ms", "memory_bytes"):
+        assert "a batch of 4" in found[name].protocol
+    assert "batch" not in measure(files[1], x, runs=5, seconds=0.1, memory=False)["latency_ms"].protocol
+
+
+def test_the_scheme_of_a_file_is_that_of_its_matrices(tmp_path: Path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto
+    x, y = (helper.make_tensor_value_info(n, kind.FLOAT, ["n", 4]) for n in "xy")
+    product = helper.make_node("MatMul", ["x", "m"], ["y"])
+    cast = [helper.make_node("Cast", ["w"], ["m"], to=kind.FLOAT), product]
+    scaled = [helper.make_node("DequantizeLinear", ["w", "s"], ["m"]), product]
+    both = [helper.make_node("QuantizeLinear", ["x", "s"], ["q"]), *scaled]
+    for expected, nodes, of in (
+        ("fp32", cast, kind.FLOAT),
+        ("fp16", cast, kind.FLOAT16),
+        ("int8", scaled, kind.INT8),
+        ("w4", scaled, kind.INT4),
+        ("w4a8", both, kind.INT4),
+    ):
+        held = [helper.make_tensor("w", of, [4, 4], [1] * 16), helper.make_tensor("s", kind.FLOAT, [], [1.0])]
+        model = helper.make_model(
+            helper.make_graph(nodes, "g", [x], [y], held), opset_imports=[helper.make_opsetid("", 21)]
+        )
+        onnx.save(model, tmp_path / "a.onnx")
+        assert artifact_at(tmp_path / "a.onnx").scheme == expected
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "fp16"])
+def test_the_scheme_of_an_openvino_file(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    net = (deploy_nets.Residual().eval(), torch.randn(2, 1, 8, 8))
+    artifact = export(net, tmp_path / "net.xml", target="openvino-x86", scheme=scheme)
+    assert artifact_at(artifact.path) == artifact
 
 
 def test_wrong_requests(files: tuple[Artifact, Artifact], tmp_path: Path) -> None:

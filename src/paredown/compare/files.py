@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paredown.compare.nouns import Timing
-from paredown.errors import MissingError, ParedownError, RejectedError, UsageError
+from paredown.errors import MissingError, ParedownError, UsageError
 from paredown.measure import machine_text, sizes
 from paredown.measure.bundle import default_tolerance
-from paredown.measure.kinds import TITLES, feed_of, first_sample, kind_of, run_once
+from paredown.measure.kinds import TITLES, filled, first_sample, kind_of, refuse_other_inputs, run_once
 from paredown.measure.latency import protocol, ratio, readings, spread
 from paredown.records import Measured
 from paredown.report.wording import digits, times
@@ -41,6 +41,7 @@ class _Entry:
     runtime: str
     session: Any
     feed: Mapping[str, Any]
+    batch: int = 1
     outputs: tuple[NDArray[Any], ...]
 
 
@@ -69,7 +70,7 @@ def time_files(
     best = min(right, key=lambda n: float(np.median(times[n])))
     found = []
     for e in entries:
-        how = f"{protocol(num_threads, groups[e.name])}, in turns with {len(names) - 1} other(s)"
+        how = f"{protocol(num_threads, groups[e.name], e.batch)}, in turns with {len(names) - 1} other(s)"
         note = getattr(e.session, "note", "")
         size = sizes(e.artifact.files)
         answers, said = judged[e.name]
@@ -111,7 +112,7 @@ def _opened(files: Mapping[str, Artifact], samples: Batches | None, num_threads:
             title = f"{name} in {TITLES[runtime]}"
             try:
                 session = _session(artifact, runtime, num_threads)
-                feed = _noise(session, name) if sample is None else feed_of(session, sample)
+                feed, batch = (_noise(session, name), 1) if sample is None else filled(session, sample)
                 outputs = tuple(np.asarray(a) for a in run_once(session, feed, name))
             except MissingError as error:
                 if number == 0:
@@ -132,10 +133,11 @@ def _opened(files: Mapping[str, Artifact], samples: Batches | None, num_threads:
                     runtime=runtime,
                     session=session,
                     feed=feed,
+                    batch=batch,
                     outputs=outputs,
                 )
             )
-    _refuse_other_inputs(entries)
+    refuse_other_inputs({e.name: e.feed for e in entries})
     return entries
 
 
@@ -164,15 +166,6 @@ def _noise(session: Any, name: str) -> dict[str, Any]:
             raise UsageError(msg) from error
         feed[value.name] = dice.normal(size=shape).astype(kind) if kind.kind == "f" else np.zeros(shape, kind)
     return feed
-
-
-def _refuse_other_inputs(entries: Sequence[_Entry]) -> None:
-    """Files that take other inputs are not the same task."""
-    first = [a.shape for a in entries[0].feed.values()]
-    for e in entries[1:]:
-        if [a.shape for a in e.feed.values()] != first:
-            msg = f"the files to compare must take inputs of one shape. Got {first} for {entries[0].file} and {[a.shape for a in e.feed.values()]} for {e.file}."
-            raise RejectedError(msg)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging

@@ -66,7 +66,7 @@ class Shrink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShrinkPlan:
-    """Which layers must shrink, and by how much, to reach a size. Estimated: a file adds its header."""
+    """Which layers must shrink, and by how much, to reach a size. Estimated: removing channels shrinks neighbours together."""
 
     target_bytes: int
     cap_bytes: int

@@ -103,14 +103,23 @@ def cell(call: Call) -> Counted:
 
 
 def einsum(call: Call) -> Counted:
+    """MACs of pairwise contraction (see einsum_macs); the weight where one of two operands is a parameter."""
+    operands = call.arguments["tensors"]
+    shapes = [call.shape_of(o) for o in operands]
+    macs = einsum_macs(str(call.arguments["equation"]), shapes)
+    names = [w for o in operands if (w := call.weight_of(o)) is not None]
+    whole = len(operands) == 2 and len(names) == 1 and macs > 0
+    sizes = {call.weight_of(o): _numel(s) for o, s in zip(operands, shapes, strict=True)}
+    return macs, tuple(names) if whole and macs % max(sizes[names[0]], 1) == 0 else ()
+
+
+def einsum_macs(equation: str, shapes: list[Shape]) -> int:
     """MACs of pairwise contraction from left to right: the product of all index lengths of each pair.
 
     Indices that only one operand has, and that the result lacks, are summed first; a pair without a contracted index
     is element-wise and counts 0.
     """
-    operands = call.arguments["tensors"]
-    shapes = [call.shape_of(o) for o in operands]
-    terms, result = _indices(str(call.arguments["equation"]), shapes)
+    terms, result = _indices(equation, shapes)
     length = {
         index: size
         for term, shape in zip(terms, shapes, strict=True)
@@ -125,10 +134,7 @@ def einsum(call: Call) -> Counted:
         if not (left | right) <= later:
             macs += math.prod(length.get(i, 1) for i in left | right)
         left = (left | right) & later
-    names = [w for o in operands if (w := call.weight_of(o)) is not None]
-    whole = len(operands) == 2 and len(names) == 1 and macs > 0
-    sizes = {call.weight_of(o): _numel(s) for o, s in zip(operands, shapes, strict=True)}
-    return macs, tuple(names) if whole and macs % max(sizes[names[0]], 1) == 0 else ()
+    return macs
 
 
 COUNTED: dict[str, Callable[[Call], Counted]] = {

@@ -1,4 +1,4 @@
-"""Examine an .onnx file: parameters, bytes with side files, ops, MACs of conv, gemm and matmul."""
+"""Examine an .onnx file: parameters, bytes with side files, ops, MACs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paredown.errors import MissingError, RejectedError, ResourceError
+from paredown.examine.onnx_macs import MACS, op_of
 
 _MOST_ELEMENTS = 10**11
 _MOST_NODES = 10**6
@@ -18,11 +19,11 @@ _NEVER_WEIGHTS = ("Shape", "Constant", "ConstantOfShape")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxCost:
-    """What an ONNX file costs. MACs are per sample: a symbolic axis counts as 1."""
+    """What an ONNX file costs. MACs are per sample: free axes of the inputs are 1."""
 
     path: str
     files: tuple[str, ...]
-    """The file and its side files."""
+    """The file and its side files, as seen from the folder of the file."""
     file_bytes: int
     """Bytes of all of them by stat: measured."""
     parameters: int
@@ -32,7 +33,8 @@ class OnnxCost:
     ops: dict[str, int]
     """Nodes by op, with the domain where it is not ONNX's own."""
     uncounted: tuple[str, ...]
-    """Nodes of conv, gemm or matmul whose shape the file does not tell, and ops of foreign domains."""
+    """Nodes that multiply and whose shapes the file does not tell, ops of foreign domains, and every If, Loop and Scan with
+    nodes that multiply: those count once, however often they run."""
     by_node: tuple[tuple[str, str, int], ...]
     """(node, op, MACs) of those that multiply."""
     opset: int
@@ -76,15 +78,14 @@ def examine_onnx(path: Path | str) -> OnnxCost:
         raise ResourceError(msg)
     weights = _weights(graphs, nodes, path)
     files = _files(path, model)
-    shapes = _shapes(model, weights)
-    _refuse_huge(shapes, path)
-    ops = Counter(n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}::{n.op_type}" for n in nodes)
-    by_node, uncounted = [], [op for op in ops if "::" in op]
+    shapes = _shapes(model, weights, path)
+    ops = Counter(op_of(n) for n in nodes)
+    by_node, uncounted = [], [op for op in ops if "::" in op and op not in MACS]
     for index, node in enumerate(nodes):
-        count = _MACS.get(node.op_type)
-        if count is None:
+        count = MACS.get(op_of(node))
+        if count is None and not _repeats_products(node):
             continue
-        macs = count(node, shapes)
+        macs = None if count is None else count(node, shapes)
         name = node.name or f"{node.op_type}_{index}"
         if macs is None:
             uncounted.append(name)
@@ -94,7 +95,7 @@ def examine_onnx(path: Path | str) -> OnnxCost:
     packed = list(_packed(nodes, weights, shapes))
     return OnnxCost(
         path=str(path),
-        files=tuple(f.name for f in files),
+        files=tuple(f.relative_to(path.parent).as_posix() for f in files),
         file_bytes=sum(f.stat().st_size for f in files),
         parameters=sum(math.prod(shape) for shape, _, _ in counted.values()) + sum(n for n, _ in packed),
         parameter_bytes=sum(-(-math.prod(shape) * bits // 8) for shape, bits, _ in counted.values())
@@ -141,6 +142,12 @@ def _graphs(graph: Any, depth: int) -> Iterator[Any]:
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node:
                     yield from _graphs(inner, depth + 1)
+
+
+def _repeats_products(node: Any) -> bool:
+    """Whether an If, Loop or Scan holds nodes that count: each does so once, however often it runs."""
+    inner = [g for a in node.attribute for g in (a.g, *a.graphs) if g.node]
+    return any(op_of(n) in MACS for g in inner for graph in _graphs(g, 0) for n in graph.node)
 
 
 def _tensors(graphs: list[Any]) -> Iterator[Any]:
@@ -215,12 +222,11 @@ def _refuse_bad_range(tensor: Any, side: Path, path: Path) -> None:
         raise RejectedError(msg)
 
 
-def _refuse_huge(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Values that a run would make; a small file can ask for any amount of memory."""
-    for name, shape in shapes.items():
-        if math.prod(shape) > _MOST_ELEMENTS:
-            msg = f"a value must have fewer than {_MOST_ELEMENTS:,} elements. Got {shape} for {name!r} in {path.name}."
-            raise ResourceError(msg)
+def _refuse_huge(name: str, shape: tuple[int, ...], path: Path) -> None:
+    """A value that a run would make; a small file can ask for any amount of memory."""
+    if math.prod(shape) > _MOST_ELEMENTS:
+        msg = f"a value must have fewer than {_MOST_ELEMENTS:,} elements. Got {shape} for {name!r} in {path.name}."
+        raise ResourceError(msg)
 
 
 def _bits() -> dict[int, int]:
@@ -252,7 +258,8 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
 
     bits = _bits()
     helpers = {i for n in nodes for p in _HELPERS.get(n.op_type, ()) for i in n.input[p : p + 1]}
-    quantized = {n.input[_CODES[n.op_type]] for n in nodes if len(n.input) > _CODES.get(n.op_type, len(n.input))}
+    helpers |= _dynamic_scales(nodes)
+    quantized = {i for n in nodes for p in _CODES.get(n.op_type, ()) for i in n.input[p : p + 1]}
     packed = {n.input[1]: n for n in nodes if n.op_type == "MatMulNBits" and len(n.input) > 1}
     found: dict[str, tuple[tuple[int, ...], int, bool]] = {}
     constants = [(a.t, n.output[0]) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
@@ -271,19 +278,23 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
 
 
 _CODES = {
-    "DequantizeLinear": 0,
-    "MatMulInteger": 1,
-    "ConvInteger": 1,
-    "QLinearConv": 3,
-    "QLinearMatMul": 3,
-    "MatMulNBits": 1,
-}
-"""Op → which input holds a weight's codes."""
+    **dict.fromkeys(("MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"), (1,)),
+    "DequantizeLinear": (0,), "QLinearMatMul": (3,), "QLinearConv": (3, 8), "QGemm": (3, 6), "DynamicQuantizeLSTM": (1, 2),
+}  # fmt: skip
+"""Op → which inputs hold the codes of weights, and of biases."""
 _HELPERS = {
-    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), (1, 2)), **dict.fromkeys(("MatMulInteger", "ConvInteger"), (2, 3)),
-    **dict.fromkeys(("QLinearConv", "QLinearMatMul"), (1, 2, 4, 5, 6, 7)), "MatMulNBits": (2, 3),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), (1, 2)),
+    **dict.fromkeys(("MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits"), (2, 3)),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul"), (1, 2, 4, 5, 6, 7)), "QGemm": (1, 2, 4, 5, 7, 8),
+    "MatMulIntegerToFloat": (2, 3, 4, 5), "DynamicQuantizeLSTM": (8, 9, 10, 11),
 }  # fmt: skip
 """Op → its scales and zero points, which are no parameters."""
+
+
+def _dynamic_scales(nodes: list[Any]) -> set[str]:
+    """What is multiplied with the scale that DynamicQuantizeLinear finds: the scales of the weights in that product."""
+    found = {n.output[1] for n in nodes if n.op_type == "DynamicQuantizeLinear" and len(n.output) > 1}
+    return {i for n in nodes if n.op_type == "Mul" and found & set(n.input) for i in n.input}
 
 
 def _unpacked(name: str, shape: tuple[int, ...], bits: int, packed: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
@@ -319,10 +330,13 @@ def _packed(
             yield math.prod(shapes[name]), sum(sizes)
 
 
-def _shapes(model: Any, weights: dict[str, tuple[tuple[int, ...], int, bool]]) -> dict[str, tuple[int, ...]]:
-    """Shapes by value name, a symbolic axis as 1; as far as shape inference gets."""
+def _shapes(
+    model: Any, weights: dict[str, tuple[tuple[int, ...], int, bool]], path: Path
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by value name where all axes are known, free axes of the inputs being 1; as far as shape inference gets."""
     import onnx
 
+    noted = _set_free_axes(model)
     try:
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception as error:  # the checker raises its own types; what is missing becomes "uncounted"
@@ -330,52 +344,43 @@ def _shapes(model: Any, weights: dict[str, tuple[tuple[int, ...], int, bool]]) -
     shapes = {n: v[0] for n, v in weights.items()}
     for graph in _graphs(model.graph, 0):
         for value in (*graph.input, *graph.value_info, *graph.output):
-            if value.type.tensor_type.HasField("shape"):
-                dims = value.type.tensor_type.shape.dim
-                shapes.setdefault(value.name, tuple(int(d.dim_value) if d.HasField("dim_value") else 1 for d in dims))
+            dims = value.type.tensor_type.shape.dim
+            sizes = tuple(int(d.dim_value) if d.HasField("dim_value") else 1 for d in dims)
+            _refuse_huge(value.name, sizes, path)
+            if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+                shapes.setdefault(value.name, sizes)
+    for name, shape in noted.items():
+        _refuse_huge(name, shape, path)
+        shapes.setdefault(name, shape)
+    for graph in _graphs(model.graph, 0):
         for node in graph.node:  # a quantized weight has the shape of its codes
             if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Identity") and node.input[0] in shapes:
                 shapes.setdefault(node.output[0], shapes[node.input[0]])
     return shapes
 
 
-def _conv(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    at = 3 if node.op_type == "QLinearConv" else 1
-    weight, out = shapes.get(node.input[at]), shapes.get(node.output[0])
-    return None if weight is None or out is None else math.prod(out) // max(weight[0], 1) * math.prod(weight)
+def _set_free_axes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Free axes of the inputs become 1, so that inference gives an axis that the batch is folded into its length.
 
-
-def _conv_transpose(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    data, weight = shapes.get(node.input[0]), shapes.get(node.input[1])
-    return None if weight is None or data is None else math.prod(data) // max(weight[0], 1) * math.prod(weight)
-
-
-def _gemm(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    a, b = shapes.get(node.input[0]), shapes.get(node.input[1])
-    if a is None or b is None or len(a) != 2 or len(b) != 2:
-        return None
-    flags = {x.name: x.i for x in node.attribute}
-    rows, inner = (a[1], a[0]) if flags.get("transA") else (a[0], a[1])
-    return int(rows) * int(inner) * int(b[0] if flags.get("transB") else b[1])
-
-
-def _matmul(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    second = 3 if node.op_type == "QLinearMatMul" else 1
-    a, b, out = shapes.get(node.input[0]), shapes.get(node.input[second]), shapes.get(node.output[0])
-    if a is None or b is None or not a or not b:
-        return None
-    if out is None:
-        out = (*a[:-1], *b[-1:]) if len(b) <= 2 else None
-    return None if out is None else math.prod(out) * a[-1]
-
-
-_MACS = {
-    "Conv": _conv,
-    "ConvInteger": _conv,
-    "QLinearConv": _conv,
-    "ConvTranspose": _conv_transpose,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "MatMulInteger": _matmul,
-    "QLinearMatMul": _matmul,
-}
+    What the file says of other values is taken out: inference would keep it, though it is of the batch that the file was
+    made with. Returned is what it says in lengths and names of input axes, for values that inference does not reach.
+    """
+    free = set()
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.HasField("dim_value"):
+                free.add(dim.dim_param)
+                dim.dim_value = 1
+    noted = {}
+    for graph in _graphs(model.graph, 0):
+        for value in graph.value_info:
+            dims = value.type.tensor_type.shape.dim
+            known = all(d.HasField("dim_value") or (d.dim_param and d.dim_param in free) for d in dims)
+            if known and value.type.tensor_type.HasField("shape"):
+                noted[str(value.name)] = tuple(int(d.dim_value) if d.HasField("dim_value") else 1 for d in dims)
+        del graph.value_info[:]
+        for value in graph.output:
+            for dim in value.type.tensor_type.shape.dim:
+                if not dim.HasField("dim_value"):
+                    dim.Clear()
+    return noted

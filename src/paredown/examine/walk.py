@@ -23,8 +23,8 @@ from paredown.records import Badge
 
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 _SYMBOLIC = frozenset(("_operator", "operator", "math", "builtins", "torch.sym_int"))
-# Without alias information in their schema; they return their input where its memory allows it.
-_VIEW_IF_CONTIGUOUS = frozenset(("reshape", "flatten", "contiguous", "reshape_as"))
+# They return their input where its memory allows it, and copy it otherwise; the schema of most of them calls it a view.
+_VIEW_IF_STRIDES_FIT = frozenset(("reshape", "flatten", "reshape_as", "ravel", "contiguous"))
 _VIEW_IF_SAME_DTYPE = frozenset(("to", "type_as", "_to_copy", "float"))
 _NO_OP_IN_EVAL = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
 
@@ -85,7 +85,8 @@ def examine(
     )
     if target_bytes is None:
         return cost
-    return replace(cost, shrink=shrink_to(cost, target_bytes))
+    fixed_bytes = max(held.safetensors_bytes - cost.parameter_bytes, 0)  # buffers and a file's header
+    return replace(cost, shrink=shrink_to(cost, target_bytes, fixed_bytes=fixed_bytes))
 
 
 def _module_state(program: Program) -> Mapping[str, Tensor]:
@@ -157,22 +158,52 @@ class _Walk:
         if source is None or source not in self.storage:
             self.storage[node], self.bytes[node] = node, self._tensor_bytes(value)
             return
-        self.storage[node], self.bytes[node] = self.storage[source], 0
-        if source in self.whole and math.prod(self.shape(node)) == math.prod(self.shape(source)):
+        if self._copies(node, source):
+            self.storage[node], self.bytes[node] = node, self._tensor_bytes(value)
+        else:
+            self.storage[node], self.bytes[node] = self.storage[source], 0
+        if (
+            source in self.whole
+            and isinstance(value, Tensor)
+            and math.prod(self.shape(node)) == math.prod(self.shape(source))
+        ):
             self.whole[node] = self.whole[source]
 
     def _source(self, node: fx.Node) -> fx.Node | None:
-        """The argument whose memory this node's result is a view of, or None where it allocates."""
+        """The argument whose memory this node's result is a view of, or a copy where it must be; None for new values."""
         first = next((a for a in node.args if isinstance(a, fx.Node)), None)
         schema = getattr(node.target, "_schema", None)
         if schema is None or first is None:
             return first if getattr(node.target, "__name__", "") == "getitem" else None
+        given = bound(node)
+        split = [a.name for a in schema.arguments if a.alias_info is not None and "*" in a.alias_info.after_set]
+        if split:  # (a -> *): a list of views, of which the returns say nothing
+            return given.get(split[0])
         shared = {s for r in schema.returns if r.alias_info is not None for s in r.alias_info.before_set}
         if shared:
-            given = bound(node)
             names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.before_set & shared]
             return next((given[n] for n in names if isinstance(given.get(n), fx.Node)), None)
         return first if _returns_its_input(node, first.meta.get("val"), node.meta["val"]) else None
+
+    def _copies(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether an op that may return its input has to copy it, in memory laid out as at the smallest batch."""
+        old, new = source.meta.get("val"), node.meta["val"]
+        if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+            return False
+        op, given = op_name(node), bound(node)
+        if op in _VIEW_IF_SAME_DTYPE:
+            return old.dtype != new.dtype or bool(given.get("copy"))
+        if op not in _VIEW_IF_STRIDES_FIT:
+            return False
+        strides = [self.size(s) for s in old.stride()]
+        laid_out = torch.empty_strided(self.shape(source), strides, dtype=old.dtype, device="meta")
+        if op == "contiguous":
+            return not laid_out.is_contiguous(memory_format=given.get("memory_format", torch.contiguous_format))
+        try:
+            laid_out.view(self.shape(node))
+        except RuntimeError:
+            return True
+        return False
 
     def peak(self) -> int:
         """Largest number of activation bytes alive at once."""
@@ -324,13 +355,13 @@ def _where(node: fx.Node) -> str:
 
 
 def _returns_its_input(node: fx.Node, old: Any, new: Any) -> bool:
-    """Whether an op without alias information gives back its input's memory."""
+    """Whether an op whose schema knows of no view gives back its input."""
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return False
     op = op_name(node)
     if op in _NO_OP_IN_EVAL:
         return not bound(node).get("train")
-    return (op in _VIEW_IF_SAME_DTYPE and old.dtype == new.dtype) or (op in _VIEW_IF_CONTIGUOUS and old.is_contiguous())
+    return op in _VIEW_IF_SAME_DTYPE and old.dtype == new.dtype
 
 
 def _is_symbolic(node: fx.Node) -> bool:

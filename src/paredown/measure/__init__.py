@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from paredown.errors import MissingError, RejectedError, ResourceError, UsageError
 from paredown.measure.bundle import Bundle, Tolerance, bundle, read_bundle
 from paredown.measure.imported import import_results
-from paredown.measure.kinds import artifact_at, feed_of, first_sample, run_once
+from paredown.measure.kinds import artifact_at, filled, first_sample, refuse_other_inputs, run_once
 from paredown.measure.machine import machine, machine_text
 from paredown.measure.quality import evaluated, paired, summarize
 from paredown.records import Measured
@@ -41,14 +41,14 @@ def measure(
     """Size, quality, latency and memory of a file, all through the runtime, each with unit, spread, protocol and machine.
 
     "bytes": stat of all its files. "gzip_bytes": the same compressed (level 9, no time stamp). "latency_ms": one sample,
-    `threads` threads, warm-up, median with 10th–90th percentile; with `baseline` the two files take turns, and
-    "baseline_latency_ms" and "speedup" join (ratio with 95 % interval). "peak_memory_bytes",
-    "after_import_memory_bytes" and "memory_bytes" (their difference): a process of its own. With `evaluate`, one
+    or as many as the file fixes, which the protocol says; `threads` threads, warm-up, median with 10th–90th percentile;
+    with `baseline` the two files take turns, and "baseline_latency_ms" and "speedup" join (ratio with 95 % interval).
+    "peak_memory_bytes", "after_import_memory_bytes" and "memory_bytes" (their difference): a process of its own. With `evaluate`, one
     entry per metric: evaluate(predict) returns {name: number, or one value per sample}; arrays give mean and 95 %
     interval. `units` names the metrics' units. Timings and memory carry timing=True.
 
-    Raises RejectedError (no samples, a metric that is None, text or NaN), UsageError (threads, runs, seconds), MissingError
-    (the runtime), ResourceError (the process that measures memory failed).
+    Raises RejectedError (no samples, a baseline of another fixed batch, a metric that is None, text or NaN), UsageError
+    (threads, runs, seconds), MissingError (the runtime), ResourceError (the process that measures memory failed).
     """
     if threads < 1 or runs < 5:
         msg = f"threads must be ≥ 1 and runs ≥ 5. Got {threads} and {runs}."
@@ -93,12 +93,14 @@ def _latencies(
 
     files = {"this": artifact, **({"baseline": baseline} if baseline is not None else {})}
     sessions = {name: open_session(one.path, threads=threads) for name, one in files.items()}
-    feeds = {name: feed_of(session, sample) for name, session in sessions.items()}
+    found = {name: filled(session, sample) for name, session in sessions.items()}
+    feeds, batch = {name: feed for name, (feed, _) in found.items()}, found["this"][1]
+    refuse_other_inputs({str(files[name].path): feed for name, feed in feeds.items()})
     for name, session in sessions.items():
         run_once(session, feeds[name], files[name].path.name)
-    found = latency(sessions, feeds, threads=threads, runs=runs, seconds=seconds, machine=where)
+    times = latency(sessions, feeds, threads=threads, runs=runs, seconds=seconds, machine=where, batch=batch)
     names = {"this": "latency_ms", "baseline": "baseline_latency_ms", "ratio": "speedup"}
-    return {names[k]: v for k, v in found.items()}
+    return {names[k]: v for k, v in times.items()}
 
 
 def memory(artifact: Artifact, samples: Batches, *, threads: int = 1) -> dict[str, Measured]:
@@ -112,7 +114,7 @@ def memory(artifact: Artifact, samples: Batches, *, threads: int = 1) -> dict[st
 def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[str, Measured]:
     from paredown.export.session import open_session
 
-    feed = feed_of(open_session(artifact.path, threads=threads), sample)
+    feed, batch = filled(open_session(artifact.path, threads=threads), sample)
     shapes = {name: [list(a.shape), str(a.dtype)] for name, a in feed.items()}
     script = Path(__file__).with_name("memory.py")
     command = [_python(artifact), "-P", str(script), str(artifact.path.resolve()), json.dumps(shapes), str(threads)]
@@ -128,7 +130,8 @@ def _memory(artifact: Artifact, sample: Any, threads: int, where: str) -> dict[s
         msg = f"the process that measures memory must print its reading. Got exit code {done.returncode}: {last}."
         raise kind(msg) from error
     peak, after = int(found["peak_bytes"]), int(found["after_import_bytes"])
-    how = f"own process, {threads} thread, 5 runs of one sample, getrusage maximum resident size"
+    fed = "one sample" if batch == 1 else f"a batch of {batch}"
+    how = f"own process, {threads} thread, 5 runs of {fed}, getrusage maximum resident size"
 
     def reading(value: int, what: str) -> Measured:
         return Measured(value=value, unit="B", n=1, protocol=f"{what}; {how}", machine=where, timing=True)

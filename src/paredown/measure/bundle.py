@@ -194,11 +194,12 @@ def _preprocessing(given: Mapping[str, Any] | str | None) -> Any:
 
 
 def _copy_model(artifact: Artifact, folder: Path) -> list[str]:
-    """The model as model.SUFFIX; side files that the model names keep their names, OpenVINO's is named after it."""
-    names = []
+    """The model as model.SUFFIX; side files that the model names stay where it names them, OpenVINO's is named after it."""
+    names, place = [], artifact.path.parent
     for number, file in enumerate(artifact.files):
-        twin = file.stem == artifact.path.stem and file.suffix == ".bin"
-        name = f"model{file.suffix.lower()}" if number == 0 or twin else file.name
+        twin = artifact.path.suffix.lower() == ".xml" and file.suffix == ".bin"
+        near = file.relative_to(place).as_posix() if file.is_relative_to(place) else file.name
+        name = f"model{file.suffix.lower()}" if number == 0 or twin else near
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
         names.append(name)

@@ -59,14 +59,28 @@ def _onnx(path: Path) -> tuple[tuple[Path, ...], str]:
     from paredown.examine import examine_onnx
 
     cost = examine_onnx(path)
-    ops = {op.rpartition("::")[2] for op in cost.ops}
+    scheme = _onnx_scheme({op.rpartition("::")[2] for op in cost.ops}, _types_of_matrices(path))
+    return tuple(path.parent / name for name in cost.files), scheme
+
+
+def _onnx_scheme(ops: set[str], types: set[str]) -> str:
     marks = {
         "w4": {"MatMulNBits"},
-        "int8-dynamic": {"DynamicQuantizeLinear"},
+        "int8-dynamic": {"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul"},
         "int8": {"QuantizeLinear", "DequantizeLinear"},
     }
-    scheme = next((name for name, known in marks.items() if known & ops), "fp32")
-    return tuple(path.parent / name for name in cost.files), scheme
+    found = next((name for name, known in marks.items() if known & ops), "fp16" if "FLOAT16" in types else "fp32")
+    if found == "int8" and types & {"INT4", "UINT4"}:
+        return "w4a8" if "QuantizeLinear" in ops else "w4"
+    return found
+
+
+def _types_of_matrices(path: Path) -> set[str]:
+    """Types of the initializers that have two axes or more, as "FLOAT16"."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    return {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer if len(t.dims) > 1}
 
 
 def _onnx_versions(path: Path) -> dict[str, Any]:
@@ -83,8 +97,11 @@ def _openvino(path: Path) -> tuple[tuple[Path, ...], str]:
         if not file.is_file():
             msg = f"an .xml file of OpenVINO must have its .bin beside it. {str(file)!r} is no file."
             raise UsageError(msg)
-    scheme = "int8" if 'type="FakeQuantize"' in path.read_text(encoding="utf-8", errors="replace") else "fp32"
-    return (path, side), scheme
+    import re
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    halves = re.search(r'type="Const"[^>]*>\s*<data element_type="f16" shape="\d+, *\d', text)  # two axes or more
+    return (path, side), "int8" if 'type="FakeQuantize"' in text else "fp16" if halves else "fp32"
 
 
 def _openvino_versions(path: Path) -> dict[str, Any]:
@@ -150,15 +167,31 @@ def first_sample(samples: Any) -> Any:
 
 def feed_of(session: Any, sample: Any) -> dict[str, Any]:
     """Arrays for one run: one sample, repeated where the file's batch is fixed to more."""
+    return filled(session, sample)[0]
+
+
+def filled(session: Any, sample: Any) -> tuple[dict[str, Any], int]:
+    """(arrays for one run, how many times the sample is in them): the batch of a file that fixes it."""
     from paredown.export.session import as_feed
 
-    wanted = session.get_inputs()
+    wanted, batch = session.get_inputs(), 1
     feed = as_feed(wanted, *sample)
     for value in wanted:
         fixed = value.shape[0] if value.shape and isinstance(value.shape[0], int) else None
         if fixed and feed[value.name].shape[:1] == (1,) and fixed > 1:
             feed[value.name] = np.repeat(feed[value.name], fixed, axis=0)
-    return feed
+            batch = fixed
+    return feed, batch
+
+
+def refuse_other_inputs(feeds: Mapping[str, Mapping[str, Any]]) -> None:
+    """Files that take other inputs are not the same task: by name of the file, what each is fed. Raises RejectedError."""
+    shapes = {name: [a.shape for a in feed.values()] for name, feed in feeds.items()}
+    first = next(iter(shapes), "")
+    for name, found in shapes.items():
+        if found != shapes[first]:
+            msg = f"the files to compare must take inputs of one shape. Got {shapes[first]} for {first} and {found} for {name}. Export both with the same batch."
+            raise RejectedError(msg)
 
 
 def run_once(session: Any, feed: Mapping[str, Any], name: str) -> list[Any]:
@@ -174,4 +207,15 @@ def run_once(session: Any, feed: Mapping[str, Any], name: str) -> list[Any]:
         raise RejectedError(msg) from error
 
 
-__all__ = ["KINDS", "TITLES", "Kind", "artifact_at", "feed_of", "first_sample", "kind_of", "run_once"]
+__all__ = [
+    "KINDS",
+    "TITLES",
+    "Kind",
+    "artifact_at",
+    "feed_of",
+    "filled",
+    "first_sample",
+    "kind_of",
+    "refuse_other_inputs",
+    "run_once",
+]

@@ -18,19 +18,26 @@ _SHORTEST_S = 5e-4
 
 
 def latency(
-    sessions: dict[str, Any], feeds: dict[str, Any], *, threads: int, runs: int, seconds: float, machine: str
+    sessions: dict[str, Any],
+    feeds: dict[str, Any],
+    *,
+    threads: int,
+    runs: int,
+    seconds: float,
+    machine: str,
+    batch: int = 1,
 ) -> dict[str, Measured]:
     """Median latency of every session in milliseconds, with the 10th–90th percentile, taking turns.
 
     `sessions` and `feeds` go by name; the first is what is measured, a second one is the baseline. Each round runs
     every session once, in alternating order, so that drift of clock or load meets all of them; it ends after `runs`
-    rounds or `seconds`, whichever comes first, but not before 5 rounds.
+    rounds or `seconds`, whichever comes first, but not before 5 rounds. `batch`: samples in one run, for the protocol.
     """
     names = list(sessions)
     times, groups = readings(sessions, feeds, runs=runs, seconds=seconds)
     measured = {}
     for name in names:
-        what = protocol(threads, groups[name]) + (", in turns with the other file" if len(names) > 1 else "")
+        what = protocol(threads, groups[name], batch) + (", in turns with the other file" if len(names) > 1 else "")
         note = getattr(sessions[name], "note", "")
         measured[name] = spread(times[name], what + (f"; {note}" if note else ""), machine)
     if len(names) > 1:
@@ -38,9 +45,10 @@ def latency(
     return measured
 
 
-def protocol(threads: int, group: int) -> str:
+def protocol(threads: int, group: int, batch: int = 1) -> str:
     """How a latency was taken, in words."""
-    return f"median, low–high is the 10th–90th percentile; {threads} thread, {_WARM} warm-up runs, {group} run(s) per reading"
+    runs = f"{group} run(s) per reading" + (f" of a batch of {batch}" if batch > 1 else "")
+    return f"median, low–high is the 10th–90th percentile; {threads} thread, {_WARM} warm-up runs, {runs}"
 
 
 def readings(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paredown.measure.kinds import feed_of, first_sample, run_once
+from paredown.measure.kinds import feed_of, first_sample, refuse_other_inputs, run_once
 from paredown.measure.latency import readings
 
 if TYPE_CHECKING:
@@ -20,14 +20,15 @@ def timed_in_turns(
 ) -> dict[str, float]:
     """Median milliseconds of one sample for every file, all of them taking turns.
 
-    Processor time where one thread works, else time on the wall. Raises RejectedError (no samples, or samples that a file does not
-    take), MissingError (a runtime).
+    Processor time where one thread works, else time on the wall. Raises RejectedError (no samples, samples that a file does not
+    take, files of unequal fixed batches), MissingError (a runtime).
     """
     from paredown.export.session import open_session
 
     sample = first_sample(samples)
     sessions = {name: open_session(file.path, threads=threads) for name, file in files.items()}
     feeds = {name: feed_of(session, sample) for name, session in sessions.items()}
+    refuse_other_inputs(feeds)
     for name, session in sessions.items():
         run_once(session, feeds[name], files[name].path.name)
     clock = time.process_time_ns if threads == 1 else time.perf_counter_ns
