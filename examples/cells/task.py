@@ -9,6 +9,7 @@ pictures are soon learnt by heart. Pictures are halved to 80×60.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import zipfile
@@ -187,10 +188,23 @@ class Split:
 
 def split(role: str, data: Path) -> Split:
     """The pictures of "train", "choose" or "test"."""
-    return _read(Path(data) / "bccd.npz", ROLES[role])
+    return _lists(Path(data) / "bccd.npz")[role]
 
 
 @cache
+def _lists(file: Path) -> dict[str, Split]:
+    """All three. Training pictures are augmented, so that no later check would find them among those of the test."""
+    found = {role: _read(file, name) for role, name in ROLES.items()}
+    seen: dict[str, tuple[str, int]] = {}
+    for role, some in found.items():
+        for number, picture in enumerate(some.pictures):
+            first = seen.setdefault(hashlib.sha256(picture.numpy().tobytes()).hexdigest(), (role, number))
+            if first[0] != role:
+                msg = f"a picture must be in one list. Got it as {ROLES[first[0]]} {first[1]} and {ROLES[role]} {number} at {file}. Take it out of one."
+                raise RejectedError(msg)
+    return found
+
+
 def _read(file: Path, name: str) -> Split:
     """One list of the archive, decoded; nothing of it is unpickled."""
     try:

@@ -3,7 +3,8 @@
     python examples/newborn/longer.py runs/newborn-curve
 
 Without it an error that improves after pruning may have improved by training alone. Reads the dense networks of the sweep, and
-writes SWEEP-longer/seed-N with the exported file and result.json, which rows.py takes up. A killed run goes on where it was.
+writes SWEEP-longer/seed-N with the exported file and result.json, which rows.py takes up. A killed run goes on where it was. Where
+the sweep was made anew with other dense networks or another recovery, and where a result does not say of which, it trains again.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def trained_on(sweep: rows.Sweep, record: Record, recover: dict[str, Any], place
     seed = int(record.cell["seed"])
     dense = task.model(seed)
     dense.load_state_dict(load_file(sweep.folders[record.cell["digest"]] / "steps" / "base-trained.safetensors"))
-    options = {k: recover[k] for k in ("epochs", "optimizer", "lr", "weight_decay", "schedule")}
+    digest = rows.longer_digest(record, recover)
     done = fit(
         dense,
         lambda: task.train_batches(sweep.data),
         task.step,
         seed=seed + 1,
-        checkpoint=place / "training.safetensors",
-        **options,
+        checkpoint=place / f"training-{digest[-12:]}.safetensors",
+        **{option: recover[option] for option in rows.LONGER_OPTIONS},
     )  # the seed of a first level's recovery
     program = capture(done.module.eval(), task.inputs(), train=False)
     artifact = export(program, place / "model.onnx")
@@ -53,7 +54,7 @@ def trained_on(sweep: rows.Sweep, record: Record, recover: dict[str, Any], place
         for name, batches in (("held_out", task.choose_batches), ("metric", task.test_batches))
     }
     return Record(
-        cell={**record.cell, "kind": "longer", "schedule": "trained longer", "digest": f"longer-{record.cell['digest']}"},
+        cell={**record.cell, "kind": "longer", "schedule": "trained longer", "digest": digest},
         measured={
             **sizes(artifact.files, where),
             "parameters": Measured(value=cost.parameters, unit=""), "nonzero_parameters": Measured(value=cost.parameters, unit=""),
@@ -100,12 +101,15 @@ def _train_missing(sweep: rows.Sweep, recover: dict[str, Any], out: Path) -> Non
     ):
         for record in sweep.at(("base", "", None)):
             place = out / f"seed-{record.cell['seed']}"
-            if not (place / "result.json").is_file():
+            result, digest = place / "result.json", rows.longer_digest(record, recover)
+            found = Record.from_json(result.read_text(encoding="utf-8")) if result.is_file() else None
+            if found is None or found.cell["digest"] != digest:
                 place.mkdir(parents=True, exist_ok=True)
-                made = trained_on(sweep, record, recover, place)
-                write_text(place / "result.json", made.to_json() + "\n")
-                (place / "training.safetensors").unlink(missing_ok=True)
-            found = Record.from_json((place / "result.json").read_text(encoding="utf-8"))
+                result.unlink(missing_ok=True)  # its file is written over
+                found = trained_on(sweep, record, recover, place)
+                write_text(result, found.to_json() + "\n")
+                for checkpoint in place.glob("training*.safetensors"):
+                    checkpoint.unlink()
             print(
                 f"seed {record.cell['seed']}: {record.measured['metric'].value:.1f} → {found.measured['metric'].value:.1f} g on test pictures",
                 flush=True,

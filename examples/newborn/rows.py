@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import sys
@@ -37,6 +38,8 @@ COMMAND = "paredown curve examples/newborn/curve.yaml --out runs/newborn-curve"
 LONGER = "python examples/newborn/longer.py runs/newborn-curve"
 ROWS = (("base", "", None), ("pruned", "one-shot", 0.75), ("pruned", "multi-level", 0.5), ("pruned", "one-shot", 0.5))
 """(kind, schedule, amount that remains) of the talk's four rows, in its order."""
+LONGER_OPTIONS = ("epochs", "optimizer", "lr", "weight_decay", "schedule")
+"""Of the recipe's recovery, what longer.py trains by."""
 Place = tuple[str, str, float | None]
 
 
@@ -74,6 +77,7 @@ def read_sweep(folder: Path | None) -> Sweep | None:
     """The trials of a sweep that have a result, and those of longer.py in FOLDER-longer beside it; None where there is none.
 
     A result is written whole, so a running sweep can be read. Of two at one place (the recipe was changed) the later one counts.
+    What longer.py trained from another dense network, or by other options than the sweep has now, is left out.
     """
     if folder is None or not (folder / "recipe.yaml").is_file():
         return None
@@ -86,7 +90,11 @@ def read_sweep(folder: Path | None) -> Sweep | None:
     if not any(place[0] == "base" for place, _ in found):
         return None
     wanted = [(place, int(seed)) for seed in recipe["curve"]["seeds"] for place in _places(recipe["curve"])]
-    kept = {at: told for at, told in found.items() if at in wanted or at[0][0] == "longer"}
+    kept = {at: told for at, told in found.items() if at in wanted}
+    for (place, seed), told in found.items():
+        base = kept.get((("base", "", None), seed))
+        if place[0] == "longer" and base and told[0].cell["digest"] == longer_digest(base[0], recipe["recover"]):
+            kept[place, seed] = told
     return Sweep(
         records=tuple(r for r, _ in kept.values()), folders={r.cell["digest"]: f for r, f in kept.values()},
         missing=tuple(at for at in wanted if at not in kept), num_trials=len(wanted),
@@ -99,6 +107,12 @@ def read_sweep(folder: Path | None) -> Sweep | None:
 def longer_folder(sweep: Path) -> Path:
     """Where longer.py keeps the dense networks that were trained as long as the pruned ones."""
     return sweep.with_name(f"{sweep.name}-longer")
+
+
+def longer_digest(base: Record, recover: Mapping[str, Any]) -> str:
+    """What the trial of longer.py depends on: its dense network, and how it is trained on."""
+    told = json.dumps([base.cell["digest"], {option: recover[option] for option in LONGER_OPTIONS}], sort_keys=True)
+    return f"longer-{hashlib.sha256(told.encode()).hexdigest()}"
 
 
 def _place(record: Record) -> Place:

@@ -1,8 +1,8 @@
 """The case study: the weight of a newborn, in grams, from a picture beside a board of known size, for a cheap phone.
 
 Without `data` the pictures are the synthetic twin of scene.py. With `data: DIR` they are your own: DIR/labels.csv has the columns
-`file` (a picture under DIR) and `weight` (g), and may have `subject` (pictures of one subject never fall apart into training and
-test) and `split` (train, choose or test; without it 70, 10 and 20 % of the subjects, by a hash of their names).
+`file` (a picture under DIR) and `weight` (g), and may have `subject` and `split` (train, choose or test; without it 70, 10 and 20 %
+of the subjects, by a hash of their names). A subject in two splits is refused, and so is a picture, known by equal pixels at 64×64.
 """
 
 from __future__ import annotations
@@ -242,19 +242,27 @@ def _own(folder: Path) -> dict[str, Split]:
     table = folder / "labels.csv"
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        msg = f"labels.csv must be readable. Got {error} at {table}. It needs the columns file and weight (g)."
+            reader = csv.DictReader(file)
+            rows, header = list(reader), reader.fieldnames or ()
+    except (OSError, UnicodeError, csv.Error) as error:
+        msg = (
+            f"labels.csv must be readable, in UTF-8. Got {error} at {table}. It needs the columns file and weight (g)."
+        )
         raise RejectedError(msg) from error
-    if not rows or not {"file", "weight"} <= set(rows[0]):
-        got = ", ".join(rows[0]) if rows else "no rows"
+    if not rows or not {"file", "weight"} <= set(header):
+        got = ", ".join(header) if rows else "no rows"
         msg = f"labels.csv must have the columns file and weight (g). Got {got} at {table}."
         raise RejectedError(msg)
     roles: dict[str, tuple[list[np.ndarray], list[float]]] = {r: ([], []) for r in COUNTS}
+    seen: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows, start=2):
-        pictures, weights = roles[_role(row, f"{table}:{number}")]
-        weights.append(_grams(row["weight"], f"{table}:{number}"))
-        pictures.append(_read(folder, row["file"], f"{table}:{number}"))
+        where, subject = f"{table}:{number}", (row.get("subject") or "").strip()
+        role, weight, picture = _role(row, where), _grams(row["weight"], where), _read(folder, row["file"], where)
+        if subject:
+            _in_one_role(f"the subject {subject!r}", role, where, seen)
+        _in_one_role(f"the picture {hashlib.sha256(picture.tobytes()).hexdigest()[:16]}", role, where, seen)
+        roles[role][0].append(picture)
+        roles[role][1].append(weight)
     empty = [r for r, (p, _) in roles.items() if not p]
     if empty:
         msg = f"every split must have pictures. Got none for {', '.join(empty)} of {len(rows)} rows at {table}."
@@ -262,21 +270,29 @@ def _own(folder: Path) -> dict[str, Split]:
     return {r: _split_of(np.stack(p), np.array(w)) for r, (p, w) in roles.items()}
 
 
-def _role(row: dict[str, str], where: str) -> str:
+def _in_one_role(what: str, role: str, where: str, seen: dict[str, tuple[str, str]]) -> None:
+    """Training pictures are augmented, so no later check would find them among those of the test."""
+    first, there = seen.setdefault(what, (role, where))
+    if first != role:
+        msg = f"{what} must have one role. Got {first} at {there} and {role} at {where}. Give both rows one split, or one subject without any."
+        raise RejectedError(msg)
+
+
+def _role(row: dict[str, str | None], where: str) -> str:
     given = (row.get("split") or "").strip().lower()
     if given in COUNTS:
         return given
     if given:
         msg = f"split must be train, choose or test. Got {given!r} at {where}."
         raise RejectedError(msg)
-    subject = (row.get("subject") or row["file"]).encode()
+    subject = ((row.get("subject") or "").strip() or row["file"] or "").encode()
     share = int.from_bytes(hashlib.sha256(subject).digest()[:4], "big") / 2**32
     return "test" if share < 0.2 else "choose" if share < 0.3 else "train"
 
 
-def _grams(text: str, where: str) -> float:
+def _grams(text: str | None, where: str) -> float:
     try:
-        grams = float(text)
+        grams = float(text or "")
     except ValueError:
         grams = math.nan
     if not 200 <= grams <= 8000:
@@ -286,16 +302,20 @@ def _grams(text: str, where: str) -> float:
     return grams
 
 
-def _read(folder: Path, name: str, where: str) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _read(folder: Path, name: str | None, where: str) -> np.ndarray:
+    from PIL import Image, ImageOps
 
+    if not name:
+        msg = f"file must name a picture under {folder}. Got {name!r} at {where}."
+        raise RejectedError(msg)
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         msg = f"file must lie under {folder}. Got {name!r} at {where}."
         raise RejectedError(msg)
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-    except (OSError, UnidentifiedImageError) as error:
+            upright = ImageOps.exif_transpose(image)  # a phone held upright says so beside the pixels
+            return np.asarray(upright.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    except (OSError, Image.DecompressionBombError) as error:
         msg = f"file must be a picture. Got {type(error).__name__}: {error} at {where}."
         raise RejectedError(msg) from error

@@ -23,6 +23,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from newborn.rows import longer_folder
 
 from paredown.errors import Interrupted
 from paredown.measure import machine_text
@@ -137,7 +138,11 @@ def _digest(*told: Any) -> str:
 
 def _stamp(folder: Path | None) -> list[int]:
     """When the case study last wrote something: its page follows."""
-    return [] if folder is None else [f.stat().st_mtime_ns for f in sorted(folder.glob("journal.jsonl"))]
+    if folder is None:
+        return []
+    longer = longer_folder(folder).glob("*/result.json")
+    files = [*folder.glob("journal.jsonl"), *folder.glob("recipe.yaml"), *sorted(longer)]
+    return [f.stat().st_mtime_ns for f in files]
 
 
 def _source(name: str, package: str = "talk") -> str:

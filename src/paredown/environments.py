@@ -48,25 +48,29 @@ def folder_of(target: Target) -> Path:
 def python_of(target: Target) -> Path:
     """The Python of a target's environment. Raises MissingError with the command that makes it, where it is not there."""
     folder = folder_of(target)
-    python = folder / "bin" / "python"
-    if not (folder / READY).is_file() or not python.exists():
+    if not _usable(folder):
         msg = (
             f"the target {target.name} must have its own environment ({', '.join(target.environment)}), because what it "
             f"needs conflicts with other packages. There is none at {folder}. Run: paredown setup {target.name}"
         )
         raise MissingError(msg)
-    return python
+    return folder / "bin" / "python"
 
 
 def is_ready(target: Target) -> bool:
     """Whether the target's environment was made, or needs none."""
-    return not target.environment or (folder_of(target) / READY).is_file()
+    return not target.environment or _usable(folder_of(target))
+
+
+def _usable(folder: Path) -> bool:
+    """Its Python is a link, which leads nowhere once the one that it was made of was removed or updated."""
+    return (folder / READY).is_file() and (folder / "bin" / "python").exists()
 
 
 def make(target: Target | str, *, overwrite: bool = False, say: Callable[[str], None] = lambda line: None) -> Path:
     """Make the environment of a target: a venv of this Python with the pinned versions, imported once as a proof.
 
-    What is there already is left as it is, unless `overwrite`. Nothing unfinished is ever used: an interruption, a kill
+    What is there already and has its Python is left as it is, unless `overwrite`. Nothing unfinished is ever used: an interruption, a kill
     or a failure leaves a folder without its mark, which the next call replaces. pip's own settings hold, as
     PIP_INDEX_URL and PIP_EXTRA_INDEX_URL. `say` receives one line per step. Returns the folder.
 
@@ -80,7 +84,7 @@ def make(target: Target | str, *, overwrite: bool = False, say: Callable[[str], 
         raise UsageError(msg)
     folder = folder_of(target)
     with _alone(folder):
-        if (folder / READY).is_file() and not overwrite:
+        if _usable(folder) and not overwrite:
             say(f"{folder} is there already")
             return folder
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from paredown.cli import main
 from paredown.coverage import Limits, counts, markdown, sweep
 from paredown.coverage.one import main as one
-from paredown.coverage.sweep import _Server
+from paredown.coverage.sweep import _VERSIONS, _Server, _versions
 from paredown.errors import UsageError
 
 NETS = '''
@@ -191,10 +192,32 @@ def test_what_remains_must_be_a_fraction(channels: float) -> None:
 
 def journalled(journal: Path, **changed: Any) -> None:
     """A journal as an earlier run of the same options left it."""
-    from paredown.coverage.sweep import _versions
-
-    options = {"channels": 0.5, "export": False, "versions": _versions()}
+    options = {"channels": 0.5, "export": False, "versions": _versions(_VERSIONS)}
     journal.write_text("".join(json.dumps({**r, **changed, "options": options}) + "\n" for r in ROWS))
+
+
+def test_only_what_was_exported_is_run_again_after_another_version_of_an_exporter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run(server: _Server, model: str, *rest: Any) -> dict[str, Any]:
+        ran.append(model)
+        return {"model": model, "status": "proven", **({"parity": {}} if model == "exported" else {})}
+
+    def asked(**options: Any) -> list[str]:
+        ran.clear()
+        sweep(("exported", "stopped before"), journal=tmp_path / "journal.jsonl", **options)
+        return [*ran]
+
+    monkeypatch.setattr(sys.modules["paredown.coverage.sweep"], "_run", run)  # the package has a function of that name
+    assert asked() == asked(export=True) == ["exported", "stopped before"]
+    assert asked() == asked(export=True) == []
+    version = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99" if name == "onnxruntime" else version(name))
+    assert asked() == []
+    assert asked(export=True) == ["exported"]
+    assert asked(export=True) == []
 
 
 def test_one_unproven_result_is_exit_6_after_the_table_is_written(

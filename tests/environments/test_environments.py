@@ -109,6 +109,19 @@ def test_what_a_kill_left_is_not_used_and_replaced() -> None:
     assert not (folder / "half").exists()
 
 
+def test_one_whose_python_is_gone_is_made_anew_by_the_command_that_is_recommended() -> None:
+    target = tiny()
+    python = make(target) / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/nonexistent/python")
+    assert not is_ready(target)
+    with pytest.raises(MissingError, match="Run: paredown setup litert"):
+        python_of(target)
+    make(target)
+    assert is_ready(target)
+    assert subprocess.run([python_of(target), "-c", ""], check=False).returncode == 0
+
+
 def test_one_process_at_a_time(nowhere: Path) -> None:
     nowhere.mkdir()
     with (nowhere / f".{folder_of(tiny()).name}.lock").open("w") as lock:

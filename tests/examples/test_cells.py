@@ -118,15 +118,17 @@ def test_pictures_of_another_size_no_file_and_no_folder_are_refused(tmp_path: Pa
         task_from_module(task)
 
 
-def test_a_picture_in_two_lists_is_refused(tmp_path: Path) -> None:
-    one = drawn(4, 0)
-    same = {"val_jpeg": one, "train_jpeg": one + drawn(3, 0), "test_jpeg": one}
-    changes: dict[str, object] = {n: np.frombuffer(v, np.uint8) for n, v in same.items()}
-    changes |= {f"{n}_offsets": np.array([0, len(one)]) for n in ("val", "test")}
-    changes |= {f"{n}_count": np.array([4.0], np.float32) for n in ("val", "test")}
-    changes |= {"train_offsets": np.array([0, len(one), len(same["train_jpeg"])]), "train_count": np.array([4.0, 3.0])}
-    with pytest.raises(RejectedError, match="test"):
-        check_roles(task_from_module(task, data=archive(tmp_path, **changes)))
+@pytest.mark.parametrize("other", ["train", "val"])
+def test_a_picture_in_two_lists_is_refused(other: str, tmp_path: Path) -> None:
+    """Also where training augments it, so that it never comes as it is."""
+    one, more = drawn(4, 7), drawn(13, 7)
+    changes: dict[str, object] = {
+        "test_jpeg": np.frombuffer(one, np.uint8), "test_offsets": np.array([0, len(one)]), "test_count": np.array([4.0]),
+        f"{other}_jpeg": np.frombuffer(more + one, np.uint8), f"{other}_count": np.array([13.0, 4.0]),
+        f"{other}_offsets": np.array([0, len(more), len(more + one)]),
+    }  # fmt: skip
+    with pytest.raises(RejectedError, match=f"as {other} 1 and test 0"):
+        task_from_module(task, data=archive(tmp_path, **changes)).train_batches()  # type: ignore[misc]
 
 
 def test_a_quarter_of_the_filters_leaves_every_layer() -> None:

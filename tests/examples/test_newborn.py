@@ -101,6 +101,19 @@ def test_a_folder_of_ones_own_is_read_and_subjects_stay_together(tmp_path: Path)
         assert not {(g - 2500) // 20 for g in weights[a]} & {(g - 2500) // 20 for g in weights[b]}
 
 
+def relabelled(folder: Path, rows: list[dict[str, str]]) -> Path:
+    with (folder / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def rows_of_six() -> list[dict[str, str]]:
+    splits = ("train", "choose", "test")
+    return [{"file": f"{i}.png", "weight": "3000", "split": splits[i % 3], "subject": f"s{i}"} for i in range(6)]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -109,19 +122,68 @@ def test_a_folder_of_ones_own_is_read_and_subjects_stay_together(tmp_path: Path)
         ({"split": "validation"}, "train, choose or test"),
         ({"file": "../0.png"}, "must lie under"),
         ({"file": "nothing.png"}, "must be a picture"),
+        ({"file": ""}, "must name a picture"),
+        ({"subject": " s1 "}, "'s1' must have one role. Got choose at .*labels.csv:3 and train"),
+        ({"file": "2.png", "subject": ""}, "picture .* must have one role. Got test at .*labels.csv:4 and train"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(change: dict[str, str], said: str, tmp_path: Path) -> None:
-    rows = [{"file": f"{i}.png", "weight": "3000", "split": ("train", "choose", "test")[i % 3]} for i in range(6)]
+    rows = rows_of_six()
     folder = folder_of(tmp_path, rows)
     rows[3] |= change
-    with (folder / "labels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     with pytest.raises(RejectedError, match=said) as raised:
-        task.split("train", folder)
+        task.split("train", relabelled(folder, rows))
     assert "labels.csv:5" in str(raised.value)
+
+
+def test_one_role_may_have_a_subject_and_a_picture_twice(tmp_path: Path) -> None:
+    rows = rows_of_six()
+    folder = folder_of(tmp_path, rows)
+    rows.append({**rows[0], "subject": "s0 "})
+    assert len(task.split("train", relabelled(folder, rows)).targets) == 3
+
+
+@pytest.mark.parametrize("row", [",3000", "1.png", "1.png,"])
+def test_a_row_that_ends_early_is_named(row: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [{"file": f"{i}.png", "weight": "3000"} for i in range(2)])
+    (folder / "labels.csv").write_text(f"file,weight\n0.png,3000\n{row}\n")
+    with pytest.raises(RejectedError, match=r"labels\.csv:3"):
+        task.split("train", folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,weight\nJosé.png,3000\n".encode("cp1252"), "in UTF-8"),
+        (b"file,weight\n" + b"x" * 200_000 + b",3000\n", "in UTF-8. Got field larger"),
+        (b"file;weight\na.png;3000,5\n", "Got file;weight at"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(text: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(text)
+    with pytest.raises(RejectedError, match=said):
+        task.split("train", tmp_path)
+
+
+def test_a_picture_above_pillows_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    folder = folder_of(tmp_path, rows_of_six())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # half of it has 1600
+    with pytest.raises(RejectedError, match=r"DecompressionBombError.*labels\.csv:2"):
+        task.split("train", folder)
+
+
+def test_a_phone_that_was_held_upright_gives_upright_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = folder_of(tmp_path, rows_of_six())
+    with Image.open(folder / "0.png") as image:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter to the right
+        image.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    straight, turned = (task._read(folder, name, "here") for name in ("0.png", "turned.png"))
+    assert np.array_equal(straight, turned)
 
 
 # ------------------------------------------------------------------------------------------------- ResNet-50 by hand

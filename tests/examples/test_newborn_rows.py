@@ -311,3 +311,42 @@ def test_dense_networks_are_trained_on_as_long_and_taken_up(
         1
     ] == "none, trained as long as the others"
     assert torch.get_num_threads() == 1
+
+
+def test_networks_trained_as_long_in_another_sweep_are_left_out_and_trained_again(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recovery, another dense network, and results that do not say of which they are."""
+    recover = {"epochs": 1, "optimizer": "adamw", "lr": 0.001, "weight_decay": 1e-4, "schedule": "cosine"}
+    trained = []
+
+    def fake(found: rows.Sweep, record: Record, given: dict[str, Any], place: Path) -> Record:
+        trained.append((record.cell["seed"], given["epochs"]))
+        cell = {**record.cell, "kind": "longer", "digest": rows.longer_digest(record, given)}
+        return dataclasses.replace(record, cell=cell)
+
+    def left() -> int:
+        found = rows.read_sweep(sweep)
+        assert found is not None
+        return len(found.at(("longer", "", None)))
+
+    def asked(epochs: int) -> None:
+        told = {"curve": {**GRID, "seeds": [0, 1]}, "recover": {**recover, "epochs": epochs}}
+        (sweep / "recipe.yaml").write_text(yaml.safe_dump(told))
+
+    monkeypatch.setattr(longer, "trained_on", fake)
+    asked(16)
+    assert longer.main([str(sweep)]) == longer.main([str(sweep)]) == 0
+    assert trained == [(0, 16), (1, 16)] and left() == 2
+    asked(32)
+    assert left() == 0 and longer.main([str(sweep)]) == 0
+    assert trained[2:] == [(0, 32), (1, 32)] and left() == 2
+    base = sweep / "trials" / "base--None-1" / "result.json"
+    base.write_text(base.read_text().replace("base-l1-one-shot-None-1", "another"))
+    assert left() == 1 and longer.main([str(sweep)]) == 0
+    assert trained[4:] == [(1, 32)] and left() == 2
+    old = rows.longer_folder(sweep) / "seed-0" / "result.json"
+    record = Record.from_json(old.read_text())
+    old.write_text(dataclasses.replace(record, cell={**record.cell, "digest": "longer-of-before"}).to_json())
+    assert left() == 1 and longer.main([str(sweep)]) == 0
+    assert trained[5:] == [(0, 32)] and left() == 2

@@ -299,6 +299,20 @@ def test_a_page_that_is_there_is_not_built_again_and_a_torn_one_is(
     assert len(left) == 1 and left[0].startswith("networks-")  # what pages share stays, a page's own folder does not
 
 
+def test_the_case_study_is_built_again_after_anything_that_it_reads(tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    setting = page.Setting(quick=True, folder=tmp_path, shared=tmp_path, newborn=twin)
+    keys = [book._key("case_study", setting)]
+    for file in (twin / "journal.jsonl", twin / "recipe.yaml", tmp_path / "twin-longer" / "seed-0" / "result.json"):
+        for time in (10**9, 2 * 10**9):  # made, and made anew
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            os.utime(file, (time, time))
+            keys.append(book._key("case_study", setting))
+            assert book._key("later", setting) == book._key("later", page.Setting(quick=True, folder=twin, shared=twin))
+    assert len(set(keys)) == len(keys) == 7
+
+
 def test_a_page_that_fails_is_marked_and_the_others_are_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

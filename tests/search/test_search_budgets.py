@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from hazards import HAZARDS
 from paredown.allocate import allocate
 from paredown.budget import Budget
 from paredown.couple import couple
@@ -68,6 +69,58 @@ def test_layers_are_all_that_multiplies(given):
     assert [x.name for x in layers] == ["stem", "deep", "point", "inner", "outer", "head"]
     assert sum(x.dense.macs for x in layers) == cost.macs
     assert [x.dense.groups for x in layers] == [1, 32, 1, 1, 1, 1]
+
+
+class Frames(nn.Module):
+    """A clip whose frames go through the convolution as if they were a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.each(x.flatten(0, 1)).mean((2, 3))
+        return self.head(y).view(x.shape[0], -1, 5).mean(1)
+
+
+class TokensFirst(nn.Module):
+    """As torchvision's vision transformer: patches, and attention on [tokens, batch, channels]."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.attend, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.MultiheadAttention(8, 2), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).permute(2, 0, 1)
+        return self.head((x + self.attend(x, x, x, need_weights=False)[0]).mean(0))
+
+
+def layers_and_cost(module, x):
+    program = capture(module.eval(), x, train=False)
+    cost = examine(program)
+    return {layer.name: layer.dense for layer in timed_layers(program, couple(program), cost)}, cost
+
+
+@pytest.mark.parametrize("build", [HAZARDS["window_attention"].build, TokensFirst])
+def test_windows_and_tokens_beside_the_batch_are_rows(build):
+    """What multiplies an activation by another is no layer; all else is in the table as often as it is counted."""
+    layers, cost = layers_and_cost(build(), torch.randn(2, 3, 8, 8))
+    weighed = sum(n.macs for n in cost.by_node if n.weights)
+    assert sum(shape.macs for shape in layers.values()) == weighed
+    assert len(layers) == 4
+
+
+def test_a_convolution_on_the_frames_of_a_clip_is_left_out():
+    layers, cost = layers_and_cost(Frames(), torch.randn(2, 6, 3, 8, 8))
+    assert {name: shape.positions for name, shape in layers.items()} == {"head": (6,)}
+    assert layers["head"].macs == 6 * 8 * 5 < cost.macs
+
+
+def test_of_a_fixed_batch_every_layer_is_there_with_one_sample():
+    program = capture(Net().eval(), torch.randn(4, 3, 12, 12), train=False, dynamic_batch=False)
+    cost = examine(program)
+    assert cost.samples == 4
+    assert 4 * sum(x.dense.macs for x in timed_layers(program, couple(program), cost)) == cost.macs
 
 
 @pytest.mark.parametrize("share", [0.75, 0.5, 0.25])

@@ -18,6 +18,8 @@ from paredown.sweep.serve import MARK
 Row = Mapping[str, Any]
 WORKER = "paredown.coverage.worker"
 _VERSIONS = ("paredown", "torch", "torchvision", "timm")
+_EXPORTERS = ("onnx", "onnxruntime", "onnxscript")
+"""What a comparison of an exported file depends on besides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +54,17 @@ def sweep(
         msg = f"channels must be a fraction in (0, 1): what remains of every space. Got {channels!r}."
         raise UsageError(msg)
     limits = limits if limits is not None else Limits()
-    options = {"channels": channels, "export": export, "versions": _versions()}
+    options = {"channels": channels, "export": export, "versions": _versions(_VERSIONS)}
+    made = {"options": options, **({"exporters": _versions(_EXPORTERS)} if export else {})}
     again = set(retry)
-    known = {r["model"]: r for r in read_lines(journal) if r.get("options") == options and r.get("status") not in again}
+    known = {r["model"]: r for r in read_lines(journal) if _is_of(r, made) and r.get("status") not in again}
     rows: list[Row] = []
     server = _Server(threads)
     try:
         for number, model in enumerate(models):
             row = known.get(model)
             if row is None:
-                row = {**_run(server, model, options, limits, threads), "options": options}
+                row = {**_run(server, model, options, limits, threads), **made}
                 if journal is not None:
                     append_line(journal, row)
             rows.append(row)
@@ -133,9 +136,15 @@ def _ended(row: dict[str, Any], status: str, message: str) -> dict[str, Any]:
     return row | {"status": status, "message": message}
 
 
-def _versions() -> dict[str, str | None]:
+def _is_of(row: Row, made: Mapping[str, Any]) -> bool:
+    """Whether a row was made so; by which exporter matters only where one was tried."""
+    exported = made["options"]["export"] and "parity" in row
+    return row.get("options") == made["options"] and (not exported or row.get("exporters") == made["exporters"])
+
+
+def _versions(names: Iterable[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for name in _VERSIONS:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -61,6 +61,8 @@ class TimedLayer:
 def timed_layers(program: Program, coupling: Coupling, cost: Cost) -> tuple[TimedLayer, ...]:
     """The convolutions and linear layers of a network, once for each time that they are run; other ops are left out.
 
+    So are convolutions that run on several images of one sample.
+
     >>> import torch; from torch import nn; from paredown.couple import couple; from paredown.examine import examine
     >>> from paredown.program import capture
     >>> program = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), torch.zeros(2, 3, 8, 8))
@@ -73,7 +75,7 @@ def timed_layers(program: Program, coupling: Coupling, cost: Cost) -> tuple[Time
         node = nodes.get(counted.node)
         if node is None or len(counted.weights) != 1:
             continue
-        shape = _shape(node, counted.kind, counted.output_shape)
+        shape = _shape(node, counted.kind, counted.macs // cost.samples)
         if shape is not None:
             weight = counted.weights[0]
             found.append(
@@ -138,8 +140,8 @@ def _length(coupling: Coupling, cost: Cost, weight: str, axis: int) -> Length:
     return Length(dense=cost.parameter_shapes[weight][axis], per=per)
 
 
-def _shape(node: Any, kind: str, output: tuple[int, ...]) -> LayerShape | None:
-    """The shape of a node that is a layer; None of one that is not."""
+def _shape(node: Any, kind: str, macs: int) -> LayerShape | None:
+    """The shape of a node that is a layer and does so many MACs per sample; None of one that is not."""
     given = bound(node)
     weight = given.get("weight")
     if kind not in (*CONVOLUTIONS, "linear") or weight is None:
@@ -147,14 +149,15 @@ def _shape(node: Any, kind: str, output: tuple[int, ...]) -> LayerShape | None:
     size = [int(s) for s in weight.meta["val"].shape]
     if kind == "linear":
         what: Kind = "linear"
-        return LayerShape(kind=what, out_channels=size[0], in_channels=size[1], positions=tuple(output[1:-1]) or (1,))
+        rows = max(macs // (size[0] * size[1]), 1)  # as counted: windows and tokens may lie in axis 0, beside the batch
+        return LayerShape(kind=what, out_channels=size[0], in_channels=size[1], positions=(rows,))
     source = [int(s) for s in given["input"].meta["val"].shape[2:]]
     dims = len(source)
     padding = given.get("padding", 0)
     if isinstance(padding, str):  # "same" and "valid"
         return None
     groups = int(given.get("groups") or 1)
-    return LayerShape(
+    shape = LayerShape(
         kind="conv",
         out_channels=size[0],
         in_channels=size[1] * groups,
@@ -165,6 +168,7 @@ def _shape(node: Any, kind: str, output: tuple[int, ...]) -> LayerShape | None:
         dilation=_each(given.get("dilation", 1), dims),
         groups=groups,
     )
+    return shape if shape.macs == macs else None  # the frames of a clip in axis 0: a file of one layer has one sample
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
