@@ -99,6 +99,12 @@ def load_model(
         model = _own_model(head, name, spec, _folder(base_dir))
     if weights is not None:
         load_into(model, read_weights(weights), strip_prefix=strip_prefix)
+        if library == "torchvision" and getattr(model, "transform_input", None) is False:
+            note = (
+                f"torchvision's official weights of {name} must run with transform_input=True, which weights=… sets there. Got a model "
+                "without it, which computes something else from them. For these weights give MODEL as a callable that sets it."
+            )
+            warnings.warn(note, UserWarning, stacklevel=2)
     if library == "torchvision" and is_detector(model):
         model = detector_body(model)
     return model, weights is not None

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from paredown.errors import ResourceError
 
 Badge = Literal["measured", "estimated", "not tested"]
@@ -167,6 +169,6 @@ def sweep_stale(folder: Path) -> int:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        msg = f"{path} must be writable. Got {error.strerror or error}. Free space or choose another --out."
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk said
+        msg = f"{path} must be writable. Got {getattr(error, 'strerror', None) or error}. Free space or choose another --out."
         raise ResourceError(msg) from error

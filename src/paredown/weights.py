@@ -65,11 +65,20 @@ class Weights(dict[str, Tensor]):
     """Tensors by name, CPU, each with its own storage (tied names share one), in the dtypes of the file.
 
     `path` is the file, `kind` "safetensors" or "state_dict", `notes` what was unwrapped or left out and which dtypes
-    there are.
+    there are, `metadata` the texts that a safetensors file holds beside them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, path: Path, kind: str, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        path: Path,
+        kind: str,
+        notes: tuple[str, ...] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(tensors)
+        self.metadata = metadata or {}
         self.path = path
         self.kind = kind
         self.notes = notes
@@ -109,11 +118,12 @@ def read_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     notes: tuple[str, ...] = ()
+    metadata: dict[str, str] = {}
     try:
         _refuse_no_file(path)
         kind, what = _sniffed(path)
         if kind == "safetensors":
-            tensors = _read_safetensors(path)
+            tensors, metadata = _read_safetensors(path)
         elif kind == "state_dict":
             tensors, notes = _read_in_process(path)
         else:
@@ -125,7 +135,7 @@ def read_weights(path: str | Path) -> Weights:
     counts = Counter(_dtype_name(t) for t in tensors.values())
     if set(counts) != {"float32"}:
         notes = (*notes, "dtypes kept: " + ", ".join(f"{n} × {d}" for d, n in sorted(counts.items())))
-    return Weights(tensors, path=path, kind=kind, notes=notes)
+    return Weights(tensors, path=path, kind=kind, notes=notes, metadata=metadata)
 
 
 def load_into(
@@ -140,27 +150,31 @@ def load_into(
     `strip_prefix` takes a prefix such as "module." off the names: True finds it, a string names it ("+backbone."
     is put before every name instead), False only says what would fit. Values take the model's dtypes where none changes
     by it (float16 into float32), or only digits of a float64 are lost; `casts` says so, and anything else is an error.
-    With strict=False missing and unexpected names are reported; sizes must fit still.
+    With strict=False missing and unexpected names are reported; sizes must fit still. Of weights that the model ties, one
+    name is enough.
 
-    Raises RejectedError with a table of what does not fit, and for NaN or infinite weights.
+    Raises RejectedError with a table of what does not fit, for NaN or infinite weights, and for tied ones that differ.
 
     >>> report = load_into(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
     >>> report.num_tensors
     2
     """
-    places = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    # keep_vars: tied names are then one object
+    places = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     path = getattr(weights, "path", None)
     source = repr(str(path)) if path is not None else "the given weights"
     prefix = _prefix(weights, places, strip_prefix, source)
     given, left_out = _stripped(weights, places, prefix)
     # older checkpoints lack the counter that batch norm keeps since PyTorch 0.4.1; the model's own is as good
-    missing = [n for n in places if n not in given and not n.endswith("num_batches_tracked")]
+    reached = {id(places[n]) for n in given if n in places}
+    missing = [n for n, p in places.items() if id(p) not in reached and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in given if n not in places]
     sizes = [n for n in places if n in given and places[n].shape != given[n].shape]
     if sizes or (strict and (missing or unexpected)) or (places and not set(places) & set(given)):
         table = _table(type(model).__name__, source, places, given, (sizes, missing, unexpected))
         raise RejectedError(table + _fix(path, weights, places, given, sizes))
     _refuse_values(places, given, source)
+    _refuse_untied(places, given, source)
     casts = Counter(
         (_dtype_name(given[n]), _dtype_name(p)) for n, p in places.items() if n in given and given[n].dtype != p.dtype
     )
@@ -238,18 +252,23 @@ def _is_text(head: bytes) -> bool:
 # ---------------------------------------------------------------------------------------------------------- safetensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, copied out of it; every declaration is checked before anything is allocated."""
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, copied out of it, and its metadata; every declaration is checked before anything is allocated."""
     with path.open("rb") as stream:
         before = os.fstat(stream.fileno())
         header, start = _header(stream, before.st_size, path)
+        metadata = header.pop("__metadata__", None)
+        if not header:
+            msg = f"weights must hold tensors. Got a safetensors file without any at {str(path)!r}."
+            raise RejectedError(msg)
         places = _places(header, before.st_size - start, start, path)
         tensors = {}
         for name, dtype, shape, offset in places:
             stream.seek(start + offset)
             tensors[name] = _tensor(stream, dtype, shape, name, path)
         _refuse_changed(before, os.fstat(stream.fileno()), path)
-    return tensors
+    texts = metadata if isinstance(metadata, dict) else {}
+    return tensors, {k: v for k, v in texts.items() if isinstance(v, str)}
 
 
 def _header(stream: IO[bytes], size: int, path: Path) -> tuple[dict[str, Any], int]:
@@ -274,10 +293,6 @@ def _header(stream: IO[bytes], size: int, path: Path) -> tuple[dict[str, Any], i
         raise RejectedError(msg) from error
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
         msg = f"a safetensors header must be an object of at most {MOST_TENSORS:,} tensors. Got {type(header).__name__} at {str(path)!r}."
-        raise RejectedError(msg)
-    header.pop("__metadata__", None)
-    if not header:
-        msg = f"weights must hold tensors. Got a safetensors file without any at {str(path)!r}."
         raise RejectedError(msg)
     return header, 8 + length
 
@@ -374,7 +389,7 @@ def _read_in_process(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         if "refused" in report:
             msg = f"{str(report['refused']).rstrip('.')}. At {str(path)!r}."
             raise RejectedError(msg)
-        tensors = _read_safetensors(Path(folder) / "weights.safetensors")
+        tensors, _ = _read_safetensors(Path(folder) / "weights.safetensors")
     _refuse_changed(before, path.stat(), path)
     tensors.update({name: tensors[first] for name, first in report["aliases"].items()})
     return {name: tensors[name] for name in report["order"]}, tuple(report["notes"])
@@ -513,6 +528,19 @@ def _refuse_values(places: Mapping[str, Tensor], given: Mapping[str, Tensor], so
     if bad:
         msg = f"dtypes must fit the model's. Got {_some(bad)} in {source}. Convert the model (model.half()) or the weights first."
         raise RejectedError(msg)
+
+
+def _refuse_untied(places: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Several values for one tensor of the model: the last would win."""
+    first: dict[int, str] = {}
+    for name, place in places.items():
+        if name not in given:
+            continue
+        other = first.setdefault(id(place), name)
+        a, b = given[other], given[name]
+        if a is not b and not torch.equal(a.to(place.dtype), b.to(place.dtype)):
+            msg = f"weights that the model ties must be equal. Got different {other} and {name} in {source}, which were trained untied. Build the model without the tie, or leave one of them out."
+            raise RejectedError(msg)
 
 
 def _castable(given: Tensor, place: torch.dtype) -> bool:

@@ -215,22 +215,20 @@ def _unwrapped(loaded: Any) -> tuple[dict[str, Any], list[str]]:
         tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
         inner = [k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping) and loaded[k]]
         if not inner:
-            inner = [
-                k
-                for k, v in loaded.items()
-                if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())
-            ]
+            inner = [k for k, v in loaded.items() if _holds_tensors(v)]
             if len(inner) > 1:
                 msg = f"a checkpoint must hold one state_dict. Got {inner[:8]}: which of them is not clear. Save that one alone"
                 raise Refused(msg)
-        if tensors or not inner:
+        # a score beside the state_dict may be a tensor as well
+        scores = sorted(k for k, v in tensors.items() if v.numel() == 1)
+        if not inner or len(scores) < len(tensors) or (scores and not _holds_tensors(loaded[inner[0]])):
             break
-        rest = sorted(str(k) for k in loaded if k != inner[0])
+        rest = scores + sorted(str(k) for k in loaded if k != inner[0] and str(k) not in tensors)
         notes.append(
             f"unwrapped {inner[0]!r} of the checkpoint"
             + (f"; beside it, not read: {', '.join(rest[:8])}" if rest else "")
         )
-        loaded = loaded[inner[0]]
+        loaded, tensors = loaded[inner[0]], {}
     if not tensors:
         msg = f"a checkpoint must hold a state_dict, names to tensors. Got a dict of {sorted(map(str, loaded))[:8]} without tensors"
         raise Refused(msg)
@@ -238,6 +236,12 @@ def _unwrapped(loaded: Any) -> tuple[dict[str, Any], list[str]]:
     if skipped:
         notes.append(f"not tensors, left out: {', '.join(skipped[:8])}")
     return tensors, notes
+
+
+def _holds_tensors(value: Any) -> bool:
+    from torch import Tensor
+
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
 def _write(state: Mapping[str, Any], notes: list[str], file_bytes: int, out: Path) -> dict[str, Any]:

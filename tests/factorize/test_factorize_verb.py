@@ -174,6 +174,29 @@ def test_the_class_is_kept_only_where_it_calls_the_layer() -> None:
         pare.factorize(program, plan, realiser="module")
 
 
+class Backwards(nn.Module):
+    """A layer that is read only, and the other way round (a decoder tied to its encoder)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enc = nn.Linear(64, 16)
+        self.dec = nn.Linear(64, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.enc(x)) @ self.dec.weight
+
+
+def test_a_layer_whose_weight_multiplies_from_the_other_side_becomes_a_graph() -> None:
+    x = torch.randn(3, 64)
+    program = pare.capture(Backwards(), x)
+    small = pare.factorize(program, full(program, "dec.weight", "svd"))
+    assert small.realiser == "graph"
+    assert gap(program.module(x), small.module(x)) <= 1e-5
+    with pytest.raises(VerificationError, match="Use the graph realiser"):
+        pare.factorize(program, plan_of(dec__weight=("svd", 3)), realiser="module")
+
+
 class Peeking(nn.Module):
     """Computes something else where a layer is not the class that it knows."""
 

@@ -168,6 +168,15 @@ def test_torchvision_models_are_random_and_healthy():
 
 
 @ZOO
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_models_whose_official_weights_want_another_input_say_so(name, tmp_path):
+    model, _ = load_model(f"torchvision:{name}")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match=rf"{name}.*transform_input=True"):
+        load_model(f"torchvision:{name}", tmp_path / "w.safetensors")
+
+
+@ZOO
 def test_a_users_file_that_imports_torchvision_works_beside_any_torch(tmp_path):
     (tmp_path / "net.py").write_text(
         "from torchvision.models import squeezenet1_1\n\ndef model():\n    return squeezenet1_1()\n"

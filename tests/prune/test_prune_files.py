@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,9 +19,10 @@ from torch import Tensor, nn
 
 import forked
 import paredown as pare
-from paredown.errors import RejectedError
+from paredown.errors import RejectedError, ResourceError
 from paredown.program import Program
 from paredown.prune import Pruned
+from paredown.weights import read_weights
 
 
 def net() -> nn.Module:
@@ -253,3 +258,157 @@ def test_a_class_that_computes_its_weights_is_loaded_as_it_was_captured(how: str
         assert torch.allclose(loaded(x), small.module.eval()(x), atol=1e-6)
     assert all(torch.equal(t, before[n]) for n, t in own.state_dict().items())
     assert before.keys() == own.state_dict().keys()
+
+
+# ------------------------------------------------------------------------------------------- what an interruption leaves
+
+
+@contextlib.contextmanager
+def most_bytes_per_file(limit: int) -> Iterator[None]:
+    """As a disk that is full: what is written beyond the limit fails."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def wide_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 4))
+
+
+def test_a_disk_that_is_full_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    x = torch.randn(2, 64)
+    program = pare.capture(wide_net(), x)
+    first, second = (masked(program, g, **b) for g, b in (("2:4", {}), ("element", {"density": 0.3})))
+    pare.save(first, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with most_bytes_per_file(2**20), pytest.raises(ResourceError, match=r"model\.safetensors must be writable"):
+        pare.save(second, tmp_path)
+    assert before.items() <= {file.name: file.read_bytes() for file in tmp_path.iterdir()}.items()
+    assert torch.equal(pare.load(tmp_path, wide_net())(x), first.module(x))
+    pare.save(second, tmp_path)
+    assert torch.equal(pare.load(tmp_path, wide_net())(x), second.module(x))
+    assert len(list(tmp_path.glob("masks-*.safetensors"))) == 1
+
+
+def test_weights_of_another_plan_are_refused(folder: Path, tmp_path: Path) -> None:
+    program = pare.capture(net(), X)
+    coupling = pare.couple(program)
+    scores = pare.score(program, coupling, "random", seed=5)
+    other = pare.prune(
+        program, pare.allocate(coupling, scores, pare.examine(program), pare.Budget(channels=0.5), align=1)
+    )
+    pare.save(other, tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(weights)  # of the same shapes
+    with pytest.raises(RejectedError, match=r"model\.safetensors and form\.json .* must belong together"):
+        pare.load(tmp_path, net())
+    save_file(dict(read_weights(folder / "model.safetensors")), tmp_path / "model.safetensors")  # as it was before
+    assert isinstance(pare.load(tmp_path, net()), nn.Sequential)
+
+
+# ------------------------------------------------------------------------------------------------- inputs and dtypes
+
+
+class Branching(nn.Module):
+    """Another function for another value of what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Linear(6, 8)
+        self.two = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, parts: Any = (), doubled: bool = False, mode: str | None = None) -> Tensor:
+        x = torch.relu(self.one(x))
+        if isinstance(parts, list):
+            x = x + len(parts)
+        x = self.two(x * 2 if doubled else x)
+        return x.sigmoid() if mode == "sigmoid" else x
+
+
+INPUTS: list[Any] = [
+    (torch.ones(2, 6), (), True),
+    (torch.ones(2, 6), [1.5, None, (1, 2)], False, "sigmoid"),
+    {"args": (torch.ones(2, 6),), "kwargs": {"mode": "sigmoid", "parts": {"list": [], "1": 2}, "doubled": True}},
+]
+
+
+@pytest.mark.parametrize("inputs", INPUTS, ids=["flag", "list and text", "keywords"])
+def test_inputs_that_are_no_tensors_choose_the_same_branch(inputs: Any, tmp_path: Path) -> None:
+    small = thinned(Branching(), inputs, realiser="graph")
+    pare.save(small, tmp_path)
+    loaded = pare.load(tmp_path, Branching())
+    args, kwargs = small.program.inputs
+    assert torch.equal(loaded(*args, **kwargs), small.module(*args, **kwargs))
+
+
+def thinned(model: nn.Module, inputs: Any, **options: Any) -> Pruned:
+    program = pare.capture(model, inputs)
+    coupling = pare.couple(program)
+    scores = pare.score(program, coupling)
+    plan = pare.allocate(coupling, scores, pare.examine(program), pare.Budget(channels=0.5), align=1)
+    return pare.prune(program, plan, **options)
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    scale: float
+
+
+class OfPair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, pair: Pair) -> Tensor:
+        return self.net(pair.x) * pair.scale  # type: ignore[no-any-return]
+
+
+def test_inputs_that_a_file_cannot_hold_must_be_given_again(tmp_path: Path) -> None:
+    pair = Pair(torch.ones(2, 6), 3.0)
+    small = thinned(OfPair(), (pair,), realiser="graph")
+    pare.save(small, tmp_path)
+    with pytest.raises(RejectedError, match=r"Got a Pair.*inputs="):
+        pare.load(tmp_path, OfPair())
+    assert torch.equal(pare.load(tmp_path, OfPair(), (pair,))(pair), small.module(pair))
+    pare.save(thinned(OfPair(), (pair,)), tmp_path / "class")
+    assert isinstance(pare.load(tmp_path / "class", OfPair()), OfPair)  # needs none
+
+
+@pytest.mark.parametrize("realiser", ["module", "graph"])
+@pytest.mark.parametrize(
+    ("saved", "given", "advice"),
+    [
+        (torch.float32, torch.float16, "float32"),
+        (torch.float64, torch.float32, "float64"),
+        (torch.bfloat16, torch.float32, "bfloat16"),
+    ],
+)
+def test_weights_are_not_cast_in_silence(
+    saved: torch.dtype, given: torch.dtype, advice: str, realiser: str, tmp_path: Path
+) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    x = torch.ones(2, 6, dtype=saved)
+    small = thinned(made().to(saved), x, realiser=realiser)
+    pare.save(small, tmp_path)
+    with pytest.raises(RejectedError, match=rf"Got 0\.weight of {advice}.*\.to\(torch\.{advice}\)"):
+        pare.load(tmp_path, made().to(given))
+    assert torch.equal(pare.load(tmp_path, made().to(saved))(x), small.module(x))
+
+
+def test_factors_are_not_cast_in_silence(tmp_path: Path) -> None:
+    wide = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False)).double()
+    program = pare.capture(wide, torch.ones(2, 16, dtype=torch.float64))
+    pare.save(pare.factorize(program, pare.choose_ranks(program, pare.Budget(parameters=0.5), align=1)), tmp_path)
+    with pytest.raises(RejectedError, match=r"Got 0\.0\.weight of float64"):
+        pare.load(tmp_path, copy.deepcopy(wide).float())

@@ -137,6 +137,11 @@ def test_all_mistakes_at_once():
         ("schema: 1\ntask: digits\nname: 2024-01-02\n", "Put dates and odd keys in quotes"),
         ("", "must be a mapping"),
         ("a: \x00", "well formed"),
+        ('a: !!int ""', "plain data"),
+        ("a: !!bool x", "plain data"),
+        ("a: !!timestamp x", "plain data"),
+        ("a: !!map [a]", "plain data"),
+        ("a: 2001-01-01 00:00:00 +99:99", "plain data"),
     ],
 )
 def test_faults_68_and_69_yaml_of_strangers(tmp_path, monkeypatch, text, says):
@@ -248,6 +253,33 @@ def test_overrides_read_yaml_but_not_texts():
     assert (recipe.threads, recipe.prune.align) == (2, None)
     with pytest.raises(UsageError, match="once"):
         load_recipe("digits", ["seed=1", "seed=2"])
+
+
+def test_paths_are_cleared_by_overrides(tmp_path):
+    source = {**PLAIN, "weights": "w.pt", "data": "d", "model": "m.py:f", "prune": {"sensitivity": "s"}}
+    for nothing in ("null", ""):
+        cleared = load_recipe(source, [f"{k}={nothing}" for k in ("weights", "data", "model", "prune.sensitivity")])
+        assert (cleared.weights, cleared.data, cleared.model, cleared.prune.sensitivity) == (None, None, None, None)
+    with pytest.raises(UsageError, match="task must be a text"):
+        load_recipe(source, ["task="])
+    assert load_recipe(source, ["name=null"]).name == "null"  # a text, not a path
+
+
+def test_a_home_that_is_nobodys_is_refused():
+    for key, value in (("weights", "~nobody-here/x.pt"), ("model", "~nobody-here/x.py:f")):
+        with pytest.raises(UsageError, match="~nobody-here"):
+            load_recipe({**PLAIN, key: value})
+        with pytest.raises(UsageError, match="~nobody-here"):
+            load_recipe(PLAIN, [f"{key}={value}"])
+
+
+def test_colons_are_no_numbers_to_base_60(tmp_path):
+    recipe = load_recipe(PLAIN, ["prune.granularity=2:4", "prune.levels=[{granularity: 1:4}]"])
+    assert (recipe.prune.granularity, recipe.prune.levels[0].granularity) == ("2:4", "1:4")
+    (tmp_path / "r.yaml").write_text("schema: 1\ntask: digits\nname: 1:30.5\nprune: {granularity: 2:4}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.name, recipe.prune.granularity) == ("1:30.5", "2:4")
+    assert load_recipe(read_yaml(recipe.to_yaml())).digest == recipe.digest
 
 
 def test_the_source_mapping_is_not_changed():

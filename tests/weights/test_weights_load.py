@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from paredown.errors import RejectedError
@@ -162,3 +162,38 @@ def test_a_hook_that_fails_leaves_the_model_as_it_was(net, other):
     with pytest.raises(RejectedError, match="this hook fails"):
         load_into(net, other)
     assert same(net.state_dict(), before)
+
+
+class Tied(nn.Module):
+    """A language model's: one table reads and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_weights_may_be_given_under_one_name(tmp_path):
+    saved, net = Tied(), Tied()
+    save_model(saved, str(tmp_path / "m.safetensors"))
+    weights = read_weights(tmp_path / "m.safetensors")
+    assert len(weights) == 1
+    report = load_into(net, weights)
+    assert torch.equal(net.head.weight, saved.embed.weight)
+    assert net.head.weight is net.embed.weight
+    assert (report.missing, report.num_tensors) == ((), 1)
+    load_into(net, {n: t + 1 for n, t in saved.state_dict().items()})  # under both, equal
+    assert torch.equal(net.head.weight, saved.embed.weight + 1)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_tied_weights_that_differ_are_refused(strict):
+    net = Tied()
+    before = copies(net)
+    table = torch.ones(5, 3)
+    with pytest.raises(RejectedError, match=r"equal.*embed\.weight and head\.weight.*untied"):
+        load_into(net, {"embed.weight": table, "head.weight": table + 1}, strict=strict)
+    assert same(net.state_dict(), before)
+    load_into(net, {"embed.weight": table, "head.weight": table.double()})
+    assert torch.equal(net.head.weight, table)

@@ -81,6 +81,21 @@ def test_a_checkpoint_gives_its_state_dict_and_says_so(tmp_path, state):
     assert same(weights_process._unwrapped({"generator": state, "epoch": 1})[0], dict(state))
 
 
+def test_a_loose_score_beside_the_state_dict_is_not_the_weights(tmp_path, state):
+    score = torch.tensor(76.1)
+    torch.save({"epoch": 3, "arch": "r", "state_dict": state, "best_acc1": score, "optimizer": {}}, tmp_path / "c.pt")
+    found = read_weights(tmp_path / "c.pt")
+    assert same(found, dict(state))
+    assert found.notes[0] == (
+        "unwrapped 'state_dict' of the checkpoint; beside it, not read: best_acc1, arch, epoch, optimizer"
+    )
+    assert same(weights_process._unwrapped({"generator": state, "loss": score})[0], dict(state))
+    own = {"scale": score, "shift": torch.zeros(1), "params": {"lr": 0.1}}  # weights themselves, and options
+    assert weights_process._unwrapped(own)[0].keys() == {"scale", "shift"}
+    large = {**state, "ema": {"0.weight": score}}
+    assert same(weights_process._unwrapped(large)[0], dict(state))
+
+
 def test_tied_names_stay_one_tensor(tmp_path):
     shared = torch.randn(4, 3)
     torch.save({"a": shared, "b": torch.zeros(2), "c": shared, "row": shared[1]}, tmp_path / "a.pt")

@@ -169,8 +169,8 @@ def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
         return VerificationError(
             "the module realiser needs weights of torch's own nn.Linear and nn.Conv. Got others. Use the graph realiser."
         )
-    fill(module, attempt)
     try:
+        fill(module, attempt)
         done = _proven(attempt, module, "module")
         if same_in_train(_single(attempt.program), module, attempt.graph(), attempt.known, seed=attempt.seed):
             return done
@@ -180,7 +180,8 @@ def _by_module(attempt: _Attempt) -> Pruned | VerificationError:
     except VerificationError as error:
         return error
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
-        # The class reads more of a layer than its output (nn.MultiheadAttention reads out_proj.weight).
+        # The class reads more of a layer than its output (nn.MultiheadAttention reads out_proj.weight), or multiplies by
+        # its weight from the other side: then the factors do not fit the layers.
         refused = VerificationError(
             f"the class must call its layers as modules. Got {type(error).__name__}: {error}. Use the graph realiser."
         )

@@ -45,9 +45,11 @@ from paredown.train.masks import check_zeros
 
 
 def save(pruned: Pruned, folder: str | Path) -> None:
-    """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, input shapes, proof, notes); each whole or not at all.
+    """Write model.safetensors, plan.json and form.json (realiser, attribute sizes, inputs, proof, notes); each whole or not at all.
 
-    Raises UsageError where `pruned` is something else, or `folder` a file.
+    Saving over a folder may be interrupted: what is then in it is the old model, or is refused by `load`.
+
+    Raises ResourceError where the disk is full, and UsageError where `pruned` is something else, or `folder` a file.
     """
     must_be("pruned", pruned, Pruned, fix="Use paredown.prune(program, plan).")
     folder = Path(folder)
@@ -55,7 +57,10 @@ def save(pruned: Pruned, folder: str | Path) -> None:
         msg = f"a pruned model must be saved to a folder. Got the file {folder}."
         raise UsageError(msg)
     folder.mkdir(parents=True, exist_ok=True)
-    write_masks(folder, (pruned.plan, *(stage.plan for stage in pruned.stages)))
+    masks = write_masks(folder, (pruned.plan, *(stage.plan for stage in pruned.stages)))
+    # Before the plan that says how they are read: between the two, their digests differ.
+    with whole_file(folder / WEIGHTS) as temporary:
+        save_file(_own_tensors(pruned.module.state_dict()), temporary, metadata={"plan": pruned.plan.digest})
     write_text(folder / PLAN, pruned.plan.to_json())
     form = {
         "schema": 1,
@@ -69,15 +74,16 @@ def save(pruned: Pruned, folder: str | Path) -> None:
         "fits": {name: dataclasses.asdict(fit) for name, fit in sorted(pruned.fits.items())},
     }
     write_text(folder / FORM, json.dumps(form, indent=1, sort_keys=True) + "\n")
-    with whole_file(folder / WEIGHTS) as temporary:
-        save_file(_own_tensors(pruned.module.state_dict()), temporary, metadata={"plan": pruned.plan.digest})
+    for old in folder.glob("masks-*.safetensors"):
+        if old.name != masks:
+            old.unlink()
 
 
 def load(folder: str | Path, model: nn.Module, inputs: Any = None) -> nn.Module:
     """The pruned model in the user's class: cut by the plan, sizes set, weights loaded strictly. `model` is not changed.
 
     Parametrizations, weight and spectral norm of the class are folded into plain weights, as capture does. Where only the graph realiser fitted, the model is captured again and rebuilt as a graph (`inputs` where the
-    stored shapes are not enough: integer inputs with a meaning). Raises RejectedError where the files do not fit.
+    stored ones are not enough: integer inputs with a meaning). Raises RejectedError where the files do not fit, in dtypes as well.
 
     >>> import paredown as pare                                       # doctest: +SKIP
     >>> model = pare.load("runs/digits", DigitsNet())                 # doctest: +SKIP
@@ -142,10 +148,19 @@ def _read(folder: Path) -> _Read:
 
 def _loaded(folder: Path, read: _Read, model: nn.Module, inputs: Any) -> nn.Module:
     weights = read_tensors(folder / WEIGHTS)
+    wanted = read.form["plan_digest"]
+    written = weights.metadata.get("plan", wanted)  # folders of before there was any
+    if written != wanted:
+        msg = f"{WEIGHTS} and {FORM} in {folder} must belong together. Got digests {written[:12]} and {wanted[:12]}: saving was interrupted. Save the model again."
+        raise RejectedError(msg)
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else None
     rebuilt, _ = plain_copy(model)  # as capture took it: weights that a layer computes are plain ones in the file
+    _refuse_casts(rebuilt, weights, folder, type(model).__name__)
     for stage in read.stages:
-        rebuilt = _rebuilt(rebuilt, stage, inputs if inputs is not None else example_of(read.form["inputs"]))
+        if inputs is None and stage.realiser == "graph":
+            inputs = example_of(read.form["inputs"])
+        rebuilt = _rebuilt(rebuilt, stage, inputs)
+    _refuse_casts(rebuilt, weights, folder, type(model).__name__)  # what the stages made: factors
     try:
         rebuilt.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -156,17 +171,35 @@ def _loaded(folder: Path, read: _Read, model: nn.Module, inputs: Any) -> nn.Modu
     return rebuilt.to(device).eval()
 
 
-def write_masks(folder: Path, plans: Iterable[Plan]) -> None:
-    """The bits of plans' masks in one file named by its content (uint8, eight weights each); older ones of the folder go."""
+def _refuse_casts(model: nn.Module, weights: Mapping[str, Tensor], folder: Path, name: str) -> None:
+    """load_state_dict would round the stored numbers to the model's dtypes in silence, or compute in others than were saved."""
+    state = model.state_dict()
+    wrong = [n for n, t in state.items() if n in weights and isinstance(t, Tensor) and t.dtype != weights[n].dtype]
+    if wrong:
+        first, stored = wrong[0], weights[wrong[0]].dtype
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        fix = f"{name}().to({stored})" if stored.is_floating_point else "the class the model was pruned from"
+        msg = (
+            f"the weights in {folder} must have the dtypes of the model. Got {first} of {_dtype(stored)} for {_dtype(state[first].dtype)}"
+            f"{more}. Pass {fix}."
+        )
+        raise RejectedError(msg)
+
+
+def _dtype(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def write_masks(folder: Path, plans: Iterable[Plan]) -> str | None:
+    """The bits of plans' masks in one file (uint8, eight weights each); its name, by its content, or None where there are none."""
     every = {m.digest: m.bits for plan in plans for m in plan.masks.values() if m.bits}
+    if not every:
+        return None
     data = save_bytes({d: torch.frombuffer(bytearray(b), dtype=torch.uint8) for d, b in sorted(every.items())})
     name = f"masks-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    if every:
-        with whole_file(folder / name) as temporary:
-            Path(temporary).write_bytes(data)
-    for old in folder.glob("masks-*.safetensors"):
-        if not every or old.name != name:
-            old.unlink()
+    with whole_file(folder / name) as temporary:
+        temporary.write_bytes(data)
+    return name
 
 
 def read_masks(folder: Path) -> dict[str, bytes]:

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
 from paredown.program import Inputs
 from paredown.prune.nouns import Proof
-from paredown.weights import read_weights
+from paredown.weights import Weights, read_weights
 
 WEIGHTS, PLAN, FORM = "model.safetensors", "plan.json", "form.json"
 MOST_TEXT_BYTES = 256 * 2**20
 MOST_INPUT_ELEMENTS = 2**31
 """Of one example input that is made from a described shape."""
+_LIST, _DICT, _VALUE, _OTHER = "<list>", "<dict>", "<value>", "<other>"
+_PLAIN = (bool, int, float, str, type(None))
 _DTYPES = {
     str(kind).removeprefix("torch."): kind
     for kind in (
@@ -74,13 +75,13 @@ def read_text(path: Path) -> str:
         raise RejectedError(msg) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> Weights:
     """Tensors of a safetensors file, whose header is checked before anything is allocated; raises RejectedError."""
     found = read_weights(path)
     if found.kind != "safetensors":
         msg = f"{path.name} must be a safetensors file. Got a {found.kind} at {str(path)!r}."
         raise RejectedError(msg)
-    return dict(found)
+    return found
 
 
 def proof_of(form: Mapping[str, Any], folder: Path) -> Proof:
@@ -106,32 +107,57 @@ def fit_attributes(module: nn.Module, attributes: Mapping[str, Mapping[str, Any]
 
 
 def described(inputs: Inputs) -> dict[str, Any]:
-    """Shapes and dtypes of example inputs, as JSON keeps them."""
-    leaves = pytree.tree_map(
-        lambda t: (
-            {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} if isinstance(t, Tensor) else None
-        ),
-        inputs,
-    )
-    return {"args": leaves[0], "kwargs": leaves[1]}
+    """Example inputs as JSON keeps them: of tensors the shapes and dtypes, plain values as they are."""
+    args, kwargs = inputs
+    return {"args": [_described(v) for v in args], "kwargs": {k: _described(v) for k, v in kwargs.items()}}
+
+
+def _described(value: Any) -> Any:
+    """A list stands for a tuple; what else is no tensor has a mark, so that none is taken for another."""
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if type(value) is tuple:
+        return [_described(v) for v in value]
+    if type(value) is list:
+        return {_LIST: [_described(v) for v in value]}
+    if type(value) is dict and all(isinstance(k, str) for k in value):
+        return {_DICT: [[k, _described(v)] for k, v in value.items()]}  # the file sorts keys, a graph knows their order
+    if type(value) in _PLAIN:
+        return {_VALUE: value}
+    return {_OTHER: type(value).__name__}
 
 
 def example_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Zeros of the described shapes; raises RejectedError where they are no shapes, or larger than any example."""
+    """The described inputs, their tensors as zeros; raises RejectedError where they cannot be made, or are larger than any example."""
+    return {"args": _made(inputs["args"]), "kwargs": {k: _made(v) for k, v in inputs["kwargs"].items()}}
 
-    def made(value: Any) -> Any:
-        if isinstance(value, dict) and set(value) == {"shape", "dtype"}:
-            shape, dtype = value["shape"], value["dtype"]
-            right = isinstance(shape, list) and all(_is_int(n) and n >= 0 for n in shape) and str(dtype) in _DTYPES
-            if not right or math.prod(shape) > MOST_INPUT_ELEMENTS:
-                msg = f"inputs in {FORM} must be shapes of at most {MOST_INPUT_ELEMENTS:,} elements with a dtype of torch. Got {str(shape)[:80]} of {str(dtype)[:40]}."
-                raise RejectedError(msg)
-            return torch.zeros(shape, dtype=_DTYPES[dtype])
-        if isinstance(value, dict):
-            return {k: made(v) for k, v in value.items()}
-        return tuple(made(v) for v in value) if isinstance(value, list) else value
 
-    return {"args": made(inputs["args"]), "kwargs": made(inputs["kwargs"])}
+def _made(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_made(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"shape", "dtype"}:
+        return _zeros(value["shape"], value["dtype"])
+    mark, inner = next(iter(value.items())) if len(value) == 1 else ("", None)
+    if mark == _LIST and isinstance(inner, list):
+        return [_made(v) for v in inner]
+    if mark == _VALUE and type(inner) in _PLAIN:
+        return inner
+    if mark == _OTHER:
+        msg = f"inputs in {FORM} must be tensors, numbers, texts, tuples, lists and dicts to be made again. Got a {str(inner)[:80]}. Pass inputs=…, those of the capture."
+        raise RejectedError(msg)
+    if mark == _DICT and isinstance(inner, list) and all(isinstance(p, list) and len(p) == 2 for p in inner):
+        return {str(k): _made(v) for k, v in inner}
+    return {k: _made(v) for k, v in value.items()}  # folders of before there were marks
+
+
+def _zeros(shape: Any, dtype: Any) -> Tensor:
+    right = isinstance(shape, list) and all(_is_int(n) and n >= 0 for n in shape) and str(dtype) in _DTYPES
+    if not right or math.prod(shape) > MOST_INPUT_ELEMENTS:
+        msg = f"inputs in {FORM} must be shapes of at most {MOST_INPUT_ELEMENTS:,} elements with a dtype of torch. Got {str(shape)[:80]} of {str(dtype)[:40]}."
+        raise RejectedError(msg)
+    return torch.zeros(shape, dtype=_DTYPES[dtype])
 
 
 def tuples(attributes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
