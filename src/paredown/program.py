@@ -15,7 +15,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from paredown.errors import CaptureError, RejectedError
+from paredown.placed import placed, where
 from paredown.plain import plain_copy, refuse_bad_weights
 
 
@@ -169,6 +170,16 @@ class _Bodies:
     out_specs: dict[bool, Any]
     bodies: dict[bool, fx.GraphModule]
     names: dict[bool, list[str | None]]
+    elsewhere: dict[tuple[bool, torch.device], fx.GraphModule] = field(default_factory=dict)
+    """The same on other devices than the CPU, as they are met."""
+
+    def on(self, device: torch.device, *, training: bool) -> fx.GraphModule:
+        """The body of a mode, for tensors of that device."""
+        if device.type == "cpu":
+            return self.bodies[training]
+        if (training, device) not in self.elsewhere:
+            self.elsewhere[training, device] = placed(self.bodies[training], device)
+        return self.elsewhere[training, device]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Bodies:
         return self
@@ -236,7 +247,8 @@ class GraphModel(nn.Module):
         _refuse_other_inputs(leaves, self._pure.wanted)
         values = iter(leaves)
         flat = [next(values) if name is None else self._tensor(name) for name in self._pure.names[self.training]]
-        return pytree.tree_unflatten(self._pure.bodies[self.training](*flat), self._pure.out_specs[self.training])
+        body = self._pure.on(where(flat), training=self.training)
+        return pytree.tree_unflatten(body(*flat), self._pure.out_specs[self.training])
 
     def _tensor(self, name: str) -> Tensor:
         owner: Any = self

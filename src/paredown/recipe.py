@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from paredown.errors import RejectedError, UsageError
-from paredown.recipe_fields import Base, Bounds, CurveGrid, DenseTwin, Measure, Prune, Quantize, Recover, Strict
+from paredown.recipe_fields import Base, Bounds, CurveGrid, DenseTwin, Level, Measure, Prune, Quantize, Recover, Strict
 from paredown.strict_yaml import read_yaml
 from paredown.target import named
 
@@ -100,6 +100,15 @@ class Recipe(Strict):
         text = json.dumps(self._plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def of_level(self, level: Level) -> Recover:
+        """The recovery of one level: its own epochs, where it has some."""
+        return self.recover if level.epochs is None else self.recover.model_copy(update={"epochs": level.epochs})
+
+    @property
+    def recovery_epochs(self) -> int:
+        """Of all levels together."""
+        return sum(self.of_level(level).epochs for level in self.prune.levels)
+
     def to_yaml(self) -> str:
         """The resolved recipe: every field, with the defaults that were used; paths absolute."""
         return str(yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True, width=1000))
@@ -116,6 +125,9 @@ class Recipe(Strict):
             del plain["prune"]["sensitivity"]
         if self.recover.ranks == 1:
             del plain["recover"]["ranks"]
+        for level in plain["prune"]["levels"]:
+            if level["epochs"] is None:
+                del level["epochs"]
         if not self.recover.distil_layers:
             del plain["recover"]["distil_layers"], plain["recover"]["distil_layers_weight"]
         if not self.measure.noise:
@@ -127,8 +139,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """Read a recipe: an embedded name ("digits", "cifar10"), a path, or a mapping; then apply "key=value" overrides.
 
     Keys of overrides go down by dots ("prune.levels.0.macs=0.5"); values are read as YAML, for texts and paths as they
-    are. Relative paths are relative to the recipe, those of overrides to the current folder; the result holds
-    absolute ones. Raises UsageError, with all mistakes at once and what was probably meant.
+    are (null or nothing clears a path). Relative paths are relative to the recipe, those of overrides to the current
+    folder; the result holds absolute ones. Raises UsageError, with all mistakes at once and what was probably meant.
 
     >>> load_recipe("digits", ["prune.criterion=l2"]).prune.criterion
     'l2'
@@ -244,7 +256,11 @@ def _absolute_text(key: str, value: str, folder: Path) -> str:
 
 
 def _absolute_path(value: str, folder: Path) -> str:
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        msg = f"a path with ~ must begin with a home folder. Got {value!r}: {error} Write the whole path."
+        raise UsageError(msg) from error
     return str(path if path.is_absolute() else Path(_normal(folder / path)))
 
 
@@ -282,10 +298,9 @@ def _override(data: dict[str, Any], text: str, changed: dict[str, Any]) -> None:
         raise UsageError(msg)
     changed[key] = value
     parsed: Any = value if _takes_text(path) else _read_value(value, key)
-    if len(path) == 1 and key in _FILE_FIELDS and parsed is not None:
-        parsed = _absolute_text(key, parsed, Path.cwd())
-    if path == ["prune", "sensitivity"] and parsed is not None:
-        parsed = _absolute_path(str(parsed), Path.cwd())
+    is_path = path == ["prune", "sensitivity"] or (len(path) == 1 and path[0] in _FILE_FIELDS)
+    if is_path:
+        parsed = None if value.strip() in ("", "null") else _absolute_text(path[-1], value, Path.cwd())
     owner: Any = data
     for depth, part in enumerate(path[:-1]):
         owner = _descend(owner, part, ".".join(path[: depth + 1]))

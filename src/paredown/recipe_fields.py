@@ -51,17 +51,19 @@ class Level(Strict):
     granularity: str | None = Field(default=None, max_length=40)
     """Of this level, where it is not that of prune."""
     factorize: Literal["svd", "asvd", "svd_llm", "spatial_svd", "tucker2"] | None = None
-    """Low rank instead of removal: parameters or macs are reached by the ranks of this method."""
+    """Low rank instead of removal: parameters or macs, one of them, are reached by the ranks of this method."""
+    epochs: int | None = Field(default=None, ge=0)
+    """Of this level's training; null: recover.epochs."""
 
     @model_validator(mode="after")
     def _given(self) -> Level:
-        given = self.model_dump(exclude_none=True, exclude={"granularity", "factorize"})
+        given = self.model_dump(exclude_none=True, exclude={"granularity", "factorize", "epochs"})
         alone = {"channels", "density", "modules"} & given.keys()
         if alone and len(given) > 1:
             msg = f"a level must give channels, density or modules alone, or parameters, macs or both. Got {' and '.join(given)}."
             raise ValueError(msg)
-        if self.factorize is not None and alone:
-            msg = f"a level with factorize must give parameters or macs. Got {' and '.join(given)}."
+        if self.factorize is not None and (alone or len(given) > 1):
+            msg = f"a level with factorize must give parameters or macs, one of them. Got {' and '.join(given)}."
             raise ValueError(msg)
         return self
 
@@ -397,7 +399,8 @@ class Trial(Strict):
     seconds: float | None = Field(default=None, gt=0)
     """Time; null: no limit."""
     memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=1)
-    """Resident memory of its processes: bytes, or a text such as "4 GB"; null: no limit. Needs Linux."""
+    """Resident memory of its processes: bytes, or a text such as "4 GB"; null: no limit. Needs Linux. With device cuda the
+    driver's and its libraries' count too, some gigabytes."""
 
 
 def _fraction(amount: Any) -> Any:

@@ -90,7 +90,8 @@ def test_a_cells_recipe_is_one_that_compress_runs() -> None:
     channels = [level.channels for level in cell.recipe.prune.levels]
     assert len(channels) == 2 and channels[0] is not None
     assert float(channels[0]) ** 2 == pytest.approx(0.5)
-    assert cell.recipe.recover.epochs == 3  # half of 5, so that both levels are not shorter than one
+    assert [cell.recipe.of_level(level).epochs for level in cell.recipe.prune.levels] == [2, 3]  # 5, as one level has
+    assert cell.recipe.recovery_epochs == 5
     again = load_recipe(__import__("yaml").safe_load(cell.recipe.to_yaml()))
     assert again.digest == cell.recipe.digest
 

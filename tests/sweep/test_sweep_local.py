@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from paredown.sweep.local import (
     JOURNAL,
     Event,
     Machine,
+    _Sweep,
     key_of_trial,
     read_results,
     run_missing,
@@ -114,6 +116,26 @@ def test_every_cell_gets_a_record_and_nothing_runs_twice(tmp_path: Path) -> None
     run_missing(some, tmp_path, VERSIONS, machine(), progress=again.append)
     assert again == []
     assert len((tmp_path / JOURNAL).read_text().splitlines()) == 14
+
+
+def test_a_new_server_has_the_gpu_of_the_one_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def started(*command: Any, env: dict[str, str], **options: Any) -> Any:
+        given.append(env["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(stdout=object())
+
+    monkeypatch.setattr("paredown.sweep.local.subprocess.Popen", started)
+    selector: Any = SimpleNamespace(register=lambda *told: None)
+    order: Any = SimpleNamespace(machine=machine(processes=3, gpus=("0", "1", "2")))
+    running = _Sweep(order=order)
+    for _ in range(3):
+        running._new_slot(selector)
+    for ended in (0, 1):
+        del running.slots[ended]
+    for _ in range(2):
+        running._new_slot(selector)
+    assert given == ["0", "1", "2", "0", "2"]
 
 
 def test_what_a_cell_needs_is_done_before(tmp_path: Path) -> None:

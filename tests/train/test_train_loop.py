@@ -14,6 +14,7 @@ from paredown.errors import Interrupted, MissingError, RejectedError, ResourceEr
 from paredown.program import GraphModel, capture
 from paredown.train import Hook, Progress, Training, fit
 from paredown.train.checkpoint import state_digest
+from paredown.train.task import stream
 
 
 def net(*, dropout: float = 0.2) -> nn.Sequential:
@@ -68,7 +69,7 @@ def test_fit_equals_a_plain_torch_loop_bit_for_bit():
         optimizer, lambda t: 0.5 * (1 + torch.cos(torch.tensor(t * torch.pi / 8, dtype=torch.float64)).item())
     )
     for epoch in range(2):
-        torch.manual_seed(5 + epoch)
+        torch.manual_seed(stream(5, epoch))
         for batch in batches():
             optimizer.zero_grad()
             step(model, batch).backward()
@@ -192,6 +193,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what 
 sys.path.insert(0, {folder!r})
 import test_train_loop as t
 from paredown.train import Hook, fit
+from paredown.train.task import stream
 import time
 slow = Hook(name="slow", after_step=lambda _: time.sleep(0.2))  # not done before a loaded machine looks
 fit(t.net(), t.batches, t.step, epochs=8, checkpoint=Path({path!r}), hooks=[slow])

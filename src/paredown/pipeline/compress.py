@@ -15,6 +15,7 @@ from paredown.environments import python_of
 from paredown.errors import UsageError, must_be
 from paredown.measure import machine
 from paredown.pipeline.budgets import check_budget
+from paredown.pipeline.data import changed, remember
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
 from paredown.pipeline.run import Run
@@ -185,19 +186,19 @@ def _run(
         torch.set_num_threads(recipe.threads)
     try:
         with (
-            opened(out, recipe.to_yaml(), lambda there: difference(there, recipe), overwrite=overwrite) as folder,
+            opened(out, recipe.to_yaml(), lambda there: difference(there, recipe, out), overwrite=overwrite) as folder,
             display(quiet=quiet) as shown,
         ):
+            remember(out, recipe.data_path)
             return run_stages(run_of(recipe, task, model, given, folder, shown))
     finally:
         torch.set_num_threads(threads)
 
 
-def difference(there: str, recipe: Recipe) -> str:
-    """How the recipe in a run folder differs from the one asked for; "" where it does not."""
-    if there == recipe.to_yaml():
-        return ""
-    return diff(there, recipe.to_yaml())
+def difference(there: str, recipe: Recipe, folder: Path) -> str:
+    """How the recipe in a run folder, or its data, differ from those asked for; "" where they do not."""
+    asked = recipe.to_yaml()
+    return "\n".join(filter(None, ("" if there == asked else diff(there, asked), changed(folder, recipe.data_path))))
 
 
 def run_of(

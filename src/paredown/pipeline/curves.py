@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from paredown.environments import python_of
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import MissingError, RejectedError, UsageError
 from paredown.pipeline.compress import difference, task_of, versions
+from paredown.pipeline.data import remember
 from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.sweep_display import Shown, sweep_display
 from paredown.pipeline.ways import check_ways
@@ -65,7 +66,8 @@ def curve(
     folder, found = Path(out), versions()
     machine = machine_for(recipe, processes, ray=ray)
     run_missing = local.run_missing if ray is None else on_ray.run_missing
-    with opened(folder, recipe.to_yaml(), lambda there: difference(there, recipe), overwrite=overwrite):
+    with opened(folder, recipe.to_yaml(), lambda there: difference(there, recipe, folder), overwrite=overwrite):
+        remember(folder, recipe.data_path)
         with sweep_display(len(cells), quiet=quiet) as shown:
             _say_what_is_there(shown, cells, folder, found, retry)
             run_missing(cells, folder, found, machine, retry=retry, progress=shown.event)
@@ -87,14 +89,21 @@ def check_cells(cells: Sequence[Cell], task: Task) -> None:
 
 
 def machine_for(recipe: Recipe, processes: int | None, *, ray: str | None = None) -> Machine:
-    """How trials of a recipe run, here or on a cluster; where latency is timed, one at a time by default."""
+    """How trials of a recipe run, here or on a cluster; one at a time by default where latency is timed, and on each GPU.
+
+    More `processes` than GPUs share them: small networks leave most of one idle.
+    """
     assert recipe.curve is not None
     threads, limits, ranks = recipe.threads or 1, recipe.curve.trial, recipe.recover.ranks
     gpus = (
         _gpus(recipe.device, ranks) if ray is None else ("cuda",) * (recipe.device == "cuda")
     )  # there Ray shares them out
+    if recipe.device == "cuda" and not gpus:
+        msg = f"device cuda must have {ranks} GPUs for a trial of {ranks} ranks. Got fewer that torch can use here: see `paredown doctor`, or use --set device=cpu."
+        raise MissingError(msg)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = on_ray.MANY if ray is not None else len(gpus) or max(1, cores // (threads * ranks))
+    one_gpu = recipe.device.startswith("cuda:")
+    room = on_ray.MANY if ray is not None else len(gpus) or (1 if one_gpu else max(1, cores // (threads * ranks)))
     usual = 1 if recipe.curve.latency else room
     return Machine(
         worker=WORKER, processes=usual if processes is None else processes, threads=threads, seconds=limits.seconds,

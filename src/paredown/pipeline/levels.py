@@ -24,7 +24,7 @@ from paredown.prune.reconstruct import reconstruct
 from paredown.recipe_fields import Level
 from paredown.records import whole_file
 from paredown.train import recover
-from paredown.train.task import seed_all
+from paredown.train.task import seed_all, stream
 
 
 def one_level(
@@ -67,7 +67,7 @@ def one_level(
             seed=recipe.seed,
         )
     pruned = step if before is None else compose(before, step, seed=recipe.seed)
-    tuned, history = _recovered(run, number, pruned, teacher)
+    tuned, history = _recovered(run, number, level, pruned, teacher)
     fits = {name: dataclasses.asdict(fit) for name, fit in step.fits.items()}
     return tuned, {**_told(way, here, tuned, plan), "history": history, "fits": fits}
 
@@ -130,7 +130,9 @@ def _fresh(batches: Callable[[], Any] | None, seed: int) -> Any:
     return batches()
 
 
-def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> tuple[Pruned, list[dict[str, Any]]]:
+def _recovered(
+    run: Run, number: int, level: Level, pruned: Pruned, teacher: nn.Module
+) -> tuple[Pruned, list[dict[str, Any]]]:
     """Batch norm re-estimated, then trained, with the history; kept on disk, since it is the long part."""
     recipe, task, own = run.recipe, run.task, run.task.train is not None
     file = run.folder.steps / f"level-{number}.safetensors"
@@ -151,7 +153,7 @@ def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> tup
     if recipe.recover.ranks > 1:
         from paredown.pipeline.ranks import recovered_by_ranks  # which reads recipes and tasks as this does
 
-        tuned = recovered_by_ranks(run, number, pruned, teacher, progress)
+        tuned = recovered_by_ranks(run, number, level, pruned, teacher, progress)
         _keep(file, tuned, key, history)
         return tuned, history
     tuned = recover(
@@ -160,11 +162,11 @@ def _recovered(run: Run, number: int, pruned: Pruned, teacher: nn.Module) -> tup
         step=None if own else task.step,
         train=task.train,
         teacher=None if own else teacher,
-        seed=recipe.seed + number,
+        seed=stream(recipe.seed, number),
         device=recipe.device,
         checkpoint=None if own else run.folder.steps / f"level-{number}-training.safetensors",
         progress=progress,
-        **recovery(recipe.recover.model_dump(), task.optimizer),
+        **recovery(recipe.of_level(level).model_dump(), task.optimizer),
     )
     _keep(file, tuned, key, history)
     return tuned, history

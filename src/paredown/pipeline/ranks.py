@@ -33,9 +33,11 @@ from paredown.pipeline.run import Run
 from paredown.program import capture
 from paredown.prune import Pruned, load_pruned, save
 from paredown.recipe import parse_recipe
+from paredown.recipe_fields import Level
 from paredown.records import whole_file, write_text
 from paredown.strict_yaml import read_yaml
 from paredown.train import Epoch, Progress, recover
+from paredown.train.task import stream
 
 REQUEST, TEACHER, RESULT = "request.json", "teacher.safetensors", "result.safetensors"
 MARK = "\x1e"
@@ -45,7 +47,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def recovered_by_ranks(
-    run: Run, number: int, pruned: Pruned, teacher: nn.Module, progress: Callable[[Progress], None]
+    run: Run, number: int, level: Level, pruned: Pruned, teacher: nn.Module, progress: Callable[[Progress], None]
 ) -> Pruned:
     """`recover` of a level, shared by `recover.ranks` processes. Every rank has pruned alike before it wraps: from one plan.
 
@@ -60,6 +62,7 @@ def recovered_by_ranks(
         "recipe": run.recipe.to_yaml(),
         "beside": None if run.recipe.folder is None else str(run.recipe.folder),
         "number": number,
+        "level": level.model_dump(exclude_none=True),
         "checkpoint": str((run.folder.steps / f"level-{number}-training.safetensors").resolve()),
     }
     write_text(folder / REQUEST, json.dumps(request))
@@ -122,9 +125,9 @@ def one_rank(folder: Path) -> None:
     dense.load_state_dict(load_file(folder / TEACHER), strict=True)
     small = load_pruned(folder, capture(dense.eval(), task.inputs()))
     tuned = recover(
-        small, task.train_batches, step=task.step, teacher=dense, seed=recipe.seed + request["number"],
+        small, task.train_batches, step=task.step, teacher=dense, seed=stream(recipe.seed, request["number"]),
         device=recipe.device, checkpoint=Path(request["checkpoint"]), progress=_teller(), distributed=True,
-        **recovery(recipe.recover.model_dump(), task.optimizer),
+        **recovery(recipe.of_level(Level.model_validate(request["level"])).model_dump(), task.optimizer),
     )  # fmt: skip
     if torch.distributed.get_rank() == 0:
         with whole_file(folder / RESULT) as temporary:

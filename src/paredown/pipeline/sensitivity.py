@@ -14,6 +14,7 @@ import torch
 from paredown.couple import Coupling
 from paredown.errors import NothingToDo, UsageError
 from paredown.pipeline.compress import difference, run_of, task_of
+from paredown.pipeline.data import remember
 from paredown.pipeline.display import display
 from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.kept_sensitivity import STAGE, about_units
@@ -25,6 +26,7 @@ from paredown.recipe import Recipe, load_recipe
 from paredown.recipe_fields import Level
 from paredown.records import Record, read, write_text
 from paredown.report.sensitivity import sensitivity_csv, sensitivity_document, write_sensitivity_report
+from paredown.report.sensitivity_document import SAMPLES
 from paredown.search.damage import AMOUNTS, BITS, Hurt, Measuring, hurts, record_of
 from paredown.search.probe import UNITS, Distance, Probe, probe_key, usual_distance
 from paredown.search.repair import Repair
@@ -78,9 +80,12 @@ def sensitivity(
         torch.set_num_threads(recipe.threads)
     try:
         with (
-            opened(Path(out), recipe.to_yaml(), lambda there: difference(there, recipe), overwrite=overwrite) as folder,
+            opened(
+                Path(out), recipe.to_yaml(), lambda there: difference(there, recipe, Path(out)), overwrite=overwrite
+            ) as folder,
             display(quiet=quiet) as shown,
         ):
+            remember(folder.path, recipe.data_path)
             run = run_of(recipe, task, model, given, folder, shown)
             return _sensed(run, Path(out), tuple(amounts), tuple(bits), distance, shown.measuring)
     finally:
@@ -115,7 +120,7 @@ def _sensed(
         fresh += state.fresh
         shown(state.done, state.total, state.damage.name)
 
-    run.say(f"measure on {probe.num_samples:,} held-out samples")
+    run.say(f"measure on {probe.num_samples:,} {SAMPLES[_data(run)]}")
     found = hurts(
         program, here.coupling, scores, probe, amounts=amounts, bits=bits, include=asked.include, exclude=asked.exclude,
         repair=repair, journal=out / JOURNAL, key=key, progress=progress,
@@ -173,7 +178,7 @@ def _head(
         "dense": probe.dense,
         "distance": probe.distance,
         "num_samples": probe.num_samples,
-        "data": "choose_batches" if metric else "calibration_batches",
+        "data": _data(run),
         "units": dict(about),
         "amounts": list(amounts),
         "spaces": {s.name: {"kind": s.kind, "units": len(s)} for s in here.coupling.spaces},
@@ -182,6 +187,11 @@ def _head(
         "notes": notes,
     }
     return run.record(STAGE, "Sensitivity", details=details)
+
+
+def _data(run: Run) -> str:
+    """What a probe reads of the task."""
+    return "calibration_batches" if run.task.choose is None else "choose_batches"
 
 
 def _parameters(coupling: Coupling, program: Program) -> dict[str, int]:

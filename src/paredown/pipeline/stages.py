@@ -438,7 +438,7 @@ def _twin(run: Run, last: Program | Pruned) -> None:
     options = {
         "seed": run.recipe.seed,
         "device": run.recipe.device,
-        "extra_epochs": run.recipe.recover.epochs * len(run.recipe.prune.levels),
+        "extra_epochs": run.recipe.recovery_epochs,
         "checkpoint": run.folder.steps / "twin.safetensors",
         "progress": lambda p: run.on_training("train the dense twin", p),
         **run.recipe.base.model_dump(exclude_none=True),  # else a base of other length has no equal
@@ -464,7 +464,11 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
     otherwise = verdicts.fallback(run, by_stage, met=met)
     recommended = run.recipe.quantize.scheme if met else otherwise
     _closer(run, by_stage, recommended, program)
-    file = str(by_stage[recommended].details["file"])
+
+    def example(stage: str) -> str:
+        file = str(by_stage[stage].details["file"])
+        return snippet(file, run.task.normalisation, program, exact=has_exact_products(run.folder.path / file))
+
     details = {
         "recommended": recommended,
         "otherwise": otherwise,
@@ -476,7 +480,8 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
         "not_tested": verdicts.not_tested(by_stage, run.recipe.target),
         "normalisation": run.task.normalisation,
         "input": input_of(program),
-        "snippet": snippet(file, run.task.normalisation, program, exact=has_exact_products(run.folder.path / file)),
+        "snippet": example(recommended),
+        "otherwise_snippet": example(otherwise),
         "warnings": [*roles.warnings, *random_note(run), *_alarms(by_stage)],
         "test_data": roles.test_digest,
     }

@@ -191,7 +191,7 @@ def _from_scratch(asked: Asked) -> Record:
     way = Way(recipe=recipe, task=run.task, level=recipe.prune.levels[0], number=1, weights_given=True)
     here = Here.of(program, None)
     small = way.carried_out(here, way.plan(here))
-    return _trained_anew(asked, small, recipe.recover.epochs)
+    return _trained_anew(asked, small, recipe.recovery_epochs)
 
 
 def _scratch(asked: Asked) -> Record:

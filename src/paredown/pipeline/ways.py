@@ -40,7 +40,7 @@ from paredown.score import TABLE, Scores, score
 from paredown.score.patterns import maskable
 from paredown.search import sensitivity
 from paredown.train import Task
-from paredown.train.task import seed_all
+from paredown.train.task import seed_all, stream
 
 IN_TRAINING = (*LEARNT, *READINGS, "gates")
 """Criteria that are learnt, or added up, while the model trains."""
@@ -283,7 +283,7 @@ class Way:
         """The level pruned in the course of its training; the checkpoint continues it where it was stopped."""
         recipe, asked = self.recipe, self.recipe.prune
         assert self.task.step is not None and self.task.train_batches is not None  # checked
-        training: dict[str, Any] = recipe.recover.model_dump(exclude={"ranks"})
+        training: dict[str, Any] = recipe.of_level(self.level).model_dump(exclude={"ranks"})
         training["lr_schedule"] = training.pop("schedule")
         own: dict[str, Any] = asked.criterion_options if asked.criterion in TABLE else {}
         if self.task.optimizer is not None:
@@ -297,7 +297,7 @@ class Way:
             regularize=self._regularize(), include=asked.include, exclude=asked.exclude, floor=asked.floor,
             normalize=asked.normalize, align=None if self.cut.masked else asked.align, target=recipe.target,
             score_batches=asked.score_batches, teacher=teacher if recipe.recover.distil != "none" else None,
-            seed=recipe.seed, device=recipe.device, checkpoint=checkpoint, progress=progress, **training,
+            seed=stream(recipe.seed, self.number), device=recipe.device, checkpoint=checkpoint, progress=progress, **training,
             **own,
         )  # fmt: skip
 
@@ -320,7 +320,7 @@ class Way:
 
     def _regularize(self) -> Regularize | None:
         asked = self.recipe.prune
-        epochs = max(1, self.recipe.recover.epochs)
+        epochs = max(1, self.recipe.of_level(self.level).epochs)
         if self.cut.masked or asked.regularize == "none":
             return None
         return Growing(epochs=epochs) if asked.regularize == "growing" else Slimming(epochs=epochs)
@@ -399,6 +399,9 @@ def check_ways(recipe: Recipe, task: Task) -> None:
     if recipe.recover.ranks > 1 and (task.train is not None or any(way.in_training for way in ways)):
         own = "the task's own train()" if task.train is not None else "a level that is pruned in training"
         msg = f"recover.ranks must be 1 with {own}. Got {recipe.recover.ranks}. Leave it out."
+        raise UsageError(msg)
+    if recipe.recover.ranks > 1 and ":" in recipe.device:
+        msg = f"device must be cuda where ranks share a training: each rank has a GPU of its own. Got {recipe.device} with recover.ranks {recipe.recover.ranks}."
         raise UsageError(msg)
 
 

@@ -157,6 +157,8 @@ class LearntMasks:
             for kind in (self._alive, self._kept, self._latent, self._ids, self._score):
                 for name, tensor in kind.items():
                     kind[name] = tensor.to(held.parameter(name).device)
+            for name, tensor in self._moments.items():
+                self._moments[name] = tensor.to(held.parameter(name.partition("/")[2]).device)
             self._held = (id(training.module), held)
         return self._held[1]
 

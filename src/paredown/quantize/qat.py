@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import ObserverBase
 
 from paredown.errors import RejectedError
+from paredown.placed import place
 from paredown.plan import Mask
 from paredown.program import Program, quiet
 from paredown.prune.nouns import Pruned
@@ -26,7 +27,7 @@ from paredown.quantize.schemes import Levels
 from paredown.quantize.static import Calibrated, calibrated, converted
 from paredown.train import fit
 from paredown.train.distil import Distil
-from paredown.train.loop import Hook, Progress, Training
+from paredown.train.loop import Hook, Progress, Training, usable_device
 from paredown.train.task import Step
 
 LEARN_STEPS = 0.75
@@ -162,6 +163,7 @@ def train_quantized(
         repair=repair, weights=weights, float_layers=float_layers, bits=bits,
     )  # fmt: skip
     rehearsal = Rehearsal(learnable(base, masks_of(tuned)))
+    place(rehearsal.graph, usable_device(device))
     fitted = fit(
         rehearsal,
         train_batches,
@@ -179,6 +181,7 @@ def train_quantized(
         max_steps=max_steps,
     )
     assert isinstance(fitted.module, Rehearsal)
+    place(fitted.module.graph, torch.device("cpu"))
     return finished(base, fitted.module.graph)
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from paredown.errors import RejectedError
 from paredown.measure.watched import Watch
 from paredown.search.value import divergences
-from paredown.train.loop import on_device, usable_device
+from paredown.train.loop import on_device, private_copy, usable_device
 from paredown.train.task import Task, call_inputs, kept_randomness, metric_values, predictor, seed_all
 
 Distance = Literal["mse", "kl"]
@@ -56,7 +56,7 @@ class Probe:
 
     def __init__(self, task: Task, dense: nn.Module, distance: Distance, *, device: str = "cpu", seed: int = 0) -> None:
         self._task, self._device, self._seed, self.distance = task, usable_device(device), seed, distance
-        values, answers, digest = self._asked(dense)
+        values, answers, digest = self._asked(private_copy(dense).to(self._device))
         self.dense = None if values is None else float(values.mean())
         self._values, self._answers, self.digest = values, answers, digest
         self._scale = 1.0

@@ -184,14 +184,19 @@ def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, am
             rounds["spacing"] = curve.spacing
         options = recipe.prune.schedule_options if recipe.prune.schedule == schedule else {}
         own = {"schedule": schedule, "schedule_options": {**rounds, **options}}
-    left = [Level.model_validate({by: s, "factorize": method.factorize}) for s in _steps(amount, levels, curve.spacing)]
+    epochs = _shared(recipe.recover.epochs, levels)
+    recover = recipe.recover.model_copy(update={"epochs": epochs[0]})
+    left = [
+        Level.model_validate({by: s, "factorize": method.factorize, "epochs": None if e == epochs[0] else e})
+        for s, e in zip(_steps(amount, levels, curve.spacing), epochs, strict=True)
+    ]
     prune = prune.model_copy(update={**own, "levels": tuple(left)})
     try:
         Prune.model_validate_json(prune.model_dump_json())  # copies are not checked
     except ValidationError as error:
         msg = f"every way of a curve must be a recipe. Got {method.label!r} with {schedule}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
         raise UsageError(msg) from error
-    return prune, _shared(recipe.recover, levels)
+    return prune, recover
 
 
 def _steps(amount: float, levels: int, spacing: str) -> list[float]:
@@ -206,9 +211,14 @@ def _steps(amount: float, levels: int, spacing: str) -> list[float]:
     return [(1 - (k + 1) * lost) / (1 - k * lost) for k in range(levels)]
 
 
-def _shared(recover: Recover, levels: int) -> Recover:
-    """Recovery of one level, where all levels together have the epochs of the recipe."""
-    return recover.model_copy(update={"epochs": -(-recover.epochs // levels)})
+def _shared(epochs: int, levels: int) -> list[int]:
+    """Of each level, where all together have those of the recipe, as one level has; what is left over goes to the last ones.
+
+    >>> _shared(8, 2), _shared(3, 2), _shared(2, 4)
+    ([4, 4], [1, 2], [0, 0, 1, 1])
+    """
+    each, over = divmod(epochs, levels)
+    return [each + (k >= levels - over) for k in range(levels)]
 
 
 def _changed(recipe: Recipe, seed: int, **fields: Any) -> Recipe:

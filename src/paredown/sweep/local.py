@@ -76,7 +76,11 @@ class Slot:
 
     def __init__(self, machine: Machine, number: int) -> None:
         gpus = {"CUDA_VISIBLE_DEVICES": machine.gpus[number % len(machine.gpus)]} if machine.gpus else {}
-        environment = {**os.environ, "OMP_NUM_THREADS": str(machine.threads), **gpus}
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(machine.threads), **gpus,
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whoever asks for a GPU before the fork would leave none to the trials
+        }  # fmt: skip
+        self.number = number
         self.cell: Cell | None = None
         self.began = 0.0
         self.heard = b""
@@ -158,8 +162,9 @@ class _Sweep:
             order.progress(Event(cell=cell, what="begins"))
 
     def _new_slot(self, selector: selectors.BaseSelector) -> Slot:
+        number = min(set(range(len(self.slots) + 1)) - {s.number for s in self.slots})  # the GPU of one that ended
         try:
-            slot = Slot(self.order.machine, len(self.slots))
+            slot = Slot(self.order.machine, number)
         except OSError as error:
             msg = f"a process for trials must start. Got {error.strerror or error}. Use fewer --processes."
             raise ResourceError(msg) from error

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from paredown.errors import RejectedError
 from paredown.program import GraphModel, capture, placeholder_names, trainable_copy
 from paredown.statistics.batches import Given, once, taken
-from paredown.train.loop import on_device, private_copy, usable_device
+from paredown.train.loop import memory_of, on_device, private_copy, usable_device
 from paredown.train.task import Step, batch_length, call_inputs, kept_randomness, seed_all
 
 _STATISTICS = {3: "running_mean", 4: "running_var"}
@@ -59,7 +59,7 @@ def reestimate_batch_norm(
         return result
     stand_in, own = stand_in.to(where), private_copy(module).to(where).train()
     own.register_forward_pre_hook(lambda _, args, kwargs: (stand_in(*args, **kwargs), None)[1], with_kwargs=True)
-    with kept_randomness(), torch.no_grad():
+    with kept_randomness(), torch.no_grad(), memory_of(where):
         seed_all(seed)
         means = _averages((stand_in, own), names, taken(once(batches), num_batches), step, where)
         buffers = dict(result.named_buffers(remove_duplicate=False))

@@ -9,7 +9,8 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from paredown.train.options import OptimizerChoice as OptimizerChoice  # noqa: P
 from paredown.train.options import Options, check_training, made_optimizer
 from paredown.train.options import Schedule as Schedule  # noqa: PLC0414
 from paredown.train.ranks import Ranks, own_device
-from paredown.train.task import Batches, Step, batch_length, kept_randomness, seed_all
+from paredown.train.task import Batches, Step, batch_length, kept_randomness, seed_all, stream
 
 MOST_RETRIES = 2
 DIVERGED = 10.0
@@ -138,7 +139,7 @@ def fit(
     match `distil_layers` (fnmatch) are held to the teacher's outputs too, `distil_layers_weight` × the relative error.
     Learning rate at step t of T, cosine: lr/2 × (1 + cos(π t / T)); `constant`: lr. An `optimizer(parameters)` keeps its own
     rates, which the schedule multiplies. `batches`, a function, a list or a DataLoader, are asked once per epoch after torch, numpy and random are seeded
-    with seed + epoch; without a length it is counted by one pass first. `max_steps` bounds the steps of each epoch (endless
+    for each epoch anew, from the seed and its number; without a length it is counted by one pass first. `max_steps` bounds the steps of each epoch (endless
     loaders). Parameters with requires_grad=False stay as they are; normalization and dropout are in train mode.
 
     With `checkpoint`, each epoch ends with an atomic one, and the same call continues there: on a CPU with as many threads, to
@@ -163,7 +164,7 @@ def fit(
     where = usable_device(own_device(device) if distributed else device)
     ranks = Ranks.of(where) if distributed else None
     config = _config(options, module, teacher, hooks, ranks)
-    with kept_randomness():
+    with kept_randomness(), memory_of(where):
         student = private_copy(module).to(where)
         training = Training(module=student, optimizer=made_optimizer(student, options))
         distiller = taught_by(teacher, student, where, distil, temperature, distil_layers, distil_layers_weight)
@@ -177,11 +178,6 @@ def fit(
             _train(run, checkpoint, config)
         except KeyboardInterrupt as error:
             raise _interrupted(run, checkpoint) from error
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise  # the user's own error, from step or batches
-            msg = f"training must fit in the memory of {device}. Got out of memory. Yield smaller batches."
-            raise ResourceError(msg) from error
         finally:
             if distiller is not None:
                 distiller.detach()
@@ -209,6 +205,18 @@ def usable_device(device: str) -> torch.device:
         )
         raise MissingError(msg) from error
     return found
+
+
+@contextmanager
+def memory_of(device: torch.device) -> Iterator[None]:
+    """ResourceError where the block does not fit in the memory of the device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise  # the user's own error, from step or batches
+        msg = f"training must fit in the memory of {device}. Got out of memory. Yield smaller batches."
+        raise ResourceError(msg) from error
 
 
 def private_copy(module: nn.Module) -> nn.Module:
@@ -289,12 +297,13 @@ def _train(run: _Run, path: Path | None, config: Mapping[str, Any]) -> None:
 def _epoch(run: _Run) -> None:
     training = run.training
     run.called.train()
-    seed_all(run.options.seed + training.epoch)
+    seed = stream(run.options.seed, training.epoch)
+    seed_all(seed)
     retries = sum(bool(e.note) for e in training.history)
     has_batch_norm = any(name.endswith("running_var") for name, _ in training.module.named_buffers())
     total, num_samples, num_skipped, done, usual = 0.0, 0, 0, 0, 0
     first: list[float] = []
-    source = reseeded(run.batches(), run.options.seed + training.epoch)
+    source = reseeded(run.batches(), seed)
     for batch in taken(source, run.options.max_steps, "train_batches"):
         length = batch_length(batch)
         usual = max(usual, length)
