@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from paredown import contents
 from paredown.errors import UsageError
 from paredown.pipeline import data
 from paredown.pipeline.curves import curve
@@ -25,14 +26,14 @@ def test_contents_are_those_of_every_file(tmp_path: Path) -> None:
     (out / "steps").mkdir(parents=True)
     assert data.changed(out, given) == ""  # nothing on record: a folder from before
     data.remember(out, given)
-    assert data.changed(out, given) == "" and set(data.contents(given)) == {"labels.csv", "pictures/a.png"}
-    before = data.digest_of(given)
+    assert data.changed(out, given) == "" and set(contents.contents(given)) == {"labels.csv", "pictures/a.png"}
+    before = contents.digest_of(given)
     os.utime(given / "labels.csv", (1, 1))
-    assert data.changed(out, given) == "" and data.digest_of(given) == before
+    assert data.changed(out, given) == "" and contents.digest_of(given) == before
     (given / "labels.csv").write_text("file,weight\na.png,4000\n")  # as long as before
     (given / "pictures" / "b.png").write_bytes(b"two")
     told = data.changed(out, given)
-    assert "1 new (pictures/b.png)" in told and "1 changed (labels.csv)" in told and data.digest_of(given) != before
+    assert "1 new (pictures/b.png)" in told and "1 changed (labels.csv)" in told and contents.digest_of(given) != before
     data.remember(out, given)  # once: the first counts
     assert data.changed(out, given) == told
     (given / "pictures" / "a.png").unlink()
@@ -42,10 +43,10 @@ def test_contents_are_those_of_every_file(tmp_path: Path) -> None:
 
 def test_large_data_count_by_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = folder(tmp_path / "data")
-    monkeypatch.setattr(data, "CONTENTS_BYTES", 4)
-    first = data.contents(given)
+    monkeypatch.setattr(contents, "CONTENTS_BYTES", 4)
+    first = contents.contents(given)
     os.utime(given / "labels.csv", (1, 1))
-    assert [n for n, told in data.contents(given).items() if first[n] != told] == ["labels.csv"]
+    assert [n for n, told in contents.contents(given).items() if first[n] != told] == ["labels.csv"]
 
 
 def test_runs_in_the_folder_are_no_data(tmp_path: Path) -> None:
@@ -55,8 +56,8 @@ def test_runs_in_the_folder_are_no_data(tmp_path: Path) -> None:
     (given / "run" / "records.jsonl").write_text("")
     (given / "__pycache__").mkdir()
     (given / "__pycache__" / "task.pyc").write_bytes(b"")
-    assert set(data.contents(given)) == {"labels.csv", "pictures/a.png"}
-    assert list(data.contents(given / "labels.csv")) == ["labels.csv"]
+    assert set(contents.contents(given)) == {"labels.csv", "pictures/a.png"}
+    assert list(contents.contents(given / "labels.csv")) == ["labels.csv"]
 
 
 def test_a_sweep_does_not_go_on_with_other_data(tmp_path: Path) -> None:
@@ -80,6 +81,9 @@ def test_a_sweep_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"(?s)1 changed \(labels.csv\).*--overwrite") as refused:
         curve(recipe, out=out, quiet=True)
     assert str(given) in str(refused.value)
-    again = curve(recipe, out=out, quiet=True, overwrite=True)
+    done = len((out / "journal.jsonl").read_text().splitlines())
+    again = curve(recipe, out=out, quiet=True, overwrite=True, processes=1)
     assert len(again.records) == len(first.records)
+    assert len((out / "journal.jsonl").read_text().splitlines()) in (done, 2 * done)  # none of the old results counts
+    assert not {r.cell["digest"] for r in again.records[1:]} & {r.cell["digest"] for r in first.records[1:]}
     assert curve(recipe, out=out, quiet=True).records  # what it is now is on record

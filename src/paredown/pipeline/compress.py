@@ -18,7 +18,7 @@ from paredown.pipeline.budgets import check_budget
 from paredown.pipeline.data import changed, remember
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
-from paredown.pipeline.run import Run
+from paredown.pipeline.run import Run, device_told
 from paredown.pipeline.stages import Compressed, run_stages
 from paredown.pipeline.ways import check_ways
 from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
@@ -218,7 +218,7 @@ def run_of(
             "machine": machine(),
             "threads": torch.get_num_threads(),
             "seed": recipe.seed,
-            "device": recipe.device,
+            "device": device_told(recipe.device),
         },
     )
 

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from paredown.pipeline.folder import RECIPE, STEPS
+from paredown.contents import contents
+from paredown.pipeline.folder import STEPS
 from paredown.records import write_text
 
 FILE = "data.json"
-CONTENTS_BYTES = 4 << 30
-"""Files are told apart by their contents up to this size of all together; beyond it by size and time of change."""
 _SHOWN = 5
-
-
-def contents(path: Path) -> dict[str, str]:
-    """A digest of every file of a folder (or of one file), by relative path; run folders in it are no data."""
-    files = {str(f.relative_to(path)) if f != path else f.name: f for f in _files(path)}
-    by_content = sum(f.stat().st_size for f in files.values()) <= CONTENTS_BYTES
-    return {name: _digest(file) if by_content else _stamp(file) for name, file in sorted(files.items())}
-
-
-def digest_of(path: Path) -> str:
-    """One digest of all files."""
-    return hashlib.sha256(json.dumps(contents(path)).encode()).hexdigest()
 
 
 def changed(folder: Path, data: Path | None) -> str:
@@ -52,28 +37,6 @@ def remember(folder: Path, data: Path | None) -> None:
     known = folder / STEPS / FILE
     if data is not None and data.exists() and not known.exists():
         write_text(known, json.dumps(contents(data)))
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    for folder, below, names in os.walk(path):
-        if RECIPE in names and Path(folder, STEPS).is_dir():
-            below.clear()  # a run folder
-            continue
-        below[:] = sorted(n for n in below if n != "__pycache__")
-        yield from (file for n in names if (file := Path(folder, n)).is_file())
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:24]
-
-
-def _stamp(file: Path) -> str:
-    found = file.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _some(names: list[str]) -> str:

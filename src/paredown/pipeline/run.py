@@ -44,6 +44,19 @@ class Run:
         return Record(cell=cell, environment=self.environment, **fields)
 
 
+def device_told(device: str) -> str:
+    """The device of a recipe as records say it: with the GPU's own name, where it is one.
+
+    >>> device_told("cpu")
+    'cpu'
+    """
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if torch.cuda.is_available() else device
+
+
 def random_note(run: Run) -> list[str]:
     """What every output says of a model without given weights."""
     return [] if run.weights_given else ["No weights were given: the model is random, its quality means nothing."]

@@ -31,7 +31,7 @@ from paredown.measure import evaluated, machine, machine_text, measure, sizes, s
 from paredown.pipeline.compress import task_of, versions
 from paredown.pipeline.folder import LOCK, RunFolder, files_digest
 from paredown.pipeline.levels import one_level
-from paredown.pipeline.run import Run
+from paredown.pipeline.run import Run, device_told
 from paredown.pipeline.stages import accepted, base_of, metric_of
 from paredown.pipeline.ways import Here, Way, simulated
 from paredown.plan import Mask
@@ -133,7 +133,7 @@ def _asked(request: Mapping[str, Any], recipe: Recipe, place: Path, emit: Emit) 
         on_training=on_training, weights_given=given, model=model,
         environment={
             "versions": dict(request["versions"]), "machine": machine(), "threads": recipe.threads, "seed": recipe.seed,
-            "device": recipe.device,
+            "device": device_told(recipe.device),
         },
     )  # fmt: skip
     cell = request["cell"]

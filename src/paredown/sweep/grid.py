@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from paredown.contents import digest_of
 from paredown.curve import CONTROLS
 from paredown.errors import UsageError
 from paredown.granularity import Granularity
@@ -141,13 +142,15 @@ def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
 
 
 def _files(recipe: Recipe) -> list[str]:
-    """Digests of the files that the base is made of: another checkpoint under the same name is another base."""
+    """Digests of the files that the trials are made of: other ones under the same name are another sweep."""
     model = None if recipe.model is None else recipe.model.rpartition(":")[0]
     found = []
     for path in (Path(p) for p in (recipe.weights, model) if p):
         if path.is_file():
             with path.open("rb") as file:
                 found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    if recipe.data_path is not None and recipe.data_path.exists():
+        found.append(digest_of(recipe.data_path))
     return found
 
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -36,6 +37,8 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 def serve(module: str) -> None:
     """Answer requests until there are no more."""
+    # Python 3.12 warns of any thread beside a fork; the one there is belongs to ONNX Runtime's log.
+    warnings.filterwarnings("ignore", message=r".*use of fork\(\)", category=DeprecationWarning)
     trial = importlib.import_module(module)
     for name in getattr(trial, "LOADS", ()):
         with contextlib.suppress(ImportError):
