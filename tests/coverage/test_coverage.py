@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from paredown.cli import main
+from paredown.cli.coverage import _refuse
 from paredown.coverage import Limits, counts, markdown, sweep
 from paredown.coverage.one import main as one
 from paredown.coverage.sweep import _VERSIONS, _Server, _versions
-from paredown.errors import UsageError
+from paredown.errors import UsageError, VerificationError
 
 NETS = '''
 import os, time
@@ -234,6 +235,18 @@ def test_one_unproven_result_is_exit_6_after_the_table_is_written(
     assert "| wrong |" in out.read_text()
     journalled(journal, status="proven")
     assert main(asked) == 0
+
+
+def test_a_file_that_answers_otherwise_is_exit_6() -> None:
+    from paredown.coverage.table import disagreeing
+
+    rows = [
+        {"model": "right", "parity": {"max_error": 1e-6, "scale": 1.0}}, {"model": "wrong", "parity": {"max_error": 0.5, "scale": 1.0}},
+        {"model": "refused", "parity": {"message": "no rule"}}, {"model": "untried"},
+    ]  # fmt: skip
+    assert disagreeing(rows) == ["wrong"]
+    with pytest.raises(VerificationError, match=r"answer as its pruned model.*wrong"):
+        _refuse([{**r, "status": "proven"} for r in rows])
 
 
 def test_a_model_that_does_not_exist_is_exit_2_after_the_others(

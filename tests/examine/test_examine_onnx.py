@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +376,27 @@ def test_fault_15_a_circle_and_foreign_ops_are_listed_not_run(tmp_path: Path) ->
     found = examine_onnx(path)
     assert found.ops == {"Add": 1, "Relu": 1, "acme::Magic": 1}
     assert found.uncounted == ("acme::Magic",)
+
+
+@pytest.mark.parametrize("kind", ["two that read each other", "one that doubles itself", "sixty sums of equal terms"])
+def test_fault_14_codes_that_are_unpacked_in_circles_or_doublings(kind: str, tmp_path: Path) -> None:
+    made = {
+        "two that read each other": [("Cast", ["b"], "a"), ("Reshape", ["a", "shape"], "b")],
+        "one that doubles itself": [("Add", ["a", "a"], "a")],
+        "sixty sums of equal terms": [("Add", [f"v{k + 1}"] * 2, f"v{k}" if k else "a") for k in range(60)],
+    }[kind]
+    nodes = [
+        onnx.helper.make_node(op, inputs, [output], **({"to": onnx.TensorProto.INT8} if op == "Cast" else {}))
+        for op, inputs, output in made
+    ]
+    nodes.append(onnx.helper.make_node("DequantizeLinear", ["a", "scale"], ["y"]))
+    graph = onnx.helper.make_graph(
+        nodes, "g", [onnx.helper.make_tensor_value_info("v60", onnx.TensorProto.INT8, [4])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])],
+        [onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [0.1]), onnx.helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [4])],
+    )  # fmt: skip
+    path = tmp_path / "net.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
+    began = time.monotonic()
+    assert examine_onnx(path).parameters == 0
+    assert time.monotonic() - began < 10

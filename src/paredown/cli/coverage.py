@@ -82,6 +82,12 @@ def _refuse(rows: Sequence[Row]) -> None:
     if unproven:
         msg = f"every pruned model must be proven. Got {len(unproven)} without a proof: {', '.join(unproven[:10])}."
         raise VerificationError(msg)
+    from paredown.coverage.table import disagreeing
+
+    wrong = disagreeing(rows)
+    if wrong:
+        msg = f"every exported file must answer as its pruned model. Got {len(wrong)} that do not: {', '.join(wrong[:10])}."
+        raise VerificationError(msg)
     for kind in (UsageError, MissingError):
         start = f"{kind.__name__}: "
         said = [

@@ -37,6 +37,12 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
+def disagreeing(rows: Sequence[Row]) -> list[str]:
+    """Models whose exported file ran and answered otherwise than the pruned model."""
+    ran = [r for r in rows if "max_error" in r.get("parity", {})]
+    return [str(r["model"]) for r in ran if not _agrees(r["parity"])]
+
+
 def _agrees(parity: Mapping[str, Any]) -> bool:
     return "max_error" in parity and parity["scale"] > 0 and parity["max_error"] <= PARITY * parity["scale"]
 

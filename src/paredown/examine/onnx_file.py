@@ -315,7 +315,7 @@ def _packed(
     """(elements, bytes) of every quantized weight that is unpacked from bytes of the file (paredown.export.onnx_packed)."""
     makers = {out: n for n in nodes for out in n.output}
     for name in {n.input[0] for n in nodes if n.op_type == "DequantizeLinear"} - weights.keys():
-        waiting, sizes, constant = [name], list[int](), name in makers
+        waiting, sizes, constant, seen = [name], list[int](), name in makers, {name}
         while waiting and constant:
             maker = makers.get(waiting.pop())
             if maker is None or maker.op_type not in _UNPACKING:
@@ -323,7 +323,9 @@ def _packed(
                 break
             for value in maker.input[: None if maker.op_type in ("Gather", "Add") else 1]:
                 if value not in weights:
-                    waiting.append(value)
+                    if value not in seen:  # a value that is read many times, or by itself
+                        seen.add(value)
+                        waiting.append(value)
                 elif maker.op_type == "Cast":
                     sizes.append(math.prod(weights[value][0]) * weights[value][1] // 8)
         if constant and sizes and name in shapes:
