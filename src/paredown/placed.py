@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 def place(body: fx.GraphModule, device: torch.device) -> None:
     """Put every device that is built into a graph, in place.
 
-    >>> net = fx.symbolic_trace(lambda x: x + torch.zeros(1, device=torch.device("meta")))
+    >>> net = fx.symbolic_trace(lambda x: x.to(torch.device("meta")))
     >>> place(net, torch.device("cpu")); net(torch.ones(1))
     tensor([1.])
     """
