@@ -11,20 +11,17 @@ beyond, 4,000 with seed 0. With 3 seeds it is the range of the seeds; with one t
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from paredown.bootstrap import ENUMERATED, Floats, bound, quantile, resamples
 from paredown.records import Record
 
-Floats = NDArray[np.float64]
 Axis = Literal["sparsity", "parameters", "bytes", "macs", "latency"]
 AXES: dict[Axis, str] = {
     "sparsity": "nonzero_parameters",
@@ -41,8 +38,6 @@ CONTROLS = {
     "thin": "a uniformly thinner dense network",
     "random": "a random criterion",
 }
-ENUMERATED, DRAWN = 6, 4_000
-"""Seeds up to which every resample is looked at, and resamples that are drawn beyond."""
 ALIKE = 0.05
 """Share by which MACs may differ in a comparison."""
 
@@ -133,6 +128,8 @@ class Comparison:
     """Why not, where it is not."""
     same_as: str = ""
     """Another control that is the same network."""
+    shape_of: str = ""
+    """The way of pruning whose shape a control from scratch has, where it is not the point's own."""
     held_out_of_control: float | None
     sentence: str
 
@@ -150,7 +147,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     if n < 2:
         return Interval(mean=mean, low=None, high=None, n=n)
     half = (1 + confidence) / 2
-    return Interval(mean=mean, low=-_bound(tuple(-v for v in values), half), high=_bound(tuple(values), half), n=n)
+    return Interval(mean=mean, low=-bound(tuple(-v for v in values), half), high=bound(tuple(values), half), n=n)
 
 
 def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | None:
@@ -159,79 +156,7 @@ def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | No
     >>> upper_bound([0.1, 0.2, 0.6])
     0.6
     """
-    return None if len(values) < 2 else _bound(tuple(values), confidence)
-
-
-@functools.lru_cache(maxsize=1 << 16)  # a page asks for each point in every chart and table
-def _bound(values: tuple[float, ...], confidence: float) -> float:
-    x = np.asarray(values, dtype=np.float64)
-    picks, weights = resamples(len(x))
-    # A mean over seeds can be off the seeds' own values by rounding: three times 0.1 is not 0.3.
-    means = np.clip(picks @ x / len(x), x.min(), x.max())
-    return _quantile(means, weights, expanded(confidence, len(x)))
-
-
-def _quantile(values: Floats, weights: Floats, share: float) -> float:
-    """The smallest value below or at which `share` of the weight lies."""
-    order = np.argsort(values, kind="stable")
-    reached = np.cumsum(weights[order])
-    at = int(np.searchsorted(reached, share * (1 - 1e-12)))
-    return float(values[order][min(at, len(values) - 1)])
-
-
-@functools.cache
-def resamples(n: int) -> tuple[Floats, Floats]:
-    """(how often each of n seeds is in a resample [resamples, n], probability of each).
-
-    >>> resamples(2)[0].tolist(), resamples(2)[1].tolist()
-    ([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]], [0.25, 0.5, 0.25])
-    """
-    if n > ENUMERATED:
-        drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWN)
-        return drawn.astype(np.float64), np.full(DRAWN, 1 / DRAWN)
-    counts = [
-        [combination.count(i) for i in range(n)] for combination in itertools.combinations_with_replacement(range(n), n)
-    ]
-    ways = [math.factorial(n) / math.prod(math.factorial(c) for c in row) for row in counts]
-    return np.asarray(counts, dtype=np.float64), np.asarray(ways) / n**n
-
-
-def expanded(confidence: float, n: int) -> float:
-    """The percentile that is taken for a one-sided confidence with n seeds: Φ(√(n/(n-1)) · t).
-
-    >>> round(expanded(0.95, 5), 4), round(expanded(0.95, 1000), 3)
-    (0.9914, 0.95)
-    """
-    return NormalDist().cdf(math.sqrt(n / (n - 1)) * student_t(confidence, n - 1))
-
-
-@functools.cache
-def student_t(share: float, freedom: int) -> float:
-    """Quantile of Student's t for a share ≥ ½, by bisection on its distribution function.
-
-    >>> round(student_t(0.95, 2), 4), round(student_t(0.975, 9), 4)
-    (2.92, 2.2622)
-    """
-    low, high = 0.0, 1.0
-    while _student_cdf(high, freedom) < share:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_cdf(middle, freedom) < share else (low, middle)
-    return (low + high) / 2
-
-
-def _student_cdf(t: float, freedom: int) -> float:
-    """P(T ≤ t), t ≥ 0, by the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sin, cos = math.sin(angle), math.cos(angle)
-    odd = freedom % 2 == 1
-    term, total = (cos, cos) if odd else (1.0, 1.0)
-    for k in range(3 if odd else 2, freedom - 1, 2):
-        term *= cos * cos * (k - 1) / k
-        total += term
-    area = 2 * angle / math.pi if freedom == 1 else 2 / math.pi * (angle + sin * total) if odd else sin * total
-    return 0.5 + area / 2
+    return None if len(values) < 2 else bound(tuple(values), confidence)
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
@@ -399,8 +324,8 @@ def _front(x: Floats, means: Floats) -> NDArray[np.int64]:
 
 
 def _within(loss: Floats, limit: float) -> bool:
-    bound = upper_bound([*map(float, loss)])
-    return bound is not None and bound <= limit + 1e-9
+    most = upper_bound([*map(float, loss)])
+    return most is not None and most <= limit + 1e-9
 
 
 def chord_distances(x: Floats, y: Floats) -> Floats:
@@ -438,7 +363,7 @@ def _spread(x: Floats, loss: Floats, limit: float | None, *, joint: bool) -> tup
         at = _chosen(x, np.repeat(loss, row.astype(int), axis=1), limit, joint=joint)
         took.append(0.0 if at is None else float(x[at]))
     values = np.asarray(took)
-    return -_quantile(-values, weights, 0.975), _quantile(values, weights, 0.975)
+    return -quantile(-values, weights, 0.975), quantile(values, weights, 0.975)
 
 
 def _nothing(seen: int, found: Sequence[Line], axis: Axis, limit: float | None, unit: str, *, slower: bool) -> str:
@@ -471,7 +396,7 @@ def _why(
     joint: bool,
 ) -> str:
     assert point.amount is not None
-    bound = upper_bound([*map(float, loss)])
+    most = upper_bound([*map(float, loss)])
     where = (
         f"{line.name} with {point.removed[axis]:.1f} % of {_NOUNS[axis]} removed (the recipe's amount {point.amount:g})"
     )
@@ -485,7 +410,7 @@ def _why(
     if limit is None:
         curve = "the joint front of all lines' mean curves" if joint else "the mean curve"
         return f"{where}: the point farthest above the chord of {curve}, both axes scaled to 0–1; {interval_of}; {lost} on held-out data."
-    return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {_points(bound or 0.0, unit)}, is within {_points(limit, unit)}; {interval_of}; {lost} on held-out data."
+    return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {_points(most or 0.0, unit)}, is within {_points(limit, unit)}; {interval_of}; {lost} on held-out data."
 
 
 _NOUNS: dict[Axis, str] = {
@@ -532,55 +457,73 @@ def compared(found: Sequence[Line], *, goal: str, unit: str = "") -> tuple[Compa
 def _comparison(line: Line, point: Point, control: Point, dense: Point | None, goal: str, unit: str) -> Comparison:
     sign = 1.0 if goal == "max" else -1.0
     gain = interval([sign * (point.test[s] - control.test[s]) for s in point.seeds if s in control.test])
+    # Controls are those of one way of pruning: another way may leave another shape at the same amount.
+    of = f"{control.method} {control.schedule}"
+    other = (control.method, control.schedule) != (line.method, line.schedule)
     why = control.not_comparable
-    apart = abs(control.effective_macs / point.effective_macs - 1)
-    if not why and apart > ALIKE:
-        why = f"its MACs are {100 * (control.effective_macs / point.effective_macs - 1):+.0f} % of the pruned model's"
+    if not why and other and control.kind != "thin":  # thin has equal MACs, and no line's shape
+        why = f"it has the shape of {of}" if control.kind == "scratch" else f"it was pruned and trained like {of}"
+    apart = control.effective_macs / point.effective_macs - 1
+    if not why and abs(apart) > ALIKE:
+        why = f"its MACs are {100 * apart:+.0f} % of the pruned model's"
     whole = None if dense is None or dense.steps is None or point.steps is None else dense.steps + point.steps
     if not why and control.kind != "random" and whole and control.steps and control.steps < (1 - ALIKE) * whole:
         why = f"it was trained for {control.steps:,.0f} steps, base and recovery together for {whole:,.0f}"
-    if not why and control.kind == "random" and (control.method, control.schedule) != (line.method, line.schedule):
-        why = f"it was pruned and trained like {control.method} {control.schedule}"
     held_out = float(np.mean([*control.held_out.values()])) if control.held_out else None
+    shape_of = of if other and control.kind == "scratch" else ""
     assert point.amount is not None
     return Comparison(
         line=line.name, amount=point.amount, control=control.kind, gain=gain, comparable=not why, why=why,
-        same_as=control.same_as, held_out_of_control=held_out, sentence=_verdict(control.kind, gain, why, unit),
+        same_as="" if other else control.same_as, shape_of=shape_of, held_out_of_control=held_out,
+        sentence=_verdict(control.kind, gain, why, shape_of, unit),
     )  # fmt: skip
 
 
-def _verdict(kind: str, gain: Interval, why: str, unit: str) -> str:
-    """ "pruning bought 1.2 ± 0.4 points over an equal dense model", or that it did not."""
+def _verdict(kind: str, gain: Interval, why: str, shape_of: str, unit: str) -> str:
+    """ "pruning bought 1.2 ± 0.4 points over an equal dense model", or that it did not; of what does not compare, no claim."""
     rival = {
-        "scratch": "the same shape trained from scratch",
+        "scratch": f"the {f'shape of {shape_of}' if shape_of else 'same shape'} trained from scratch",
         "thin": "a uniformly thinner dense model at equal MACs",
         "random": "pruning by a random criterion",
     }[kind]
+    if why and kind == "thin":
+        rival = "a uniformly thinner dense model"  # its MACs may be the reason
     subject = "the criterion" if kind == "random" else "pruning"
-    tail = f" Not comparable: {why}." if why else ""
     if gain.low is None or gain.high is None:
+        how = "with one seed: no interval is available"
+        if why:
+            said = _points(gain.mean, unit).replace("-", "−")
+            return f"not comparable ({why}): the difference to {rival} is {said} (positive is in favour of {subject}; {how})."
         better = "better" if gain.mean >= 0 else "worse"
-        return f"{subject} was {_points(abs(gain.mean), unit)} {better} than {rival}, with one seed: no interval is available.{tail}"
+        return f"{subject} was {_points(abs(gain.mean), unit)} {better} than {rival}, {how}."
     half = max(gain.high - gain.mean, gain.mean - gain.low)  # a bootstrap interval is not symmetric: its longer side
     decimals = _decimals(half or gain.mean, unit, 2)
     said = f"{gain.mean:.{decimals}f} ± {half:.{decimals}f} {'points' if unit == '%' else unit}".rstrip().replace(
         "-", "−"
     )
     n = f"95 % interval over {gain.n} seeds"
+    if why:
+        return f"not comparable ({why}): the difference to {rival} is {said} (positive is in favour of {subject}; {n})."
     if gain.low > 0:
-        return f"{subject} bought {said} over {rival} ({n}).{tail}"
+        return f"{subject} bought {said} over {rival} ({n})."
     if gain.high < 0:
-        return f"{subject} bought nothing: it was {said.removeprefix('−')} worse than {rival} ({n}).{tail}"
-    return f"{subject} did not buy anything that shows over {rival}: {said} ({n}).{tail}"
+        return f"{subject} bought nothing: it was {said.removeprefix('−')} worse than {rival} ({n})."
+    return f"{subject} did not buy anything that shows over {rival}: {said} ({n})."
 
 
 def dense_verdict(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str) -> str:
-    """The sentence at the sweet spot: against the better of the two dense controls, by held-out data; then the others.
+    """The sentences of `dense_parts`, as one text."""
+    return " ".join(text for text, _ in dense_parts(spot, comparisons, goal=goal))
+
+
+def dense_parts(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str) -> tuple[tuple[str, bool], ...]:
+    """(sentence, whether what it says compares) at the sweet spot: against the better of the two dense controls, by held-out
+    data, a comparable one before one that is not; then the others.
 
     Where nothing was chosen, or no control stands at its amount, the smallest amount with a control is told, and said so.
     """
     if not comparisons:
-        return "Not tested: no dense control has a result beside a pruned model."
+        return (("Not tested: no dense control has a result beside a pruned model.", True),)
     at = spot.point.amount if spot.point is not None else None
     own = [c for c in comparisons if c.amount == at and c.line == spot.line]
     where = f"At the sweet spot ({at:g} remains, {spot.line})" if own else ""
@@ -592,9 +535,16 @@ def dense_verdict(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: s
             why = f"the sweet spot, {at:g} of {spot.line}, is itself trained from scratch"
         where = f"At {last.amount:g} of {last.line} ({why})"
     sign = 1.0 if goal == "max" else -1.0
-    dense = [c for c in own if c.control != "random" and not c.same_as]
-    dense.sort(key=lambda c: -sign * (c.held_out_of_control if c.held_out_of_control is not None else -math.inf))
-    told = [*dense, *(c for c in own if c.control == "random")]
-    first, *others = [c.sentence for c in told]
-    alike = "A uniformly thinner dense model at equal MACs has that very shape." if any(c.same_as for c in own) else ""
-    return " ".join([f"{where}, {first}", *filter(None, [alike]), *(f"{t[0].upper()}{t[1:]}" for t in others)])
+    told = [c for c in own if not c.same_as]
+    told.sort(
+        key=lambda c: (
+            c.control == "random",
+            not c.comparable,  # a claim that holds before a figure that claims nothing
+            -sign * (c.held_out_of_control if c.held_out_of_control is not None else -math.inf),
+        )
+    )
+    first, *others = told
+    parts = [(f"{where}, {first.sentence}", first.comparable)]
+    if len(told) < len(own):
+        parts.append(("A uniformly thinner dense model at equal MACs has that very shape.", True))
+    return (*parts, *((f"{c.sentence[0].upper()}{c.sentence[1:]}", c.comparable) for c in others))

@@ -14,17 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curve_records import sweep, trial
+from paredown.bootstrap import expanded, resamples, student_t
 from paredown.curve import (
     Line,
     chord_distances,
     compared,
+    dense_parts,
     dense_verdict,
-    expanded,
     interval,
     lines,
     pareto,
-    resamples,
-    student_t,
     sweet_spot,
     upper_bound,
 )
@@ -437,7 +436,86 @@ def test_of_a_metric_to_be_small_less_is_a_gain() -> None:
 def test_what_is_not_alike_is_not_comparable_and_says_why(more: dict[str, object], why: str) -> None:
     (found,) = compared(with_control("scratch", [96.0, 96.0, 96.0], **more), goal="max", unit="%")
     assert not found.comparable
-    assert why in found.why and f"Not comparable: {found.why}" in found.sentence
+    assert why in found.why
+    assert found.sentence == (
+        f"not comparable ({found.why}): the difference to the same shape trained from scratch is 1.20 ± 0.20 points "
+        "(positive is in favour of pruning; 95 % interval over 3 seeds)."
+    )
+
+
+def test_what_is_not_comparable_claims_nothing() -> None:
+    """Whichever way the difference goes, and with one seed: the reason stands first, then a figure and no verdict on it."""
+    for values in ([96.0, 96.0, 96.0], [97.1, 97.3, 97.2], [98.0, 98.4, 98.2], [96.0]):
+        for kind in ("scratch", "thin"):
+            found = with_control(kind, values, steps=500)
+            if len(values) == 1:
+                found = lines([*sweep({0.5: [97.0]}, [98.0]), trial(kind, 0.5, 0, 99.0, 99.0, steps=500)], goal="max")
+            (told,) = compared(found, goal="max", unit="%")
+            assert told.sentence.startswith("not comparable (it was trained for 500 steps, base and recovery together")
+            assert not any(claim in told.sentence for claim in ("bought", "buy", "better", "worse"))
+    assert "is −2.00 points (positive is in favour of pruning; with one seed: no interval" in told.sentence
+
+
+def two_ways(*, schedule: bool = False, **more: object) -> tuple[Line, ...]:
+    """l1, whose shape and random choice the controls have, and another way that loses less at the same MACs."""
+    dense = [98.0, 98.0, 98.0]
+    records = sweep({0.5: [90.0, 90.2, 90.1]}, dense)
+    other = {"schedule": "multi-level"} if schedule else {"method": "taylor, global"}
+    records += sweep({0.5: [97.5, 97.6, 97.7]}, dense, **other)[3:]  # type: ignore[arg-type]
+    for kind in ("scratch", "thin", "random"):
+        own = {"steps": 100} if kind == "random" else {"steps": 1000, **(more if kind == "thin" else {})}
+        records += [trial(kind, 0.5, s, 96.0, 96.0, **own) for s in range(3)]  # type: ignore[arg-type]
+    return lines(records, goal="max")
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_controls_of_another_way_do_not_pass_for_the_same_shape(schedule: bool) -> None:
+    found = two_ways(schedule=schedule)
+    told = {(c.line, c.control): c for c in compared(found, goal="max", unit="%")}
+    first, other = (line.name for line in found if line.kind == "pruned")
+    assert all(told[first, kind].comparable for kind in ("scratch", "thin", "random"))
+    scratch = told[other, "scratch"]
+    assert (scratch.comparable, scratch.why) == (False, "it has the shape of l1 one-shot")
+    assert "the difference to the shape of l1 one-shot trained from scratch is 1.60 ± 0.10 points" in scratch.sentence
+    assert "same shape" not in scratch.sentence
+    assert told[other, "thin"].comparable  # the MACs are what it has to have, and no line's shape
+    assert told[other, "random"].why == "it was pruned and trained like l1 one-shot"
+    verdict = dense_verdict(
+        sweet_spot(found, "sparsity", limit=1.0, unit="%"), compared(found, goal="max", unit="%"), goal="max"
+    )
+    assert verdict.startswith(
+        f"At the sweet spot (0.5 remains, {other}), pruning bought 1.60 ± 0.10 points over a unif"
+    )
+    assert "the same shape" not in verdict
+
+
+def test_a_thinner_network_that_is_the_first_lines_shape_is_no_other_lines() -> None:
+    found = two_ways(details={"same_as": "scratch"})
+    told = {(c.line, c.control): c for c in compared(found, goal="max", unit="%")}
+    assert told["l1 one-shot", "thin"].same_as == "scratch"
+    assert told["taylor, global one-shot", "thin"].same_as == ""
+    spot = sweet_spot(found, "sparsity", limit=1.0, unit="%")
+    assert "that very shape" not in dense_verdict(spot, [*told.values()], goal="max")
+
+
+def test_a_thinner_network_of_other_macs_is_not_comparable_with_another_way() -> None:
+    told = {(c.line, c.control): c for c in compared(two_ways(macs=0.6), goal="max", unit="%")}
+    assert told["taylor, global one-shot", "thin"].why == "its MACs are +20 % of the pruned model's"
+
+
+def test_of_the_dense_controls_a_comparable_one_is_told_first() -> None:
+    """Though the other one, trained too short, is the better one on held-out data."""
+    records = sweep({0.5: [97.5, 97.6, 97.7]}, [98.0, 98.0, 98.0])
+    records += [trial("scratch", 0.5, s, 97.0, 97.0, steps=500) for s in range(3)]
+    records += [trial("thin", 0.5, s, 96.0, 96.0, steps=1000) for s in range(3)]
+    found = lines(records, goal="max")
+    spot, told = sweet_spot(found, "sparsity", limit=1.0, unit="%"), compared(found, goal="max", unit="%")
+    parts = dense_parts(spot, told, goal="max")
+    assert [comparable for _, comparable in parts] == [True, False]
+    assert "over a uniformly thinner" in parts[0][0] and parts[1][0].startswith(
+        "Not comparable (it was trained for 500"
+    )
+    assert " ".join(text for text, _ in parts) == dense_verdict(spot, told, goal="max")
 
 
 def test_with_one_seed_the_verdict_has_no_interval() -> None:

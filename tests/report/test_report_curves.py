@@ -82,6 +82,38 @@ def test_without_a_limit_it_says_the_chord() -> None:
     assert "farthest above the chord" in render_curve(records(limit=None))
 
 
+def strip_of(source: str) -> str:
+    """The first section of the page, as markup without line ends."""
+    return re.sub(r"\s+", " ", source[source.index('<section id="spot"') : source.index("</section>")])
+
+
+def test_the_strip_claims_nothing_over_what_is_not_comparable() -> None:
+    badge = '<span class="badge">not comparable</span>'
+    assert badge not in strip_of(render_curve(records()))
+    found = sweep(MEASURED, DENSE)
+    found += [trial("scratch", 0.5, s, 96.0, 95.5 + s / 10, steps=500) for s in range(3)]
+    strip = strip_of(render_curve([head(cells=len(found)), *found]))
+    assert (
+        f"{badge} At the sweet spot (0.5 remains, l1 one-shot), not comparable (it was trained for 500 steps" in strip
+    )
+    assert "bought" not in strip
+    found += [trial("thin", 0.5, s, 95.0, 95.5, steps=1000) for s in range(3)]
+    strip = strip_of(render_curve([head(cells=len(found)), *found]))
+    assert "</strong> At the sweet spot (0.5 remains, l1 one-shot), pruning bought" in strip
+    assert f"{badge} Not comparable (it was trained for 500 steps" in strip and strip.count(badge) == 1
+
+
+def test_a_control_of_another_lines_shape_says_whose() -> None:
+    page = Page(render_curve(records()))
+    text = re.sub(r"\s+", " ", page.text)
+    assert "the shape of l1 one-shot from scratch" in text and "it has the shape of l1 one-shot" in text
+    told = [r for r in page.csv("dense.csv")[1:] if r[2] == "scratch"]
+    assert {r[0]: (r[7], r[8]) for r in told} == {
+        "l1 one-shot": ("True", ""),
+        "l1 multi-level": ("False", "it has the shape of l1 one-shot"),
+    }
+
+
 def test_every_chart_has_a_csv_of_its_own_numbers(page: Page) -> None:
     figures = sum(tag == "figure" for tag, _ in page.tags)
     names = [a["download"] for tag, a in page.tags if tag == "a" and "download" in a]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, interval, upper_bound
+from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, dense_parts, interval, upper_bound
 from paredown.records import Record, write_text
 from paredown.report.curve_document import CurveView, curve_document, curve_view, is_curve
 from paredown.report.curve_figures import LINES, POINTS, Dot, Mark, Series, chart, key
@@ -52,7 +52,7 @@ def _content(seen: CurveView) -> dict[str, Any]:
         "target": text(cell.get("target")) or "unknown target",
         "metric": {**seen.metric, "label": _capital(seen.metric["name"])},
         "spot": _spot(seen),
-        "verdict": seen.verdict,
+        "verdict": dense_parts(seen.spot, seen.comparisons, goal=seen.metric["goal"]),
         "legend": [
             {"name": line.name, "key": key(i, control=line.kind in CONTROLS)} for i, line in enumerate(drawn[:LINES])
         ],
@@ -247,6 +247,7 @@ def _comparisons(seen: CurveView) -> dict[str, Any] | None:
         )
         state = "loss" if c.comparable and c.gain.high is not None and c.gain.high < 0 else state
         control = CONTROLS[c.control] + (" (that very shape)" if c.same_as else "")
+        control = f"the shape of {c.shape_of} from scratch" if c.shape_of else control
         lines.append(
             {
                 "line": c.line,
