@@ -23,7 +23,7 @@ INPUT = ("--input", "1x3x12x12")
 COMMON = "device json pruned quiet strip-prefix threads weights".split()
 OPTIONS = {
     "bundle": "cosine golden json max-error out overwrite preprocessing quiet samples".split(),
-    "compare": "input json quiet recorded runs samples seconds threads".split(),
+    "compare": "input json out quiet recorded runs samples seconds threads".split(),
     "compress": "device dry-run json out overwrite quiet set strict threads weights".split(),
     "couple": [*COMMON, "input", "strict"],
     "coverage": "channels family journal json limit memory onnx out quiet retry seconds threads".split(),

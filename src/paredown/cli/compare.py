@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +23,13 @@ if TYPE_CHECKING:
 
 
 def compare(
-    *things: Annotated[Path, Parameter(help="Folders of runs, or model files (.onnx, .xml); two or more.")],
+    *things: Annotated[
+        Path,
+        Parameter(help="Folders of runs, or model files (.onnx, .xml); two or more, or one run for every runtime."),
+    ],
     samples: Annotated[Path | None, Parameter(help=".npz or .npy of inputs to time with; default: noise.")] = None,
     input: options.OptionalInput = None,
+    out: Annotated[Path | None, Parameter(help="With one run: where its files for every runtime stay.")] = None,
     recorded: Annotated[
         bool,
         Parameter(negative="", show_default=False, help="Only what the runs recorded: nothing is timed now."),
@@ -41,17 +48,18 @@ def compare(
         if not thing.exists():
             msg = f"what to compare must be folders of runs or model files. Got {str(thing)!r}, which does not exist."
             raise RejectedError(msg)
-    with only_document(json):
+    with only_document(json), _for_runtimes(things, out, recorded) as (laid, own, said):
         import paredown
 
         found = paredown.compare(
-            *things,
-            samples=_samples(things, samples, input),
+            *laid,
+            samples=_samples(laid, samples, input) or own,
             recorded=recorded,
             threads=threads,
             runs=runs,
             seconds=seconds,
         )
+        found = dataclasses.replace(found, notes=(*found.notes, *said))
     if json:
         emit(_document(found, given=samples is not None))
         return 0
@@ -62,6 +70,27 @@ def compare(
     notes = (*(f"note: {n}" for n in found.notes), *(f"not tested: {n}" for n in found.not_tested))
     show(*notes, quiet=quiet)
     return 0
+
+
+@contextmanager
+def _for_runtimes(
+    things: tuple[Path, ...], out: Path | None, recorded: bool
+) -> Iterator[tuple[tuple[Path, ...], Any, list[str]]]:
+    """What is given; where it is one run, its network as files for every runtime at hand, with its samples and what is missing."""
+    if len(things) != 1 or not things[0].is_dir() or recorded:
+        if out is not None:
+            msg = f"--out must stand with one run, without --recorded: it is where the files for every runtime go. Got {len(things)} to compare."
+            raise UsageError(msg)
+        yield things, None, []
+        return
+    from paredown.pipeline.runtimes import files_for_runtimes, is_run
+
+    if not is_run(things[0]):
+        msg = f"one folder to compare must be a run of `paredown compress` that has ended. Got {things[0]}. Give two or more runs or files."
+        raise UsageError(msg)
+    with tempfile.TemporaryDirectory() as temporary:
+        files, notes, batches = files_for_runtimes(things[0], Path(temporary) if out is None else out)
+        yield tuple(files), batches, notes
 
 
 def _samples(things: tuple[Path, ...], samples: Path | None, input: str | None) -> Any:

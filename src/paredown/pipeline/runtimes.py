@@ -1,0 +1,88 @@
+"""One finished run on the other runtimes: the same network, exported for each that is at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paredown.errors import ParedownError, RejectedError
+from paredown.export import export
+from paredown.pipeline.compress import run_of, task_of
+from paredown.pipeline.display import display
+from paredown.pipeline.folder import RECIPE, RECORDS, RunFolder
+from paredown.pipeline.stages import base_of
+from paredown.program import Program, capture
+from paredown.prune import Pruned, load_pruned
+from paredown.quantize import quantize
+from paredown.recipe import Recipe, parse_recipe
+from paredown.strict_yaml import read_yaml
+from paredown.target import TARGETS, Target
+from paredown.train.task import seed_all
+
+AT_HAND = {"onnxruntime-x86": "onnxruntime", "openvino-x86": "openvino"}
+"""Targets whose files are timed on this machine, and what runs them; files for phones are timed through bundles."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `paredown compress` wrote and finished it."""
+    return (folder / RECIPE).is_file() and (folder / RECORDS).is_file()
+
+
+def files_for_runtimes(folder: Path, out: Path) -> tuple[list[Path], list[str], Callable[[], Any]]:
+    """(files, notes, the task's calibration batches): the run's last network in float32 and in its scheme, for every target at hand.
+
+    What a run has trained or searched for its own runtime alone (rounding, layers that stay in float, bits for a budget) is
+    not repeated for another one: there the float file is made, and a note says so. Files land in `out`, one folder per target.
+
+    Raises RejectedError (a run without its files), and what loading, capture, `quantize` and `export` raise.
+    """
+    recipe = parse_recipe(read_yaml(folder / RECIPE))
+    task, model, given = task_of(recipe)
+    with display(quiet=True) as shown:
+        run = run_of(recipe, task, model, given, RunFolder(path=folder), shown)
+        if task.base is not None and not (run.folder.steps / "base-trained.safetensors").exists() and not given:
+            msg = f"the run must hold its trained base. Got {folder} without steps/base-trained.safetensors. Run its recipe again."
+            raise RejectedError(msg)
+        program = capture(base_of(run), task.inputs())
+    last: Program | Pruned = load_pruned(folder, program) if (folder / "form.json").is_file() else program
+    files: list[Path] = []
+    notes: list[str] = []
+    for name, library in AT_HAND.items():
+        if importlib.util.find_spec(library) is None:
+            notes.append(f"{name}: {library} is not installed, so nothing was made for it")
+            continue
+        place = out / name
+        place.mkdir(parents=True, exist_ok=True)
+        files.append(export(last, place / f"fp32{TARGETS[name].suffix}", target=name).path)
+        made, why = _in_codes(recipe, task.calibration_batches, last, TARGETS[name], place)
+        files += [] if made is None else [made]
+        notes += [f"{name}: {why}"] if why else []
+    return files, notes, task.calibration_batches
+
+
+def _in_codes(
+    recipe: Recipe, batches: Callable[[], Any], last: Program | Pruned, target: Target, place: Path
+) -> tuple[Path | None, str]:
+    """(the file of the recipe's scheme, why there is none)."""
+    asked = recipe.quantize
+    own = [
+        n
+        for n, is_set in (("epochs", asked.epochs), ("spare", asked.spare), ("budget", recipe.budget.size_bytes))
+        if is_set
+    ]
+    if own:
+        return (
+            None,
+            f"no {asked.scheme} file: the run's was made for {recipe.target} by {', '.join(own)}, which is not repeated here",
+        )
+    seed_all(recipe.seed)
+    try:
+        small = quantize(
+            last, target=target.name, calibrate=batches, scheme=asked.scheme, observer=asked.observer, num_samples=asked.samples,
+            repair=asked.repair, float_layers=asked.float_layers,
+        )  # fmt: skip
+        return export(small, place / f"{asked.scheme}{target.suffix}", target=target.name).path, ""
+    except ParedownError as error:
+        return None, f"no {asked.scheme} file: {error}"
