@@ -37,6 +37,8 @@ CENTRE, SPREAD = 12.0, 4.0
 BATCH, EPOCHS, LR, WEIGHT_DECAY = 8, 30, 1e-3, 1e-2
 EVALUATION_BATCH = 64
 WIDTH = 16
+BANDS = {8: "fewer than 8", 11: "8 to 10", 14: "11 to 13", math.inf: "14 and more"}
+"""Counts below the number have this name; the test pictures are about evenly spread over the last three."""
 
 
 class Block(nn.Module):
@@ -119,6 +121,17 @@ def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor
     """Absolute error of every picture, cells; the count is not rounded."""
     errors = [(predict(x) - y).abs().reshape(-1).double().numpy() * SPREAD for x, y in batches]
     return {"mae": np.concatenate(errors)}
+
+
+def slices(data: Path) -> dict[str, list[float] | list[str]]:
+    """By what the report groups the errors on the test pictures; the target in spreads from the centre, as the network answers."""
+    targets = split("test", data).targets.flatten()
+    cells = (CENTRE + SPREAD * targets.double()).tolist()
+    return {
+        "id": [f"{ROLES['test']} {number}" for number in range(len(cells))],
+        "target": targets.tolist(),
+        "count band": [next(name for top, name in BANDS.items() if count < top) for count in cells],
+    }
 
 
 def base(

@@ -21,7 +21,7 @@ import torch
 from newborn import rows, task
 from safetensors.torch import load_file
 
-from paredown.errors import Interrupted
+from paredown.errors import Interrupted, ParedownError, RejectedError
 from paredown.examine import examine
 from paredown.export import check, export, predictor
 from paredown.measure import machine_text, sizes, summarize
@@ -77,23 +77,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep", type=Path, help=f"folder of `{rows.COMMAND}`, finished or not")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as in the sweep: more would give other networks
-    sweep = rows.read_sweep(given.sweep)
-    if sweep is None:
-        print(
-            f"{given.sweep} must be the folder of a sweep with at least one result. Run `{rows.COMMAND}` first.",
-            file=sys.stderr,
-        )
-        return 3
-    recover, out = read_yaml(given.sweep / "recipe.yaml")["recover"], rows.longer_folder(given.sweep)
     try:
-        _train_missing(sweep, recover, out)
+        train_missing(given.sweep)
     except (KeyboardInterrupt, Interrupted):
         print("Interrupted. The same command goes on with this seed.", file=sys.stderr)
         return 130
+    except ParedownError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     return 0
 
 
-def _train_missing(sweep: rows.Sweep, recover: dict[str, Any], out: Path) -> None:
+def train_missing(folder: Path) -> None:
+    """The dense network of every seed of a sweep that has none yet, trained on.
+
+    Raises RejectedError (3: the sweep has no result) and ResourceError (7: another run works there).
+    """
+    sweep = rows.read_sweep(folder)
+    if sweep is None:
+        msg = f"{folder} must be the folder of a sweep with at least one result. Got none. Run `{rows.COMMAND}` first."
+        raise RejectedError(msg)
+    recover, out = read_yaml(folder / "recipe.yaml")["recover"], rows.longer_folder(folder)
     with locked(
         out / ".lock",
         writable=f"{out} must be writable",

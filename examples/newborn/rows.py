@@ -34,6 +34,7 @@ from paredown.measure import artifact_at, machine_text
 from paredown.records import Record, write_text
 from paredown.strict_yaml import read_yaml
 
+RECIPE = Path(__file__).with_name("curve.yaml")
 COMMAND = "paredown curve examples/newborn/curve.yaml --out runs/newborn-curve"
 LONGER = "python examples/newborn/longer.py runs/newborn-curve"
 ROWS = (("base", "", None), ("pruned", "one-shot", 0.75), ("pruned", "multi-level", 0.5), ("pruned", "one-shot", 0.5))
@@ -158,16 +159,11 @@ def named(sweep: Sweep, place: Place) -> str:
 # --------------------------------------------------------------------------------------------------------- the four rows
 
 
-def twin_parts(
-    sweep: Sweep | None, told: Sequence[tuple[str, float, float, float]], resnet: Sequence[Cost]
-) -> list[Part]:
+def twin_parts(sweep: Sweep, told: Sequence[tuple[str, float, float, float]], resnet: Sequence[Cost]) -> list[Part]:
     """The part of the page that is measured: four rows, why half the size, why the error may improve.
 
-    `told` are the talk's rows (filters, MB, GFLOPs, MAE), `resnet` the costs of ResNet-50 at the same four places.
+    `told` are the talk's rows (filters, MB, "GFLOPs", MAE), `resnet` the costs of ResNet-50 at the same four places.
     """
-    if sweep is None:
-        nothing = f"No results of the twin were found. `{COMMAND}` makes them, in some two hours of one core."
-        return [Text(text=nothing), four_rows(None)]
     return [
         *_incomplete(sweep),
         four_rows(sweep),
@@ -209,19 +205,12 @@ def _incomplete(sweep: Sweep) -> list[Part]:
     return [Text(text=f"**Not finished: {have} of {sweep.num_trials} trials have a result.** Without one: {told}.")]
 
 
-def four_rows(sweep: Sweep | None) -> Table:
+def four_rows(sweep: Sweep) -> Table:
     """All columns of the talk's table, of the exported float32 files; "not tested" where there is no result."""
     rows: list[tuple[Cell, ...]] = []
-    base = sweep.at(ROWS[0]) if sweep else []
+    base = sweep.at(ROWS[0])
     for place in ROWS:
-        found = sweep.at(place) if sweep else []
-        name = (
-            named(sweep, place)
-            if sweep
-            else "none"
-            if place[2] is None
-            else f"{100 * (1 - place[2]):.0f} %, {place[1]}"
-        )
+        found, name = sweep.at(place), named(sweep, place)
         if not found or not base:
             rows.append((name, *[None] * 9))
             continue
@@ -234,7 +223,7 @@ def four_rows(sweep: Sweep | None) -> Table:
         caption="The four rows on the synthetic twin: exported float32 files in ONNX Runtime, test pictures; in small print 95 % intervals over seeds, differences seed by seed",
         columns=(
             Column(title="Filters pruned"), Column(title="MB", mark="measured", form=".3f"), Column(title="MiB", mark="measured", form=".3f"),
-            Column(title="Size remains", mark="measured", form=".3f"), Column(title="GFLOPs", mark="counted", form=".5f"),
+            Column(title="Size remains", mark="measured", form=".3f"), Column(title="GFLOPs, 2 × MACs", mark="counted", form=".5f"),
             Column(title="GMACs", mark="counted", form=".5f"), Column(title="MACs remain", mark="counted", form=".3f"),
             Column(title="MAE, g", mark="measured", form=".1f"), Column(title="MAE less dense, g", mark="measured", form="+.1f"),
             Column(title="Seeds"),
@@ -400,7 +389,7 @@ def _remains_figures(
         "the twin: bytes of the file": [_mean(t, "bytes") if t else None for t in trials],
         "the twin: MACs": [_mean(t, "macs") if t else None for t in trials],
         "the talk: MB": [told[i][1] for i in at],
-        "the talk: GFLOPs": [told[i][2] for i in at],
+        "the talk: multiply-adds": [told[i][2] for i in at],
     }
     remains = {
         name: [(p, 100 * v / values[0]) for p, v in zip(gone, values, strict=True) if v is not None and values[0]]

@@ -55,6 +55,16 @@ class Body:
         return DENSITY * self.volume
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """How a picture was taken."""
+
+    across: float
+    """What it shows from side to side, cm: it grows with the camera's distance."""
+    light: float
+    """In the middle; 1 leaves the colours as they are."""
+
+
 def body(random: np.random.Generator) -> Body:
     """One of a population: 49 ± 2.2 cm, and fuller or thinner by 8 % at the same length."""
     length = float(np.clip(random.normal(49, 2.2), 42, 56))
@@ -74,9 +84,10 @@ def weight_of(some: Body, random: np.random.Generator) -> float:
     return some.expected_weight + float(random.normal(0, NOISE))
 
 
-def picture(some: Body, size: int, random: np.random.Generator) -> NDArray[np.uint8]:
-    """[size, size, 3]: the body and the board on a cloth, from above."""
-    scale = size / random.uniform(66, 84)  # pixels per cm: the camera's distance
+def picture(some: Body, size: int, random: np.random.Generator) -> tuple[NDArray[np.uint8], View]:
+    """[size, size, 3], the body and the board on a cloth, from above; and how it was taken."""
+    across = random.uniform(66, 84)
+    scale = size / across  # pixels per cm
     turn, middle = random.uniform(-0.3, 0.3), size / 2 + random.uniform(-0.03, 0.03, 2) * size
     y, x = np.mgrid[0:size, 0:size].astype(np.float64)
     x, y = (x - middle[0]) / scale, (y - middle[1]) / scale  # cm from the navel
@@ -90,9 +101,10 @@ def picture(some: Body, size: int, random: np.random.Generator) -> NDArray[np.ui
         shade = np.clip(0.8 + 0.2 * np.minimum(cover, 3) / 3, 0, 1)[..., None]
         image = image * (1 - edge) + skin * shade * edge
     slope = random.normal(0, 0.12, 2)
-    light = random.uniform(0.75, 1.2) * (1 + slope[0] * x / 40 + slope[1] * y / 40)
-    image = image * light[..., None] + random.normal(0, 0.02, image.shape)
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    light = random.uniform(0.75, 1.2)
+    shine = light * (1 + slope[0] * x / 40 + slope[1] * y / 40)
+    image = image * shine[..., None] + random.normal(0, 0.02, image.shape)
+    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), View(across=across, light=light)
 
 
 def _parts(some: Body, u: Floats, v: Floats, random: np.random.Generator) -> list[Floats]:
@@ -127,13 +139,16 @@ def _board(image: Floats, x: Floats, y: Floats, scale: float, random: np.random.
     return image * (1 - edge) + np.where(dark, 0.15, 0.95) * edge
 
 
-def scenes(count: int, size: int, seed: int) -> tuple[NDArray[np.uint8], Floats, Floats]:
-    """(pictures [count, size, size, 3], weights in g, weights without their noise in g) of as many different newborns.
+def scenes(count: int, size: int, seed: int) -> tuple[NDArray[np.uint8], Floats, Floats, Floats, Floats]:
+    """(pictures [count, size, size, 3], weights in g, weights without their noise in g, across in cm, light) of as many newborns.
 
     Each newborn has a stream of random numbers of its own: the first thousand of two thousand are the same thousand.
     """
     streams = [np.random.default_rng([seed, i]) for i in range(count)]
     bodies = [body(r) for r in streams]
     weights = np.array([weight_of(b, r) for b, r in zip(bodies, streams, strict=True)])
-    pictures = np.stack([picture(b, size, r) for b, r in zip(bodies, streams, strict=True)])
-    return pictures, weights, np.array([b.expected_weight for b in bodies])
+    taken = [picture(b, size, r) for b, r in zip(bodies, streams, strict=True)]
+    return (
+        np.stack([image for image, _ in taken]), weights, np.array([b.expected_weight for b in bodies]),
+        np.array([view.across for _, view in taken]), np.array([view.light for _, view in taken]),
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 Without `data` the pictures are the synthetic twin of scene.py. With `data: DIR` they are your own: DIR/labels.csv has the columns
 `file` (a picture under DIR) and `weight` (g), and may have `subject` and `split` (train, choose or test; without it 70, 10 and 20 %
 of the subjects, by a hash of their names). A subject in two splits is refused, and so is a picture, known by equal pixels at 64×64.
+By any other column, as `clinic` or `age`, the report groups the errors.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import csv
 import hashlib
 import math
 import runpy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +38,10 @@ CENTRE, SPREAD = 3000.0, 500.0
 """The network answers in spreads from the centre, g: so its numbers are of order 1, which training and 8 bits both want."""
 BATCH, EPOCHS, LR, WEIGHT_DECAY = 64, 24, 2e-3, 1e-2
 WIDTH = 16
+BANDS = {2500: "below 2500 g", 3000: "2500 to 3000 g", 3500: "3000 to 3500 g", 4000: "3500 to 4000 g", math.inf: "4000 g and more"}  # fmt: skip
+"""Weights below the number have this name. Below 2500 g is called a low birth weight, from 4000 g on a high one."""
+READ = ("file", "weight", "subject", "split")
+"""Columns of labels.csv that have a meaning here."""
 
 
 class Block(nn.Module):
@@ -120,6 +126,17 @@ def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor
     return {"mae": np.concatenate(errors)}
 
 
+def slices(data: Path | None = None) -> dict[str, Sequence[Any]]:
+    """By what the report groups the errors on the test pictures; the target in spreads from the centre, as the network answers."""
+    some = split("test", data)
+    grams = (CENTRE + SPREAD * some.targets.flatten().double()).tolist()
+    return {
+        **some.columns,
+        "target": some.targets.flatten().tolist(),
+        "weight band": [next(name for top, name in BANDS.items() if g < top) for g in grams],
+    }
+
+
 def base(
     *,
     seed: int = 0,
@@ -183,6 +200,8 @@ class Split:
     """uint8 [N, 3, H, W]."""
     targets: Tensor
     """float32 [N, 1], (grams - centre) / spread."""
+    columns: Mapping[str, Sequence[Any]]
+    """What else is known of every picture; "id" names it."""
 
 
 def split(role: str, data: Path | None = None) -> Split:
@@ -215,9 +234,9 @@ class _Augmented:
             yield torch.roll(x, tuple(torch.randint(-3, 4, (2,)).tolist()), (2, 3)), self.some.targets[index]
 
 
-def _split_of(pictures: np.ndarray, weights: np.ndarray) -> Split:
+def _split_of(pictures: np.ndarray, weights: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> Split:
     targets = torch.from_numpy((np.asarray(weights, np.float64) - CENTRE) / SPREAD).float()[:, None]
-    return Split(pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), targets=targets)
+    return Split(pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), targets=targets, columns=columns)
 
 
 @cache
@@ -227,14 +246,20 @@ def _synthetic() -> dict[str, Split]:
     digest = hashlib.sha256(source.read_bytes() + repr((COUNTS, SIZE, SEED)).encode()).hexdigest()[:12]
     kept = Path(__file__).parent / "made" / f"scenes-{digest}.npz"
     if not kept.exists():
-        pictures, weights, _ = runpy.run_path(str(source))["scenes"](sum(COUNTS.values()), SIZE, SEED)
+        pictures, weights, _, across, light = runpy.run_path(str(source))["scenes"](sum(COUNTS.values()), SIZE, SEED)
         with whole_file(kept) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, pictures=pictures, weights=weights)
+            np.savez_compressed(file, pictures=pictures, weights=weights, across=across, light=light)
     with np.load(kept, allow_pickle=False) as found:
-        pictures, weights = found["pictures"], found["weights"]
+        arrays = [found[name] for name in ("pictures", "weights", "across", "light")]
+    arrays.append(np.array([f"scene {i}" for i in range(sum(COUNTS.values()))]))
     cuts = np.cumsum(list(COUNTS.values()))[:-1]
-    parts = zip(np.split(pictures, cuts), np.split(weights, cuts), strict=True)
-    return {role: _split_of(*part) for role, part in zip(COUNTS, parts, strict=True)}
+    made = {}
+    for role, (pictures, weights, *columns) in zip(
+        COUNTS, zip(*(np.split(a, cuts) for a in arrays), strict=True), strict=True
+    ):
+        names = ("camera distance, cm across", "light", "id")
+        made[role] = _split_of(pictures, weights, {n: c.tolist() for n, c in zip(names, columns, strict=True)})
+    return made
 
 
 @cache
@@ -253,7 +278,8 @@ def _own(folder: Path) -> dict[str, Split]:
         got = ", ".join(header) if rows else "no rows"
         msg = f"labels.csv must have the columns file and weight (g). Got {got} at {table}."
         raise RejectedError(msg)
-    roles: dict[str, tuple[list[np.ndarray], list[float]]] = {r: ([], []) for r in COUNTS}
+    roles: dict[str, tuple[list[np.ndarray], list[float], list[dict[str, str | None]]]]
+    roles = {r: ([], [], []) for r in COUNTS}
     seen: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows, start=2):
         where, subject = f"{table}:{number}", (row.get("subject") or "").strip()
@@ -263,11 +289,31 @@ def _own(folder: Path) -> dict[str, Split]:
         _in_one_role(f"the picture {hashlib.sha256(picture.tobytes()).hexdigest()[:16]}", role, where, seen)
         roles[role][0].append(picture)
         roles[role][1].append(weight)
-    empty = [r for r, (p, _) in roles.items() if not p]
+        roles[role][2].append(row)
+    empty = [r for r, (p, *_) in roles.items() if not p]
     if empty:
         msg = f"every split must have pictures. Got none for {', '.join(empty)} of {len(rows)} rows at {table}."
         raise RejectedError(msg)
-    return {r: _split_of(np.stack(p), np.array(w)) for r, (p, w) in roles.items()}
+    others = [name for name in header if name and name not in READ]
+    return {
+        r: _split_of(
+            np.stack(p),
+            np.array(w),
+            {**{n: _values([row[n] for row in own]) for n in others}, "id": [row["file"] for row in own]},
+        )
+        for r, (p, w, own) in roles.items()
+    }
+
+
+def _values(texts: Sequence[str | None]) -> Sequence[float | str]:
+    """A column as numbers where all of them are, since the report groups many different ones by quarters; else as text."""
+    try:
+        numbers = [float(text or "") for text in texts]
+    except ValueError:
+        numbers = [math.nan]
+    if all(map(math.isfinite, numbers)):
+        return [int(n) if n.is_integer() else n for n in numbers]
+    return [(text or "").strip() or "not given" for text in texts]
 
 
 def _in_one_role(what: str, role: str, where: str, seen: dict[str, tuple[str, str]]) -> None:

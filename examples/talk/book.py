@@ -18,18 +18,22 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from newborn.rows import longer_folder
+from newborn.rows import RECIPE, longer_folder
 
-from paredown.errors import Interrupted
+import paredown
+from paredown.errors import Interrupted, ParedownError
 from paredown.measure import machine_text
+from paredown.pipeline.compress import versions
 from paredown.records import locked, write_text
 from paredown.report import figures
 from paredown.report.wording import digits, whole
+from talk.glossary import SOURCE as GLOSSARY
 from talk.page import Setting, plain
 
 PAGES = (
@@ -55,6 +59,8 @@ PAGES = (
     "later",
 )
 """Modules of this folder, in the order of the book; each has build(setting) -> Page."""
+LONG = 600.0
+"""Seconds. A full page that took longer is kept where paredown's source has changed, until its version does."""
 
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -63,14 +69,14 @@ PAGES = (
 def build(names: Sequence[str], setting: Setting, out: Path) -> dict[str, dict[str, Any]]:
     """The result of every page, {"name", "status": "done" | "failed", "seconds", "page" or "reason"}, kept in OUT/pages.
 
-    A page is built again where its code or the setting has changed since, or where it failed. A page that fails leaves
+    A page is built again where what it depends on has changed since, or where it failed. A page that fails leaves
     its reason, and the others are built. What a page needs to go on from where it was killed lies in OUT/work.
     """
     results = {}
     for number, name in enumerate(names, 1):
         place, key = out / "pages" / f"{name}.json", _key(name, setting)
         there = _read(place)
-        if there.get("key") == key and there.get("status") == "done":
+        if there.get("key") == key and there.get("status") == "done" and _fresh(there):
             results[name] = there
             _say(f"[{number}/{len(names)}] {name}: there already")
             continue
@@ -92,7 +98,9 @@ def _work(out: Path, name: str, key: str) -> Path:
 def _placed(setting: Setting, out: Path, name: str, key: str) -> Setting:
     """The setting with folders that are there. They go by what they depend on: a checkpoint of another program never fits."""
     placed = dataclasses.replace(
-        setting, folder=_work(out, name, key), shared=_work(out, "networks", _digest(_source("nets"), setting.quick))
+        setting,
+        folder=_work(out, name, key),
+        shared=_work(out, "networks", _digest(_source("nets"), setting.quick, _installed(setting))),
     )
     for folder in (placed.folder, placed.shared):
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +124,7 @@ def _built(name: str, setting: Setting) -> dict[str, Any]:
         "processor_seconds": _processor_seconds() - start[1],
         "machine": machine_text(),
         "quick": setting.quick,
+        "package": _package(),
         "source": _source(name),
     }
 
@@ -128,8 +137,41 @@ def _processor_seconds() -> float:
 def _key(name: str, setting: Setting) -> str:
     """What a result depends on, so that an old one is not taken for a new one."""
     programs = [_source(each) for each in (name, "nets", "draw", "timing", "page")]
-    newborn = [_stamp(setting.newborn), _source("rows", "newborn")] if name == "case_study" else None
-    return _digest(*programs, setting.quick, str(setting.data), newborn)
+    return _digest(*programs, setting.quick, str(setting.data), _installed(setting), _read_by(name, setting))
+
+
+def _read_by(name: str, setting: Setting) -> list[Any]:
+    """What a page reads beside the programs of this folder."""
+    if name == "glossary":
+        return [_text(GLOSSARY)]
+    if name != "case_study":
+        return []
+    newborn = [_source(each, "newborn") for each in ("rows", "longer", "task", "scene")]
+    return [_stamp(setting.newborn), *newborn, _text(RECIPE)]
+
+
+def _installed(setting: Setting) -> list[Any]:
+    """Versions, and for a quick book paredown's source: a full page may be hours of work (see `_fresh`)."""
+    return [versions(), _package() if setting.quick else None]
+
+
+def _fresh(there: Mapping[str, Any]) -> bool:
+    """Whether a page was made by this source of paredown, or took so long that it is kept through changes of it."""
+    return there.get("package") == _package() or there.get("seconds", 0) > LONG
+
+
+@cache
+def _package() -> str:
+    """Of all .py files of the installed paredown."""
+    folder = Path(paredown.__file__).parent
+    return _digest(*((str(p.relative_to(folder)), _text(p)) for p in sorted(folder.rglob("*.py"))))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:  # whoever needs it says so
+        return f"not readable: {error.strerror}"
 
 
 def _digest(*told: Any) -> str:
@@ -236,7 +278,7 @@ def bars(column: int, table: Mapping[str, Any]) -> list[Markup]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build and bind; 0 where every page is there, 1 where one failed, 130 where it was interrupted."""
+    """Build and bind; 0 where every page is there, 1 where one failed, 130 where it was interrupted, 7 where OUT is in use."""
     parser = argparse.ArgumentParser(
         prog="scripts/book", description="Every table and figure of the talk, rebuilt as one HTML book."
     )
@@ -259,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--newborn",
         type=Path,
         default=_there("runs/newborn-curve"),
-        help="results of `paredown curve examples/newborn/curve.yaml`, for the case study",
+        help="results of `paredown curve examples/newborn/curve.yaml`, for the case study; where there are none it runs that sweep (some two hours of one core; with --quick three minutes)",
     )
     given = parser.parse_args(arguments)
     import torch
@@ -267,19 +309,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # what is timed runs on one thread, and small networks train no faster on two
     data = None if given.quick else given.data
     setting = Setting(quick=given.quick, folder=given.out, shared=given.out, data=data, newborn=given.newborn)
-    busy = f"{given.out} must be free. Another run works there. Wait for it, or choose another folder."
-    with locked(given.out / ".lock", writable=f"{given.out} must be writable", held=busy):
-        try:
-            found = build([p for p in PAGES if p in given.pages], setting, given.out)
-        except (KeyboardInterrupt, Interrupted):
-            _say("Interrupted. The same command goes on with this page.")
-            return 130
-        kept = {name: _read(given.out / "pages" / f"{name}.json") for name in PAGES if name not in found}
+    try:
+        return _made(setting, [p for p in PAGES if p in given.pages], given.out)
+    except (KeyboardInterrupt, Interrupted):
+        _say("Interrupted. The same command goes on with this page.")
+        return 130
+    except ParedownError as error:
+        _say(str(error))
+        return error.exit_code
+
+
+def _made(setting: Setting, names: Sequence[str], out: Path) -> int:
+    """Build the pages, and bind them with those that are there; 1 where one failed."""
+    busy = f"{out} must be free. Another run works there. Wait for it, or choose another folder."
+    with locked(out / ".lock", writable=f"{out} must be writable", held=busy):
+        found = build(names, setting, out)
+        kept = {name: _read(out / "pages" / f"{name}.json") for name in PAGES if name not in found}
         every = {
-            **{n: r for n, r in kept.items() if r.get("status") == "done" and r.get("quick") == given.quick},
+            **{n: r for n, r in kept.items() if r.get("status") == "done" and r.get("quick") == setting.quick},
             **found,
         }
-        book = given.out / "book.html"
+        book = out / "book.html"
         write_text(book, bind({name: every[name] for name in PAGES if name in every}))
     failed = [name for name, r in found.items() if r["status"] != "done"]
     _say(

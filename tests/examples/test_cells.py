@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw
 import paredown as pare
 from paredown.cli import main
 from paredown.errors import RejectedError, UsageError
+from paredown.recipe import load_recipe
+from paredown.sweep import grid
 from paredown.train import check_roles, task_from_module
 
 FOLDER = Path(__file__).parents[2] / "examples" / "cells"
@@ -85,6 +87,27 @@ def test_the_error_is_in_cells_for_each_picture(tmp_path: Path) -> None:
     archive(tmp_path)
     found = task.evaluate(lambda x: torch.zeros(len(x), 1), task.test_batches(tmp_path))
     assert found["mae"] == pytest.approx([1.0, 8.0, 6.0], abs=1e-5)  # 0 says 12 cells
+
+
+def test_the_report_can_group_test_pictures_by_their_counts(tmp_path: Path) -> None:
+    archive(tmp_path)
+    found = task_from_module(task, data=tmp_path)
+    assert found.slices is not None
+    columns = found.slices()
+    assert columns["id"] == ["test 0", "test 1", "test 2"]
+    assert columns["count band"] == ["11 to 13", "fewer than 8", "fewer than 8"]  # of 11, 4 and 6
+    errors = np.abs(np.array([*columns["target"]])) * task.SPREAD
+    assert errors == pytest.approx(found.evaluate(lambda x: torch.zeros(len(x), 1))["mae"])
+
+
+def test_the_levels_of_the_curve_are_the_talks() -> None:
+    cells = grid(load_recipe(FOLDER / "curve.yaml", ["data=null"]))
+    (levels,) = {
+        tuple(level.channels for level in c.recipe.prune.levels)
+        for c in cells
+        if (c.kind, c.schedule, c.amount) == ("pruned", "multi-level", 0.5)
+    }
+    assert levels == pytest.approx((0.75, 2 / 3))
 
 
 @pytest.mark.parametrize(
@@ -173,5 +196,7 @@ def test_compress_takes_real_pictures_to_an_int8_file(tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     records = {r["cell"]["stage"]: r for r in map(json.loads, lines)}
     dense, small = records["dense"]["measured"], records["int8"]["measured"]
+    about = records["insight"]["details"]
+    assert {s["column"] for s in about["changed"]["slices"]} == {"count band"} and about["bias"]["files"]
     assert small["bytes"]["value"] < 0.12 * dense["bytes"]["value"] and dense["metric"]["n"] == 72
     assert small["macs"]["value"] == pytest.approx(0.25 * dense["macs"]["value"], rel=0.15)

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ import torch
 import paredown as pare
 from paredown.errors import RejectedError
 from paredown.models import load_model
+from paredown.pipeline.insight import changed
 from paredown.train import task_from_module
 
 FOLDER = Path(__file__).parents[2] / "examples" / "newborn"
@@ -70,10 +72,19 @@ def test_the_board_is_as_long_as_it_says_at_every_distance() -> None:
     assert area == pytest.approx(math.prod(scene.BOARD), rel=0.03)
 
 
+def test_what_is_told_of_a_picture_is_what_it_was_taken_with() -> None:
+    pictures, _, _, across, light = scene.scenes(40, 64, 7)
+    bright = np.percentile(pictures.reshape(40, -1), 99, axis=1)  # of the white board
+    assert np.corrcoef(bright, light)[0, 1] > 0.7
+    random = np.random.default_rng([7, 3])
+    scene.weight_of(scene.body(random), random)
+    assert across[3] == random.uniform(66, 84)
+
+
 def folder_of(path: Path, rows: list[dict[str, str]], size: int = 40) -> Path:
     from PIL import Image
 
-    pictures, _, _ = scene.scenes(len(rows), size, 1)
+    pictures, *_ = scene.scenes(len(rows), size, 1)
     for picture, row in zip(pictures, rows, strict=True):
         Image.fromarray(picture).save(path / Path(row["file"]).name)
     with (path / "labels.csv").open("w", newline="") as file:
@@ -99,6 +110,44 @@ def test_a_folder_of_ones_own_is_read_and_subjects_stay_together(tmp_path: Path)
     assert sum(len(w) for w in weights.values()) == 60
     for a, b in (("train", "test"), ("train", "choose"), ("choose", "test")):
         assert not {(g - 2500) // 20 for g in weights[a]} & {(g - 2500) // 20 for g in weights[b]}
+
+
+def test_the_report_can_group_the_twins_test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(FOLDER / "scene.py", tmp_path)
+    monkeypatch.setattr(task, "__file__", str(tmp_path / "task.py"))
+    monkeypatch.setattr(task, "COUNTS", {"test": 30, "choose": 5, "train": 5})
+    task._synthetic.cache_clear()
+    try:
+        found = task_from_module(task)
+        assert found.slices is not None
+        columns = {name: [*column] for name, column in found.slices().items()}
+        errors = found.evaluate(lambda x: torch.zeros(len(x), 1))["mae"]
+    finally:
+        task._synthetic.cache_clear()
+    _, weights, _, across, light = scene.scenes(30, task.SIZE, task.SEED)
+    assert columns["id"] == [f"scene {i}" for i in range(30)]
+    assert columns["camera distance, cm across"] == across.tolist() and columns["light"] == light.tolist()
+    assert np.array(columns["target"]) == pytest.approx((weights - 3000) / 500, abs=1e-6)
+    bands = ["below 2500 g", "2500 to 3000 g", "3000 to 3500 g", "3500 to 4000 g", "4000 g and more"]
+    assert columns["weight band"] == [bands[int(np.digitize(w, (2500, 3000, 3500, 4000)))] for w in weights]
+    groups = changed(errors, errors + 1, columns, "min", "g")["slices"]
+    assert {g["column"] for g in groups} == {"weight band", "camera distance, cm across", "light"}
+
+
+def test_other_columns_of_ones_own_table_are_groups(tmp_path: Path) -> None:
+    rows = [
+        {"file": f"{i}.png", "weight": str(2400 + 100 * i), "split": ("test", "train", "choose")[i // 20],
+         "subject": f"s{i}", "clinic": ("a", " b ", "")[i % 3], "age": str(i / 2), "cuff": "7" if i else "none", "id": "mine"}
+        for i in range(50)
+    ]  # fmt: skip
+    found = task_from_module(task, data=folder_of(tmp_path, rows))
+    assert found.slices is not None
+    columns = found.slices()
+    assert set(columns) == {"clinic", "age", "cuff", "id", "target", "weight band"}
+    assert columns["id"] == [f"{i}.png" for i in range(20)]
+    assert columns["clinic"][:3] == ["a", "b", "not given"] and columns["age"][:3] == [0, 0.5, 1]
+    assert columns["cuff"][:2] == ["none", "7"]
+    assert columns["weight band"][0] == "below 2500 g" and columns["weight band"][16] == "4000 g and more"
 
 
 def relabelled(folder: Path, rows: list[dict[str, str]]) -> Path:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from curve_records import trial
 from paredown.examine import examine_onnx
 from paredown.export import predictor
 from paredown.measure import artifact_at
-from paredown.records import Measured, Record
+from paredown.recipe import load_recipe
+from paredown.records import Measured, Record, locked
+from paredown.sweep import grid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -78,7 +81,7 @@ def own_pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("own")
-    pictures, weights, _ = scene.scenes(60, 64, 3)
+    pictures, weights, *_ = scene.scenes(60, 64, 3)
     told = ["file,weight,split"]
     for i, (picture, weight) in enumerate(zip(pictures, weights, strict=True)):
         Image.fromarray(picture).save(folder / f"{i}.png")
@@ -129,7 +132,7 @@ def test_the_four_rows_have_all_columns_and_each_number_is_worked_out_here(
         macs = examine_onnx(file).macs
         assert told["MB"] == file.stat().st_size / 1e6 and told["MiB"] == file.stat().st_size / 2**20
         assert told["Size remains"] == pytest.approx(file.stat().st_size / dense)
-        assert told["GMACs"] == macs / 1e9 and told["GFLOPs"] == 2 * macs / 1e9
+        assert told["GMACs"] == macs / 1e9 and told["GFLOPs, 2 × MACs"] == 2 * macs / 1e9
         assert told["MACs remain"] == pytest.approx(macs / examine_onnx(files[1.0]).macs)
         mae = told["MAE, g"]
         assert isinstance(mae, page.Spread) and mae.value == pytest.approx(errors.mean())
@@ -227,11 +230,43 @@ def test_a_sweep_that_still_runs_says_what_is_missing(sweep: Path, costs: list[p
     assert "No pruned network has a result yet." in " ".join(p["text"] for p in told if p["kind"] == "text")
 
 
-def test_without_results_all_cells_are_not_tested(tmp_path: Path, costs: list[pare.Cost]) -> None:
+@pytest.mark.parametrize("quick", [True, False])
+def test_without_a_sweep_the_page_runs_it(
+    quick: bool, sweep: Path, costs: list[pare.Cost], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = [(row[0], 23, 1.0, 1.0, 1.0, row[2], 1.0, 1.0, "–") for row in case_study.TOLD]
+    ran: list[Any] = []
+
+    def fake(recipe: Path, *, out: Path, overrides: list[str], quiet: bool) -> None:
+        ran.append({c.kind: (c.recipe.base.epochs, c.seed) for c in grid(load_recipe(recipe, overrides))}["base"])
+        shutil.copytree(sweep, out)
+
+    monkeypatch.setattr(case_study, "_resnet50", lambda: (costs, counted))
+    monkeypatch.setattr(case_study, "curve", fake)
+    monkeypatch.setattr(longer, "train_missing", ran.append)
+    setting = page.Setting(quick=quick, folder=tmp_path / "work", shared=tmp_path)
+    made = case_study.build(setting)
+    (table,) = [p for p in made.parts if isinstance(p, page.Table) and p.caption.startswith("The four rows")]
+    assert len(table.rows) == 4 and None not in [c for row in table.rows for c in row]
+    folder = tmp_path / "work" / "newborn-curve"
+    assert ran == [(2, 1) if quick else (None, 4), folder] and ("grams mean little" in made.shortened) == quick
+    given = case_study.build(dataclasses.replace(setting, newborn=sweep))
+    assert len(ran) == 2 and not given.shortened
+
+
+def test_the_talks_gflops_are_said_to_be_multiply_adds(costs: list[pare.Cost]) -> None:
+    said = case_study._multiply_adds([5.3383, 3.0317, 1.3731, 1.3731], [5.3673, 3.0535, 1.3876, 1.3876])
+    assert "are multiply-adds, so 5.37 stands beside 5.34 GMACs" in said and "would be 10.68" in said
+    assert "5.367, which explains the difference" in said and "do not explain the pruned rows" in said
+    assert "3.02 against 3.05" in said and "is 3.02 and 1.34" in said
+    assert "does not explain the difference" in case_study._multiply_adds([5.3] * 4, [5.3] * 4)
+    values = 32**2 * 2 * 8 + 32**2 * 8 + 3 * 16**2 * 16 + 3 * 8**2 * 32 + 3 * 4**2 * 64  # of all batch norms at width 8
+    assert case_study._with_norms(costs[0]) == costs[0].macs + 2 * values
+
+
+def test_without_results_a_command_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows.read_sweep(None) is None and rows.read_sweep(tmp_path) is None
-    text, table = rows.twin_parts(None, case_study.TOLD, costs)
-    assert isinstance(text, page.Text) and rows.COMMAND in text.text
-    assert isinstance(table, page.Table) and all(c is None for r in table.rows for c in r[1:])
+    assert longer.main([str(tmp_path)]) == 3 and rows.COMMAND in capsys.readouterr().err
     assert rows.main([str(tmp_path), "--out", str(tmp_path / "page.html")], say=lambda line: None) == 3
     assert not (tmp_path / "page.html").exists()
 
@@ -311,6 +346,15 @@ def test_dense_networks_are_trained_on_as_long_and_taken_up(
         1
     ] == "none, trained as long as the others"
     assert torch.get_num_threads() == 1
+
+
+def test_where_another_run_trains_the_dense_networks_it_says_so(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep / "recipe.yaml").write_text(yaml.safe_dump({"curve": GRID, "recover": {}}))
+    with locked(rows.longer_folder(sweep) / ".lock", writable="", held=""):
+        assert longer.main([str(sweep)]) == 7
+    assert "must be free. Another run works there." in capsys.readouterr().err
 
 
 def test_networks_trained_as_long_in_another_sweep_are_left_out_and_trained_again(

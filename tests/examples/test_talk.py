@@ -17,7 +17,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from paredown.records import Measured
+from paredown.records import Measured, locked
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -311,6 +311,51 @@ def test_the_case_study_is_built_again_after_anything_that_it_reads(tmp_path: Pa
             keys.append(book._key("case_study", setting))
             assert book._key("later", setting) == book._key("later", page.Setting(quick=True, folder=twin, shared=twin))
     assert len(set(keys)) == len(keys) == 7
+
+
+def test_a_page_is_built_again_after_its_glossary_versions_and_paredown_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full page that took long follows versions alone."""
+    quick, full = (page.Setting(quick=q, folder=tmp_path, shared=tmp_path) for q in (True, False))
+    glossary = tmp_path / "glossary.md"
+    keys = [book._key("glossary", quick)]
+    monkeypatch.setattr(book, "GLOSSARY", glossary)
+    for text in ("# one", "# two"):
+        glossary.write_text(text)
+        keys.append(book._key("glossary", quick))
+    before = book._key("later", full)
+    monkeypatch.setattr(book, "_package", lambda: "another")
+    keys.append(book._key("glossary", quick))
+    assert book._key("later", full) == before
+    monkeypatch.setattr(book, "versions", lambda: {"torch": "9"})
+    keys.append(book._key("glossary", quick))
+    assert book._key("later", full) != before and len(set(keys)) == len(keys) == 5
+    first = book.build(["later"], full, tmp_path)["later"]
+    monkeypatch.setattr(book, "_package", lambda: "a third")
+    again = book.build(["later"], full, tmp_path)["later"]
+    assert (first["package"], again["package"]) == ("another", "a third")
+    place = tmp_path / "pages" / "later.json"
+    place.write_text(json.dumps({**again, "seconds": 3600.0, "package": "old"}))
+    assert book.build(["later"], full, tmp_path)["later"]["package"] == "old"
+
+
+def test_the_digest_of_paredown_is_that_of_its_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    (tmp_path / "within").mkdir()
+    monkeypatch.setattr(book.paredown, "__file__", str(tmp_path / "__init__.py"))
+    for name, text in (("__init__.py", ""), ("within/a.py", "1"), ("within/a.py", "2"), ("notes.txt", "")):
+        (tmp_path / name).write_text(text)
+        found.append(book._package.__wrapped__())
+    assert len({*found[:3]}) == 3 and found[2] == found[3]
+
+
+def test_a_folder_that_is_in_use_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path / ".lock", writable="", held=""):
+        assert book.main([str(tmp_path), "--quick", "--pages", "later"]) == 7
+    assert capsys.readouterr().err == (
+        f"{tmp_path} must be free. Another run works there. Wait for it, or choose another folder.\n"
+    )
 
 
 def test_a_page_that_fails_is_marked_and_the_others_are_there(
