@@ -82,6 +82,8 @@ class Point:
     not_comparable: str = ""
     same_as: str = ""
     """Another control whose shape and training it has."""
+    shapes: frozenset[str] = frozenset()
+    """Digests of the shapes of its tensors, over seeds; empty in records from before."""
 
     @property
     def complete(self) -> bool:
@@ -226,6 +228,7 @@ def _point(
         effective_macs=float(np.mean([_value(r, "effective_macs") or 0 for r in records])) if records else math.nan,
         steps=float(np.mean(steps)) if steps and len(steps) == len(records) else None,
         not_comparable=next((str(w) for r in records if (w := r.details.get("not_comparable"))), ""),
+        shapes=frozenset(str(s) for r in records if (s := r.details.get("shapes"))),
         same_as="scratch" if records and all(r.details.get("same_as") == "scratch" for r in records) else "",
     )  # fmt: skip
 
@@ -459,7 +462,8 @@ def _comparison(line: Line, point: Point, control: Point, dense: Point | None, g
     gain = interval([sign * (point.test[s] - control.test[s]) for s in point.seeds if s in control.test])
     # Controls are those of one way of pruning: another way may leave another shape at the same amount.
     of = f"{control.method} {control.schedule}"
-    other = (control.method, control.schedule) != (line.method, line.schedule)
+    alike = control.kind == "scratch" and len(point.shapes) == 1 and control.shapes == point.shapes
+    other = (control.method, control.schedule) != (line.method, line.schedule) and not alike
     why = control.not_comparable
     if not why and other and control.kind != "thin":  # thin has equal MACs, and no line's shape
         why = f"it has the shape of {of}" if control.kind == "scratch" else f"it was pruned and trained like {of}"

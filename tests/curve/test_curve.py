@@ -489,6 +489,24 @@ def test_controls_of_another_way_do_not_pass_for_the_same_shape(schedule: bool) 
     assert "the same shape" not in verdict
 
 
+@pytest.mark.parametrize(("of_control", "alike"), [("a1", True), ("b2", False), (None, False)])
+def test_two_ways_that_leave_one_shape_have_one_control(of_control: str | None, alike: bool) -> None:
+    dense = [98.0, 98.0, 98.0]
+    records = sweep({0.5: [90.0, 90.2, 90.1]}, dense)
+    for schedule, values in (("multi-level", [97.5, 97.6, 97.7]),):
+        records += [
+            trial("pruned", 0.5, s, v, v, schedule=schedule, steps=100, details={"shapes": "a1"})
+            for s, v in enumerate(values)
+        ]
+    own = {} if of_control is None else {"shapes": of_control}
+    records += [trial("scratch", 0.5, s, 96.0, 96.0, steps=1000, details=own) for s in range(3)]
+    found = lines(records, goal="max")
+    told = {(c.line, c.control): c for c in compared(found, goal="max", unit="%")}
+    other = next(line.name for line in found if line.schedule == "multi-level")
+    assert told[other, "scratch"].comparable is alike
+    assert ("the same shape trained from scratch" in told[other, "scratch"].sentence) is alike
+
+
 def test_a_thinner_network_that_is_the_first_lines_shape_is_no_other_lines() -> None:
     found = two_ways(details={"same_as": "scratch"})
     told = {(c.line, c.control): c for c in compared(found, goal="max", unit="%")}

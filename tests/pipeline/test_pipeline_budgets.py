@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from paredown.cli.main import explained
 from paredown.errors import InfeasibleError, UsageError
 from paredown.pipeline import compress
 from paredown.pipeline.budgets import check_budget
@@ -55,7 +56,11 @@ def test_bytes_are_met_by_bits_and_the_file_stays_within(tmp_path):
     assert found.recommended == "int8"
     assert said["otherwise"] != "dense"  # it does not keep the budget
     assert said["search"]["trials"][0]["way"] == "none"
-    assert min(said["search"]["trials"][0]["bits"].values()) < 8
+    (trial,) = said["search"]["trials"]
+    assert min(trial["bits"].values()) < 8
+    assert trial["recipe"]["prune.levels"] == []
+    counts = [(list(trial["bits"].values()).count(b), b) for b in sorted(set(trial["bits"].values()), reverse=True)]
+    assert trial["recipe"]["bits"] == ", ".join(f"{n} × {b} bits" for n, b in counts)
     assert "How the budget was met" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
@@ -75,6 +80,63 @@ def test_fault_71_an_impossible_latency_is_exit_4_with_the_nearest_plan(tmp_path
         compress(asked, out=tmp_path / "run", quiet=True)
     assert caught.value.exit_code == 4
     assert caught.value.nearest.keep
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"latency": 0.01, "rounds": 1, "allocation": "uniform"},  # no file holds it
+        {"macs": 0.1, "rounds": 0},  # nothing is searched: the verdict misses
+    ],
+)
+def test_what_misses_after_levels_is_exit_4_with_the_nearest_plan_too(tmp_path, budget):
+    asked = recipe(budget, prune={"levels": [{"macs": 0.7}]})
+    with pytest.raises(InfeasibleError, match="must be at most") as caught:
+        compress(asked, out=tmp_path / "run", quiet=True)
+    records = {r.cell["stage"]: r for r in read(tmp_path / "run" / "records.jsonl")}
+    assert "verdict" in records
+    dense, level = (int(records[n].measured["macs"].value) for n in ("dense", "level-1"))
+    reached = caught.value.nearest.made_by["reached"]["macs"]
+    assert reached < level if "latency" in budget else reached == level
+    said, code = explained(caught.value)
+    assert code == 4
+    assert "\nNearest plan: parameters" in said
+    assert f"macs {reached:,} of {dense:,}" in said  # not of what the levels left
+
+
+TWIN = """
+
+
+def twin(parameters, *, extra_epochs=0):
+    from pathlib import Path
+
+    Path(__file__).with_name("extra").write_text(str(extra_epochs))
+    torch.manual_seed(1)
+    return Small(8).eval()
+"""
+
+
+@pytest.mark.parametrize(
+    ("levels", "budget", "epochs"),
+    [
+        ([], {"macs": 0.5}, 2),
+        ([{"macs": 0.7, "epochs": 1}], {"macs": 0.35}, 3),
+        ([{"macs": 0.7, "epochs": 1}], {"macs": 0.9}, 1),  # the level is enough, nothing is searched
+        ([], {"macs": 2 * 10**9}, None),  # nothing leaves
+    ],
+)
+def test_the_dense_twin_trains_as_long_as_levels_and_search_together(tmp_path, levels, budget, epochs):
+    task = tmp_path / "with_twin.py"
+    task.write_text(TASK.read_text(encoding="utf-8") + TWIN, encoding="utf-8")
+    asked = recipe(
+        {**budget, "allocation": "uniform"}, task=str(task), prune={"levels": levels},
+        recover={"epochs": 2}, dense_twin={"enabled": True},
+    )  # fmt: skip
+    compress(asked, out=tmp_path / "run", quiet=True)
+    stages = {r.cell["stage"] for r in read(tmp_path / "run" / "records.jsonl")}
+    assert ("twin-int8" in stages) is (epochs is not None)
+    if epochs is not None:
+        assert (tmp_path / "extra").read_text() == str(epochs)
 
 
 def test_bytes_that_no_file_reaches_come_with_the_smallest_that_there_is(tmp_path):

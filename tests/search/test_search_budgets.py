@@ -16,10 +16,12 @@ from paredown.couple import couple
 from paredown.errors import InfeasibleError, UsageError
 from paredown.examine import examine
 from paredown.export import export
-from paredown.measure.layer_tables import Setting
+from paredown.measure.layer_tables import AT_ONCE, Setting
 from paredown.program import capture
 from paredown.prune import prune
+from paredown.records import Measured
 from paredown.score import score
+from paredown.search import layers as layers_module
 from paredown.search.budgets import Round, Search, _infeasible, layer_shares, meet
 from paredown.search.candidates import kept_units, maker
 from paredown.search.layers import latency_table, timed_layers
@@ -146,6 +148,49 @@ def test_the_table_is_the_sum_of_what_was_timed(given, tmp_path, monkeypatch):
     assert {x.name: len(x.out_channels) > 1 for x in table.layers} == {
         "stem": True, "deep": True, "point": True, "inner": True, "outer": True, "head": False,
     }  # fmt: skip
+
+
+def lanes(shape, slow=1.0):
+    """Milliseconds of kernels that take eight channels at once, and where one is left over another kernel that is `slow`."""
+    written = -(-shape.out_channels // 8)
+    return written * shape.in_channels / shape.groups * (slow if shape.out_channels % 8 else 1.0)
+
+
+def table_of(given, monkeypatch, ms, **options):
+    timed: list[list] = []
+
+    def times(groups, setting, progress):
+        timed.extend(list(dict.fromkeys(g)) for g in groups)
+        return {s: Measured(value=ms(s), unit="ms") for g in timed for s in g}
+
+    monkeypatch.setattr(layers_module, "layer_times", times)
+    return {x.name: x for x in latency_table(*given, Setting(), **options).layers}, timed
+
+
+@pytest.mark.parametrize("align", [1, 4, 8])
+def test_the_table_shows_the_steps_of_alignment(given, monkeypatch, align):
+    layers, timed = table_of(given, monkeypatch, lanes, align=align)
+    assert all(len(group) <= (AT_ONCE if align == 8 else 45) for group in timed)
+    assert {17, 25} <= set(layers["stem"].out_channels)
+    for name, read in (("stem", 3), ("point", 32), ("deep", 1)):
+        found = layers[name].at(np.array([16, 17, 18, 20, 23, 24]), read)
+        assert found[1:] == pytest.approx([3.0 * read] * 5), name  # all up to 24 as long as 24
+        assert found[0] == pytest.approx(2.0 * read)
+    assert layers["head"].out_channels == (5,)  # classes do not leave
+    assert layers["stem"].at([[17], [32]], [3, 3]).tolist() == [[9, 9], [12, 12]]
+
+
+def test_a_slow_kernel_above_a_multiple_says_nothing_of_other_multiples(given, monkeypatch):
+    layers, _ = table_of(given, monkeypatch, lambda s: lanes(s, slow=5.0))
+    assert layers["point"].at([16, 24, 32], 32).tolist() == [64, 96, 128]
+    assert layers["inner"].at([24, 25, 28, 32, 40, 48], 32) == pytest.approx([96, 640, 640, 128, 160, 192])
+
+
+def test_groups_that_divide_the_channels_are_timed_at_their_multiples_alone(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, groups=4), nn.Conv2d(32, 4, 1)).eval()
+    program = capture(net, torch.randn(2, 3, 8, 8))
+    layers, _ = table_of((program, couple(program), examine(program)), monkeypatch, lanes)
+    assert all(n % 4 == 0 for n in layers["1"].out_channels)
 
 
 def test_bytes_are_met_on_the_disk_and_nothing_is_given_away(search):

@@ -75,7 +75,7 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
     """What is still to be done for the budget after the recipe's levels; None where it asks for nothing that is searched.
 
     Raises InfeasibleError with the nearest plan where no file holds the budget and the recipe has no levels of its own; with
-    levels the run goes on, and its verdict says what was missed.
+    levels the run goes on, its verdict says what was missed, and the nearest plan is kept for the error that ends it.
     """
     recipe, bounds = run.recipe, run.recipe.budget
     alone = level_of(recipe)
@@ -92,10 +92,18 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
     except InfeasibleError as error:
         if not recipe.prune.levels:
             raise
+        run.dense["nearest"] = _after(tuned, error.nearest)
         run.say(f"budget: {error}")
         return None
     _keep(run, number, asked, program, tuned, result)
     return result
+
+
+def _after(tuned: Pruned | None, plan: Plan | None) -> Plan | None:
+    """A plan for what the levels left, as one for the dense network."""
+    if tuned is None or plan is None or tuned.plan.ranks or tuned.plan.drop_modules:  # later plans name factors
+        return plan
+    return tuned.plan.then(plan)
 
 
 def limits(run: Run, program: Program) -> dict[str, float]:

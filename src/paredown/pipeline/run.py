@@ -30,7 +30,7 @@ class Run:
     model: Callable[[], nn.Module]
     environment: Mapping[str, Any]
     dense: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Facts of the dense file that later stages are compared with (artifact, per-sample metric)."""
+    """What later stages need of earlier ones: the dense file's artifact and metric, what a search found, or came nearest with."""
 
     def record(self, stage: str, title: str, **fields: Any) -> Record:
         """A record of this run."""

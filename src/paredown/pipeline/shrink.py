@@ -16,6 +16,7 @@ from paredown.errors import InfeasibleError, NothingToDo
 from paredown.export import export
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
+from paredown.pipeline.verdict import counted
 from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
 from paredown.program import Program
@@ -143,12 +144,14 @@ def _trials(run: Run, way: Way, here: Here, answer: Any) -> tuple[Trial, ...]:
 def _told(here: Here, trials: Sequence[Trial], best: Trial, shrinking: Shrinking) -> dict[str, Any]:
     rows = []
     for t in trials:
-        level = _level(here, t.values)
+        level, bits = _level(here, t.values), t.told.get("bits")
+        recipe: dict[str, Any] = {} if level is None else {"prune.levels": [level.model_dump(exclude_none=True)]}
+        if bits:  # all trials are solved for one limit: what tells points of nearly one size apart is these
+            recipe = {"prune.levels": [], **recipe, "bits": _in_words(bits)}
         rows.append(
             {
                 "way": t.values["way"], "share": t.values["share"], "error": None if t.losses is None else t.losses[0],
-                "size_bytes": t.told.get("size_bytes"), "bits": t.told.get("bits"), "why": t.why,
-                "recipe": {} if level is None else {"prune.levels": [level.model_dump(exclude_none=True)]},
+                "size_bytes": t.told.get("size_bytes"), "bits": bits, "why": t.why, "recipe": recipe,
             }
         )  # fmt: skip
     front = undominated([None if t.losses is None else (t.losses[0], t.told["size_bytes"]) for t in trials])
@@ -314,7 +317,9 @@ def fitted_bits(run: Run, thing: Program | Pruned, shrinking: Shrinking) -> dict
         except NothingToDo as error:
             if best is None:
                 msg = f"size_bytes must be reachable: {shrinking.limit:,.0f}. {error}. Lower budget.bits or prune.floor, or ask for more."
-                raise InfeasibleError(msg) from error
+                raise InfeasibleError(
+                    msg, nearest=counted(thing.plan if isinstance(thing, Pruned) else None)
+                ) from error
             break
         if repr(spread.bits) in tried:
             break
@@ -332,7 +337,7 @@ def fitted_bits(run: Run, thing: Program | Pruned, shrinking: Shrinking) -> dict
     path.unlink(missing_ok=True)
     if best is None:
         msg = f"size_bytes must be at most {shrinking.limit:,.0f} B. Got more in each of {len(tried)} files. Allow fewer bits in budget.bits, or ask for more."
-        raise InfeasibleError(msg)
+        raise InfeasibleError(msg, nearest=counted(thing.plan if isinstance(thing, Pruned) else None))
     return best.bits
 
 

@@ -21,6 +21,7 @@ from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
 from paredown.export.session import has_exact_products
+from paredown.granularity import Granularity
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.measure.quality import keep_values, kept_values
 from paredown.measure.watched import Watch, another_range, oddities, range_of
@@ -29,7 +30,7 @@ from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, files_digest, key_of
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
-from paredown.pipeline.levels import one_level
+from paredown.pipeline.levels import one_level, started, without_random_teacher
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import fitted_bits, repair_of
 from paredown.pipeline.snippet import input_of, snippet
@@ -78,14 +79,14 @@ def run_stages(run: Run) -> Compressed:
     """All stages of one run, in order."""
     recipe, task = run.recipe, run.task
     roles = check_roles(task)
-    roles = dataclasses.replace(roles, warnings=(*roles.warnings, *given_notes(recipe.given)))
-    dense = base_of(run)
-    program = capture(dense, task.inputs())
-    _stage_examine(run, program, roles.warnings)
+    start = started(run, base_of(run))
+    dense, program, tuned = start.dense, start.program, start.before
+    run, untaught = without_random_teacher(run, dense)
+    roles = dataclasses.replace(roles, warnings=(*roles.warnings, *given_notes(recipe.given), *untaught))
+    _stage_examine(run, program, (*roles.warnings, *start.notes))
     _stage_float(run, 1, "dense", "Dense FP32", program, None, {})
     values = run.dense["values"]
     run.dense["slices"] = checked_slices(run, len(values) if values.ndim else None)
-    tuned: Pruned | None = None
     for number, level in enumerate(recipe.prune.levels, start=1):
         done = one_level(run, number, level, program, tuned, dense)
         if done is not None:
@@ -112,14 +113,20 @@ def run_stages(run: Run) -> Compressed:
         verdict=verdict,
         records=records,
     )
-    verdicts.gates(records, verdict)
+    verdicts.gates(records, verdict, run.dense.get("nearest") or (None if tuned is None else tuned.plan))
     return result
 
 
 def _for_the_budget(run: Run, program: Program, tuned: Pruned | None, dense: nn.Module) -> Pruned | None:
     """One more level, where the budget asks for more than the recipe's levels gave."""
-    number = len(run.recipe.prune.levels) + 1
-    found = searched(run, number, program, tuned)
+    asked, known = run.recipe.prune, tuned
+    number = len(asked.levels) + 1
+    of_masks = [v for v in asked.levels if v.factorize is None and Granularity.parse(asked.granularity_of(v)).masked]
+    if (
+        tuned is not None and not of_masks
+    ):  # beside zeros that the model came with units are searched for, if not beside a recipe's
+        known = dataclasses.replace(tuned, plan=dataclasses.replace(tuned.plan, masks={}))
+    found = searched(run, number, program, known)
     if found is None:
         return tuned
     run.dense["search"] = found.told
@@ -131,6 +138,7 @@ def _for_the_budget(run: Run, program: Program, tuned: Pruned | None, dense: nn.
     if done is None:
         return tuned
     pruned, details = done
+    run.dense["searched_epochs"] = run.recipe.of_level(found.level).epochs
     title = "Pruned for the budget, FP32"
     _stage_float(run, 10 + number, f"level-{number}", title, pruned, pruned.plan, {**details, "search": found.told})
     return pruned
@@ -431,14 +439,15 @@ def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> 
 
 def _twin(run: Run, last: Program | Pruned) -> None:
     """A dense network of equal size, trained as long in all: would it do as well?"""
-    if not run.recipe.dense_twin.enabled or run.task.twin is None or not run.recipe.prune.levels:
-        return
+    if not run.recipe.dense_twin.enabled or run.task.twin is None or not isinstance(last, Pruned):
+        return  # where nothing left the network, the dense file is the answer already
     run.say("train the equal-size dense network")
     module = last.module
     options = {
         "seed": run.recipe.seed,
         "device": run.recipe.device,
-        "extra_epochs": run.recipe.recovery_epochs,
+        # a level that a search added trained too: without its epochs the rival would train less than the pruned network
+        "extra_epochs": run.recipe.recovery_epochs + run.dense.get("searched_epochs", 0),
         "checkpoint": run.folder.steps / "twin.safetensors",
         "progress": lambda p: run.on_training("train the dense twin", p),
         **run.recipe.base.model_dump(exclude_none=True),  # else a base of other length has no equal

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
@@ -30,13 +31,13 @@ from paredown.export.onnxruntime import load_translations
 from paredown.measure import evaluated, machine, machine_text, measure, sizes, summarize
 from paredown.pipeline.compress import task_of, versions
 from paredown.pipeline.folder import LOCK, RunFolder, files_digest
-from paredown.pipeline.levels import one_level
+from paredown.pipeline.levels import Start, one_level, started, without_random_teacher
 from paredown.pipeline.run import Run, device_told
 from paredown.pipeline.stages import accepted, base_of, metric_of
 from paredown.pipeline.ways import Here, Way, simulated
 from paredown.plan import Mask
 from paredown.program import GraphModel, Program, capture
-from paredown.prune import Pruned, fresh, load_pruned, prune, save
+from paredown.prune import Pruned, compose, fresh, load_pruned, prune, save
 from paredown.prune.scratch import fresh_graph
 from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Measured, Record, locked, sweep_stale, write_text
@@ -168,18 +169,18 @@ def _base(asked: Asked) -> Record:
 
 def _pruned(asked: Asked) -> Record:
     """The levels of the recipe on the base, as compress does them; random is this by another criterion."""
-    run, dense = asked.run, _dense(asked)
-    program = capture(dense, run.task.inputs())
-    tuned: Pruned | None = None
-    details: dict[str, Any] = {}
+    start = _start(asked)
+    run, untaught = without_random_teacher(asked.run, start.dense)
+    tuned, details = start.before, dict[str, Any]()
     for number, level in enumerate(run.recipe.prune.levels, start=1):
-        done = one_level(run, number, level, program, tuned, dense)
+        done = one_level(run, number, level, start.program, tuned, start.dense)
         if done is not None:
             tuned, details = done
-    if tuned is None:
+    if tuned is None or tuned is start.before:
         msg = f"a trial must remove something. Got {run.recipe.prune.levels[0].model_dump(exclude_none=True)}, which the model meets as it is: fewer channels than the alignment, or nothing free."
         raise RejectedError(msg)
     save(tuned, run.folder.path)
+    details["notes"] = [*start.notes, *untaught, *details["notes"]]
     told = ("proof", "realiser", "reached", "notes")
     return _recorded(asked, tuned, tuned, {k: v for k, v in details.items() if k in told})
 
@@ -187,25 +188,27 @@ def _pruned(asked: Asked) -> Record:
 def _from_scratch(asked: Asked) -> Record:
     """Chosen on fresh weights, then trained as long as base and recovery together."""
     run = asked.run
-    recipe, program = run.recipe, capture(fresh(_dense(asked), seed=run.recipe.seed), run.task.inputs())
+    recipe, start = run.recipe, _start(asked)
+    program = capture(fresh(start.dense, seed=recipe.seed), run.task.inputs())
     way = Way(recipe=recipe, task=run.task, level=recipe.prune.levels[0], number=1, weights_given=True)
-    here = Here.of(program, None)
+    before = None if start.before is None else prune(program, start.before.plan, seed=recipe.seed)
+    here = Here.of(program, before)
     small = way.carried_out(here, way.plan(here))
+    small = small if before is None else compose(before, small, seed=recipe.seed)
     return _trained_anew(asked, small, recipe.recovery_epochs)
 
 
 def _scratch(asked: Asked) -> Record:
     """The shape of the pruned model (or its mask), from fresh weights."""
     run, record = asked.run, _needed(asked, "pruned")
-    program = capture(_dense(asked), run.task.inputs())
-    small = load_pruned(asked.needs["pruned"], program)
+    small = load_pruned(asked.needs["pruned"], _start(asked).program)
     return _trained_anew(asked, _anew(small, run.recipe.seed), _recovery_epochs(record))
 
 
 def _thin(asked: Asked) -> Record:
     """Every layer narrowed alike until the MACs are those of the pruned model, from fresh weights."""
     run, record = asked.run, _needed(asked, "pruned")
-    program = capture(fresh(_dense(asked), seed=run.recipe.seed), run.task.inputs())
+    program = capture(fresh(_start(asked).dense, seed=run.recipe.seed), run.task.inputs())
     coupling, cost = couple(program), examine(program)
     wanted = record.measured["effective_macs"].value
     assert wanted is not None
@@ -295,12 +298,12 @@ def _trains_base(run: Run) -> bool:
     return run.task.base is not None and run.recipe.weights is None and run.recipe.model is None
 
 
-def _dense(asked: Asked) -> nn.Module:
+def _start(asked: Asked) -> Start:
     """The base of this seed, from the folder of the trial that trained it; nothing is trained again."""
     place = asked.needs["base"]
     recipe = parse_recipe(read_yaml(place / RECIPE), folder=asked.run.recipe.folder)
     run = dataclasses.replace(asked.run, recipe=recipe, folder=RunFolder(path=place), on_training=lambda *_: None)
-    return base_of(run).eval()
+    return started(asked.run, base_of(run).eval())
 
 
 def _needed(asked: Asked, role: str) -> Record:
@@ -379,12 +382,19 @@ def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, detai
     kept = {
         "file": path.name,
         "digest": files_digest(artifact.files),
+        "shapes": _shapes(thing.module),
         "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},
         "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else {},
         **details,
     }
     plan = None if tuned is None else tuned.plan.digest
     return run.record("trial", "", plan_digest=plan, measured=found, details=kept)
+
+
+def _shapes(module: nn.Module) -> str:
+    """A digest of the shapes of all tensors: two ways of pruning may leave one shape."""
+    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _with_zeros(parameters: int, macs: int, tuned: Pruned | None) -> dict[str, Measured]:

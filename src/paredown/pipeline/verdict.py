@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paredown.budget import parse_latency
 from paredown.errors import GateError, InfeasibleError
+from paredown.plan import Plan
 from paredown.records import Record
 
 if TYPE_CHECKING:  # stages runs the verdict
@@ -114,11 +116,20 @@ def not_tested(by_stage: Mapping[str, Record], target: str) -> list[str]:
     return out
 
 
-def gates(records: tuple[Record, ...], verdict: Mapping[str, Any]) -> None:
-    """Raise GateError (metric) or InfeasibleError where a bound does not hold."""
+def gates(records: tuple[Record, ...], verdict: Mapping[str, Any], nearest: Plan | None = None) -> None:
+    """Raise GateError (metric) or InfeasibleError, with the nearest plan, where a bound does not hold."""
     missed = [b for b in verdict["bounds"] if not b["met"]]
     for bound in missed:
         msg = f"{bound['what']} must be at most {bound['bound']:.6g} {bound['unit']}. Got {bound['value']:.6g} on the quantized file. The report names the best file that keeps it."
         if bound["what"] == "metric_loss":
             raise GateError(msg)
-        raise InfeasibleError(msg)
+        raise InfeasibleError(msg, nearest=counted(nearest))
+
+
+def counted(plan: Plan | None) -> Plan | None:
+    """The plan of several levels with what they reached together of the dense network, where a plan of one level says it."""
+    levels = [] if plan is None else plan.made_by.get("levels", [])
+    if plan is None or not levels:
+        return plan
+    together = {"dense": levels[0].get("dense"), "reached": levels[-1].get("reached")}
+    return dataclasses.replace(plan, made_by={**plan.made_by, **together})

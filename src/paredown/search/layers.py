@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from paredown.allocate import Latency
-from paredown.allocate.latency import LayerLatency, Length
+from paredown.allocate.latency import Floats, LayerLatency, Length
 from paredown.couple import Coupling
 from paredown.examine import Cost
 from paredown.examine.count import bound
@@ -22,6 +23,11 @@ SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Of an axis, where a layer is timed, if only one of its axes can shrink."""
 FEWER = (0.125, 0.25, 0.5, 0.75, 1.0)
 """The same where both can."""
+LANES = 8
+"""Channels that the kernels of the runtimes take at once: one more than a multiple costs as much as the next multiple."""
+STEPS, FEWER_STEPS = (0.25, 0.5, 0.75), (0.5, 0.75)
+"""Of the channels written, where one more than a multiple of LANES is timed too: few, so that at the usual alignment all shapes
+of a layer are still timed in one go."""
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
@@ -36,8 +42,22 @@ class TimedLayer:
     reads: Length
     """Of the weight's second axis: the channels of one group."""
 
+    def steps(self) -> dict[int, int]:
+        """Channels written one above a multiple of LANES, at which the layer is timed → that multiple.
+
+        Empty where these are no lengths of the axis: it cannot shrink, or groups have to divide it.
+        """
+        d = self.dense
+        depthwise = not self.reads.per and d.groups == d.out_channels
+        if not self.writes.per or (d.groups > 1 and not depthwise):
+            return {}
+        near = {
+            round(self.writes.dense * share / LANES) * LANES for share in (FEWER_STEPS if self.reads.per else STEPS)
+        }
+        return {n + 1: n for n in sorted(near) if 0 < n < self.writes.dense - 1}
+
     def grid(self, align: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Lengths of both axes at which the layer is timed."""
+        """Lengths of both axes at which the layer is timed, without `steps`."""
         both = bool(self.writes.per) and bool(self.reads.per)
         shares = FEWER if both else SHARES
         step = math.lcm(align, self.dense.groups if self.reads.per else 1)
@@ -105,7 +125,7 @@ def latency_table(
     Raises what `layer_times` raises.
     """
     layers = timed_layers(program, coupling, cost)
-    grids = {layer.node: layer.grid(align) for layer in layers}
+    grids = {layer.node: _with_steps(layer, align) for layer in layers}
     shapes = [[s for row in _shapes(layer, grids[layer.node]) for s in row] for layer in layers]
     times = layer_times(shapes, setting, progress=progress)
     return Latency(layers=tuple(_table(layer, grids[layer.node], times) for layer in layers))
@@ -113,14 +133,49 @@ def latency_table(
 
 def _table(layer: TimedLayer, grid: tuple[tuple[int, ...], tuple[int, ...]], times: Any) -> LayerLatency:
     ms = np.array([[float(times[s].value) for s in row] for row in _shapes(layer, grid)])
-    return LayerLatency(
-        name=layer.name, writes=layer.writes, reads=layer.reads, out_channels=grid[0], in_channels=grid[1], ms=ms
-    )
+    shared: dict[str, Any] = {
+        "name": layer.name, "writes": layer.writes, "reads": layer.reads, "in_channels": grid[1],
+    }  # fmt: skip
+    steps = layer.steps()
+    rows = [i for i, n in enumerate(grid[0]) if n not in steps]
+    even = LayerLatency(out_channels=tuple(grid[0][i] for i in rows), ms=ms[rows], **shared)
+    return SteppedLatency(out_channels=grid[0], ms=ms, even=even, steps=steps, **shared) if steps else even
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SteppedLatency(LayerLatency):
+    """A layer's milliseconds with the steps of its kernels, where these were timed; `even` holds the points without them.
+
+    One channel above a multiple may take a slower kernel, so it speaks for the counts up to the next multiple alone: those that
+    an alignment allows lie between points that it allows too.
+    """
+
+    even: LayerLatency
+    steps: Mapping[int, int]
+    """Channels just above a multiple → that multiple."""
+
+    def at(self, out_channels: ArrayLike, in_channels: ArrayLike) -> Floats:
+        """Milliseconds at any lengths: bilinear, but what was timed above a multiple from there to the next one, if that is slower."""
+        written, read = np.broadcast_arrays(np.asarray(out_channels, dtype=np.float64), np.asarray(in_channels))
+        found = self.even.at(written, read)
+        for above, multiple in self.steps.items():
+            inside = (multiple < written) & (written < min(multiple + LANES, self.writes.dense))
+            if inside.any():
+                timed = LayerLatency.at(self, float(above), read)
+                found = np.where(inside, np.where(written == above, timed, np.maximum(found, timed)), found)
+        return found
 
 
 def _shapes(layer: TimedLayer, grid: tuple[tuple[int, ...], tuple[int, ...]]) -> Iterator[list[LayerShape]]:
     for out_channels in grid[0]:
         yield [layer.at(out_channels, in_channels) for in_channels in grid[1]]
+
+
+def _with_steps(layer: TimedLayer, align: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The grid with the steps, and the multiples that these rise from."""
+    out_channels, in_channels = layer.grid(align)
+    steps = layer.steps()
+    return tuple(sorted({*out_channels, *steps, *steps.values()})), in_channels
 
 
 def _points(length: Length, step: int, shares: tuple[float, ...]) -> tuple[int, ...]:

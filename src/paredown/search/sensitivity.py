@@ -124,7 +124,14 @@ def stays_of(point: Point, scores: Scores, copy: Copy) -> Any:
     if not isinstance(point.stays, tuple):
         return point.stays
     granularity, amount, rows = point.stays
-    return layer_mask(scores.by_cell[point.name], copy.shape(point.name), granularity, amount, rows=rows)
+    return layer_mask(
+        scores.by_cell[point.name],
+        copy.shape(point.name),
+        granularity,
+        amount,
+        rows=rows,
+        flipped=(scores.flipped or {}).get(point.name, 0),
+    )
 
 
 def sensitivity(
@@ -323,7 +330,9 @@ def _masks(
         if name in guard or name not in multiplied:
             continue
         for amount in amounts:
-            stays = layer_mask(values, shape, granularity, amount, rows=rows)
+            stays = layer_mask(
+                values, shape, granularity, amount, rows=rows, flipped=(scores.flipped or {}).get(name, 0)
+            )
             kept = int(np.count_nonzero(stays))
             if kept < stays.size:
                 points.setdefault(
