@@ -2,6 +2,9 @@
 
 A weight of shape [out, in, *kernel] is seen as the matrix [out, in × kernel]. "2:4" groups consecutive *input channels*
 at a fixed kernel position, because that is what hardware reads; "kernel" is one input channel of one filter.
+
+Nothing here knows how a layer reads its weight. Where it is stored [in, out, …] (transposed convolutions, `x @ W`, GPT-2's
+Conv1D) axis 1 are outputs: `serves_flipped` says which cells are there what they are called.
 """
 
 from __future__ import annotations
@@ -71,6 +74,17 @@ class Granularity:
     def masked(self) -> bool:
         """Whether a mask over single weights can show it."""
         return self.kind in MASKED
+
+    def serves_flipped(self, shape: tuple[int, ...]) -> bool:
+        """Whether the cells of a weight stored [in, out, …] are what their name says, though the axes are the other way round.
+
+        Single weights, kernels and square blocks of a matrix are; N:M, rows, columns and other blocks lie across.
+
+        >>> Granularity.parse("4x4").serves_flipped((8, 12)), Granularity.parse("2:4").serves_flipped((8, 12))
+        (True, False)
+        """
+        square = self.kind == "block" and self.a == self.b and len(shape) == 2
+        return self.kind in ("element", "kernel") or square
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the grid of cells of a weight; border blocks may be smaller than the others.

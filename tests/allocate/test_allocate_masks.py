@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from paredown.allocate import Sensitivity, allocate, foresee
+from paredown.allocate.masks import layer_mask
 from paredown.budget import Budget
 from paredown.couple import Coupling, couple
 from paredown.errors import InfeasibleError, NothingToDo, RejectedError, UsageError
@@ -254,6 +255,126 @@ def test_n_of_m_needs_no_budget() -> None:
         plan_for(None, "2:4", allocation="global")
     with pytest.raises(UsageError, match="scope"):
         plan_for(None, "2:4", scope="row")
+
+
+# -------------------------------------------------------------------------------------------- weights stored [in, out]
+
+
+class Conv1D(nn.Module):
+    """As GPT-2's: a linear layer with its weight stored [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Flipped(nn.Module):
+    """Three weights stored [in, out], one of them by group, and a linear layer."""
+
+    def __init__(self, groups: int = 2) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=groups)
+        self.conv1d = Conv1D(6, 8)
+        self.product = nn.Parameter(torch.randn(8, 5))
+        self.fc = nn.Linear(5, 4)
+
+    def inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each weight is multiplied with. Shape [positions, in]."""
+        first = F.relu(self.up(x)).mean((2, 3))
+        second = F.relu(self.conv1d(first))
+        third = F.relu(second @ self.product)
+        channels = x.movedim(1, -1).flatten(0, 2)
+        return {"up.weight": channels, "conv1d.weight": first, "product": second, "fc.weight": third}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.inputs(x)["fc.weight"])
+
+
+def flipped(groups: int = 2) -> tuple[Flipped, torch.Tensor, Program]:
+    torch.manual_seed(2)
+    net = Flipped(groups).eval()
+    x = torch.randn(16, 4, 3, 3) * torch.tensor([0.1, 3.0, 1.0, 20.0])[:, None, None]
+    return net, x, capture(net, x[:2], train=False)
+
+
+def lowest_of_each_output(net: Flipped, x: torch.Tensor, groups: int, share: float) -> dict[str, np.ndarray]:
+    """What stays of every weight when each output loses that share of |w| · ‖x‖, by loops over outputs."""
+    expected = {}
+    for name, seen in net.inputs(x).items():
+        weight = net.get_parameter(name).detach().double().numpy()
+        norms = seen.detach().double().square().mean(0).sqrt().numpy()
+        stays = np.ones(weight.shape, dtype=np.bool_)
+        parts = groups if name == "up.weight" else 1
+        for part in range(parts):
+            for out in range(weight.shape[0 if name == "fc.weight" else 1]):
+                inputs = range(part * len(norms) // parts, (part + 1) * len(norms) // parts)
+                where = [(out, i) if name == "fc.weight" else (i, out, *at) for i in inputs for at in np.ndindex(weight.shape[2:])]  # fmt: skip
+                score = [abs(weight[at]) * norms[at[1] if name == "fc.weight" else at[0]] for at in where]
+                for k in np.argsort(score, kind="stable")[: min(round(share * len(where)), len(where) - 1)]:
+                    stays[where[k]] = False
+        expected[name] = stays
+    return expected
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_rows_are_outputs_however_the_weight_is_stored(by_hand: bool) -> None:
+    """Wanda within each output. In one input all weights share one norm: compared there it is magnitude."""
+    groups = 1 if by_hand else 2
+    net, x, program = flipped(groups)
+    coupling = couple(program)
+    scores = score(program, coupling, "wanda", granularity="element", batches=[x[:8], x[8:]])
+    assert scores.flipped == {"up.weight": groups, "conv1d.weight": 1, "product": 1}
+    if by_hand:  # nobody said it: the coupling does
+        scores = dataclasses.replace(scores, flipped=None)
+    plan = allocate(coupling, scores, examine(program), Budget(density=0.5))
+    expected = lowest_of_each_output(net, x, groups, 0.5)
+    assert plan.masks.keys() == expected.keys()
+    for name, stays in expected.items():
+        np.testing.assert_array_equal(plan.masks[name].kept, stays, err_msg=name)
+        flips = (scores.flipped or {}).get(name, 0)
+        if not by_hand:
+            alone = layer_mask(scores.by_cell[name], stays.shape, Granularity.parse("element"), 0.5, rows=True, flipped=flips)  # fmt: skip
+            np.testing.assert_array_equal(alone, stays, err_msg=name)
+
+
+@pytest.mark.parametrize("granularity", ["2:4", "row", "column", "4x1"])
+def test_cells_never_lie_across_a_weight_stored_in_out(granularity: str) -> None:
+    """2 of 4 outputs are no 2:4, and a "row" would be an input. Loudly left out, by hand-made scores too."""
+    net, _, program = flipped()
+    coupling, cost = couple(program), examine(program)
+    with pytest.warns(UserWarning, match=rf"stored \[in, out, …\].*{granularity} has no meaning: up.weight, conv1d"):
+        scores = score(program, coupling, "l1", granularity=granularity)
+    assert scores.by_cell.keys() == {"fc.weight"}
+    assert any("up.weight, conv1d.weight, product" in note for note in scores.notes)
+    budget = None if granularity == "2:4" else Budget(density=0.5)
+    plan = allocate(coupling, scores, cost, budget)
+    assert plan.masks.keys() == {"fc.weight"}
+    if granularity == "2:4":
+        order = np.argsort(np.abs(net.fc.weight.detach().numpy()[:, :4]), axis=1)
+        expected = np.ones((4, 5), dtype=np.bool_)  # the rest of one input stays
+        np.put_along_axis(expected, order[:, :2], False, axis=1)
+        np.testing.assert_array_equal(plan.masks["fc.weight"].kept, expected)
+    g = Granularity.parse(granularity)
+    by_cell = {n: g.reduce(np.abs(net.get_parameter(n).detach().double().numpy())) for n in net.inputs(torch.ones(2, 4, 3, 3))}  # fmt: skip
+    plan = allocate(coupling, Scores(criterion="l1", by_space={}, granularity=granularity, by_cell=by_cell), cost, budget)  # fmt: skip
+    assert plan.masks.keys() == {"fc.weight"}
+    assert set(plan.made_by["left_out"]) == {"up.weight", "conv1d.weight", "product"}
+    only = nn.Sequential(Conv1D(8, 8))
+    with pytest.raises(UsageError, match=r"Got only weights stored \[in, out, …\]"):
+        alone = capture(only, torch.zeros(2, 8))
+        score(alone, couple(alone), "l1", granularity=granularity)
+
+
+@pytest.mark.parametrize("granularity", ["2x2", "kernel"])
+def test_cells_that_turn_with_the_weight_take_part(granularity: str) -> None:
+    """Square blocks of a matrix and kernels are the same cells [in, out] as [out, in]."""
+    _, _, program = flipped()
+    scores = score(program, couple(program), "l1", granularity=granularity)
+    assert scores.by_cell.keys() >= {"conv1d.weight", "product", "fc.weight"}
+    assert ("up.weight" in scores.by_cell) == (granularity == "kernel")
 
 
 # ------------------------------------------------------------------------------------------------- who takes part

@@ -218,3 +218,43 @@ def test_no_epochs_is_one_shot_without_training() -> None:
 def test_several_rounds_before_the_training_see_their_own_mask() -> None:
     once, often = (sparse(schedule=OneShot(rounds=r), epochs=0) for r in (1, 5))
     assert {n: m.digest for n, m in once.plan.masks.items()} == {n: m.digest for n, m in often.plan.masks.items()}
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "iterative"])
+def test_wanda_is_compared_within_each_output_unless_it_is_asked_otherwise(schedule: str) -> None:
+    """A ranking of the whole model is another, worse method: every output keeps its own share."""
+    result = sparse(criterion="wanda", schedule=schedule, epochs=0 if schedule == "one-shot" else 1)
+    assert result.plan.masks.keys() == set(WEIGHTS)
+    for name, mask in result.plan.masks.items():
+        by_output = mask.kept.reshape(len(mask.kept), -1)
+        inputs = by_output.shape[1]
+        assert (by_output.sum(axis=1) == inputs - round(0.75 * inputs)).all(), name
+    counts = [m.kept.reshape(len(m.kept), -1).sum(axis=1) for m in sparse(criterion="wanda", allocation="global", schedule="one-shot", epochs=0).plan.masks.values()]  # fmt: skip
+    assert any(len(set(c.tolist())) > 1 for c in counts)
+
+
+class InOut(nn.Module):
+    """A weight stored [in, out], and one stored [out, in]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.randn(8, 12)), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(x @ self.first))
+
+
+def test_weights_stored_in_out_are_masked_by_output_or_left_out() -> None:
+    torch.manual_seed(0)
+    model = pare.capture(InOut(), torch.zeros(2, 8))
+    data = [(torch.randn(16, 8), torch.randint(4, (16,))) for _ in range(4)]
+    given = {"model": model, "train_batches": lambda: data, "epochs": 1}
+    kept = sparse(**given, criterion="wanda").plan.masks["first"].kept
+    assert (kept.sum(axis=0) == 2).all() and len(set(kept.sum(axis=1).tolist())) > 1
+    for criterion in ("sr_ste", "l1"):
+        with pytest.warns(UserWarning, match="2:4 has no meaning: first"):
+            result = sparse(**given, criterion=criterion, granularity="2:4", density=None)
+        assert result.plan.masks.keys() == {"last.weight"}
+        assert (result.plan.masks["last.weight"].kept.reshape(4, 3, 4).sum(axis=2) == 2).all()
+    with pytest.warns(UserWarning, match="row has no meaning: first"):
+        assert "first" not in sparse(**given, criterion="movement", granularity="row", density=0.5).plan.masks

@@ -359,3 +359,51 @@ def test_fault_27_of_equal_weights_the_first_leave(criterion: str, allocation: A
     in_all = [False] * 15 + [True, False] + [True] * 15  # no layer is ever emptied
     wanted = in_all if allocation == "global" else ([False] * 8 + [True] * 8) * 2
     assert kept.tolist() == wanted
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "kernel", "2x2"])
+def test_obs_of_cells_has_no_conditioned_diagonal(granularity: str) -> None:
+    with pytest.raises(pare.errors.UsageError, match=f"Got 'conditioned' with granularity {granularity}"):
+        elements("obs", granularity=granularity, diagonal="conditioned")
+
+
+class InOut(nn.Module):
+    """A transposed convolution of two groups and a product, both with weights stored [in, out, …]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2)
+        self.product = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).mean((2, 3)).relu() @ self.product
+
+
+def test_obs_of_cells_stored_in_out() -> None:
+    """tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) with B the *inputs* of a cell, by numpy; not w²."""
+    torch.manual_seed(3)
+    net, x = InOut().eval(), torch.randn(32, 4, 2, 2) @ torch.randn(2, 2)
+    x = torch.einsum("nchw,cd->ndhw", x, torch.randn(4, 4))
+    program = pare.capture(net, x[:2], train=False)
+
+    def scored(granularity: str) -> Any:
+        return pare.score(
+            program, pare.couple(program), "obs", granularity=granularity, batches=[x], damping=0.0
+        ).by_cell
+
+    h = net.up(x).mean((2, 3)).relu().detach().double().numpy()
+    held, weight = np.linalg.inv(h.T @ h / len(h)), net.product.detach().double().numpy()
+    wanted = np.zeros((3, 2))
+    for i, o in np.ndindex(3, 2):
+        part = weight[2 * i : 2 * i + 2, 2 * o : 2 * o + 2]
+        inside = np.linalg.inv(held[2 * i : 2 * i + 2, 2 * i : 2 * i + 2])
+        wanted[i, o] = np.trace(part.T @ inside @ part) / 4
+    np.testing.assert_allclose(scored("2x2")["product"], wanted, rtol=1e-4)
+    kernels = scored("kernel")
+    np.testing.assert_allclose(kernels["product"], weight**2 / np.diag(held)[:, None], rtol=1e-4)
+    taps = (net.up.weight.detach().double().numpy() ** 2).mean((2, 3))
+    for group in range(2):
+        seen = x[:, 2 * group : 2 * group + 2].movedim(1, -1).flatten(0, 2).double().numpy()
+        diagonal = np.diag(np.linalg.inv(seen.T @ seen / len(seen)))
+        rows = slice(2 * group, 2 * group + 2)
+        np.testing.assert_allclose(kernels["up.weight"][rows], taps[rows] / diagonal[:, None], rtol=1e-4)

@@ -5,6 +5,9 @@ with scope "row"), of all considered layers together with the others; half to ev
 Cells of several weights (rows, kernels, blocks) leave whole, and the nearest number of weights counts; a block at the
 border has fewer. At a tie the lower index leaves first, and in a ranking over layers those of the earlier layer. At least
 one cell of a layer (of a row) stays. N:M keeps N of every M inputs, whatever the scores.
+
+Rows are outputs: of a weight stored [in, out, …] (Scores.flipped) they lie along axis 1; cells that would lie across it
+(N:M, rows, columns, blocks that are not square) leave it out.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class Weight:
     """What one weight counts in the budget: 1, or its MACs."""
     least: int = 1
     """Weights that stay in any case."""
+    flipped: int = 0
+    """Where it is stored [in, out, …] the number of its groups; 0 for [out, in, …]."""
 
     @property
     def numel(self) -> int:
@@ -69,6 +74,22 @@ class Weight:
         magnitude = np.abs(self.scores)
         scale = float(magnitude.mean(dtype=np.float64) if how == "mean" else magnitude.max())
         return Cells(scores=self.scores, saves=saves, scale=scale if scale > 0 else 1.0)
+
+    def kept_in_rows(self, share: float) -> Bools:
+        """Cells that stay when every output gives that share of its own."""
+        if not self.flipped:
+            return kept_in_rows(self.scores, self.saves, share)
+        saves = self.saves if isinstance(self.saves, int) else self._by_output(self.saves)
+        kept = kept_in_rows(self._by_output(self.scores), saves, share)
+        inputs, outputs, *taps = self.scores.shape
+        apart = kept.reshape(self.flipped, outputs, inputs // self.flipped, *taps)
+        return np.moveaxis(apart, 1, 2).reshape(self.scores.shape)
+
+    def _by_output(self, cells: NDArray[Any]) -> NDArray[Any]:
+        """[groups × in, out, …] with one row for each output of each group. Shape [groups × out, in, …]."""
+        inputs, outputs, *taps = cells.shape
+        apart = cells.reshape(self.flipped, inputs // self.flipped, outputs, *taps)
+        return np.moveaxis(apart, 2, 1).reshape(self.flipped * outputs, -1, *taps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +141,17 @@ def allocate_masks(request: Request) -> Plan:
 
 
 def layer_mask(
-    scores: NDArray[Any], shape: tuple[int, ...], granularity: Granularity, density: float, *, rows: bool = False
+    scores: NDArray[Any],
+    shape: tuple[int, ...],
+    granularity: Granularity,
+    density: float,
+    *,
+    rows: bool = False,
+    flipped: int = 0,
 ) -> Bools:
     """The elements of one weight that stay at a density: what "uniform" does to one layer. Shape: the weight's.
+
+    `flipped`: the groups of a weight stored [in, out, …], by Scores.flipped; 0 for [out, in, …].
 
     >>> scores = np.array([[1.0, 4.0], [3.0, 2.0]])
     >>> layer_mask(scores, (2, 2), Granularity.parse("element"), 0.5).tolist()
@@ -130,9 +159,9 @@ def layer_mask(
     """
     if granularity.kind == "n:m":
         return granularity.keep_n_of_m(scores)
-    weight = Weight(name="", shape=shape, scores=scores, saves=_cell_sizes(granularity, shape))
+    weight = Weight(name="", shape=shape, scores=scores, saves=_cell_sizes(granularity, shape), flipped=flipped)
     share = 1.0 - density
-    kept = kept_in_rows(scores, weight.saves, share) if rows else _lowest(weight, rounded(share, weight.numel))
+    kept = weight.kept_in_rows(share) if rows else _lowest(weight, rounded(share, weight.numel))
     return granularity.expand(kept, shape)
 
 
@@ -209,6 +238,12 @@ def _weights(request: Request, rate: Mapping[str, int]) -> tuple[list[Weight], d
             raise RejectedError(msg)
     order = list(dict.fromkeys(w for node in request.cost.by_node for w in node.weights if w in request.scores.by_cell))
     left_out = {n: "no layer multiplies with it" for n in request.scores.by_cell if not rate.get(n)}
+    flipped = _flipped(request, order)
+    left_out |= {
+        n: f"it is stored [in, out, …], along which {granularity} has no meaning"
+        for n in order
+        if n in flipped and not granularity.serves_flipped(shapes[n])
+    }
     order = [n for n in order if n not in left_out]
     left_out |= _by_place(order, shapes, request.leave_out)
     for name in protected_weights(request.coupling, request.cost, order, request.include, request.exclude):
@@ -226,10 +261,25 @@ def _weights(request: Request, rate: Mapping[str, int]) -> tuple[list[Weight], d
             shape=shapes[n],
             scores=request.scores.by_cell[n],
             saves=_cell_sizes(granularity, shapes[n]),
+            flipped=flipped.get(n, 0),
         )
         for n in found
     ]
     return made, left_out
+
+
+def _flipped(request: Request, names: Sequence[str]) -> Mapping[str, int]:
+    """Weights stored [in, out, …]: as the scores say, else by their op or by which axes write and read channels."""
+    if request.scores.flipped is not None:
+        return request.scores.flipped
+    found = {w: 1 for node in request.cost.by_node if node.kind.startswith("conv_transpose") for w in node.weights}
+    axes = {(f.parameter, f.axis, f.role) for space in request.coupling.spaces for f in space.footprints}
+    for name in names:
+        if len(request.cost.parameter_shapes[name]) == 2:
+            turned = (name, 1, "write") in axes or (name, 0, "read") in axes
+            usual = (name, 0, "write") in axes or (name, 1, "read") in axes
+            found |= {name: 1} if turned and not usual else {}
+    return {n: found[n] for n in names if n in found}
 
 
 def _by_place(order: Sequence[str], shapes: Mapping[str, tuple[int, ...]], leave_out: Iterable[str]) -> dict[str, str]:
@@ -297,7 +347,7 @@ def _kept(task: _Task, *, at_floor: bool = False) -> dict[str, Bools]:
     if task.request.allocation == "global" and not at_floor:
         return _ranked(task)
     if task.rows and task.request.allocation == "uniform" and not at_floor and not _floors_bind(task):
-        return {w.name: kept_in_rows(w.scores, w.saves, task.share) for w in task.weights}
+        return {w.name: w.kept_in_rows(task.share) for w in task.weights}
     return _chosen(task, _removed_by_weight(task, at_floor=at_floor))
 
 
@@ -306,7 +356,7 @@ def _chosen(task: _Task, removed: NDArray[np.int64]) -> dict[str, Bools]:
     kept: dict[str, Bools] = {}
     for weight, number in zip(task.weights, removed.tolist(), strict=True):
         if task.rows:
-            kept[weight.name] = kept_in_rows(weight.scores, weight.saves, number / weight.numel)
+            kept[weight.name] = weight.kept_in_rows(number / weight.numel)
         else:
             kept[weight.name] = _lowest(weight, number)
     return kept

@@ -28,6 +28,7 @@ from paredown.prune.nouns import Pruned
 from paredown.prune.remove import prune
 from paredown.prune.schedule import Schedule
 from paredown.score import TABLE, Scores, score
+from paredown.score.patterns import stored_in_out
 from paredown.statistics.batches import apart
 from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
@@ -121,6 +122,7 @@ def chosen(job: Job, cells: Cells, kept: Kept, density: float) -> Kept:
         criterion=job.criterion, by_space={}, granularity=str(job.granularity), seed=job.seed,
         by_cell=below_the_living({n: cells[n] for n in job.first}, kept, job.granularity),
         scope=TABLE[job.criterion].scope if job.criterion in TABLE else "layer",
+        flipped=stored_in_out(job.program, list(job.first)),
     )  # fmt: skip
     budget = None if job.granularity.kind == "n:m" else Budget(density=density)
     options = {**job.allocation, "leave_out": ()}  # the first and last of those that take part are others

@@ -49,7 +49,8 @@ from paredown.prune.regularize import Regularize
 from paredown.prune.remove import compose
 from paredown.prune.schedule import Gradual, Iterative, Lottery, OneShot, Regrowth, Schedule, cubic, named_schedule
 from paredown.prune.structured import remove_in_training
-from paredown.score import Scores
+from paredown.score import TABLE, Scores
+from paredown.score.patterns import cut_as_said
 from paredown.statistics.batches import Batches, Given, batches_of, check_whole
 from paredown.train.distil import Distil
 from paredown.train.loop import Hook, OptimizerChoice, Progress
@@ -104,11 +105,11 @@ def sparsify(
 
     `density` is the share of the considered weights that stays (masks; N:M and "soft_movement" bring their own), `budget` a
     Budget for units that leave physically (granularity "channel", "head"). A sequence is levels: each entry is what remains
-    of what the level before left, each with all epochs. Schedules and criteria: see the module paredown.prune.sparsify.
+    of what the level before left, each with all epochs (and a numbered checkpoint). The model is not touched.
 
-    `allocation` is "global" for masks ("erk" for movement of single elements), "uniform" for channels and N:M where none is given; it and the next up to `target` are
-    those of allocate, `options` those of the criterion, the training's those of recover (`lr_schedule` is its `schedule`). With
-    `checkpoint` (of several, numbered) the same call goes on where it stopped, to the same bits. The model is not touched.
+    Usual `allocation`: "global" for masks, "erk" for movement, accumulated_movement and gradient_drift, "uniform" for wanda,
+    channels and N:M; it and the next up to `target` are those of allocate, `options` those of the criterion, the training's
+    those of recover (`lr_schedule`: its `schedule`). With `checkpoint` the same call goes on where it stopped, to the same bits.
 
     Raises UsageError, NothingToDo, InfeasibleError, VerificationError (a zero came alive), and what its parts raise.
 
@@ -175,10 +176,17 @@ class _Asked:
         return cls(cut=Granularity.parse(granularity), criterion=named, schedule=schedule, regularize=regularize)
 
     def usual(self) -> Allocation:
-        """The allocation where none is given. Movement's scores of two layers are of different sizes: they are never compared."""
-        if isinstance(self.criterion, Movement) and self.cut.kind == "element":
+        """The allocation where none is given.
+
+        Sums of gradients are of different sizes in two layers: their scores are never compared. Neither are those that are
+        meant to be compared within each output row (Wanda): a ranking of the model is another, worse method.
+        """
+        if not self.cut.masked or self.cut.kind == "n:m":
+            return "uniform"
+        if isinstance(self.criterion, Movement) or self.criterion in READINGS:
             return "erk"
-        return "global" if self.cut.masked and self.cut.kind != "n:m" else "uniform"
+        by_row = isinstance(self.criterion, str) and self.criterion in TABLE and TABLE[self.criterion].scope == "row"
+        return "uniform" if by_row else "global"
 
     def way(self) -> Schedule:
         """The schedule, with the default of the granularity."""
@@ -271,12 +279,16 @@ def _masked(job: Job, program: Program) -> list[str]:
     shapes = {n: s for n, s in job.cost.parameter_shapes.items() if n in names and len(s) >= 2 and n not in frozen}
     flat = Granularity.parse("element") if job.granularity.kind == "n:m" else job.granularity
     scores = Scores(
-        criterion="", by_space={}, granularity=str(flat), by_cell={n: np.ones(flat.grid(s)) for n, s in shapes.items()}
+        criterion="",
+        by_space={},
+        granularity=str(flat),
+        by_cell={n: np.ones(flat.grid(s)) for n, s in shapes.items()},
+        flipped={},  # left to `cut_as_said`, which warns of them
     )
     probe = allocate(
         job.coupling, scores, job.cost, Budget(density=0.5), **{**job.allocation, "allocation": "uniform", "floor": 0.0}
     )
-    return [n for n in shapes if n not in probe.made_by["left_out"]]
+    return cut_as_said(program, [n for n in shapes if n not in probe.made_by["left_out"]], job.granularity)
 
 
 def _level(job: Job, asked: _Asked, amount: Any) -> Pruned:

@@ -108,6 +108,9 @@ class Scores:
     element the precision of its weight. Empty for channels."""
     scope: Scope = "layer"
     """Where cells compete: in a layer, or only with those of their own output row (Wanda)."""
+    flipped: Mapping[str, int] | None = None
+    """Weights of `by_cell` stored [in, out, …], whose output rows lie along axis 1, and the number of their groups (a
+    transposed convolution's). None, of scores made by hand: allocate tells by the coupling."""
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     notes: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -79,23 +80,48 @@ def obs(source: Source, options: ObsOptions) -> Iterator[Elements]:
 
 def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> dict[str, Cells]:
     """Cells that leave as a whole: tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) per weight of the cell, B its columns."""
+    if options.diagonal == "conditioned":
+        msg = (
+            "diagonal must be 'inverse' with cells that leave as a whole: what is conditioned is one weight's column on those "
+            f"before it. Got 'conditioned' with granularity {granularity}. Leave it out, or use element or N:M."
+        )
+        raise UsageError(msg)
     seen = _seen(source, options, rows=False)
     found: dict[str, Cells] = {}
-    for name, weight in source.weights.items():
+    unseen: list[str] = []
+    for name, stored in source.weights.items():
+        statistics = seen.pop(name, None)
+        flipped = statistics is not None and statistics.flipped
+        if statistics is not None and flipped and granularity.kind == "kernel":
+            found[name] = _flipped_kernels(stored.detach().double(), statistics, granularity, options)
+            continue
+        if statistics is None or statistics.gram is None or (flipped and len(statistics.gram) > 1):
+            found[name] = granularity.reduce(stored.detach().double().square().numpy(), "mean")
+            unseen += [] if statistics is None else [name]  # those without statistics are named already
+            continue
+        weight = stored.T if flipped else stored  # [in, out] here only for square blocks, which turn with the matrix
         shape = tuple(weight.shape)
         grid, sizes = granularity.grid(shape), granularity.cell_sizes(shape)
-        statistics = seen.pop(name, None)
-        if statistics is None or statistics.flipped or statistics.gram is None:
-            found[name] = granularity.reduce(weight.detach().double().square().numpy(), "mean")
-            continue
         groups = len(statistics.gram)
         matrix = weight.detach().double().reshape(groups, shape[0] // groups, -1)
         matrix = matrix * (statistics.squared_norms > 0)[:, None, :]
         per_row = torch.cat(
             [_blocks(matrix[g], statistics.gram[g], granularity, shape, options) for g in range(groups)]
         )
-        found[name] = _over_rows(per_row.numpy(), granularity, grid).reshape(grid) / sizes.reshape(grid)
+        cells = _over_rows(per_row.numpy(), granularity, grid).reshape(grid) / sizes.reshape(grid)
+        found[name] = np.ascontiguousarray(cells.T) if flipped else cells
+    if unseen:
+        warnings.warn(f"obs takes w² where outputs stored along axis 1 have inputs of their own: {', '.join(unseen)}.", UserWarning, stacklevel=4)  # fmt: skip
     return found
+
+
+def _flipped_kernels(
+    weight: Tensor, statistics: InputStatistics, granularity: Granularity, options: ObsOptions
+) -> Cells:
+    """Kernels of a weight stored [in, out, …]: all taps of one see the same input, so each answers as a weight alone does."""
+    kept = _diagonal(statistics, options).masked_fill(statistics.squared_norms == 0, math.inf)
+    saliency = weight.square() / statistics.along(kept, tuple(weight.shape))
+    return granularity.reduce(saliency.numpy(), "mean")
 
 
 def _seen(source: Source, options: ObsOptions, *, rows: bool) -> dict[str, InputStatistics]:

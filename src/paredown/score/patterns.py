@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from paredown.couple.space import Coupling
+from paredown.couple.trace import op_name
 from paredown.errors import UsageError
 from paredown.examine.cost import Cost
 from paredown.examine.walk import examine
-from paredown.program import Program
+from paredown.granularity import Granularity
+from paredown.program import Program, placeholder_names
+from paredown.statistics.uses import CONVOLUTIONS, find_uses
+
+_OUTPUTS_FIRST = frozenset(("linear", "embedding", *CONVOLUTIONS))
+"""Ops that read a parameter as it is as [out, in, …], or that are no layer: what only they read needs no second look."""
 
 
 def as_patterns(given: str | Iterable[str]) -> tuple[str, ...]:
@@ -22,8 +29,17 @@ def as_patterns(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def maskable(program: Program, coupling: Coupling, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Weights of layers: floating point, at least two axes, and MACs proportional to them; tied ones once."""
+def maskable(
+    program: Program,
+    coupling: Coupling,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    cut: Granularity | None = None,
+) -> list[str]:
+    """Weights of layers: floating point, at least two axes, and MACs proportional to them; tied ones once.
+
+    With `cut` only those whose cells are what it says (`cut_as_said`).
+    """
     cost = examine(program)
     names = dict.fromkeys(w for node in cost.by_node if node.macs for w in node.weights)
     found = [
@@ -37,7 +53,49 @@ def maskable(program: Program, coupling: Coupling, include: Sequence[str], exclu
     if not found:
         msg = "a model must have weights to mask: of linear layers or convolutions, and not excluded. Got none."
         raise UsageError(msg)
-    return found
+    return found if cut is None else cut_as_said(program, found, cut)
+
+
+def cut_as_said(program: Program, names: Sequence[str], cut: Granularity) -> list[str]:
+    """Without the weights stored [in, out, …] that this granularity would cut across, which a warning names.
+
+    Raises UsageError where none is left.
+    """
+    if cut.kind in ("element", "kernel"):  # also there what they are called: nothing to look for
+        return list(names)
+    flipped = stored_in_out(program, names)
+    across = [n for n in names if n in flipped and not cut.serves_flipped(tuple(program.state[n].shape))]
+    if not across:
+        return list(names)
+    listed = ", ".join(across[:5]) + (f" and {len(across) - 5} more" if len(across) > 5 else "")
+    if len(across) == len(names):
+        msg = (
+            f"granularity {cut} must be used with weights stored [out, in, …]. Got only weights stored [in, out, …], "
+            f"along which it has no meaning: {listed}. Use element, kernel or channel."
+        )
+        raise UsageError(msg)
+    warnings.warn(
+        f"left out: stored [in, out, …], along which {cut} has no meaning: {listed}.", UserWarning, stacklevel=3
+    )
+    return [n for n in names if n not in across]
+
+
+def stored_in_out(program: Program, names: Iterable[str]) -> dict[str, int]:
+    """Weights stored with their inputs along axis 0, with the number of their groups: transposed convolutions, `x @ W`.
+
+    All uses must agree; what no layer reads, or is read both ways, counts as stored [out, in, …].
+    """
+    graph, places = program.eval_graph.graph_module.graph, placeholder_names(program.eval_graph)
+    read_otherwise = {
+        id(program.state[places[node.name]])
+        for node in graph.nodes
+        if node.op == "placeholder"
+        and node.name in places
+        and any(op_name(user) not in _OUTPUTS_FIRST for user in node.users)
+    }
+    # find_uses holds an index for each element, so only where the ops do not say it already.
+    uses = find_uses(program, [n for n in names if id(program.state[n]) in read_otherwise])
+    return {n: max(u.groups for u in each) for n, each in uses.items() if each and all(u.flipped for u in each)}
 
 
 def protected_weights(

@@ -27,7 +27,7 @@ from paredown.score.nouns import (
     UnitScores,
     counted,
 )
-from paredown.score.patterns import as_patterns, maskable
+from paredown.score.patterns import as_patterns, maskable, stored_in_out
 from paredown.score.reduce import Along, Members, at, cells_of, left_out, num_elements, over_cells, sums_along
 from paredown.score.table import TABLE
 from paredown.statistics.batches import Given, check_whole, once
@@ -70,7 +70,8 @@ def score(
     reduction="mean", over what allocate's normalize="mean" divides by.
 
     Granularities of masks fill `by_cell`, {weight: grid}: all weights with at least two axes that carry MACs and that
-    `include` and `exclude` leave (patterns as in allocate). `reduction` is over the elements of a cell: "mean" (what a
+    `include` and `exclude` leave (patterns as in allocate); those stored [in, out] (`x @ W`, transposed convolutions) only where
+    cells lie the same way there: not for N:M, rows, columns and blocks that are not square, with a note. `reduction` is over the elements of a cell: "mean" (what a
     cell is worth per weight that its removal saves; the default), "sum", "max" or "l2".
 
     `module` is the model to run where it is not the captured one.
@@ -93,14 +94,14 @@ def score(
     members = Members.of(row, reduction, member_norm)
     _check(criterion, row, cut, group, members, reduction)
     _check_fit(criterion, row, cut, weights_given, [*as_patterns(include), *as_patterns(exclude)])
-    names = maskable(program, coupling, include, exclude) if cut.masked else _touched(program, coupling)
-    source = Source(
-        program=program, coupling=_heads(coupling) if cut.kind == "head" else coupling,
-        weights={n: program.state[n].detach() for n in names}, module=module if module is not None else program.module,
-        batches=None if batches is None else once(batches), loss=loss, num_batches=num_batches, seed=seed, group=group, bias=bias,
-    )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        names = maskable(program, coupling, include, exclude, cut) if cut.masked else _touched(program, coupling)
+        source = Source(
+            program=program, coupling=_heads(coupling) if cut.kind == "head" else coupling,
+            weights={n: program.state[n].detach() for n in names}, module=module if module is not None else program.module,
+            batches=None if batches is None else once(batches), loss=loss, num_batches=num_batches, seed=seed, group=group, bias=bias,
+        )  # fmt: skip
         by_cell = _cells(row, source, chosen, cut, reduction) if cut.masked else {}
         by_space = {} if cut.masked else _units(row, source, chosen, members)
     notes = tuple(str(w.message) for w in caught if issubclass(w.category, UserWarning))
@@ -109,6 +110,7 @@ def score(
     _refuse_bad({**by_space, **by_cell}, criterion)
     return Scores(
         criterion=criterion, by_space=by_space, granularity=str(cut), by_cell=by_cell, scope=row.scope,
+        flipped=stored_in_out(program, by_cell) if cut.masked else None,
         options=_recorded(row, source, chosen, reduction, member_norm), seed=seed, notes=notes,
     )  # fmt: skip
 

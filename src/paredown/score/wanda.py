@@ -1,8 +1,10 @@
 """wanda: size of a weight times the norm of its input (Sun et al. 2024, "Wanda", eq. 1).
 
-S_ij = |W_ij| · √(mean x_j²), to be compared *within each output row*: allocate does so by itself. Cells and units take
-√Σ S². Where we differ: all statistics come from one pass through the dense model, not layer after layer (`prune.obs`
-does that); parameters that multiply no activation (norms, biases) have an input of 1.
+S_ij = |W_ij| · √(mean x_j²), to be compared *within each output row*: allocate does so by itself, also where the rows of a
+weight stored [in, out] lie along axis 1. Cells and units take √Σ S². Where we differ: all statistics come from one pass
+through the dense model. The paper goes layer after layer and sees the inputs that the masked layers before leave, which a
+score that knows no density cannot; `prune.obs` does that, and schedules of `prune.sparsify` score the masked weights anew.
+Parameters that multiply no activation (norms, biases) have an input of 1.
 """
 
 from __future__ import annotations
