@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from paredown.errors import RejectedError
 
@@ -111,14 +111,27 @@ def _refuse_quantized(model: nn.Module) -> None:
         kind = type(tensor.data)
         if tensor.is_quantized or (kind.__module__.startswith(("torchao.", "optimum.quanto", "bitsandbytes"))):
             found.append(name)
+    found += [f"{n or 'the graph'} ({op})" for n, m in model.named_modules() if (op := _coded_op(m))]
     if found:
         msg = f"the model must be in float. Got quantized layers: {_some(list(dict.fromkeys(found)))}. Pass the float model it was made from."
         raise RejectedError(msg)
 
 
 def _is_quantized_layer(module: nn.Module) -> bool:
-    where = type(module).__module__
-    return ".quantized" in where and where.startswith(("torch.ao.nn.", "torch.nn.quantized")) and ".qat" not in where
+    """Layers of torch.ao, and those of GPTQ, AWQ and their like: packed integer codes beside scales, in whatever library."""
+    where, kept = type(module).__module__, dict(module.named_buffers(recurse=False))
+    codes = next((t for n, t in kept.items() if n in ("qweight", "weight_packed", "int_weight")), None)
+    packed = codes is not None and not codes.is_floating_point() and any("scale" in n for n in kept)
+    return packed or (
+        ".quantized" in where and where.startswith(("torch.ao.nn.", "torch.nn.quantized")) and ".qat" not in where
+    )
+
+
+def _coded_op(module: nn.Module) -> str:
+    """The first op of a converted graph that makes values of codes; "" where there is none."""
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    ops = (str(n.target) for n in nodes if n.op == "call_function")
+    return next((op for op in ops if op.startswith(("quantized_decomposed.", "torchao."))), "")
 
 
 def _some(names: list[str], most: int = 5) -> str:

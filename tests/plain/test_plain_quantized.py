@@ -31,9 +31,33 @@ def by_torchao() -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("made", [dynamically, by_torchao])
+def converted() -> nn.Module:
+    from paredown.quantize import quantize
+
+    made: nn.Module = quantize(pare.capture(net(), torch.zeros(2, 64)), calibrate=[torch.randn(32, 64)]).module
+    return made
+
+
+class Packed(nn.Module):
+    """A layer as GPTQ and AWQ have it: eight 4-bit codes in an int32, and scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(1, 64, dtype=torch.float16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = (self.qweight.repeat_interleave(8, 0) >> 4) & 15
+        return x @ (codes.float() * self.scales.float())
+
+
+def by_gptq() -> nn.Module:
+    return nn.Sequential(Packed(), nn.ReLU(), nn.Linear(64, 4))
+
+
+@pytest.mark.parametrize("made", [dynamically, by_torchao, converted, by_gptq])
 def test_fault_22_a_quantized_model_is_recognised(made) -> None:
-    with pytest.raises(RejectedError, match=r"must be in float.*quantized.*0"):
+    with pytest.raises(RejectedError, match=r"must be in float.*quantized.*(0|decomposed)"):
         pare.capture(made(), torch.zeros(2, 64))
 
 
