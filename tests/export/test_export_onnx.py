@@ -82,6 +82,48 @@ def test_int8_file_equals_the_simulation_and_runs_in_int8(case: Case) -> None:
     assert any("head" in n for n in result.int8_nodes) or case.name == "named"
 
 
+def test_why_ops_stay_float_and_how_many_layers_run_on_codes(case: Case) -> None:
+    result = check(case.int8, case.quantized, case.samples())
+    layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in case.net.modules())
+    assert (result.num_layers, result.num_layers_on_codes, result.layer_share) == (layers, layers, 1.0)
+    assert set(result.reasons) == FLOAT[case.name] and all(result.reasons.values())
+    assert all("): " in n for n in case.quantized.notes if "stays float" in n), "each with its reason"
+    plain = check(case.fp32, case.net, case.samples())
+    assert (plain.num_layers, plain.layer_share, plain.reasons) == (layers, 0.0, {})
+
+
+class Reasons(nn.Module):
+    """An op for every reason that there is to stay in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.asked, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.weight, self.scale = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.register_buffer("mask", torch.triu(torch.full((4, 4), float("-inf")), 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        scores = (x @ x.transpose(1, 2) + self.mask).softmax(-1)
+        x = x + self.scale * self.asked(scores @ x)
+        return self.head(nn.functional.linear(x, self.weight * x.mean()))
+
+
+def test_every_reason_to_stay_in_float_is_said() -> None:
+    torch.manual_seed(0)
+    program = capture(Reasons().eval(), torch.randn(2, 4, 8), train=False)
+    quantized = quantize(program, calibrate=[torch.randn(32, 4, 8)], float_layers=["asked"])
+    said = [n for n in quantized.notes if "stays float" in n]
+    for op, reason in (
+        ("add", "sums before a softmax stay float"),
+        ("linear", "asked for by float_layers"),
+        ("linear", "its weight is computed"),
+        ("mul", "a constant for every channel"),
+        ("softmax", "no integer kernel worth using in ONNX Runtime"),
+        ("matmul", "does not pay in ONNX Runtime: a product of two activations"),
+    ):
+        assert any(n.startswith(f"{op} stays float (") and reason in n for n in said), (op, reason, said)
+
+
 def test_codes_in_the_file_are_the_codes_of_quantized(case: Case) -> None:
     model = onnx.load(case.int8.path)
     arrays = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
@@ -118,8 +160,8 @@ def test_no_trace_of_the_machine_and_no_exporter_notes(case: Case) -> None:
         assert [w for w in words if len(w) > 3 and w.encode() in data] == []
         model = onnx.load(artifact.path)
         assert not model.doc_string
-        marks = ["exact_products"] if artifact is case.int8 else []
-        assert [p.key for p in model.metadata_props] in (marks, [*marks, "outputs"])
+        marks = ["exact_products", "paredown_scheme"] if artifact is case.int8 else []
+        assert {p.key for p in model.metadata_props} - {"outputs"} == set(marks)
         assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
         assert not model.graph.value_info
         onnx.checker.check_model(model, full_check=True)

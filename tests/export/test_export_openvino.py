@@ -85,6 +85,14 @@ def test_int8_file_equals_the_simulation_and_runs_in_int8(case: Case) -> None:
     assert not [n for n in result.int8_nodes if n[-1].isdigit() and "_" in n and "Constant" in n]
 
 
+def test_why_ops_stay_float_and_how_many_layers_run_on_codes(case: Case) -> None:
+    result = check(case.int8, case.quantized, case.samples())
+    layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in case.net.modules())
+    assert (result.num_layers, result.num_layers_on_codes, result.layer_share) == (layers, layers, 1.0)
+    assert set(result.reasons) == set(kinds(result.float_nodes)) and all(result.reasons.values())
+    assert all("): " in n for n in case.quantized.notes if "stays float" in n), "each with its reason"
+
+
 def test_codes_in_the_file_are_the_codes_of_quantized(case: Case) -> None:
     model = openvino.Core().read_model(case.int8.path)
     stored = [np.array(n.data) for n in model.get_ops() if n.get_type_name() == "Constant"]

@@ -21,7 +21,7 @@ pytest.importorskip("onnxscript")
 import onnx
 
 from paredown.errors import RejectedError, ResourceError, UsageError
-from paredown.export import Artifact, export
+from paredown.export import Artifact, export, predictor
 from paredown.measure import artifact_at, machine, machine_text, measure, sizes
 from paredown.measure import latency as latencies
 from paredown.measure.turns import timed_in_turns
@@ -104,16 +104,80 @@ def test_readings_take_turns_and_show_their_spread() -> None:
     sessions = {"this": Session("a", 0.002), "baseline": Session("b", 0.006)}
     found = latencies.latency(sessions, dict.fromkeys(sessions), threads=1, runs=10, seconds=5.0, machine="m")
     timed = order[20:]  # after ten warm-up runs of each
-    assert timed == ["a", "b", "b", "a"] * 5
+    assert timed[:20] == ["a", "b", "b", "a"] * 5  # where the machine is busy, the series is repeated
     assert 2.0 <= found["this"].value < 4.0
     assert 2.0 < found["ratio"].value < 3.2
     assert found["this"].n == 10
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "name"),
+    [
+        *((s, "onnxruntime-x86", "q.onnx") for s in ("int8", "w4a8", "w4", "int8-dynamic", "w2", "ternary", "binary")),
+        ("w4a8", "openvino-x86", "q.xml"),
+    ],
+)
+def test_a_file_says_its_scheme(tmp_path: Path, scheme: str, target: str, name: str) -> None:
+    from paredown.program import capture
+    from paredown.quantize import quantize
+
+    pytest.importorskip("torchao")
+    pytest.importorskip(target.removesuffix("-x86"))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    codes = quantize(
+        capture(net, torch.randn(2, 64), train=False), target=target, scheme=scheme, calibrate=[torch.randn(32, 64)]
+    )
+    made = export(codes, tmp_path / name)
+    assert artifact_at(made.path) == made
+    assert predictor(made)(torch.zeros(3, 64)).shape == (3, 4)
+
+
+def test_a_file_that_says_another_scheme_than_there_are_is_read_by_its_ops(
+    files: tuple[Artifact, Artifact], tmp_path: Path
+) -> None:
+    model = onnx.load(files[1].path)
+    model.metadata_props.add(key="paredown_scheme", value="w0")
+    onnx.save(model, tmp_path / "odd.onnx")
+    assert artifact_at(tmp_path / "odd.onnx").scheme == "fp32"
 
 
 def test_a_disturbed_run_says_so() -> None:
     unsteady = latencies.spread([1.0] * 50 + [3.0] * 50, "median", "m")
     assert "unsteady" in unsteady.protocol
     assert "unsteady" not in latencies.spread([1.0, 1.01, 1.02] * 30, "median", "m").protocol
+
+
+STEADY, LOADED = [1.0, 1.01, 1.02] * 20, [1.0] * 30 + [3.0] * 30
+
+
+@pytest.mark.parametrize(
+    ("series", "value", "said", "unsaid"),
+    [
+        ([STEADY], 1.01, "median", "series"),
+        ([LOADED, STEADY], 1.01, "series 2 of 2: the first was disturbed", "unsteady"),
+        ([[2.0] * 20 + [9.0] * 40, LOADED], 2.0, "unsteady: both series were disturbed, this one, 2 of 2", "left out"),
+        ([LOADED, [2.0] * 20 + [9.0] * 40], 2.0, "unsteady: both series were disturbed, this one, 1 of 2", "left out"),
+    ],
+)
+@pytest.mark.parametrize("names", [("this",), ("this", "baseline")])
+def test_a_disturbed_series_is_repeated_once_and_never_averaged_in(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], series: list, value: float, said: str, unsaid: str
+) -> None:
+    waiting = iter(series)
+
+    def readings(sessions: dict, feeds: dict, **_: object) -> tuple[dict, dict]:
+        taken = next(waiting)
+        return {name: taken if name == names[-1] else STEADY for name in sessions}, dict.fromkeys(sessions, 1)
+
+    monkeypatch.setattr(latencies, "readings", readings)
+    found = latencies.latency(
+        dict.fromkeys(names, object()), dict.fromkeys(names), threads=1, runs=60, seconds=1.0, machine="m"
+    )
+    assert next(waiting, None) is None, "every series was taken, and no more"
+    assert found[names[-1]].value == value and found[names[-1]].n == 60
+    for name in names:
+        assert said in found[name].protocol and unsaid not in found[name].protocol
 
 
 def test_the_memory_module_runs_by_itself(files: tuple[Artifact, Artifact]) -> None:

@@ -14,11 +14,11 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
 from paredown.cli import main
+from paredown.export import predictor
 from paredown.measure import artifact_at
 from paredown.pipeline import compress
 from paredown.pipeline.runtimes import files_for_runtimes
 from paredown.recipe import Recipe, parse_recipe
-from paredown.train import predictor
 
 TASK = Path(__file__).with_name("small_task.py")
 

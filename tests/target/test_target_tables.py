@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from paredown.errors import UsageError
-from paredown.target import TARGETS, named
+from paredown.target import TARGETS, named, why_float
 
 KINDS = {"weighted", "binary", "lookup", "shared", "matmul"}
 
@@ -33,6 +33,55 @@ def test_ops_that_are_rewritten_away_are_not_annotated_by_mistake() -> None:
     assert target.ops["linear"] == "weighted"  # only its form with tokens is rewritten
     assert not {"hardswish", "silu", "mean", "dropout"} & set(target.ops)
     assert not {"softmax", "gelu", "layer_norm", "scaled_dot_product_attention", "matmul"} & set(target.ops)
+
+
+def test_what_saturates_on_x86_alone_binds_no_weight_on_arm() -> None:
+    arm, x86 = (TARGETS[f"onnxruntime-{name}"] for name in ("arm", "x86"))
+    assert (arm.pair_sum, x86.pair_sum) == (None, 128)
+    assert arm.ops == x86.ops and arm.activation_dtype == x86.activation_dtype, "the same kernels by name"
+
+
+def test_a_model_for_arm_is_not_narrowed() -> None:
+    """Two large neighbours: for x86 their scale grows so that they add up to 128 at most, for ARM each keeps all its codes."""
+    pytest.importorskip("torchao")
+    import torch
+
+    from paredown.program import capture
+    from paredown.quantize import quantize
+    from paredown.quantize.pairs import pair_sums
+
+    net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    torch.nn.init.constant_(net[0].weight, 0.9)
+    program = capture(net, torch.zeros(2, 8), train=False)
+    made = {
+        name: quantize(program, target=f"onnxruntime-{name}", calibrate=[torch.randn(32, 8)]).weights["0.weight"]
+        for name in ("x86", "arm")
+    }
+    assert int(pair_sums(made["x86"].codes).max()) <= 128
+    assert made["arm"].codes.unique().tolist() == [127]
+    assert float(made["arm"].scales[0]) == pytest.approx(0.9 / 127)
+    assert float(made["x86"].scales[0]) > 1.9 * float(made["arm"].scales[0])
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_what_has_no_kernel_has_a_reason(name: str) -> None:
+    target = named(name)
+    for op in (
+        "softmax",
+        "Softmax",
+        "layer_norm",
+        "MVN",
+        "scaled_dot_product_attention",
+        "conv_transpose2d",
+        "gelu",
+        "what_is_this",
+    ):
+        said = why_float(target, op)
+        assert "{}" not in said and said
+    assert why_float(target, "SOFTMAX") == why_float(target, "_softmax"), "whoever names it"
+    assert "that the table of targets knows" in why_float(target, "what_is_this")
+    assert "between ops in float" in why_float(target, "add"), "it has a kernel"
+    assert "asked for by float_layers" in why_float(target, "conv2d")
 
 
 def test_other_names_are_refused() -> None:

@@ -32,7 +32,7 @@ def measure(
     baseline: Annotated[Path | None, Parameter(help="A second file to take turns with: gives the speedup.")] = None,
     threads: Annotated[int, Parameter(help="Threads of the runtime.")] = 1,
     runs: Annotated[int, Parameter(help="Readings at most, 5 or more.")] = 200,
-    seconds: Annotated[float, Parameter(help="Time at most.")] = 10.0,
+    seconds: Annotated[float, Parameter(help="Time of a series at most; a disturbed one is repeated once.")] = 10.0,
     import_: Annotated[
         Path | None,
         Parameter(

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from paredown.cli import options
 from paredown.cli.show import emit, only_document, say, show, table
-from paredown.cli.sources import arrays, loaded
+from paredown.cli.sources import Tuned, arrays, is_run, loaded, tuned
 from paredown.errors import RejectedError, UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,14 @@ _OUT = Parameter(
     name="--out",
     help="The file to write: model.onnx, model.xml for openvino-x86, model.pte for executorch-xnnpack, model.tflite for litert.",
 )
+_MODEL = Parameter(
+    help="torchvision:resnet50, timm:resnet50, package.module:callable or path/to/file.py:callable, with --input; or the folder "
+    "that `paredown compress` wrote, whose recipe names model and samples. Naming your own code runs it."
+)
+_NO_SAMPLES = (
+    "quantize must be given --calibrate FILE.npz with inputs of the kind that the model will see. Got none; paredown "
+    "does not invent them. To try size and speed alone: --calibrate random."
+)
 NO_DATA = ("int8-dynamic", "w4")
 """Schemes that read no samples (quantize.schemes.DYNAMIC, which would load torch); samples that are given check the file."""
 WEIGHTS = ("w2", "ternary", "binary")
@@ -30,10 +38,10 @@ RANDOM_SAMPLES = "CALIBRATED ON RANDOM NUMBERS: the ranges are not those of your
 
 
 def quantize(
-    model: options.Model,
+    model: Annotated[str, _MODEL],
     /,
     *,
-    input: options.Input,
+    input: options.OptionalInput = None,
     out: Annotated[Path, _OUT],
     calibrate: Annotated[
         str | None, Parameter(help=".npz or .npy of inputs, samples along the first axis; or the word random.")
@@ -69,53 +77,46 @@ def quantize(
 ) -> int:
     """Quantize to 8 bits or fewer, with samples where the scheme needs them; export, and check the file in its runtime."""
     needless = scheme in NO_DATA or (scheme in WEIGHTS and not repair)
-    if calibrate is None and not needless:
-        msg = (
-            "quantize must be given --calibrate FILE.npz with inputs of the kind that the model will see. Got none; paredown "
-            "does not invent them. To try size and speed alone: --calibrate random."
-        )
-        raise UsageError(msg)
+    run = is_run(model, input, {"--weights": weights, "--strip-prefix": strip_prefix, "--pruned": pruned})
+    if calibrate is None and not needless and not run:
+        raise UsageError(_NO_SAMPLES)
     check_out_file(out, {"weights": weights, "model": model.rpartition(":")[0]}, overwrite=overwrite)
     read = None if calibrate in (None, "random") else arrays(Path(str(calibrate)), "--calibrate")
     with only_document(json):
         import paredown
 
-        found = loaded(
-            model,
-            input,
-            weights=weights,
-            strip_prefix=strip_prefix,
-            pruned=pruned,
-            train=False,
-            threads=threads,
-            device=device,
+        asked = tuned(
+            model, input, weights=weights, strip_prefix=strip_prefix, pruned=pruned, threads=threads, device=device
         )
-        batches = random_batches(found.program) if read is None else as_batches(read, found.program, "--calibrate")
+        batches, source = _samples(asked, read, calibrate)
         say("quantize", quiet=quiet or json)
         quant = paredown.quantize(
-            found.program,
-            target=target,
-            scheme=scheme,
-            calibrate=None if needless else batches,
-            observer=observer,
-            num_samples=samples,
-            repair=repair or (),
-            float_layers=float_layers or (),
-        )
+            asked.thing, target=target, scheme=scheme, calibrate=None if needless else batches, observer=observer,
+            num_samples=samples, repair=repair or (), float_layers=float_layers or (),
+        )  # fmt: skip
         say("export and check", quiet=quiet or json)
         artifact = paredown.export(quant, out, opset=opset)
         checked = paredown.check(artifact, quant, batches)
-        lost = _lost(found.program, quant, batches)
-    source = "none" if needless else "random" if read is None else "given"
-    _told(artifact, checked, _facts(found, quant, source, lost, given=read is not None), json=json, quiet=quiet)
+        lost = _lost(asked.found.program, quant, batches)
+    facts = _facts(asked.found, quant, "none" if needless else source, lost, given=source != "random")
+    _told(artifact, checked, facts, json=json, quiet=quiet)
     return 0
+
+
+def _samples(asked: Tuned, read: dict[str, Any] | None, calibrate: str | None) -> tuple[Any, str]:
+    """What the scheme is calibrated on and the file is compared on, and where it comes from: given, the task, or random."""
+    if read is not None:
+        return as_batches(read, asked.found.program, "--calibrate"), "given"
+    if asked.batches is not None and calibrate is None:
+        return asked.batches, "task"
+    return random_batches(asked.found.program), "random"
 
 
 _NOISY = 0.1
 """20 dB."""
 
 
-def _lost(program: Program, quant: Quantized, batches: list[Any]) -> float:
+def _lost(program: Program, quant: Quantized, batches: Any) -> float:
     """The simulation's error against the float network, as a share of what an output's values differ among themselves."""
     from paredown.export.onnxruntime import distance
     from paredown.export.session import predictor
@@ -295,6 +296,32 @@ def _rounding(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _share(checked: Check) -> str:
+    """How many of the layers that multiply with weights are among them."""
+    share = checked.layer_share
+    if share is None:
+        return ""
+    return f"; {checked.num_layers_on_codes} of {checked.num_layers} convolutions and linear layers ({share:.0%})"
+
+
+def _in_float(checked: Check) -> list[tuple[str, str]]:
+    """One row per kind of node that computes in float: how many, the first few by name, and why where it is known."""
+    kinds: dict[str, list[str]] = {}
+    for node in checked.float_nodes:
+        kind, _, name = node.partition(": ")
+        kinds.setdefault(kind, []).append(name)
+    rows = []
+    for kind, names in sorted(kinds.items(), key=lambda one: (-len(one[1]), one[0])):
+        some = ", ".join(n for n in names[:_NAMES] if n) + (", …" if len(names) > _NAMES else "")
+        rows.append(
+            f"{kind} {len(names)}× ({some})" + (f": {checked.reasons[kind]}" if kind in checked.reasons else "")
+        )
+    return [("computes in float" if i == 0 else "", row) for i, row in enumerate(rows or ["none"])]
+
+
+_NAMES = 3
+
+
 def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bool, quiet: bool) -> None:
     if json:
         emit(
@@ -313,6 +340,8 @@ def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bo
                 },
                 "int8_nodes": list(checked.int8_nodes),
                 "float_nodes": list(checked.float_nodes),
+                "float_reasons": dict(checked.reasons),
+                "layers": {"all": checked.num_layers, "on_codes": checked.num_layers_on_codes},
                 **facts,
             }
         )
@@ -325,8 +354,8 @@ def _told(artifact: Artifact, checked: Check, facts: dict[str, Any], *, json: bo
             f"runtime against {'the simulation' if 'rounding' in facts else 'PyTorch'}",
             f"max error {checked.max_error:.2g} at scale {checked.scale:.2g}, cosine {checked.cosine:.6f}",
         ),
-        ("runs in int8", f"{len(checked.int8_nodes)} nodes of the runtime's own graph"),
-        ("computes in float", ", ".join(checked.float_nodes[:10]) or "none"),
+        ("runs in int8", f"{len(checked.int8_nodes)} nodes of the runtime's own graph{_share(checked)}"),
+        *_in_float(checked),
     ]
     show(
         table(("", str(artifact.path)), rows, left=2),

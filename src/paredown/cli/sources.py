@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ def _with_masks(network: nn.Module) -> tuple[nn.Module, Plan | None]:
     return take_over(network)
 
 
-def taken_over(found: Loaded) -> tuple[Loaded, Pruned]:
+def taken_over(found: Loaded, *, train: bool = True) -> tuple[Loaded, Pruned]:
     """The masks that MODEL came with, carried out and proven: the next level starts from them."""
     import dataclasses
 
@@ -103,11 +104,11 @@ def taken_over(found: Loaded) -> tuple[Loaded, Pruned]:
     before = prune(found.program, found.masks)
     zeros = sum(m.kept.size - m.num_kept for m in found.masks.masks.values())
     told = f"took over the masks of torch.nn.utils.prune that MODEL came with: {zeros:,} zeros in {len(found.masks.masks)} weights"
-    program = capture(before.module, found.program.inputs)
+    program = capture(before.module, found.program.inputs, train=train)
     return dataclasses.replace(found, program=program, masks=None, told=(told, *before.notes)), before
 
 
-def continued(found: Loaded, folder: Path) -> tuple[Loaded, Pruned]:
+def continued(found: Loaded, folder: Path, *, train: bool = True) -> tuple[Loaded, Pruned]:
     """What an earlier command wrote, and the same as a captured model: the next level starts from it."""
     import dataclasses
 
@@ -115,8 +116,99 @@ def continued(found: Loaded, folder: Path) -> tuple[Loaded, Pruned]:
     from paredown.prune import load_pruned
 
     before = load_pruned(existing_folder(folder, "--pruned"), found.program)
-    program = capture(before.module, found.program.inputs)
+    program = capture(before.module, found.program.inputs, train=train)
     return dataclasses.replace(found, program=program, weights="given"), before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """What is quantized: with its masks, where it has some, so that none of their zeros is lost unseen."""
+
+    found: Loaded
+    thing: Program | Pruned
+    batches: Callable[[], Iterable[Any]] | None = None
+    """The inputs that a run's task calibrates on; None where MODEL was named."""
+
+
+def tuned(
+    model: str,
+    input: str | None,
+    *,
+    weights: Path | None = None,
+    strip_prefix: str | None = None,
+    pruned: Path | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Tuned:
+    """MODEL, what an earlier command made of it, or the folder of a run (see `is_run`)."""
+    if input is None:
+        return _of_run(Path(model), threads, device)
+    refuse_both(pruned, weights)
+    found = loaded(
+        model, input, weights=weights, strip_prefix=strip_prefix, train=False, threads=threads, device=device,
+        take_masks=pruned is None,
+    )  # fmt: skip
+    thing: Program | Pruned = found.program
+    if pruned is not None:
+        found, thing = continued(found, pruned, train=False)
+    elif found.masks is not None:
+        found, thing = taken_over(found, train=False)
+    return Tuned(found=found, thing=thing)
+
+
+def is_run(model: str, input: str | None, others: dict[str, Any]) -> bool:
+    """Whether MODEL is a folder, whose recipe says the rest: `others` are options that say it too, and must be left out."""
+    if not Path(model).is_dir():
+        if input is None:
+            msg = f"MODEL must come with --input, an example of what it takes, as 1x3x224x224. Got {model!r} alone."
+            raise UsageError(msg)
+        return False
+    _recipe_file(Path(model))
+    for option, value in {"--input": input, **others}.items():
+        if value is not None:
+            msg = f"{option} must be left out for the folder of a run, whose recipe says it. Got {str(value)!r} for {model!r}."
+            raise UsageError(msg)
+    return True
+
+
+def _of_run(folder: Path, threads: int | None, device: str | None) -> Tuned:
+    """The pruned model of a run, and its calibration inputs: recipe.yaml names the task that makes the dense one."""
+    refuse_device(device)
+    use_threads(threads)
+    from paredown.pipeline.compress import task_of
+    from paredown.program import capture
+    from paredown.recipe import load_recipe
+    from paredown.train.task import seed_all
+
+    recipe = load_recipe(_recipe_file(folder))
+    if recipe.given:
+        msg = f"{_RUN} Got {str(folder)!r} of a notebook, whose functions no file holds. Name the model: paredown quantize MODEL --input … --pruned {folder}."
+        raise UsageError(msg)
+    task, make, _ = task_of(recipe)
+    seed_all(recipe.seed)
+    dense = Loaded(name=str(folder), program=capture(make(), task.inputs(), train=False), weights="given")
+    found, before = continued(dense, folder, train=False)
+
+    def batches() -> Iterable[Any]:
+        seed_all(recipe.seed)  # the same at each call: the file is compared on what it was calibrated on
+        return task.calibration_batches()
+
+    return Tuned(found=found, thing=before, batches=batches)
+
+
+_RUN = "a folder to quantize must be one that `paredown compress` wrote, with recipe.yaml and form.json."
+
+
+def _recipe_file(folder: Path) -> Path:
+    """The recipe in a run's folder. Raises UsageError where it, or a pruned model beside it, is not there."""
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        msg = f"{_RUN} Got {str(folder)!r} without {recipe.name}. Name the model that was pruned: paredown quantize MODEL --input … --pruned {folder}."
+        raise UsageError(msg)
+    if not (folder / "form.json").is_file():
+        msg = f"{_RUN} Got {str(folder)!r} without form.json: the run pruned nothing, or has not ended. Name the model: paredown quantize MODEL --input … --weights FILE."
+        raise UsageError(msg)
+    return recipe
 
 
 def refuse_both(pruned: Path | None, weights: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ from paredown.program import Program, capture
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches
 from paredown.quantize.nouns import Quantized
-from paredown.quantize.schemes import scheme_named
-from paredown.target import TARGETS, named
+from paredown.quantize.schemes import SCHEMES, scheme_named
+from paredown.target import TARGETS, named, why_float
 
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime-x86": "paredown.export.onnxruntime",
@@ -116,12 +117,18 @@ def check(
     (x86 without VNNI) the same file executed in float is held to that instead, and a note says so. A network that amplifies rounding,
     so that its simulation differs from itself when its float results are disturbed by a part in a million, is held to twice that
     difference (conditioning.py; at least 0.98), and a note says so. Also opens the runtime's own optimised
-    graph and lists what runs in int8 and what computes in float.
+    graph and lists what runs in int8 and what computes in float, with the reason by kind of op, and counts the convolutions and
+    products with a constant matrix that run on codes (`layer_share`).
 
     Raises VerificationError with the Check as `evidence` where it does not hold and `strict`; RejectedError without
     samples; MissingError where the runtime is missing or older than the file.
     """
-    return _runtime(artifact.target).compare(artifact, reference, samples, strict=strict)  # type: ignore[no-any-return]
+    found: Check = _runtime(artifact.target).compare(artifact, reference, samples, strict=strict)
+    scheme = SCHEMES.get(artifact.scheme)
+    if scheme is None or scheme.activations != "static":
+        return found  # a float file has no reasons; those of schemes without samples stand in Quantized.notes
+    table, kinds = named(artifact.target), {node.partition(":")[0] for node in found.float_nodes}
+    return dataclasses.replace(found, reasons={kind: why_float(table, kind) for kind in sorted(kinds)})
 
 
 def _runtime(target: str) -> Any:

@@ -20,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
-from paredown.export.artifact import Artifact, Check
+from paredown.export.artifact import SCHEME, Artifact, Check, layer_counts
 from paredown.export.conditioning import excuse
 from paredown.export.distance import Distance
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
@@ -67,6 +67,8 @@ def onnx_model(
             names = _onnx_dynamic().lower(model, names, accuracy_level)
         coded = thing.weights if packed and isinstance(thing, Quantized) else {}
         _polish(model, program, names, quantized, on_codes, coded)
+        if isinstance(thing, Quantized):
+            model.metadata_props[SCHEME] = thing.scheme
     model.ir_version = IR_VERSIONS[opset]
     return model
 
@@ -273,7 +275,8 @@ def write_files(model: Any, path: Path) -> tuple[Path, ...]:
 def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: bool) -> Check:
     """Run the file on the samples, at their batch and at batch 1, against PyTorch."""
     far = distance(predictor(artifact), reference, samples)
-    int8_nodes, float_nodes = inspect_optimized(artifact)
+    model = _optimized(artifact)
+    int8_nodes, float_nodes = inspect_optimized(model)
     tolerance = None if _rounds_activations(artifact) else TOLERANCES.get(artifact.scheme)
     within = far.within(tolerance)
     excused = (
@@ -287,6 +290,7 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         float_nodes=float_nodes,
         holds=within or bool(excused),
         notes=(excused,) if excused else (),
+        **layer_counts(int8_nodes, float_nodes, _constant_products(model)),
     )
     if strict and not check.holds:
         msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}"
@@ -330,14 +334,34 @@ def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
     return tensors_of(predict(*part[0], **part[1]))
 
 
-def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """("op: name" in int8, "op: name" in float) of the runtime's own optimised graph (ORT_ENABLE_EXTENDED)."""
+def _optimized(artifact: Artifact) -> Any:
+    """The runtime's own optimised graph (ORT_ENABLE_EXTENDED)."""
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(artifact.path, optimized=optimized)
-        model = onnx.load(str(optimized), load_external_data=False)
+        return onnx.load(str(optimized), load_external_data=False)
+
+
+def _label(node: Any) -> str:
+    return f"{node.op_type}: {node.name or (node.output[0] if node.output else '')}"
+
+
+def _constant_products(model: Any) -> set[str]:
+    """Products in float with a matrix that no input decides: the same op multiplies activations too."""
+    constants, found = {i.name for i in model.graph.initializer}, set[str]()
+    for node in model.graph.node:
+        read = [name for name in node.input if name]
+        if all(name in constants for name in read):
+            constants |= set(node.output)
+        elif node.op_type in ("MatMul", "FusedMatMul") and any(name in constants for name in read[:2]):
+            found.add(_label(node))
+    return found
+
+
+def inspect_optimized(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """("op: name" in int8, "op: name" in float) of the runtime's own optimised graph."""
     kinds = {
         i.name: "code" if i.data_type in _CODES else "float" if i.data_type in _FLOATS else "other"
         for i in model.graph.initializer
@@ -349,7 +373,7 @@ def inspect_optimized(artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, .
         kinds |= dict.fromkeys(node.output, kind)
         if node.op_type == "DynamicQuantizeLinear":
             kinds[node.output[1]] = "other"  # a scale, which only joins those of the weights
-        label = f"{node.op_type}: {node.name or (node.output[0] if node.output else '')}"
+        label = _label(node)
         if (
             node.op_type in _INT8_OPS
             or node.op_type.startswith("QLinear")

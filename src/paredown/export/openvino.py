@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paredown.errors import RejectedError, UsageError, VerificationError
-from paredown.export.artifact import Artifact, Check
+from paredown.export.artifact import SCHEME, Artifact, Check, layer_counts
 from paredown.export.conditioning import excuse
 from paredown.export.distance import Distance
 from paredown.export.onnxruntime import distance, onnx_model, write_files
@@ -59,6 +59,8 @@ def write(
         except Exception as error:
             raise RejectedError(_untranslated(str(error), graph, opset)) from error
         tidy(model, kept)
+        if isinstance(thing, Quantized):
+            model.set_rt_info(thing.scheme, SCHEME)
         files = _write(model, path, half=scheme == "fp16")
     return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else scheme)
 
@@ -107,7 +109,7 @@ def _compact(saved: Path) -> str:
         element.text = element.text if (element.text or "").strip() else None
     notes = net.find("rt_info")
     for info in [] if notes is None else list(notes):
-        if info.tag != "framework":
+        if info.tag not in ("framework", SCHEME):
             notes.remove(info)  # type: ignore[union-attr]
     if notes is not None and not len(notes):
         net.remove(notes)
@@ -386,6 +388,7 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         float_nodes=float_nodes,
         holds=within,
         notes=tuple(notes),
+        **layer_counts(int8_nodes, float_nodes),
     )
     if strict and not check.holds:
         msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)} "

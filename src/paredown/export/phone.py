@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from paredown.errors import RejectedError, UsageError, VerificationError
-from paredown.export.artifact import Artifact, Check
+from paredown.export.artifact import Artifact, Check, layer_counts
 from paredown.export.child import child_of
 from paredown.export.conditioning import excuse
 from paredown.export.onnxruntime import distance
@@ -115,6 +115,7 @@ def compared(
         float_nodes=tuple(nodes[1]),
         holds=within or bool(excused),
         notes=(*notes, *([excused] if excused else [])),
+        **layer_counts(*nodes),
     )
     if strict and not check.holds:
         msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}"

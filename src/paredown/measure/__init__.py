@@ -41,7 +41,8 @@ def measure(
     """Size, quality, latency and memory of a file, all through the runtime, each with unit, spread, protocol and machine.
 
     "bytes": stat of all its files. "gzip_bytes": the same compressed (level 9, no time stamp). "latency_ms": one sample,
-    or as many as the file fixes, which the protocol says; `threads` threads, warm-up, median with 10th–90th percentile;
+    or as many as the file fixes, which the protocol says; `threads` threads, warm-up, median with 10th–90th percentile; a series
+    of readings that was disturbed is repeated once, which the protocol says too;
     with `baseline` the two files take turns, and "baseline_latency_ms" and "speedup" join (ratio with 95 % interval).
     "peak_memory_bytes", "after_import_memory_bytes" and "memory_bytes" (their difference): a process of its own. With `evaluate`, one
     entry per metric: evaluate(predict) returns {name: number, or one value per sample}; arrays give mean and 95 %

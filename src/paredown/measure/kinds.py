@@ -56,11 +56,23 @@ def kind_of(path: Path) -> Kind:
 
 
 def _onnx(path: Path) -> tuple[tuple[Path, ...], str]:
+    import onnx
+
     from paredown.examine import examine_onnx
+    from paredown.export.artifact import SCHEME
 
     cost = examine_onnx(path)
-    scheme = _onnx_scheme({op.rpartition("::")[2] for op in cost.ops}, _types_of_matrices(path))
+    model = onnx.load(str(path), load_external_data=False)
+    told = _known(next((p.value for p in model.metadata_props if p.key == SCHEME), ""))
+    scheme = told or _onnx_scheme({op.rpartition("::")[2] for op in cost.ops}, _types_of_matrices(model))
     return tuple(path.parent / name for name in cost.files), scheme
+
+
+def _known(scheme: str) -> str:
+    """The scheme that a file says it has, where it is one; "" for anything else: then its ops are looked at."""
+    from paredown.quantize.schemes import SCHEMES
+
+    return scheme if scheme in SCHEMES else ""
 
 
 def _onnx_scheme(ops: set[str], types: set[str]) -> str:
@@ -75,11 +87,10 @@ def _onnx_scheme(ops: set[str], types: set[str]) -> str:
     return found
 
 
-def _types_of_matrices(path: Path) -> set[str]:
+def _types_of_matrices(model: Any) -> set[str]:
     """Types of the initializers that have two axes or more, as "FLOAT16"."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
     return {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer if len(t.dims) > 1}
 
 
@@ -99,7 +110,12 @@ def _openvino(path: Path) -> tuple[tuple[Path, ...], str]:
             raise UsageError(msg)
     import re
 
+    from paredown.export.artifact import SCHEME
+
     text = path.read_text(encoding="utf-8", errors="replace")
+    told = re.search(rf'<{SCHEME} value="([a-z0-9-]+)"', text)
+    if told and _known(told.group(1)):
+        return (path, side), told.group(1)
     halves = re.search(r'type="Const"[^>]*>\s*<data element_type="f16" shape="\d+, *\d', text)  # two axes or more
     return (path, side), "int8" if 'type="FakeQuantize"' in text else "fp16" if halves else "fp32"
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from paredown.measure.bundled.runner import disturbed
+from paredown.measure.bundled.runner import spread as range_of
 from paredown.records import Measured
 
 _WARM = 10
@@ -32,17 +34,43 @@ def latency(
     `sessions` and `feeds` go by name; the first is what is measured, a second one is the baseline. Each round runs
     every session once, in alternating order, so that drift of clock or load meets all of them; it ends after `runs`
     rounds or `seconds`, whichever comes first, but not before 5 rounds. `batch`: samples in one run, for the protocol.
+
+    Such a series that other load or throttling disturbed, of any session, is taken once more; the steady one of the two counts,
+    or the steadier, never both together, and the protocol says which.
     """
     names = list(sessions)
-    times, groups = readings(sessions, feeds, runs=runs, seconds=seconds)
+    times, groups, repeated = _series(sessions, feeds, runs, seconds)
     measured = {}
     for name in names:
         what = protocol(threads, groups[name], batch) + (", in turns with the other file" if len(names) > 1 else "")
+        what += repeated
         note = getattr(sessions[name], "note", "")
         measured[name] = spread(times[name], what + (f"; {note}" if note else ""), machine)
     if len(names) > 1:
         measured["ratio"] = ratio(np.asarray(times[names[1]]), np.asarray(times[names[0]]), machine)
     return measured
+
+
+def _series(
+    sessions: dict[str, Any], feeds: dict[str, Any], runs: int, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, int], str]:
+    """A steady series where one of two is: `readings`, and what the protocol says of a repetition."""
+    taken = [readings(sessions, feeds, runs=runs, seconds=seconds)]
+    why = [_disturbed(taken[0][0])]
+    if why[0]:
+        taken.append(readings(sessions, feeds, runs=runs, seconds=seconds))
+        why.append(_disturbed(taken[1][0]))
+    if not why[0]:
+        return *taken[0], ""
+    if not why[1]:
+        return *taken[1], "; series 2 of 2: the first was disturbed by other load or throttling, and is left out"
+    used = min((0, 1), key=lambda i: max(range_of(times) for times in taken[i][0].values()))
+    return *taken[used], f"; unsteady: both series were disturbed, this one, {used + 1} of 2, {why[used]}"
+
+
+def _disturbed(times: dict[str, list[float]]) -> str:
+    """Why a series is no one speed, of the first session that is not; "" where all are steady."""
+    return next((why for values in times.values() if (why := disturbed(values))), "")
 
 
 def protocol(threads: int, group: int, batch: int = 1) -> str:
