@@ -82,6 +82,27 @@ def test_the_table_says_what_a_layer_alone_does_and_costs(
     assert size.codes_bytes + size.scales_bytes == found.mixed.size_bytes
 
 
+def test_the_table_measures_one_scale_where_one_is_asked_for(case: tuple[nn.Module, Program, Tensor]) -> None:
+    """Else the program chooses by errors that the result does not have: channels of the head differ thirtyfold."""
+    net, _, x = case
+    kept = net.head.weight.detach().clone()  # type: ignore[union-attr,operator]
+    with torch.no_grad():
+        net.head.weight[0] *= 30  # type: ignore[union-attr,index]
+        program, wanted = capture(net, x[:2]), net(x)
+    try:
+        found = allot(program, calibrate=[x], as_uniform=4, widths=(4,), weights="tensor")
+        packed = found.quantized.weights["head.weight"]
+        assert len(set(packed.scales.tolist())) == 1
+        with torch.no_grad():
+            net.head.weight.copy_(packed.unpack())  # type: ignore[union-attr,operator]
+            alone = float((net(x) - wanted).double().square().sum() / wanted.double().square().sum())
+    finally:
+        with torch.no_grad():
+            net.head.weight.copy_(kept)  # type: ignore[union-attr,operator]
+    one = next(w for w in found.widths if w.layer == "head.weight")
+    assert one.error == pytest.approx(alone, rel=1e-3)
+
+
 def test_bit_operations_as_the_budget_and_a_file_that_runs(
     case: tuple[nn.Module, Program, Tensor], tmp_path: Path
 ) -> None:

@@ -34,14 +34,16 @@ def test_a_network_that_is_not_float32_is_told_how_to_become_so(scheme: str, dty
 
 
 class Grown(nn.Module):
-    """A matrix that is computed from a parameter."""
+    """A matrix that is computed from a parameter by writing into it: what it is depends on when it is read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seed = nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.seed * 2 + 1)
+        weight = self.seed * 2
+        weight.add_(1)
+        return F.linear(x, weight)
 
 
 NOTHING: dict[str, tuple[Any, Any, str]] = {

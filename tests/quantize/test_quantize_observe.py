@@ -16,6 +16,7 @@ pytest.importorskip("torchao")
 from paredown.cli.quantize import quantize as quantize_command
 from paredown.errors import UsageError
 from paredown.program import capture
+from paredown.quantize import quantize
 from paredown.quantize.histogram import BINS, StreamingHistogram, finite
 from paredown.quantize.observe import OBSERVERS, MeanSquaredError, MinMax, kl_divergences, observer_named
 from paredown.recipe_fields import Quantize
@@ -491,3 +492,37 @@ def test_a_channel_of_large_values_is_seen() -> None:
         wanted = net(fresh)
         errors = {name: float((module(fresh) - wanted).square().mean()) for name, module in found.items()}
     assert errors["mse"] < errors["minmax"]
+
+
+class Gated(nn.Module):
+    """Squeeze and excite, as EfficientNet has it: gates that are nearly always closed, and now and then open; a softmax, too."""
+
+    def __init__(self, gate: Any, moved: bool) -> None:
+        super().__init__()
+        self.gate, self.moved = gate, moved
+        self.into, self.out = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.into.weight.mul_(3)
+            self.into.bias.fill_(-5.0)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(self.into(x))
+        gate = gate.flip(1) if self.moved else gate
+        return self.out(gate)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("gate", [torch.sigmoid, lambda x: (3 * x.relu()).softmax(1)])
+def test_entropy_leaves_gates_their_whole_range(gate: Any, moved: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Gated(gate, moved).eval(), torch.randn(64, 4, 8, 8)
+    with torch.no_grad():
+        values = net.gate(net.into(x))
+    assert (values > 0.5).float().mean() < 0.01 and float(values.max()) > 0.9
+    found = quantize(capture(net, x[:2]), calibrate=[x], observer="entropy")
+    largest = {
+        float(n.args[1]) * (n.args[4] - n.args[2])
+        for n in found.module.graph.nodes
+        if "quantize_per_tensor" in str(n.target)
+    }
+    assert any(abs(v - float(values.max())) < 1e-3 for v in largest)

@@ -19,7 +19,7 @@ from paredown.plan import Mask, Plan
 from paredown.program import Program, capture
 from paredown.prune import prune
 from paredown.quantize import quantize
-from paredown.quantize.observe import MinMax, PerChannel
+from paredown.quantize.observe import MinMax, PerChannel, PerChannelOneScale
 from paredown.quantize.qat import LearnedStep, Rehearsal, learnable, train_quantized
 from paredown.quantize.static import calibrated
 
@@ -54,6 +54,35 @@ def test_weights_have_one_step_per_channel_and_masked_ones_no_gradient() -> None
     out.sum().backward()
     assert out[0, 1] == 0 and weight.grad is not None and weight.grad[0, 1] == 0
     assert step.scale.shape == (2,) and step.scale.grad is not None and bool((step.scale.grad != 0).all())
+
+
+def test_a_weight_with_one_scale_has_one_step() -> None:
+    weight = torch.tensor([[0.53, -1.0, 0.2], [4.3, 2.1, -8.0]], requires_grad=True)
+    spec: dict[str, Any] = {"dtype": torch.int8, "qscheme": torch.per_channel_symmetric, "ch_axis": 0}
+    seen = PerChannelOneScale(quant_min=-8, quant_max=7, **spec)
+    seen(weight)
+    step = LearnedStep(seen)
+    (step(weight) * torch.tensor([[1.0], [3.0]])).sum().backward()
+    single = float(step.scale.detach())
+    places = weight.detach().double() / single
+    inside = (places == places.clamp(-8, 7)).double()
+    pull = (places.round().clamp(-8, 7) - places * inside) * torch.tensor([[1.0], [3.0]])
+    assert step.scale.shape == () and step.scale.grad is not None
+    assert float(step.scale.grad) == pytest.approx(float(pull.sum()) / np.sqrt(6 * 7), rel=1e-5)  # N: the whole weight
+    with torch.no_grad():
+        step.scale.mul_(1.1)
+    scales, zeros = step.calculate_qparams()
+    assert scales.tolist() == pytest.approx([single * 1.1] * 2) and zeros.tolist() == [0, 0]
+
+
+def test_weights_with_one_scale_keep_one_in_training() -> None:
+    _, data, _, _ = task()
+    options: dict[str, Any] = {"calibrate": [a for a, _ in data], "scheme": "w4a8", "weights": "tensor"}
+    plain = quantize(captured(), **options)
+    trained = train_quantized(captured(), lambda: data, step=step, epochs=1, lr=0.05, **options)
+    moved = [n for n, p in trained.weights.items() if not torch.equal(p.scales, plain.weights[n].scales)]
+    assert moved  # steps were trained
+    assert all(len(set(p.scales.tolist())) == 1 for p in trained.weights.values())
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from paredown.errors import UsageError
 from paredown.export import export, predictor
 from paredown.program import capture
 from paredown.quantize import quantize
-from paredown.quantize.numerics import scales_of_least_error, symmetric_of_least_error
+from paredown.quantize.numerics import scales_of_least_error, symmetric, symmetric_of_least_error
 from paredown.quantize.rounding import fitted, gptq
 
 
@@ -59,6 +59,34 @@ def test_layer_oracle_on_correlated_inputs(bits: int) -> None:
 def test_layer_oracle_negative_control_on_white_inputs(bits: int) -> None:
     nearest, ours = np.array([errors("white", bits, seed) for seed in range(2)]).mean(0)
     assert abs(ours / nearest - 1) < 0.15
+
+
+def test_layer_oracle_with_scales_that_hold_all() -> None:
+    """Rounding to the nearest at four bits on absmax scales: gptq wins on correlated inputs alone, at the same scales."""
+    for kind in ("correlated", "white"):
+        weight, x = layer(kind, 0)
+        scales = symmetric(weight, 0, quant_min=-8, quant_max=7).double()
+        assert bool((weight / scales[:, None] > -8 - 1e-5).all() and (weight / scales[:, None] < 7 + 1e-5).all())
+        nearest = torch.round(weight / scales[:, None]).clamp(-8, 7) * scales[:, None]
+        ours = gptq(weight, x.T @ x / len(x), scales, -8, 7) * scales[:, None]
+        plain, best = lost(weight, nearest, x), lost(weight, ours, x)
+        assert 0.01 < plain < 0.02  # of white inputs the error of the weight itself: about 0.015 for rows of 256
+        assert best <= 0.65 * plain if kind == "correlated" else abs(best / plain - 1) < 0.15
+
+
+def test_scales_that_hold_all_lose_the_more_the_longer_the_row() -> None:
+    """Mean squared error of rows from N(0, 1) at four bits, beside the table's for max|w| / 7 (METHODS 12.1)."""
+    generator = torch.Generator().manual_seed(0)
+    for length, table in ((64, 0.0117), (128, 0.0140), (1024, 0.0204), (4096, 0.0248)):
+        rows = torch.randn(256, length, generator=generator)
+
+        def error(scales: Tensor, low: int, rows: Tensor = rows) -> float:
+            return float((torch.round(rows / scales[:, None]).clamp(low, 7) * scales[:, None] - rows).square().mean())
+
+        assert error(symmetric(rows, 0, quant_min=-7, quant_max=7), -7) == pytest.approx(table, rel=0.03)
+        ours = error(symmetric(rows, 0, quant_min=-8, quant_max=7), -8)  # -8 is a code, so steps are a little finer
+        least = error(symmetric_of_least_error(rows, 0, quant_min=-8, quant_max=7), -8)
+        assert 0.88 * table < ours < table and least < 0.012
 
 
 @pytest.mark.parametrize("seed", range(6))

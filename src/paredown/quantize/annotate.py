@@ -15,10 +15,10 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from paredown.quantize.decompose import op_name
-from paredown.quantize.fixed import fix_results
+from paredown.quantize.decompose import op_name, pad_value
+from paredown.quantize.fixed import fix_results, widen_gates
 from paredown.quantize.observe import WEIGHT_OBSERVERS, observer_named
-from paredown.quantize.products import OF
+from paredown.quantize.products import FROM, OF
 from paredown.quantize.schemes import Levels, Scheme, levels_at, weight_range
 from paredown.score.patterns import as_patterns, matches
 from paredown.target import Target
@@ -111,6 +111,8 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
         for node in reversed(nodes):
             if self._can_return_float(node):
                 _drop_unread(node, keeps_inputs=self.target.ops.get(op_name(node)) in ("weighted", "matmul"))
+        if self.observer == "entropy":
+            widen_gates(nodes)
         fix_results(nodes, self.target.fixed, self.activation)
         return model
 
@@ -190,7 +192,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             return False
         if self.coarse and op_name(node) in _AVERAGES:
             return False  # a mean of coarse codes is finer than they are
-        if op_name(node) in ("pad", "constant_pad_nd") and _pad_value(node) != 0:
+        if op_name(node) in ("pad", "constant_pad_nd") and pad_value(node) != 0:
             return False
         inputs = _inputs(node)
         return bool(inputs) and all(is_float(x) for x in inputs)
@@ -269,7 +271,7 @@ def _spec(user: fx.Node, node: fx.Node) -> QuantizationSpec | None:
 
 def layer_names(node: fx.Node) -> list[str]:
     """What a pattern may call an op: the parameters that it reads, and its module."""
-    names = [str(a.meta.get(OF, a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
+    names = [str(a.meta.get(OF, a.meta.get(FROM, a.target))) for a in node.all_input_nodes if a.op == "get_attr"]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]).removeprefix("L['self'].").removeprefix("L['self']") if stack else ""
     return [*names, *((path,) if path else ())]
@@ -337,12 +339,3 @@ def _wants(user: fx.Node, node: fx.Node) -> bool:
 def _scales_by_weight(name: str, args: list[Any]) -> bool:
     """Layer scale: one weight per channel over orders of magnitude does not survive one scale for all."""
     return name.startswith("mul") and any(is_constant(a) for a in args)
-
-
-def _pad_value(node: fx.Node) -> Any:
-    """The constant of a padding; 0 where the mode repeats values that exist."""
-    if op_name(node) == "constant_pad_nd":
-        return node.args[2] if len(node.args) > 2 else 0
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return (value or 0) if mode == "constant" else 0

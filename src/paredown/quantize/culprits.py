@@ -18,7 +18,7 @@ from paredown.quantize.decompose import fetch, op_name
 from paredown.quantize.lanes import Changes, Lane, Layer, cloned, layers_of
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.numerics import observes_weight
-from paredown.quantize.static import Calibrated, calibrated, converted, quantize
+from paredown.quantize.static import Calibrated, calibrated, converted
 from paredown.score.patterns import as_patterns
 from paredown.target import named
 
@@ -97,7 +97,10 @@ def spare(
         made.clear()  # one network at a time
         stay = [*given, *sorted(key)]
         try:
-            made[key] = quantize(tuned, target=target, calibrate=calibrate, float_layers=stay, **options)
+            again = calibrated(
+                tuned, target=target, calibrate=calibrate, float_layers=stay, idle_repairs=True, **options
+            )
+            made[key] = converted(again, again.prepared)
         except NothingToDo:  # every layer is in float, and then there is nothing to hand back
             return Mixed(base, frozenset(), None)
         return made[key].module

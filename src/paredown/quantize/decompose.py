@@ -30,6 +30,15 @@ def op_name(node: fx.Node) -> str:
     return str(target.overloadpacket.__name__)
 
 
+def pad_value(node: fx.Node) -> Any:
+    """The constant of a padding; 0 where the mode repeats values that exist."""
+    if op_name(node) == "constant_pad_nd":
+        return node.args[2] if len(node.args) > 2 else 0
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    return (value or 0) if mode == "constant" else 0
+
+
 def decompose(graph: fx.GraphModule, names: tuple[str, ...]) -> None:
     """Apply the rewrites of those names, in place."""
     for node in list(graph.graph.nodes):

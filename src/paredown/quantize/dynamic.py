@@ -272,11 +272,18 @@ def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     """The value of a node that is computed from parameters and buffers alone; None for any other."""
     if not isinstance(node, fx.Node):
         return None
-    found = _evaluated(graph, node)
+    found = evaluated(graph, node, {})
     return found.detach() if isinstance(found, Tensor) else None
 
 
-def _evaluated(graph: fx.GraphModule, node: fx.Node) -> Any:
+def evaluated(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """The value of a node; None where an input, chance or an op that is not aten's has a part in it. `known` holds what was found."""
+    if node not in known:
+        known[node] = _evaluated(graph, node, known)
+    return known[node]
+
+
+def _evaluated(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
         return fetch(graph, str(node.target))
     if node.op != "call_function" or not node.all_input_nodes:
@@ -287,7 +294,7 @@ def _evaluated(graph: fx.GraphModule, node: fx.Node) -> Any:
         )
         if not op_name(node) or random:
             return None
-    values = {n: _evaluated(graph, n) for n in node.all_input_nodes}
+    values = {n: evaluated(graph, n, known) for n in node.all_input_nodes}
     if any(v is None for v in values.values()):
         return None
     with torch.no_grad():

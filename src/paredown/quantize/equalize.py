@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from paredown.program import Inputs
-from paredown.quantize.decompose import fetch, op_name
+from paredown.quantize.decompose import fetch, op_name, pad_value
 from paredown.quantize.lanes import Layer, layers_of, plain_lanes
 
 ROUNDS = 20
@@ -166,20 +167,52 @@ def smooth(prepared: fx.GraphModule, calls: Sequence[Inputs], *, alpha: float = 
     return found
 
 
-_LEAVE_LAST = frozenset("reshape view _unsafe_view flatten dropout clone contiguous alias detach".split())
+_LEAVE_LAST = frozenset(
+    "reshape view _unsafe_view flatten unflatten squeeze expand repeat dropout clone contiguous alias detach".split()
+)
+"""What leaves the last axis alone where its length stays."""
+_ALONG = frozenset("slice narrow select index_select roll flip transpose swapaxes unsqueeze".split())
+"""What leaves all axes alone but those that it names: in its first argument behind the tensor, of a roll in the second."""
+_NO_READERS = ("sym_size", "_assert_tensor_metadata")
+"""What asks for a shape and reads no value."""
+
+
+def _leaves_last(node: fx.Node) -> bool:
+    """Whether entry j along the last axis of what an op gives is entry j of what it reads, or 0."""
+    first: Any = node.args[0] if node.args else None
+    while isinstance(first, fx.Node) and first.op == "call_module":  # an observer has no value of its own
+        first = first.args[0]
+    value, before = node.meta.get("val"), first.meta.get("val") if isinstance(first, fx.Node) else None
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor) or not value.dim():
+        return False
+    name, args, rank = op_name(node), [*node.args[1:]], before.dim()
+    if value.shape[-1] != before.shape[-1] or node.kwargs.keys() - {"memory_format", "implicit", "value", "mode"}:
+        return False
+    if name in _LEAVE_LAST:
+        return True
+    if name == "permute":
+        return bool(args[0][-1] % rank == rank - 1)  # type: ignore[index,operator]
+    if name in ("pad", "constant_pad_nd"):
+        return [*args[0]][:2] == [0, 0] and pad_value(node) == 0  # type: ignore[misc]
+    if name not in _ALONG:
+        return False
+    axes: Any = args[:2] if name in ("transpose", "swapaxes") else args[1:2] if name == "roll" else args[:1] or [0]
+    axes = axes[0] if axes and isinstance(axes[0], list | tuple) else axes
+    rank += name == "unsqueeze"
+    return bool(axes) and all(a % rank != rank - 1 for a in axes)
 
 
 def _linear_readers(node: fx.Node, layers: dict[fx.Node, Layer]) -> list[Layer]:
     """The linear layers that read a norm; none where something else does, too, or the norm has no weight and bias of its own."""
     if len(node.args) < 4 or any(getattr(a, "op", "") != "get_attr" or len(a.users) > 1 for a in node.args[2:4]):  # type: ignore[union-attr]
         return []
-    width, readers, waiting = node.meta["val"].shape[-1], [], list(node.users)
+    readers, waiting = [], list(node.users)
     while waiting:
         user = waiting.pop()
         if user in layers:
             readers.append(layers[user])
-        elif user.op == "call_module" or (op_name(user) in _LEAVE_LAST and user.meta["val"].shape[-1] == width):
+        elif user.op == "call_module" or _leaves_last(user):
             waiting += list(user.users)
-        else:
+        elif op_name(user) not in _NO_READERS:
             return []
     return list({id(r): r for r in readers}.values())

@@ -1,4 +1,4 @@
-"""Results whose int8 kernel has one scale and takes no other: that scale, whatever calibration sees."""
+"""Results whose range is not the chosen observer's to find: a kernel takes one scale and no other, or large values are what matters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
-from torchao.quantization.pt2e.quantizer import QuantizationSpec
+from torchao.quantization.pt2e.quantizer import QuantizationSpec, SharedQuantizationSpec
 
 from paredown.quantize.decompose import op_name
-from paredown.quantize.observe import Ranged
+from paredown.quantize.observe import MinMax, Ranged
 
 _KEY = "quantization_annotation"
 
@@ -49,3 +49,29 @@ def fix_results(
             asked = reader.meta[_KEY].input_qspec_map if _KEY in reader.meta else {}
             if isinstance(asked.get(node), QuantizationSpec):
                 asked[node] = spec
+
+
+GATES = frozenset("sigmoid sigmoid_ hardsigmoid hardsigmoid_ softmax _softmax".split())
+"""Results from 0 to 1, most of them small, of which the rare large ones decide."""
+
+
+def widen_gates(nodes: Iterable[fx.Node]) -> None:
+    """Let results of `GATES` have all of their range, in the annotations of the op, of who reads them and of what moves them.
+
+    A threshold of least divergence cuts a gate that is nearly always closed to what it is then (see observe.Entropy).
+    """
+    waiting = [n for n in nodes if op_name(n) in GATES]
+    for node in waiting:  # grows as it is gone through
+        told = node.meta.get(_KEY)
+        if told is not None and isinstance(told.output_qspec, QuantizationSpec):
+            told.output_qspec = _whole(told.output_qspec)
+        for reader in node.users:
+            asked = reader.meta[_KEY].input_qspec_map if _KEY in reader.meta else {}
+            if isinstance(asked.get(node), QuantizationSpec):
+                asked[node] = _whole(asked[node])
+                if isinstance(reader.meta[_KEY].output_qspec, SharedQuantizationSpec):  # it only moves them
+                    waiting.append(reader)
+
+
+def _whole(spec: QuantizationSpec) -> QuantizationSpec:
+    return dataclasses.replace(spec, observer_or_fake_quant_ctr=MinMax)

@@ -227,7 +227,7 @@ def _rounded(
     base: Calibrated, layer: Layer, lanes: Sequence[Lane], widths: Sequence[int], rounding: str
 ) -> Iterator[tuple[int, Tensor]]:
     """The layer's weight at each width."""
-    from paredown.quantize.observe import PerChannel
+    from paredown.quantize.observe import WEIGHT_OBSERVERS
 
     weight = fetch(base.prepared, layer.weight).detach()
     own: Any = fetch(base.prepared, layer.observer)
@@ -235,7 +235,7 @@ def _rounded(
     sums = moments_of(layer, [Lanes(whole=lane, coded=lane) for lane in lanes], rows) if rounding else []
     for bits in widths:
         low, high = weight_range(bits, levels_at(bits))
-        observer = PerChannel(
+        observer = WEIGHT_OBSERVERS["tensor" if own.one_scale else "channel"](
             dtype=torch.int8,
             qscheme=own.qscheme,
             ch_axis=own.ch_axis,

@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 from paredown.errors import MissingError, NothingToDo, RejectedError, UsageError
 from paredown.program import Program, quiet
 from paredown.quantize.batches import Batches, each, finite_rows, length, rows
+from paredown.quantize.computed import hold_computed
 from paredown.quantize.decompose import fetch, op_name
 from paredown.quantize.histogram import StreamingHistogram, finite
 from paredown.quantize.nouns import Histogram
 from paredown.quantize.numerics import GRANULARITIES, Granularity, Grid, grid_of, on_grid
+from paredown.quantize.products import FROM
 
 BITS = (8, 7, 6, 5, 4, 3, 2, 1)
 WEIGHTED = "conv1d conv2d conv3d linear conv_transpose1d conv_transpose2d conv_transpose3d".split()
@@ -129,13 +131,14 @@ def _layers(program: Program, graph: fx.GraphModule) -> Iterator[tuple[fx.Node, 
     for node in graph.graph.nodes:
         weight = node.args[1] if op_name(node) in WEIGHTED and len(node.args) > 1 else None
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
-            name = str(weight.target)
+            name = str(weight.meta.get(FROM, weight.target))
             yield node, first.get(id(program.state.get(name)), name)
 
 
 def folded_weights(program: Program) -> Iterator[tuple[str, str, Tensor, int]]:
     """(name, op, weight with batch norm folded, axis of its channels), each parameter once."""
     graph = program.eval_graph.module(check_guards=False)
+    hold_computed(graph)
     done: set[str] = set()
     for node, name in _layers(program, graph):
         if name not in done:
@@ -239,6 +242,7 @@ def activation_noise(
         raise MissingError(msg) from error
     make = observer_named(observer)
     graph = program.eval_graph.module(check_guards=False)
+    hold_computed(graph)
     listeners: dict[fx.Node, Listener] = {}
     layers = []
     for node, name in list(_layers(program, graph)):

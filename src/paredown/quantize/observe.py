@@ -169,7 +169,8 @@ class Entropy(Ranged):
     S. Migacz, "8-bit inference with TensorRT", GTC 2017. Where we differ: zeros are left out, because they are exact in
     every range that includes 0; counted, they would fill the first bin after a ReLU and decide alone.
 
-    Not for outputs of sigmoid or softmax, whose rare large values are what matters, and not for few samples.
+    Not for outputs of sigmoid or softmax, whose rare large values are what matters (`quantize` gives them MinMax, see
+    fixed.widen_gates), and not for few samples.
     """
 
     def reset(self) -> None:

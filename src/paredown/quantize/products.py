@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from paredown.quantize.decompose import attach, fetch, op_name
 aten = torch.ops.aten
 OF = "transpose of"
 """In the meta of a node that holds Wᵀ: the attribute that holds W, which is the one that the user knows."""
+FROM = "computed from"
+"""In the meta of a node that holds what is computed from parameters (see computed.py): the one of them that stands for all."""
 
 
 def products_as_layers(graph: fx.GraphModule) -> None:
@@ -37,7 +40,7 @@ def products_as_layers(graph: fx.GraphModule) -> None:
         graph.graph.erase_node(last)
         if last is not node:
             graph.graph.erase_node(node)
-    _drop_unread(graph, list(transposed))
+    drop_unread(graph, {str(w.target) for w in transposed})
 
 
 def _factors(node: fx.Node) -> tuple[Any, Any, Any]:
@@ -52,7 +55,7 @@ def _factors(node: fx.Node) -> tuple[Any, Any, Any]:
 
 def _transpose(graph: fx.GraphModule, weight: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """A node that holds Wᵀ, for a W that is held as it is or turned; None for any other."""
-    if _is_turn(weight) and _is_matrix(weight.all_input_nodes[0]):
+    if is_turn(weight) and _is_matrix(weight.all_input_nodes[0]):
         return weight.all_input_nodes[0]
     if not _is_matrix(weight):
         return None
@@ -61,7 +64,8 @@ def _transpose(graph: fx.GraphModule, weight: fx.Node, known: dict[fx.Node, fx.N
         with graph.graph.inserting_after(weight):
             made = graph.graph.get_attr(_attached(graph, weight, tensor))
         made.meta["val"] = value.fake_mode.from_tensor(tensor, static_shapes=True)
-        made.meta[OF] = str(weight.target)
+        made.meta[OF] = str(weight.meta.get(FROM, weight.target))
+        made.meta |= {key: weight.meta[key] for key in (FROM,) if key in weight.meta}
         known[weight] = made
     return known[weight]
 
@@ -70,14 +74,20 @@ def _attached(graph: fx.GraphModule, weight: fx.Node, tensor: Tensor) -> str:
     """A parameter or a buffer, as W is: buffers are not trained."""
     name = attach(graph, f"{weight.target}_transposed", tensor)
     if not isinstance(fetch(graph, str(weight.target)), nn.Parameter):
-        path, _, leaf = name.rpartition(".")
-        owner = graph.get_submodule(path)
-        delattr(owner, leaf)
-        owner.register_buffer(leaf, tensor)
+        as_buffer(graph, name)
     return name
 
 
-def _is_turn(node: fx.Node) -> bool:
+def as_buffer(graph: fx.GraphModule, name: str) -> None:
+    """Make a buffer of a parameter."""
+    path, _, leaf = name.rpartition(".")
+    owner, tensor = graph.get_submodule(path), fetch(graph, name).detach()
+    delattr(owner, leaf)
+    owner.register_buffer(leaf, tensor)
+
+
+def is_turn(node: fx.Node) -> bool:
+    """Whether a node is the transpose of a matrix."""
     name = op_name(node)
     if name in ("t", "numpy_T", "mT"):
         return True
@@ -110,11 +120,10 @@ def _sum(product: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     return (reader, others[0]) if len(others) == 1 and _is_bias(others[0], product) else (product, None)  # type: ignore[return-value]
 
 
-def _drop_unread(graph: fx.GraphModule, holders: list[fx.Node]) -> None:
-    """Leave no W behind that nothing reads any more."""
-    names = {str(h.target) for h in holders if not h.users}
+def drop_unread(graph: fx.GraphModule, names: Iterable[str]) -> None:
+    """Leave none of these tensors behind that nothing reads any more."""
     graph.graph.eliminate_dead_code()
-    for name in names - {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}:
+    for name in set(names) - {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}:
         path, _, leaf = name.rpartition(".")
         delattr(graph.get_submodule(path), leaf)
     graph.recompile()

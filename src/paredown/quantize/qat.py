@@ -24,7 +24,7 @@ from paredown.quantize.observe import PerChannel
 from paredown.quantize.pairs import within
 from paredown.quantize.rehearse import Rounding
 from paredown.quantize.schemes import Levels
-from paredown.quantize.static import Calibrated, calibrated, converted
+from paredown.quantize.static import Calibrated, Owner, calibrated, converted
 from paredown.train import fit
 from paredown.train.distil import Distil
 from paredown.train.loop import Hook, Progress, Training, usable_device
@@ -45,13 +45,17 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
     2020, arXiv 1902.08153, equations 1 to 5). N is how many values share the step: of a channel for weights, of one
     sample for activations. z stays as calibrated. Balanced, ternary and binary levels pass the gradient on as far as the outermost
     level's own cell reaches, ±4 s, ±1.5 s and ±2 s (ParetoQ, see schemes.weight_range). We differ in where s starts, at the calibrated step, and in how far
-    one update may take it (`MOST`).
+    one update may take it (`MOST`). Where a weight has one scale for all channels, one step is trained, and written for each of them.
     """
 
     def __init__(self, observer: Any, keep: Tensor | None = None) -> None:
         super().__init__(dtype=observer.dtype)
         self.quant_min, self.quant_max, self.qscheme = observer.quant_min, observer.quant_max, observer.qscheme
         scale, zero_point = observer.calculate_qparams()
+        self.one_scale = bool(getattr(observer, "one_scale", False))
+        self.channels = len(scale) if self.one_scale else 0
+        if self.one_scale:  # a step per channel would be free to leave the others
+            scale, zero_point = scale.max(), zero_point[0]
         self.levels: Levels = getattr(observer, "levels", "integer")
         self.scale = nn.Parameter(scale.detach().clone().float())
         self.register_buffer("zero_point", zero_point.detach().clone())
@@ -79,7 +83,8 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """x rounded."""
         x = x if self.keep is None else x * self.keep
-        share = x.numel() / max(self.scale.numel(), 1) / (1 if self.scale.dim() else max(x.shape[0], 1))
+        samples = 1 if self.scale.dim() or self.one_scale else max(x.shape[0], 1)
+        share = x.numel() / max(self.scale.numel(), 1) / samples
         gain = (max(share, 1.0) * max(self.quant_max, 1)) ** -0.5
         scale, zero_point = self.scale.clamp_min(1e-12), self.zero_point
         if scale.dim():
@@ -90,8 +95,11 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
         return Rounding.apply(x, scale, zero_point, *ends, self.levels, gain)  # type: ignore[no-any-return, no-untyped-call]
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero point (int64)."""
-        return self.scale.detach().clamp_min(1e-12).clone(), self.zero_point.clone()
+        """Scale (float32) and zero point (int64); of a weight [channels], whether they are equal or not."""
+        scale, zero_point = self.scale.detach().clamp_min(1e-12), self.zero_point
+        if self.one_scale:
+            scale, zero_point = scale.expand(self.channels), zero_point.expand(self.channels)
+        return scale.clone(), zero_point.clone()
 
 
 class Rehearsal(nn.Module):
@@ -142,7 +150,8 @@ def train_quantized(
 
     Starts from the calibrated (and, with `repair`, rounded) network; batch norm is folded and frozen, dropout is left
     out. Weights, biases and steps (see LearnedStep) are trained by the one training loop (`fit`: SGD, cosine); after three quarters
-    of the steps the grids stay as they are. Steps and biases have no weight decay. Gradients longer
+    of the steps the grids stay as they are. A weight that the model computes from parameters (standardised, normalised) is trained as
+    the tensor that it comes to, no longer by its parameters. Steps and biases have no weight decay. Gradients longer
     than `clip_norm` are shortened to it: without batch norm nothing else holds a step back. Zeros of a mask stay zeros.
     `step(model, batch) -> loss` and `teacher`, `distil`, `checkpoint`, `progress` as for `fit`; with a teacher `distil` is
     "kl" unless said otherwise. The codes of the result are those that the last forward pass used. Where products of neighbours could
@@ -204,7 +213,7 @@ def learnable(base: Calibrated, masks: Mapping[str, Mask]) -> fx.GraphModule:
         keep = None
         if isinstance(observer, PerChannel):
             owner, weight = base.owner_of(node), fetch(graph, str(node.args[0].target))
-            keep = _kept(masks[owner.parameter], weight, owner.transposed) if owner.parameter in masks else None
+            keep = _kept(masks[owner.parameter], weight, owner) if owner.parameter in masks else None
         if id(observer) not in made:
             made[id(observer)] = LearnedStep(observer, keep)
         graph.add_submodule(str(node.target), made[id(observer)])
@@ -216,8 +225,10 @@ def learnable(base: Calibrated, masks: Mapping[str, Mask]) -> fx.GraphModule:
     return graph
 
 
-def _kept(mask: Mask, weight: Tensor, transposed: bool) -> Tensor:
-    kept = torch.from_numpy((mask.kept.T if transposed else mask.kept).copy())
+def _kept(mask: Mask, weight: Tensor, owner: Owner) -> Tensor | None:
+    kept = torch.from_numpy((mask.kept.T if owner.transposed else mask.kept).copy())
+    if owner.computed and (kept.shape != weight.shape or bool((weight[~kept.bool()] != 0).any())):
+        return None  # what is computed from a pruned weight, as a standardised one, has no zeros to keep
     if kept.shape != weight.shape:
         msg = f"a mask must have the shape of its weight. Got {tuple(kept.shape)} for {tuple(weight.shape)}."
         raise RejectedError(msg)

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
+from paredown.errors import MissingError, NothingToDo, RejectedError, UsageError, VerificationError
 from paredown.program import Inputs, Program, capture, quiet, source_line
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches, tensors_of
 from paredown.quantize.calibration import run_samples
+from paredown.quantize.computed import hold_computed
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
-from paredown.quantize.products import OF, products_as_layers
+from paredown.quantize.products import FROM, OF, products_as_layers
 from paredown.quantize.schemes import DYNAMIC, SCHEMES, WEIGHTS, Levels, scheme_named
 from paredown.score.patterns import matches
 from paredown.target import Target, named
@@ -35,10 +36,11 @@ REPAIRS = ("equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fas
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The parameter that an op reads, and whether it reads the transpose of it."""
+    """The parameter that an op reads, and whether it reads the transpose of it, or what is computed from it (computed.py)."""
 
     parameter: str
     transposed: bool = False
+    computed: bool = False
 
 
 Owners = dict[tuple[str, int], Owner]
@@ -65,8 +67,8 @@ def quantize(
     squared error and codes in [-8, 7]. For x86, s is larger where two neighbouring weights would add up to more than ±128: their products
     could saturate (see `Target.pair_sum`). Activations: the target's dtype (uint8 for ONNX Runtime on x86), range by
     `observer`: "minmax" (all values seen), "moving-average" (of the batches' ranges), "percentile" (99.99 % of the
-    values; another one as "percentile=99.9"), "mse" (least squared error) or "entropy" (TensorRT's; not for outputs of
-    sigmoid or softmax), the last three from a streaming histogram. Batch norm is folded first. Works on a user's own
+    values; another one as "percentile=99.9"), "mse" (least squared error) or "entropy" (TensorRT's; results of sigmoid and
+    softmax have "minmax" then), the last three from a streaming histogram. Batch norm is folded first. Works on a user's own
     module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its weights change.
 
     "w2", "ternary" and "binary" code weights alone: activations, and all that is computed, stay float32. Their codes are ±1 and
@@ -83,13 +85,15 @@ def quantize(
     `repair` names what is done against the rounding, in whatever order they are given: "equalize" and "smooth" move
     ranges between layers without changing the function, "gptq" or "adaround" choose codes layer after layer by what they
     do to its output, "blocks" goes on from gptq's codes and chooses those of a whole residual block together, "bias" or "bias-fast"
-    give back the means, without those three, which do so as they go. They keep the samples and their activations in memory.
+    give back the means, without those three, which do so as they go. `notes` say how much each of them did. They keep the
+    samples and their activations in memory. A weight that the model computes from its parameters alone (standardised, normalised,
+    scaled) is evaluated once, and has codes under the name of the parameter that it comes from (computed.py).
     `weights` "tensor" has one scale per weight. `float_layers` are patterns (fnmatch) of parameters or modules that
     stay in float.
 
     Raises UsageError (scheme, target, observer, repair), RejectedError (no samples, samples that do not fit, a network that
-    is quantized already or not in float32), NothingToDo (no weight would be codes), MissingError (torchao), VerificationError
-    (the prepared graph computes something else, or a repair does).
+    is quantized already or not in float32), NothingToDo (no weight would be codes, or a repair finds nothing to do),
+    MissingError (torchao), VerificationError (the prepared graph computes something else, or a repair does).
 
     >>> from paredown.program import capture
     >>> from torch import nn
@@ -186,8 +190,12 @@ def calibrated(
     weights: str = "channel",
     float_layers: Sequence[str] = (),
     bits: Mapping[str, int] | None = None,
+    idle_repairs: bool = False,
 ) -> Calibrated:
-    """The first half of `quantize`, with its options and errors: everything but the conversion to codes."""
+    """The first half of `quantize`, with its options and errors: everything but the conversion to codes.
+
+    With `idle_repairs` a repair that finds nothing to do is noted, not refused: a search may have taken away what it works on.
+    """
     table = _checked(target, scheme, observer, num_samples, repair, weights, bits or {})
     program = _recaptured(tuned)
     graph = program.eval_graph.module(check_guards=False)
@@ -201,14 +209,14 @@ def calibrated(
     stayed = _ONLY_WEIGHTS if scheme in WEIGHTS else tuple(stayed_float(prepared, table))
     calls: list[Inputs] | None = [] if repair else None
     notes = () if calibrate is None else run_samples(prepared, calibrate, num_samples, program, calls)
-    _repaired(prepared, table, calls or [], repair)
+    repaired = tuple(_repaired(prepared, table, calls or [], repair, idle_repairs))
     base = Calibrated(
         prepared=prepared,
         program=program,
         owners=owners,
         scheme=scheme,
         target=target,
-        notes=(*program.notes, *notes, *stayed),
+        notes=(*program.notes, *notes, *repaired, *stayed),
     )
     _refuse_masks(tuned, base)
     return base
@@ -259,8 +267,10 @@ def _settle(prepared: fx.GraphModule) -> None:
         fetch(prepared, name).data = values
 
 
-def _repaired(prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], repair: Sequence[str]) -> None:
-    """The repairs in their order, whatever order they were asked for in."""
+def _repaired(
+    prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], repair: Sequence[str], idle: bool
+) -> Iterator[str]:
+    """The repairs in their order, whatever order they were asked for in; what each of them did."""
     from paredown.quantize.bias import correct_biases
     from paredown.quantize.equalize import equalize, smooth
     from paredown.quantize.rounding import METHODS, round_layers
@@ -269,9 +279,10 @@ def _repaired(prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], 
     if scalings:
         before = _outputs(prepared, calls[0])
         for name, scale in scalings.items():
-            scale(prepared, calls)
+            found = scale(prepared, calls)
             rule = f"the repair {name} must leave the function as it is"
             _refuse_change(before, _outputs(prepared, calls[0]), rule, "Leave it out.")
+            yield _told(name, len(found), idle, f", by up to {max(found.values(), default=1.0):.3g}")
         _reset(prepared)
         for args, kwargs in calls:  # ranges have moved
             with torch.no_grad():
@@ -279,13 +290,40 @@ def _repaired(prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], 
     _keep_biases(prepared, table)
     for method in METHODS:
         if method in repair:
-            round_layers(prepared, calls, method=method)
+            yield _told(method, len(round_layers(prepared, calls, method=method)), idle)
     if "blocks" in repair:
         from paredown.quantize.blocks import reconstruct
+        from paredown.quantize.lanes import layers_of
 
-        reconstruct(prepared, calls)
-    if "bias" in repair or "bias-fast" in repair:
-        correct_biases(prepared, calls, full="bias" in repair)
+        together = len(reconstruct(prepared, calls))
+        yield _told("blocks", len(list(layers_of(prepared))), idle, f", {together} blocks together")
+    for name in ("bias", "bias-fast"):
+        if name in repair:
+            yield _told(name, len(correct_biases(prepared, calls, full=name == "bias")), idle)
+
+
+_REPAIRED = {
+    "equalize": (
+        "channels of {} layers scaled",
+        "two layers with nothing but ReLU, leaky ReLU, pools or a ReLU6 that cuts nothing between them",
+    ),
+    "smooth": ("channels of {} norms scaled", "a layer norm with a weight and a bias that linear layers alone read"),
+    **dict.fromkeys(
+        ("gptq", "adaround", "blocks"), ("codes of {} layers chosen", "a layer in codes whose weight no other reads")
+    ),
+    **dict.fromkeys(("bias", "bias-fast"), ("{} biases moved", "a layer in codes with a bias of its own")),
+}
+"""By repair: what it did, and what it needs."""
+
+
+def _told(name: str, count: int, idle: bool, more: str = "") -> str:
+    did, need = _REPAIRED[name]
+    if count:
+        return f"repair {name}: {did.format(count)}{more}"
+    if not idle:
+        msg = f"the repair {name} must have {need}. Got none in this network, so it would change nothing. Leave it out."
+        raise NothingToDo(msg)
+    return f"repair {name}: nothing to do"
 
 
 def _reset(prepared: fx.GraphModule) -> None:
@@ -388,12 +426,13 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
 
     before = _outputs(graph, program.inputs)
     with quiet("torchao"):
+        hold_computed(graph)
         if quantizer.target.ops.get("linear") == "weighted":
             products_as_layers(graph)
         decompose(graph, quantizer.target.decompositions)
         free_batch_norms(graph)
         owners = {
-            (node.name, i): Owner(str(x.meta.get(OF, x.target)), OF in x.meta)
+            (node.name, i): Owner(str(x.meta.get(OF, x.meta.get(FROM, x.target))), OF in x.meta, FROM in x.meta)
             for node in graph.graph.nodes
             for i, x in enumerate(node.all_input_nodes)
             if x.op == "get_attr"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -11,28 +12,59 @@ from paredown.errors import NothingToDo
 from paredown.program import source_line
 from paredown.quantize.decompose import fetch, op_name
 from paredown.score.patterns import matches
-from paredown.target import Target
+from paredown.target import Target, why_float
+from paredown.target.reasons import NEIGHBOURS
 
 
 def stayed_float(prepared: fx.GraphModule, table: Target) -> Iterator[str]:
-    """One line per kind of op that computes in float, with where it is."""
+    """One line per kind of op that computes in float and reason, with where the first is."""
     free = (
         *table.fusions,
         *(op for op, kind in table.ops.items() if kind == "shared"),
         "sym_size",
         "_assert_tensor_metadata",
     )
-    kinds: dict[str, list[fx.Node]] = collections.defaultdict(list)
+    kinds: dict[tuple[str, str], list[fx.Node]] = collections.defaultdict(list)
     for node in prepared.graph.nodes:
         value = node.meta.get("val")
         computes = (
             isinstance(value, Tensor) and value.is_floating_point() and "quantization_annotation" not in node.meta
         )
         if computes and op_name(node) and op_name(node) not in free:
-            kinds[op_name(node)].append(node)
-    for name, nodes in sorted(kinds.items()):
+            kinds[op_name(node), _why(node, table)].append(node)
+    for (name, reason), nodes in sorted(kinds.items()):
         where = source_line(nodes[0]) or nodes[0].name
-        yield f"{name} stays float ({len(nodes)}×, first at {where})"
+        yield f"{name} stays float ({len(nodes)}×, first at {where}): {reason}"
+
+
+def _why(node: fx.Node, table: Target) -> str:
+    """Why an op has no codes: what the annotation asks of it and did not find, else what the runtime has no kernel for."""
+    from paredown.quantize.annotate import _leads_to_softmax, is_constant, is_float
+
+    name = op_name(node)
+    kind, args = table.ops.get(name), [_observed(a) for a in node.args[:2]]
+    if kind in ("weighted", "binary") and any(isinstance(v, fx.Node) for v in node.kwargs.values()):
+        return "a tensor is passed to it by keyword"
+    if kind == "weighted" and len(args) == 2:
+        if not is_constant(args[1]):
+            return "its weight is computed"
+        return "asked for by float_layers" if is_float(args[0]) else "its numbers are not float32"
+    if kind != "binary":
+        return why_float(table, name)
+    if _leads_to_softmax(node):
+        return "sums before a softmax stay float: a mask's minus infinity has no code"
+    if any(is_constant(a) for a in args):
+        return "a constant for every channel does not survive one scale for all"
+    if len(args) < 2 or not all(is_float(a) for a in args) or node.kwargs:
+        return "what it joins is not two float32 tensors"
+    return NEIGHBOURS
+
+
+def _observed(value: Any) -> Any:
+    """What an observer in front of an op looks at."""
+    while isinstance(value, fx.Node) and value.op == "call_module" and value.all_input_nodes:
+        value = value.all_input_nodes[0]
+    return value
 
 
 def refuse_empty(prepared: fx.GraphModule, table: Target, scheme: str, float_layers: Sequence[str]) -> None:
