@@ -121,18 +121,51 @@ class Recipe(Strict):
             del plain["curve"]["spacing"]
         if not self.given:
             del plain["given"]
-        if self.prune.sensitivity is None:
-            del plain["prune"]["sensitivity"]
         if self.recover.ranks == 1:
             del plain["recover"]["ranks"]
-        for level in plain["prune"]["levels"]:
-            if level["epochs"] is None:
-                del level["epochs"]
+        self._shorten_prune(plain["prune"])
         if not self.recover.distil_layers:
             del plain["recover"]["distil_layers"], plain["recover"]["distil_layers_weight"]
         if not self.measure.noise:
             del plain["measure"]["noise"]
         return plain
+
+    def _shorten_prune(self, plain: dict[str, Any]) -> None:
+        """Leave out what later versions added, where it has its default."""
+        if self.prune.allocation is None and _all_uniform(self):  # the default once: runs that are begun go on
+            plain["allocation"] = "uniform"
+        elif self.prune.allocation is None:
+            del plain["allocation"]
+        if self.prune.sensitivity is None:
+            del plain["sensitivity"]
+        if not self.prune.regularize_options:
+            del plain["regularize_options"]
+        for level in plain["levels"]:
+            for name in ("epochs", "energy"):
+                if level[name] is None:
+                    del level[name]
+
+
+def level_of(recipe: Recipe) -> Level | None:
+    """The level that a budget of channels or of a density is; None for amounts that are searched."""
+    bounds, prune = recipe.budget, recipe.prune
+    if prune.levels or not bounds.rounds or (bounds.channels is None and bounds.density is None):
+        return None
+    plain = prune.granularity == "channel" and bounds.density is not None
+    return Level(channels=bounds.channels, density=bounds.density, granularity="element" if plain else None)
+
+
+def _all_uniform(recipe: Recipe) -> bool:
+    """Whether the usual allocation of all that a recipe prunes is uniform: its levels, and the ways of its curve."""
+    alone = level_of(recipe)
+    usual = {recipe.prune.usual_allocation(level) for level in (*recipe.prune.levels, *([alone] if alone else []))}
+    for method in recipe.curve.methods if recipe.curve is not None else ():
+        given = method.model_dump(exclude_none=True, include={"criterion", "granularity"})
+        for schedule in recipe.curve.schedules if recipe.curve is not None else ():
+            of_masks = "one-shot" if schedule in ("multi-level", "from-scratch") else schedule
+            way = recipe.prune.model_copy(update={**given, "schedule": of_masks})
+            usual.add(way.usual_allocation(Level(factorize=method.factorize)))
+    return usual <= {"uniform"}
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

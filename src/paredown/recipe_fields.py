@@ -52,18 +52,26 @@ class Level(Strict):
     """Of this level, where it is not that of prune."""
     factorize: Literal["svd", "asvd", "svd_llm", "spatial_svd", "tucker2"] | None = None
     """Low rank instead of removal: parameters or macs, one of them, are reached by the ranks of this method."""
+    energy: float | None = Field(default=None, gt=0, lt=1)
+    """Share of Σσ² that every layer keeps, with factorize: its ranks are the least that do. Stands alone."""
     epochs: int | None = Field(default=None, ge=0)
     """Of this level's training; null: recover.epochs."""
 
     @model_validator(mode="after")
     def _given(self) -> Level:
         given = self.model_dump(exclude_none=True, exclude={"granularity", "factorize", "epochs"})
+        if self.energy is not None and (self.factorize is None or len(given) > 1):
+            got = f"it with {' and '.join(n for n in given if n != 'energy')}" if len(given) > 1 else "no factorize"
+            msg = f"energy must stand alone in a level with factorize, whose ranks it decides. Got {got}."
+            raise ValueError(msg)
         alone = {"channels", "density", "modules"} & given.keys()
         if alone and len(given) > 1:
             msg = f"a level must give channels, density or modules alone, or parameters, macs or both. Got {' and '.join(given)}."
             raise ValueError(msg)
         if self.factorize is not None and (alone or len(given) > 1):
-            msg = f"a level with factorize must give parameters or macs, one of them. Got {' and '.join(given)}."
+            msg = (
+                f"a level with factorize must give parameters, macs or energy, one of them. Got {' and '.join(given)}."
+            )
             raise ValueError(msg)
         return self
 
@@ -82,6 +90,10 @@ class Base(Strict):
     """Learning rate; null leaves it to the task."""
 
 
+IN_TRAINING = ("movement", "soft_movement", "sr_ste", "accumulated_movement", "gradient_drift", "gates")
+"""Criteria that are learnt, or added up, while the model trains."""
+
+
 class Prune(Strict):
     """What leaves, in how many levels."""
 
@@ -92,9 +104,11 @@ class Prune(Strict):
     in the training: movement, soft_movement, sr_ste, accumulated_movement, gradient_drift (masks), gates (channels)."""
     criterion_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Options of the criterion, and of every one: group, bias, reduction, member_norm (see `paredown.score`)."""
-    allocation: Literal["uniform", "global", "erk", "sensitivity", "greedy", "knapsack"] = "uniform"
+    allocation: Literal["uniform", "global", "erk", "sensitivity", "greedy", "knapsack"] | None = None
     """uniform keeps one ratio of every space or layer; global ranks all of the model; erk (masks) by layer size; the
-    others measure first how far the outputs move on calibration data when one space or layer alone keeps less."""
+    others measure first how far the outputs move on calibration data when one space or layer alone keeps less. null: uniform,
+    but for masks that are chosen in a training or in rounds global (erk for movement, accumulated_movement and
+    gradient_drift; uniform for wanda and N:M)."""
     sensitivity: str | None = Field(default=None, max_length=4096)
     """Folder that `paredown sensitivity` wrote for this network (relative to the recipe): those allocations take its output
     distances on held-out data and measure nothing."""
@@ -104,10 +118,13 @@ class Prune(Strict):
     """How a mask comes about in the training of its level: at once, in steps with recovery between, cubically, by whole
     trainings with a rewind between, or moving at constant density."""
     schedule_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Options of the schedule, as rounds or rewind_step (see `paredown.prune.schedule`)."""
+    """Options of the schedule, as rounds or rewind_step (see `paredown.prune.schedule`). one-shot has rounds, too: scored anew
+    and masked further as often, before the training (SynFlow wants 100)."""
     regularize: Literal["none", "growing", "slimming"] = "none"
     """A training with a penalty on coupled units (growing) or batch-norm scales (slimming) before channels leave, as long
     as the recovery."""
+    regularize_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options of the penalty: most, ramp, chosen (growing), strength (slimming), epochs (see `paredown.prune.regularize`)."""
     update: Literal["none", "obs"] = "none"
     """How the weights that stay answer for those that a mask takes at once. obs is SparseGPT: layer after layer on training
     batches (calibration inputs, where the task has its own `train`), before any recovery. With criterion obs (element, N:M)
@@ -141,13 +158,29 @@ class Prune(Strict):
         """The level's own granularity, or that of all levels; channels where an amount only fits those."""
         return level.granularity or self.granularity
 
+    def usual_allocation(self, level: Level) -> Literal["uniform", "global", "erk"]:
+        """What null is at a level: the default of `paredown.sparsify` where masks come about in a training or in rounds.
+
+        By names, since recipes are read without torch; a test holds them to the library's own.
+        """
+        cut = Granularity.parse(self.granularity_of(level))
+        at_once = self.schedule == "one-shot" and self.criterion not in IN_TRAINING and not self.in_rounds
+        if level.factorize is not None or not cut.masked or cut.kind == "n:m" or at_once or self.criterion == "wanda":
+            return "uniform"
+        return "erk" if self.criterion in ("movement", "accumulated_movement", "gradient_drift") else "global"
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether one-shot masks are chosen in several rounds."""
+        return self.schedule == "one-shot" and self.schedule_options.get("rounds", 1) != 1
+
     @model_validator(mode="after")
     def _amounts_fit(self) -> Prune:
         for number, level in enumerate(self.levels, start=1):
             kind = Granularity.parse(self.granularity_of(level))
             masked = kind.masked and level.factorize is None
             wanted = "density" if masked else "modules" if kind.kind == "layer" else "channels, parameters or macs"
-            units = level.channels is not None or level.parameters is not None or level.macs is not None
+            units = any(getattr(level, n) is not None for n in ("channels", "parameters", "macs", "energy"))
             given = (
                 level.density is not None if masked else level.modules is not None if kind.kind == "layer" else units
             )
@@ -179,7 +212,8 @@ class Recover(Strict):
     schedule: Literal["cosine", "constant"] = "cosine"
     """How the learning rate changes over a level."""
     distil: Literal["none", "kl", "mse"] = "kl"
-    """The dense model as teacher: kl for logits, mse for regression, none for no teacher."""
+    """The dense model as teacher: kl for logits, mse for regression, none for no teacher. Left out, with a note, where that
+    model is known to be untrained."""
     temperature: float = Field(default=4.0, gt=0)
     """Of the kl distillation."""
     distil_weight: float = Field(default=0.9, ge=0, le=1)

@@ -33,7 +33,8 @@ OPTIONS = {
     "export": [*COMMON, "input", "opset", "out", "overwrite", "scheme", "target"],
     "factorize": [
         *COMMON,
-        *"align allocation dry-run energy exclude floor include input macs method out overwrite parameters".split(),
+        *"align allocation calibrate dry-run energy exclude floor include input macs method out overwrite".split(),
+        "parameters",
         *"realiser seed strict target".split(),
     ],
     "init": ["quiet"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,21 @@ def test_every_method_meets_a_budget_of_macs(call, nets, tmp_path, method):
     assert method in used
     assert used <= {method, "svd"}  # a 1×1 convolution has no kernel to split
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["asvd", "svd_llm"])
+def test_methods_that_read_inputs_take_a_file_of_them(call, nets, tmp_path, method):
+    file = tmp_path / "inputs.npz"
+    np.savez(file, x=np.random.default_rng(0).normal(size=(40, 3, 12, 12)).astype(np.float32))
+    asked = ("factorize", f"{nets}:net", *INPUT, "--parameters", "0.6", "--align", "1", "--json")
+    done = call(*asked, "--method", method, "--calibrate", str(file), "--out", "small")
+    assert done.code == 0, done.err
+    assert {r["method"] for r in done.json["ranks"].values()} == {method}
+    assert done.json["parameters"][1] <= 0.6 * done.json["parameters"][0]
+    net = runpy.run_path(str(nets))["net"]
+    assert sum(p.numel() for p in pare.load(tmp_path / "small", net()).parameters()) == done.json["parameters"][1]
+    idle = call(*asked, "--calibrate", str(file), "--dry-run")
+    assert idle.code == 2 and "reads no data" in " ".join(idle.err.split())
 
 
 def test_energy_and_patterns(call, nets):

@@ -125,9 +125,48 @@ def test_the_same_recipe_runs_nothing_again_and_another_is_refused(done: Curved)
         curve(recipe(amounts=[0.75], schedules=["one-shot", "multi-level", "from-scratch"]), out=done.out, quiet=True)
 
 
+MASKED = """
+
+def _dense(width=32, whole=model):
+    from torch.nn.utils import prune
+
+    net = whole(width)
+    prune.random_unstructured(net[2], "weight", 0.25)
+    return net
+
+
+model = _dense
+del base, scratch
+"""
+
+
+def test_masks_that_the_base_came_with_are_kept_in_every_trial(tmp_path: Path) -> None:
+    """Also where weights are fresh: the from-scratch way and the control that has the pruned shape."""
+    from safetensors.torch import load_file
+
+    masked = tmp_path / "masked_task.py"
+    masked.write_text(TASK.read_text() + MASKED)
+    made = recipe(masked, schedules=["one-shot", "from-scratch"], controls={"kinds": ["scratch"]})
+    found = by_kind(curve(made, out=tmp_path / "run", quiet=True, processes=1))
+    assert {kind for kind, _ in found} == {"base", "pruned", "from-scratch", "scratch"}
+    for (kind, _), record in found.items():
+        if kind != "base":
+            whole = record.measured["parameters"].value
+            assert record.measured["nonzero_parameters"].value < whole - 0.2 * 16 * 16 * 0.75, kind
+    notes = found[("pruned", "one-shot")].details["notes"]
+    assert "took over the masks of torch.nn.utils.prune that the model came with: 256 zeros" in notes[0]
+    assert len(list((tmp_path / "run").glob("trials/*/model.safetensors"))) == 1
+    weight = load_file(next((tmp_path / "run").glob("trials/*/model.safetensors")))["2.weight"]
+    assert weight.shape == (16, 16) and (weight == 0).sum() > 30
+
+
 def test_names_are_checked_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'taylor'"):
         curve(recipe(methods=["tayler"]), out=tmp_path / "run", quiet=True)
+    options = {"granularity": "element", "schedule_options": {"roundz": 3}}
+    misspelt = recipe().model_copy(update={"prune": recipe().prune.model_copy(update=options)})
+    with pytest.raises(UsageError, match="Did you mean 'rounds'"):
+        curve(misspelt, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torchao")
@@ -187,3 +188,69 @@ def test_a_function_that_cannot_be_compared_is_told_and_not_reused(job: dict, tm
         assert any("given.train.log" in w or "train.log" in w for w in result.verdict["warnings"])
         with pytest.raises(UsageError, match=r"train\.log: .*not comparable \(TextIOWrapper"):
             call(job, tmp_path / "run", train=train)
+
+
+def pruned_by_torch() -> tuple[nn.Module, torch.Tensor]:
+    """Scale with one of two age weights of every unit masked by torch.nn.utils.prune, and which stay."""
+    model = Scale().eval()
+    stay = torch.arange(32).reshape(16, 2) // 2 % 2 == torch.arange(2)
+    prune.custom_from_mask(model.age, "weight", stay)
+    return model, stay
+
+
+def mean_error(model: nn.Module, batch: dict) -> torch.Tensor:
+    return (model(*batch["args"], **batch["kwargs"])["grams"] - 1.0).square().mean()
+
+
+BESIDE_MASKS = {
+    "nothing more": (None, {}, False),
+    "channels, own loop": (Budget(channels=0.5), {}, True),
+    "channels, step": (Budget(channels=0.5), {}, False),
+    "bounds that are searched": (None, {"budget": {"macs": 0.7}}, False),
+}
+
+
+@pytest.mark.parametrize("asked", BESIDE_MASKS)
+def test_masks_of_torch_stay_to_the_last_file(job: dict, tmp_path: Path, asked: str) -> None:
+    model, stay = pruned_by_torch()
+    budget, more, own_loop = BESIDE_MASKS[asked]
+    loop = {} if own_loop else {"train": None, "train_batches": lambda: [samples(32, 5)] * 4, "step": mean_error}
+    options = {**QUICK, "recover": {"batch_norm_batches": 0, "epochs": 1, "distil": "none"}, **more}
+    result = call(job, tmp_path / "run", model=model, budget=budget, options=options, **loop)
+    kept = [*result.plan.keep.get("age.weight", {}).get(0, range(16))]
+    assert (len(kept) < 16) == (asked != "nothing more")
+    assert torch.equal(result.module.age.weight.detach() != 0, stay[kept])
+    stages = {r.cell["stage"]: r for r in result.records}
+    assert any("took over the masks of torch.nn.utils.prune" in n for n in stages["examine"].details["notes"])
+    assert stages["int8"].plan_digest == result.plan.digest
+    assert hasattr(model.age, "weight_mask"), "the model given is untouched"
+
+
+class Newborn(nn.Module):
+    """A network with a batch norm that nothing has trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.image = nn.Sequential(
+            nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, image: torch.Tensor, *, age: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"grams": self.head(self.image(image)) + age.sum(1, keepdim=True)}
+
+
+def test_an_untrained_network_is_no_teacher_and_the_records_say_so(job: dict, tmp_path: Path) -> None:
+    loop = {"train": None, "train_batches": lambda: [samples(32, 5)] * 4, "step": mean_error}
+    made = {}
+    for distil in ("mse", "none"):
+        options = {**QUICK, "recover": {"batch_norm_batches": 0, "epochs": 1, "distil": distil}}
+        made[distil] = call(job, tmp_path / distil, model=Newborn(), options=options, **loop)
+    weights = [m.module.state_dict() for m in made.values()]
+    assert all(torch.equal(t, weights[1][n]) for n, t in weights[0].items())
+    told = "recover.distil mse was left out: the dense network, which would teach, is untrained"
+    stages = {r.cell["stage"]: r for r in made["mse"].records}
+    for notes in (stages["examine"].details["notes"], made["mse"].verdict["warnings"]):
+        assert any(told in n and "batch norms have never seen a batch" in n for n in notes)
+    assert not any("recover.distil" in n for n in made["none"].verdict["warnings"])

@@ -9,15 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import paredown as pare
 from paredown.errors import Interrupted, NothingToDo, UsageError
 from paredown.pipeline.folder import RunFolder
-from paredown.pipeline.levels import one_level
+from paredown.pipeline.levels import one_level, started, without_random_teacher
 from paredown.pipeline.run import Run
-from paredown.pipeline.ways import check_ways
+from paredown.pipeline.ways import IN_TRAINING, Here, Way, check_ways
 from paredown.prune import obs
+from paredown.prune.accumulate import READINGS
+from paredown.prune.movement import LEARNT
+from paredown.prune.schedule import OneShot
+from paredown.prune.sparsify import _Asked
 from paredown.recipe import Recipe, parse_recipe
+from paredown.recipe_fields import Level
+from paredown.score import TABLE
 from paredown.train import Task
 
 
@@ -26,20 +33,23 @@ def recipe_of(**prune: Any) -> Recipe:
     return parse_recipe({"schema": 1, "task": "small", "prune": {"align": 1, **prune}, "recover": recover})
 
 
+def run_of(task: Task, recipe: Recipe, out: Path, *, given: bool = True) -> Run:
+    folder = RunFolder(path=out)
+    folder.steps.mkdir(exist_ok=True, parents=True)
+    return Run(
+        recipe=recipe, task=task, folder=folder, say=lambda _: None, on_training=lambda *_: None, weights_given=given,
+        model=task.model, environment={"versions": {}},
+    )  # fmt: skip
+
+
 def levels(task: Task, recipe: Recipe, out: Path) -> tuple[pare.Pruned, list[dict[str, Any]]]:
     """All levels of a recipe, on the task's untrained model."""
     check_ways(recipe, task)
-    dense = task.model()
-    program = pare.capture(dense, task.inputs())
-    folder = RunFolder(path=out)
-    folder.steps.mkdir(exist_ok=True, parents=True)
-    run = Run(
-        recipe=recipe, task=task, folder=folder, say=lambda _: None, on_training=lambda *_: None, weights_given=True,
-        model=lambda: dense, environment={"versions": {}},
-    )  # fmt: skip
-    tuned, told = None, []
+    run = run_of(task, recipe, out)
+    start = started(run, task.model())
+    tuned, told = start.before, []
     for number, level in enumerate(recipe.prune.levels, start=1):
-        done = one_level(run, number, level, program, tuned, dense)
+        done = one_level(run, number, level, start.program, tuned, start.dense)
         if done is not None:
             tuned, details = done
             told.append(json.loads(json.dumps(details)))  # a record must hold it
@@ -256,9 +266,165 @@ def test_a_training_that_prunes_goes_on_where_it_was_stopped(task: Task, tmp_pat
     assert again.plan.digest == whole.plan.digest
 
 
+def masked_by_torch(task: Task) -> Task:
+    """The task with a model of which torch.nn.utils.prune holds half of a kernel, and some of a bias, at zero."""
+
+    def model() -> nn.Module:
+        net = task.model()
+        torch_prune.l1_unstructured(net.b, "weight", 0.5)  # type: ignore[arg-type]
+        torch_prune.l1_unstructured(net.head, "bias", 2)  # type: ignore[arg-type]
+        return net
+
+    return dataclasses.replace(task, model=model)
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "channels": {"levels": [{"channels": 0.5}]},
+    "channels, fitted": {"levels": [{"channels": 0.5}], "reconstruct": True, "score_batches": 2},
+    "channels after a penalty": {"levels": [{"channels": 0.5}], "regularize": "growing"},
+    "gates": {"levels": [{"macs": 0.6}], "criterion": "gates", "criterion_options": {"epochs": 1}},
+    "masks": {"levels": [{"density": 0.5}], "granularity": "element"},
+    "masks in a training": {"levels": [{"density": 0.5}], "granularity": "element", "schedule": "gradual"},
+    "masks of others": {
+        "levels": [{"density": 0.5}],
+        "granularity": "element",
+        "schedule": "gradual",
+        "exclude": ["b"],
+    },
+}
+
+
+@pytest.mark.parametrize("way", BESIDE)
+def test_masks_that_a_model_came_with_stay_in_every_training(way: str, task: Task, tmp_path: Path) -> None:
+    masked = masked_by_torch(task)
+    tuned, _ = levels(masked, recipe_of(**BESIDE[way]), tmp_path)
+    for name, least in (("b.weight", 0.4), ("head.bias", 0.5)):
+        weight, mask = tuned.module.get_parameter(name).detach().numpy(), tuned.plan.masks[name]
+        assert 1 - mask.density >= least and not weight[~mask.kept].any(), name
+    assert float(tuned.module.get_parameter("a.weight").detach().abs().sum()) > 0
+
+
+def test_one_shot_in_rounds_is_that_of_the_library(task: Task, tmp_path: Path) -> None:
+    """SynFlow must see its own mask: in one round, ranked across layers, it leaves a whole layer without weights."""
+    given: dict[str, Any] = {
+        "granularity": "element",
+        "criterion": "synflow",
+        "levels": [{"density": 0.01}],
+        "floor": 0.0,
+    }
+    recipe = without_training(recipe_of(schedule_options={"rounds": 20}, **given))
+    tuned, told = levels(task, recipe, tmp_path / "rounds")
+    at_once, _ = levels(task, without_training(recipe_of(allocation="global", **given)), tmp_path / "once")
+    program = pare.capture(task.model(), task.inputs())
+    assert task.step is not None and task.train_batches is not None
+    library = pare.sparsify(
+        program, task.train_batches, step=task.step, density=0.01, criterion="synflow", schedule=OneShot(rounds=20),
+        floor=0.0, epochs=0, batch_norm_batches=0,
+    )  # fmt: skip
+    assert {n: m.bits for n, m in tuned.plan.masks.items()} == {n: m.bits for n, m in library.plan.masks.items()}
+    assert {n: m.bits for n, m in tuned.plan.masks.items()} != {n: m.bits for n, m in at_once.plan.masks.items()}
+    assert told[0]["reached"]["schedule"] == "OneShot(rounds=20)" and told[0]["reached"]["allocation"] == "global"
+
+
+def test_rounds_come_after_what_earlier_levels_left(task: Task, tmp_path: Path) -> None:
+    two = recipe_of(granularity="element", schedule_options={"rounds": 3}, levels=[{"density": 0.5}, {"density": 0.4}])
+    tuned, _ = levels(task, without_training(two), tmp_path)
+    gone, total = zeros(tuned.module)
+    assert total - gone == pytest.approx(0.2 * total, abs=2)
+
+
+CHOICES = [
+    ({"granularity": g, "criterion": c, "schedule": s}, {"density": 0.5} if g != "2:4" else {})
+    for g in ("element", "4x1", "2:4") for c in (*TABLE, *LEARNT, *READINGS) for s in ("one-shot", "gradual", "iterative")
+    if c != "soft_movement"
+]  # fmt: skip
+
+
+def test_no_allocation_is_what_the_library_takes(task: Task) -> None:
+    """In a training that of sparsify; at once, and for units, that of allocate, which is uniform for all."""
+    assert set(IN_TRAINING) == {*LEARNT, *READINGS, "gates"}
+    for prune, amount in CHOICES:
+        recipe = recipe_of(levels=[amount], **prune)
+        way = Way(recipe=recipe, task=task, level=recipe.prune.levels[0], number=1, weights_given=True)
+        library = _Asked.read(prune["granularity"], prune["criterion"], prune["schedule"], None).usual()
+        assert recipe.prune.allocation is None
+        assert way.allocation == (library if way.in_training else "uniform"), prune
+    assert recipe_of(levels=[{"channels": 0.5}]).prune.usual_allocation(Level(channels=0.5)) == "uniform"
+
+
+def test_a_training_without_an_allocation_ranks_as_the_library_does(task: Task, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"granularity": "element", "schedule": "iterative", "levels": [{"density": 0.3}]}
+    _, usual = levels(task, recipe_of(**given), tmp_path / "usual")
+    _, uniform = levels(task, recipe_of(allocation="uniform", **given), tmp_path / "uniform")
+    assert [t[0]["reached"]["allocation"] for t in (usual, uniform)] == ["global", "uniform"]
+    recipe = recipe_of(**given)
+    program = pare.capture(task.model(), task.inputs())
+    way = Way(recipe=recipe, task=task, level=recipe.prune.levels[0], number=1, weights_given=True)
+    foreseen = way.foreseen(Here.of(program, None))
+    assert foreseen is not None and foreseen.made_by["allocation"] == "global"
+
+
+def test_a_network_that_nothing_trained_does_not_teach(task: Task, tmp_path: Path) -> None:
+    bare = dataclasses.replace(task, base=None)
+    recipe = recipe_of(levels=[{"channels": 0.5}])
+    seen = task.model()
+    seen.a_bn.running_mean += 0.1  # type: ignore[union-attr, operator]
+    dense = bare.model()
+    for run, network, why in (
+        (run_of(bare, recipe, tmp_path), dense, "batch norms have never seen a batch"),
+        (run_of(bare, recipe, tmp_path, given=False), seen, "no weights were given"),
+    ):
+        taught, (note,) = without_random_teacher(run, network)
+        assert why in note and "distil: none" in note
+        assert taught.recipe.recover.distil == "none" and run.recipe.recover.distil == "kl"
+        assert taught.recipe.digest == run.recipe.digest
+    for given in (task, dataclasses.replace(bare, train=lambda net: net)):  # trained by its base; or no teacher is read
+        assert without_random_teacher(run_of(given, recipe, tmp_path), dense)[1] == ()
+    assert without_random_teacher(run_of(bare, recipe, tmp_path), seen)[1] == ()
+    weighted = recipe.model_copy(update={"weights": "w.safetensors"})
+    assert without_random_teacher(run_of(bare, weighted, tmp_path), dense)[1] == ()
+    snip = recipe_of(granularity="element", criterion="snip", levels=[{"density": 0.5}])
+    same, (note,) = without_random_teacher(run_of(bare, snip, tmp_path), seen)
+    assert same.recipe is snip and "criterion snip is one for untrained networks" in note
+
+
+def test_options_of_a_penalty_reach_it(task: Task, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"regularize": "growing", "levels": [{"channels": 0.5}]}
+    _, told = levels(task, recipe_of(regularize_options={"most": 3, "chosen": "last"}, **given), tmp_path)
+    assert told[0]["reached"]["regularize"] == "Growing(epochs=1, most=3, ramp=0.8, chosen='last')"
+
+
+def test_ranks_by_energy(task: Task, tmp_path: Path) -> None:
+    tuned, told = levels(task, recipe_of(levels=[{"energy": 0.6, "factorize": "svd"}]), tmp_path)
+    program = pare.capture(task.model(), task.inputs())
+    wanted = pare.choose_ranks(program, energy=0.6, align=1)
+    assert tuned.plan.ranks == wanted.ranks and told[0]["reached"]["energy"] == 0.6
+
+
 @pytest.mark.parametrize(
     ("prune", "says"),
     [
+        ({"granularity": "row", "schedule_options": {"roundz": 3}, "levels": [{"density": 0.5}]}, "Did you mean 'rounds'?"),
+        ({"granularity": "row", "schedule_options": {"rounds": 0}, "levels": [{"density": 0.5}]}, "rounds must be a number ≥ 1"),
+        ({"granularity": "row", "schedule_options": {"rounds": 2.5}, "levels": [{"density": 0.5}]}, "rounds must be a whole number"),
+        ({"granularity": "2:4", "schedule_options": {"rounds": 3}, "levels": [{}]}, "which N:M brings itself"),
+        (
+            {"granularity": "row", "schedule_options": {"rounds": 3}, "allocation": "greedy", "levels": [{"density": 0.5}]},
+            "allocation uniform, global or erk",
+        ),
+        (
+            {"granularity": "element", "schedule_options": {"rounds": 3}, "criterion": "movement", "levels": [{"density": 0.5}]},
+            "a criterion of the table",
+        ),
+        ({"regularize_options": {"most": 2}, "levels": [{"macs": 0.5}]}, "channels or heads and a penalty"),
+        (
+            {"regularize": "slimming", "regularize_options": {"most": 2}, "levels": [{"macs": 0.5}]},
+            "regularize_options must be among epochs, strength",
+        ),
+        (
+            {"regularize": "growing", "regularize_options": {"most": 0}, "levels": [{"macs": 0.5}]},
+            "most of a growing penalty must be a number > 0",
+        ),
         ({"schedule": "gradual", "levels": [{"macs": 0.5}]}, "prune.schedule must be used with a level of masks"),
         ({"regularize": "growing", "granularity": "element", "levels": [{"density": 0.5}]}, "channels or heads"),
         ({"criterion": "mouvement", "levels": [{"macs": 0.5}]}, "Did you mean 'movement'?"),

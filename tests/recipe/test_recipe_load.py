@@ -303,3 +303,73 @@ def test_layers_that_teach_need_a_teacher_and_their_default_is_no_other_recipe()
     assert load_recipe(read_yaml(asked.to_yaml())).digest == asked.digest
     with pytest.raises(UsageError, match="distil_layers must come with distil kl or mse"):
         parse_recipe({**PLAIN, "recover": {"distil_layers": ["stage?"], "distil": "none"}})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"prune": {"levels": [{"macs": 0.5}], "regularize": "growing"}},
+        {"prune": {"levels": [{"parameters": 0.5, "factorize": "svd"}]}},
+        {"prune": {"levels": [{"density": 0.5}], "granularity": "element", "criterion": "snip"}},
+        {
+            "prune": {
+                "levels": [{"density": 0.5}],
+                "granularity": "element",
+                "criterion": "wanda",
+                "schedule": "gradual",
+            }
+        },
+        {"prune": {"levels": [{}], "granularity": "2:4", "criterion": "sr_ste"}},
+        {"budget": {"density": 0.5}},
+        {"curve": {"amounts": [0.5], "schedules": ["iterative", "from-scratch"]}},
+    ],
+)
+def test_no_allocation_is_uniform_as_it_was_where_the_library_takes_that(asked):
+    silent = parse_recipe({**PLAIN, **asked})
+    prune = {**asked.get("prune", {}), "allocation": "uniform"}
+    said = parse_recipe({**PLAIN, **asked, "prune": prune})
+    assert silent.prune.allocation is None
+    assert (silent.digest, silent.to_yaml()) == (said.digest, said.to_yaml())
+    assert "regularize_options" not in silent.to_yaml() and "energy" not in silent.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prune": {"levels": [{"density": 0.5}], "granularity": "element", "schedule": "gradual"}},
+        {"prune": {"levels": [{"density": 0.5}], "granularity": "element", "criterion": "movement"}},
+        {"prune": {"levels": [{"density": 0.5}], "granularity": "element", "schedule_options": {"rounds": 100}}},
+        {"prune": {"schedule": "rigl"}, "budget": {"density": 0.5}},
+        {"prune": {"granularity": "element"}, "curve": {"amounts": [0.5], "schedules": ["one-shot", "gradual"]}},
+        {"curve": {"amounts": [0.5], "methods": [{"criterion": "movement", "granularity": "element"}]}},
+    ],
+)
+def test_no_allocation_stays_unsaid_where_the_library_takes_another(asked):
+    silent = parse_recipe({**PLAIN, **asked})
+    prune = {**asked.get("prune", {}), "allocation": "uniform"}
+    assert "allocation: uniform" not in silent.to_yaml()
+    assert silent.digest != parse_recipe({**PLAIN, **asked, "prune": prune}).digest
+    again = load_recipe(read_yaml(silent.to_yaml()))
+    assert again.digest == silent.digest and again.prune.allocation is None
+
+
+@pytest.mark.parametrize(
+    ("level", "says"),
+    [
+        (
+            {"energy": 0.9},
+            "energy must stand alone in a level with factorize, whose ranks it decides. Got no factorize",
+        ),
+        ({"energy": 0.9, "factorize": "svd", "macs": 0.5}, "Got it with macs"),
+        ({"energy": 1.5, "factorize": "svd"}, "energy must be less than 1"),
+        ({"factorize": "svd"}, "level 1 must give channels, parameters or macs"),
+    ],
+)
+def test_energy_says_ranks_and_nothing_else(level, says):
+    assert (
+        parse_recipe({**PLAIN, "prune": {"levels": [{"energy": 0.9, "factorize": "asvd"}]}}).prune.levels[0].energy
+        == 0.9
+    )
+    with pytest.raises(UsageError, match=says):
+        parse_recipe({**PLAIN, "prune": {"levels": [level]}})

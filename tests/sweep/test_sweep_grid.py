@@ -118,6 +118,41 @@ def test_iterative_is_levels_of_units_and_a_schedule_of_masks() -> None:
     assert (masks.prune.schedule, masks.prune.schedule_options) == ("iterative", {"rounds": 3})
 
 
+def test_rounds_of_one_shot_are_those_of_its_cells() -> None:
+    given = {"granularity": "element", "criterion": "synflow", "schedule_options": {"rounds": 100}}
+    curve = {"amounts": [0.1], "seeds": [0], "schedules": ["one-shot", "multi-level", "from-scratch", "gradual"]}
+    cells = {(c.kind, c.schedule): c.recipe.prune for c in grid(recipe(curve, prune=given))}
+    for schedule, kind in (("one-shot", "pruned"), ("multi-level", "pruned"), ("from-scratch", "from-scratch")):
+        assert cells[(kind, schedule)].schedule_options == {"rounds": 100}, schedule
+    assert cells[("pruned", "gradual")].schedule_options == {}
+    assert cells[("random", "one-shot")].schedule_options == {"rounds": 100}
+
+
+def test_options_that_no_schedule_of_the_curve_has_are_refused() -> None:
+    curve = {"amounts": [0.5], "seeds": [0]}
+    options = {"schedule_options": {"updates": 3}, "granularity": "element"}
+    for schedules, prune in ((["one-shot"], {"schedule": "gradual"}), (["gradual"], {"schedule": "one-shot"})):
+        with pytest.raises(UsageError, match=r"prune\.schedule_options must be of a schedule of masks that is among"):
+            grid(recipe({**curve, "schedules": schedules}, prune={**options, **prune}))
+    with pytest.raises(UsageError, match="schedule of masks"):  # channels have none
+        grid(recipe(curve, prune={"schedule_options": {"rounds": 3}}))
+
+
+def test_the_random_control_spreads_as_what_it_stands_beside() -> None:
+    curve = {"amounts": [0.5], "seeds": [0], "schedules": ["gradual"]}
+    found = {
+        c.kind: c.recipe.prune for c in grid(recipe(curve, prune={"granularity": "element", "criterion": "movement"}))
+    }
+    assert found["pruned"].allocation is None and found["random"].allocation == "erk"
+
+
+def test_options_of_a_penalty_are_those_of_the_recipes_own() -> None:
+    given = {"regularize": "growing", "regularize_options": {"most": 2.0}}
+    methods = [{"criterion": "l1"}, {"regularize": "slimming"}]
+    cells = grid(recipe({"amounts": [0.5], "seeds": [0], "methods": methods}, prune=given))
+    assert [c.recipe.prune.regularize_options for c in cells if c.kind == "pruned"] == [{"most": 2.0}, {}]
+
+
 def test_controls_follow_the_first_way_that_prunes_a_trained_model() -> None:
     made = recipe(
         {

@@ -1,4 +1,4 @@
-"""paredown factorize: layers as chains of smaller ones, by a method that needs no data, proven, saved."""
+"""paredown factorize: layers as chains of smaller ones, by the weights alone or by inputs too, proven, saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from paredown.cli import options
+from paredown.cli import options, reading
 from paredown.cli.prune import check_out_folder
 from paredown.cli.pruning import dense_file_bytes
 from paredown.cli.show import emit, only_document, say, share, show, table
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from paredown.prune import Pruned
 
 DATA_FREE = ("svd", "spatial_svd", "tucker2")
+OF_INPUTS = ("asvd", "svd_llm")
+"""Methods that read inputs: --calibrate."""
+_Method = Annotated[
+    str,
+    Parameter(help=f"How a weight is split: {', '.join(DATA_FREE)}; with --calibrate {', '.join(OF_INPUTS)}."),
+]
+_Calibrate = Annotated[
+    Path | None,
+    Parameter(
+        help=f"For {' and '.join(OF_INPUTS)}: .npz or .npy of inputs, samples along the first axis; 16 batches at most."
+    ),
+]
 _REMAINS = "What remains: a fraction in (0, 1), or a number ≥ 2"
 
 
@@ -32,7 +44,8 @@ def factorize(
     macs: Annotated[str | None, Parameter(help=f"{_REMAINS} of multiply-accumulates.")] = None,
     parameters: Annotated[str | None, Parameter(help=f"{_REMAINS} of parameters.")] = None,
     energy: Annotated[float | None, Parameter(help="Instead: the share of Σσ² that every layer keeps.")] = None,
-    method: Annotated[str, Parameter(help=f"How a weight is split: {', '.join(DATA_FREE)}.")] = "svd",
+    method: _Method = "svd",
+    calibrate: _Calibrate = None,
     allocation: Annotated[
         Literal["global", "uniform"], Parameter(help="Least loss over all layers, or one fraction of each.")
     ] = "global",
@@ -65,25 +78,27 @@ def factorize(
     from paredown.budget import Budget
 
     budget = Budget(macs=number(macs), parameters=number(parameters))
-    _check_options(budget.given(), energy, method, model, weights, out, dry_run=dry_run, overwrite=overwrite)
+    _check_options(budget.given(), energy, method, model, weights, calibrate, out, dry_run=dry_run, overwrite=overwrite)
     refuse_both(pruned, weights)
     with only_document(json):
         import paredown
 
+        source = reading.source(None, None, calibrate, most=16, seed=seed)
         found = loaded(
             model, input, weights=weights, strip_prefix=strip_prefix, threads=threads, device=device, seed=seed
         )
         found, before = (found, None) if pruned is None else continued(found, pruned)
         cost = paredown.examine(found.program, strict=strict, model=model)
+        batches = None if source is None else source.of(found.program)
         plan = paredown.choose_ranks(
             found.program, budget if budget.given() else None, energy=energy, method=method, allocation=allocation,
-            target=target, align=align, floor=floor, include=include, exclude=exclude,
+            target=target, align=align, floor=floor, include=include, exclude=exclude, batches=batches,
         )  # fmt: skip
         asked = _Asked(found=found, cost=cost, plan=plan, json=json, quiet=quiet)
         made = None
         if plan.ranks and not dry_run:
             say("factorize and prove", quiet=quiet or json)
-            level = paredown.factorize(found.program, plan, realiser=realiser, seed=seed)
+            level = paredown.factorize(found.program, plan, batches=batches, realiser=realiser, seed=seed)
             made = level if before is None else paredown.compose(before, level, seed=seed)
             assert out is not None  # checked with the options
             paredown.save(made, out)
@@ -104,6 +119,7 @@ def _check_options(
     method: str,
     model: str,
     weights: Path | None,
+    calibrate: Path | None,
     out: Path | None,
     *,
     dry_run: bool,
@@ -113,16 +129,25 @@ def _check_options(
     if bool(given) == (energy is not None):
         msg = f"factorize must be given what remains (--macs or --parameters, as --macs 0.5) or --energy. Got {'both' if given else 'none'}."
         raise UsageError(msg)
-    if method not in DATA_FREE:
-        later = " It reads data: call paredown.factorize with batches." if method in ("asvd", "svd_llm") else ""
-        msg = f"--method must be one of {', '.join(DATA_FREE)}. Got {method!r}.{later}"
+    if method not in (*DATA_FREE, *OF_INPUTS):
+        msg = f"--method must be one of {', '.join(DATA_FREE)}, or with --calibrate of {', '.join(OF_INPUTS)}. Got {method!r}."
+        raise UsageError(msg)
+    if method in OF_INPUTS and calibrate is None:
+        msg = f"--method {method} reads data and must be given --calibrate FILE.npz with inputs of the kind that the model will see. Got none. `paredown compress RECIPE` reads the recipe's task."
+        raise UsageError(msg)
+    if method not in OF_INPUTS and calibrate is not None:
+        msg = f"--calibrate must come with --method {' or '.join(OF_INPUTS)}. Got {str(calibrate)!r} with {method}, which reads no data."
         raise UsageError(msg)
     if dry_run:
         return
     if out is None:
         msg = "factorize must be given --out, a new folder, or --dry-run. Got neither."
         raise UsageError(msg)
-    check_out_folder(out, {"model": model.rpartition(":")[0], "weights": str(weights or "")}, overwrite=overwrite)
+    check_out_folder(
+        out,
+        {"model": model.rpartition(":")[0], "weights": str(weights or ""), "calibration": str(calibrate or "")},
+        overwrite=overwrite,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,93 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paredown.couple import Space
+from paredown.errors import UsageError
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.simulated import told
 from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
-from paredown.program import Program
-from paredown.prune import Pruned, compose
+from paredown.program import Program, capture
+from paredown.prune import Pruned, compose, prune, take_over
+from paredown.prune.given import torch_masks
+from paredown.prune.mask import apply_masks
 from paredown.prune.reconstruct import reconstruct
-from paredown.recipe_fields import Level
+from paredown.recipe_fields import SEARCHED, Level
 from paredown.records import whole_file
 from paredown.train import recover
 from paredown.train.task import seed_all, stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a run begins with."""
+
+    dense: nn.Module
+    program: Program
+    before: Pruned | None
+    """The masks of torch.nn.utils.prune that the model came with, as the level before the first; None where it has none."""
+    notes: tuple[str, ...] = ()
+
+
+def started(run: Run, model: nn.Module) -> Start:
+    """The dense model, captured; the masks that it came with are what every level and training holds at zero."""
+    if all(kept.all() for kept in torch_masks(model).values()):
+        return Start(dense=model, program=capture(model, run.task.inputs()), before=None)
+    if run.recipe.recover.ranks > 1:  # each rank makes the teacher anew, from the task
+        msg = f"recover.ranks must be 1 with a model that has masks of torch.nn.utils.prune. Got {run.recipe.recover.ranks}. Leave it out."
+        raise UsageError(msg)
+    dense, plan = take_over(model)
+    program = capture(dense, run.task.inputs())
+    before = prune(program, plan, realiser=run.recipe.prune.realiser, seed=run.recipe.seed)
+    zeros = sum(m.kept.size - m.num_kept for m in plan.masks.values())
+    told = f"took over the masks of torch.nn.utils.prune that the model came with: {zeros:,} zeros in {len(plan.masks)} weights, which every training keeps"
+    return Start(dense=dense, program=program, before=before, notes=(told, *before.notes))
+
+
+AT_INITIALISATION = ("snip", "grasp", "synflow")
+"""Criteria that were made for networks that nothing has trained yet."""
+
+
+def without_random_teacher(run: Run, dense: nn.Module) -> tuple[Run, tuple[str, ...]]:
+    """The run, without distillation where the dense network is known to be untrained, and what to tell of it.
+
+    Its teacher would be noise. The digest stays that of the recipe that was asked for: the same recipe decides the same.
+    """
+    recipe, asked = run.recipe, run.recipe.prune
+    pruned = asked.levels or any(getattr(recipe.budget, n) is not None for n in (*SEARCHED, "channels", "density"))
+    epochs = (recipe.recover.epochs, *(v.epochs or 0 for v in asked.levels)) if pruned else ()
+    trains = any(e > 0 for e in (recipe.quantize.epochs, *epochs))
+    if recipe.recover.distil == "none" or not trains or run.task.train is not None or _brought_weights(run):
+        return run, ()
+    why = "its batch norms have never seen a batch" if _newborn(dense) else ""
+    why = why if run.weights_given else "no weights were given"
+    if not why:
+        moving = asked.schedule in ("rigl", "set") and asked.criterion == "random"
+        if not moving and asked.criterion not in AT_INITIALISATION:
+            return run, ()
+        what = f"schedule {asked.schedule} with criterion random" if moving else f"criterion {asked.criterion}"
+        note = f"{what} is one for untrained networks: if the dense network is one, it teaches noise by recover.distil {recipe.recover.distil}. Then set recover.distil: none."
+        return run, (note,)
+    recover_ = recipe.recover.model_copy(update={"distil": "none", "distil_layers": []})
+    taught = recipe.model_copy(update={"recover": recover_})
+    taught.__dict__["digest"] = recipe.digest
+    note = f"recover.distil {recipe.recover.distil} was left out: the dense network, which would teach, is untrained ({why}). Give weights, or set recover.distil: none."
+    return dataclasses.replace(run, recipe=taught), (note,)
+
+
+def _brought_weights(run: Run) -> bool:
+    """Whether the dense network was trained by the task's base, or has weights from a file."""
+    return run.recipe.weights is not None or (run.task.base is not None and run.recipe.model is None)
+
+
+def _newborn(dense: nn.Module) -> bool:
+    """Whether every batch norm still has the statistics that it was made with: training would have moved them."""
+    statistics = [
+        (m.running_mean, m.running_var)
+        for m in dense.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and m.running_var is not None
+    ]
+    return bool(statistics) and all(bool((mean == 0).all() and (var == 1).all()) for mean, var in statistics)
 
 
 def one_level(
@@ -60,22 +136,29 @@ def one_level(
     if recipe.prune.reconstruct and plan.keep and run.task.train_batches is not None:
         run.say(f"level {number}: reconstruct")
         step = reconstruct(
-            step,
+            _with_zeros(step, here),
             lambda: _fresh(run.task.train_batches, recipe.seed),
             step=run.task.step,
             num_batches=recipe.prune.score_batches,
             seed=recipe.seed,
         )
+        apply_masks(step.module, step.plan.masks)  # weights are fitted beside their zeros, biases are not
     pruned = step if before is None else compose(before, step, seed=recipe.seed)
     tuned, history = _recovered(run, number, level, pruned, teacher)
     fits = {name: dataclasses.asdict(fit) for name, fit in step.fits.items()}
     return tuned, {**_told(way, here, tuned, plan), "history": history, "fits": fits}
 
 
+def _with_zeros(step: Pruned, here: Here) -> Pruned:
+    """The level with what earlier ones hold at zero, so that a fit of its weights keeps it."""
+    masks = Plan(keep={}, masks=here.masks).then(step.plan).masks
+    return dataclasses.replace(step, plan=dataclasses.replace(step.plan, masks=masks)) if masks else step
+
+
 def _told(way: Way, here: Here, tuned: Pruned, plan: Plan) -> dict[str, Any]:
     """What a record says of a level."""
     known = {"budget", "reached", "blocked_by", "criterion", "allocation", "granularity", "density", "schedule"}
-    known |= {"method", "choice", "remain", "regularize", "update"}
+    known |= {"method", "choice", "remain", "regularize", "update", "energy"}
     return {
         "removed": [_removed(s, plan) for s in here.coupling.spaces] if plan.keep else [],
         "realiser": tuned.realiser,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from paredown.allocate import allocate, foresee
-from paredown.allocate.request import MEASURED
+from paredown.allocate.request import MEASURED, Allocation
 from paredown.budget import Budget
 from paredown.couple import Coupling, couple
 from paredown.errors import NothingToDo, UsageError
@@ -26,24 +28,23 @@ from paredown.pipeline.kept_sensitivity import about_units, kept_table
 from paredown.plan import Mask, Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, depth_candidates, drop_lowest, prune, score_depth, sparsify
-from paredown.prune.accumulate import READINGS
 from paredown.prune.gates import Gates
-from paredown.prune.job import below_the_living
+from paredown.prune.job import as_program, below_the_living
+from paredown.prune.mask import apply_masks
 from paredown.prune.movement import LEARNT
 from paredown.prune.obs import check_obs, obs_on_plan
 from paredown.prune.regularize import Growing, Regularize, Slimming
-from paredown.prune.schedule import Regrowth, Schedule, named_schedule
+from paredown.prune.schedule import OneShot, Regrowth, Schedule, named_schedule
 from paredown.prune.sparsify import check_sparsify
-from paredown.recipe import Recipe
-from paredown.recipe_fields import Level, Prune
+from paredown.recipe import Recipe, level_of
+from paredown.recipe_fields import IN_TRAINING, Level, Prune
 from paredown.score import TABLE, Scores, score
 from paredown.score.patterns import maskable
 from paredown.search import sensitivity
 from paredown.train import Task
+from paredown.train.loop import Hook, Training, private_copy
 from paredown.train.task import seed_all, stream
 
-IN_TRAINING = (*LEARNT, *READINGS, "gates")
-"""Criteria that are learnt, or added up, while the model trains."""
 OF_SCORE = ("group", "bias", "reduction", "member_norm")
 """Options of every criterion of the table."""
 
@@ -98,8 +99,31 @@ class Way:
         at_once = self.cut.masked and self.level.factorize is None and not self.in_training
         return at_once and self.recipe.prune.update != "none"
 
+    @property
+    def rounds(self) -> int:
+        """In how many rounds masks are chosen at once: one, but where options of the schedule one-shot say otherwise."""
+        schedule = self._schedule() if self.cut.masked and self.level.factorize is None else None
+        return schedule.rounds if isinstance(schedule, OneShot) else 1
+
+    def _check_rounds(self) -> None:
+        """Whether masks can be chosen in as many rounds; also refuses options that the schedule does not have."""
+        rounds, asked = self.rounds, self.recipe.prune
+        if rounds == 1:
+            return
+        rules = {
+            "a density, which N:M brings itself": self.cut.kind != "n:m",
+            "a criterion of the table, since those that are learnt never see the mask between two rounds": not self.in_training,
+            "allocation uniform, global or erk, since the others measure one network": asked.allocation not in MEASURED,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                got = f"granularity {self.cut}, criterion {asked.criterion!r} and allocation {asked.allocation!r}"
+                msg = f"prune.schedule_options rounds above 1 must come with {rule}. Got {rounds} rounds with {got}. Leave rounds out."
+                raise UsageError(msg)
+
     def check(self) -> None:
         """Raises UsageError for what does not fit together, before any work."""
+        self._check_rounds()
         if self.updates:
             options = {"block": 128, "damping": 0.01, **self.recipe.prune.update_options}
             check_obs(self.cut, True, num_batches=self.recipe.prune.score_batches, **options)  # type: ignore[arg-type]
@@ -136,15 +160,42 @@ class Way:
         if self.cut.kind == "layer":
             return self._modules(here)
         asked = self.recipe.prune
-        scores = self.scores(here)
-        plan = allocate(
-            here.coupling, scores, here.cost, self._amount(here), target=self.recipe.target,
-            allocation=asked.allocation, normalize=asked.normalize, include=asked.include, exclude=asked.exclude,
+        plan = self._allocated(here, self._amount(here)) if self.rounds == 1 else self._in_rounds(here)
+        update = {"update": {"verb": asked.update, **asked.update_options}} if self.updates else {}
+        return dataclasses.replace(plan, made_by={**plan.made_by, **update})
+
+    @property
+    def allocation(self) -> Allocation:
+        """That of the recipe, or the usual one."""
+        return self.recipe.prune.allocation or self.recipe.prune.usual_allocation(self.level)
+
+    def _allocated(self, here: Here, amount: Budget | None) -> Plan:
+        asked, scores = self.recipe.prune, self.scores(here)
+        return allocate(
+            here.coupling, scores, here.cost, amount, target=self.recipe.target,
+            allocation=self.allocation, normalize=asked.normalize, include=asked.include, exclude=asked.exclude,
             floor=asked.floor, align=None if self.cut.masked else asked.align,
             sensitivity=self.sensitivity(here, scores) if asked.allocation in MEASURED else None,
         )  # fmt: skip
-        update = {"update": {"verb": asked.update, **asked.update_options}} if self.updates else {}
-        return dataclasses.replace(plan, made_by={**plan.made_by, **update})
+
+    def _in_rounds(self, here: Here) -> Plan:
+        """Scored and masked again and again, each time on what the rounds before left, as sparsify's OneShot does."""
+        density = self._density(here)
+        assert density is not None  # checked
+        how = OneShot(rounds=self.rounds)
+        kept, module, plan = dict(here.masks), private_copy(here.program.module), None
+        for share in how.before(density, self._left(here)):
+            now = dataclasses.replace(here, program=as_program(here.program, module), masks=kept)
+            try:
+                plan = self._allocated(now, Budget(density=share))
+            except NothingToDo:  # a round too small to take one more cell
+                continue
+            kept = dict(Plan(keep={}, masks=kept).then(plan).masks)
+            apply_masks(module, kept)
+        if plan is None:
+            return self._allocated(here, Budget(density=density))  # says why nothing leaves
+        masks = {n: m for n, m in kept.items() if n in plan.masks or n not in here.masks}
+        return dataclasses.replace(plan, masks=masks, made_by={**plan.made_by, "schedule": repr(how)})
 
     def foreseen(self, here: Here) -> Plan | None:
         """The plan by the model as it is now. Where a training will choose, its amounts hold, not which cells or units.
@@ -157,7 +208,8 @@ class Way:
         if asked.criterion == "soft_movement":
             return None
         known = asked.criterion not in IN_TRAINING
-        plain = {"schedule": "one-shot", "schedule_options": {}, "regularize": "none"}
+        plain: dict[str, Any] = {"schedule": "one-shot", "schedule_options": {}, "regularize": "none"}
+        plain["allocation"] = self.allocation  # of the training, which another schedule would not say
         plain |= {} if known else {"criterion": "l1", "criterion_options": {}}
         recipe = self.recipe.model_copy(update={"prune": asked.model_copy(update=plain)})
         return dataclasses.replace(self, recipe=recipe).plan(here)
@@ -196,12 +248,20 @@ class Way:
         asked = self.level.density
         if asked is None:
             return None
-        names = maskable(here.program, here.coupling, self.recipe.prune.include, self.recipe.prune.exclude)
-        total = sum(here.program.state[n].numel() for n in names)
         if isinstance(asked, int):
+            total = sum(here.program.state[n].numel() for n in self._taking_part(here))
             return asked / total if asked < total else math.nextafter(1.0, 0.0)  # met already; 1.0 may mean one weight
-        left = total - sum(here.masks[n].kept.size - here.masks[n].num_kept for n in names if n in here.masks)
-        return asked * left / total
+        return asked * self._left(here)
+
+    def _taking_part(self, here: Here, cut: Granularity | None = None) -> list[str]:
+        return maskable(here.program, here.coupling, self.recipe.prune.include, self.recipe.prune.exclude, cut)
+
+    def _left(self, here: Here) -> float:
+        """Share of the weights that take part which earlier levels left."""
+        names = self._taking_part(here)
+        total = sum(here.program.state[n].numel() for n in names)
+        gone = sum(here.masks[n].kept.size - here.masks[n].num_kept for n in names if n in here.masks)
+        return (total - gone) / total
 
     def scores(self, here: Here) -> Scores:
         """Scores of the table; weights that earlier levels took are below all others, whatever the criterion."""
@@ -265,9 +325,10 @@ class Way:
         asked = self.recipe.prune
         assert self.level.factorize is not None
         options: dict[str, Any] = {} if asked.floor is None else {"floor": asked.floor}
+        budget = self.budget() if self.level.energy is None else None
         return choose_ranks(
-            here.program, self.budget(), method=self.level.factorize, include=asked.include, exclude=asked.exclude,
-            allocation="uniform" if asked.allocation == "uniform" else "global", align=asked.align,
+            here.program, budget, energy=self.level.energy, method=self.level.factorize, include=asked.include,
+            exclude=asked.exclude, allocation="uniform" if self.allocation == "uniform" else "global", align=asked.align,
             target=self.recipe.target, batches=self.inputs() if self._reads_data else None, **options,
         )  # fmt: skip
 
@@ -297,9 +358,19 @@ class Way:
             regularize=self._regularize(), include=asked.include, exclude=asked.exclude, floor=asked.floor,
             normalize=asked.normalize, align=None if self.cut.masked else asked.align, target=recipe.target,
             score_batches=asked.score_batches, teacher=teacher if recipe.recover.distil != "none" else None,
-            seed=stream(recipe.seed, self.number), device=recipe.device, checkpoint=checkpoint, progress=progress, **training,
-            **own,
+            seed=stream(recipe.seed, self.number), device=recipe.device, checkpoint=checkpoint, progress=progress,
+            hooks=self._holding(here), **training, **own,
         )  # fmt: skip
+
+    def _holding(self, here: Here) -> tuple[Hook, ...]:
+        """What keeps zeros of earlier levels that the masks of this training do not: all where units leave, else others' weights."""
+        own: set[str] = set()
+        if self.cut.masked and here.masks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # sparsify says which weights this cut leaves out
+                own = set(self._taking_part(here, self.cut))
+        names = frozenset(here.masks) - own
+        return (zeros_held(names),) if names else ()
 
     def _criterion(self) -> Any:
         asked = self.recipe.prune
@@ -320,10 +391,13 @@ class Way:
 
     def _regularize(self) -> Regularize | None:
         asked = self.recipe.prune
-        epochs = max(1, self.recipe.of_level(self.level).epochs)
         if self.cut.masked or asked.regularize == "none":
             return None
-        return Growing(epochs=epochs) if asked.regularize == "growing" else Slimming(epochs=epochs)
+        options = {"epochs": max(1, self.recipe.of_level(self.level).epochs), **asked.regularize_options}
+        penalty: Regularize = made(
+            Growing if asked.regularize == "growing" else Slimming, options, "prune.regularize_options"
+        )
+        return penalty
 
     # ---------------------------------------------------------------------------------------------------------- data
 
@@ -340,13 +414,28 @@ class Way:
         return self.task.calibration_batches()
 
 
-def level_of(recipe: Recipe) -> Level | None:
-    """The level that a budget of channels or of a density is; None for amounts that are searched."""
-    bounds, prune = recipe.budget, recipe.prune
-    if prune.levels or not bounds.rounds or (bounds.channels is None and bounds.density is None):
-        return None
-    plain = prune.granularity == "channel" and bounds.density is not None
-    return Level(channels=bounds.channels, density=bounds.density, granularity="element" if plain else None)
+def zeros_held(names: frozenset[str]) -> Hook:
+    """A hook that keeps what is zero in these parameters as a training begins, whatever shape a removal has left them."""
+    seen: list[tuple[nn.Module, list[tuple[nn.Parameter, Tensor]]]] = []
+
+    def pairs(training: Training) -> list[tuple[nn.Parameter, Tensor]]:
+        if not seen or seen[0][0] is not training.module:
+            parameters = training.module.named_parameters(remove_duplicate=False)
+            seen[:] = [(training.module, [(p, p.detach() == 0) for n, p in parameters if n in names])]
+        return seen[0][1]
+
+    @torch.no_grad()
+    def gradients(training: Training) -> None:
+        for parameter, gone in pairs(training):
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                parameter.grad.masked_fill_(gone, 0.0)
+
+    @torch.no_grad()
+    def weights(training: Training) -> None:
+        for parameter, gone in pairs(training):
+            parameter.masked_fill_(gone, 0.0)
+
+    return Hook(name="zeros of earlier levels", after_backward=gradients, after_step=weights)
 
 
 def check_ways(recipe: Recipe, task: Task) -> None:
@@ -389,6 +478,12 @@ def check_ways(recipe: Recipe, task: Task) -> None:
             "masks and an update",
         ),
         ("regularize", asked.regularize != "none", of_units, "channels or heads"),
+        (
+            "regularize_options",
+            bool(asked.regularize_options),
+            of_units if asked.regularize != "none" else [],
+            "channels or heads and a penalty",
+        ),
     ):
         if given and not serves:
             msg = f"prune.{key} must be used with a level of {what}. Got {getattr(asked, key)!r}, and no such level."
@@ -418,7 +513,17 @@ def simulated(tuned: Pruned) -> dict[str, Any]:
 
 def made(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
     """An options object; raises UsageError for names that it does not have."""
-    _refuse_unknown(options, [f.name for f in dataclasses.fields(kind)], where)
+    fields = {f.name: f.default for f in dataclasses.fields(kind)}
+    _refuse_unknown(options, [*fields], where)
+    for name, value in options.items():
+        usual = type(fields[name])
+        fits = isinstance(value, (int, float) if usual is float else usual) and isinstance(value, bool) == (
+            usual is bool
+        )
+        if usual in (bool, int, float, str) and not fits:
+            what = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[usual]
+            msg = f"{where} {name} must be {what}. Got {value!r}."
+            raise UsageError(msg)
     return kind(**options)
 
 
@@ -429,3 +534,6 @@ def _refuse_unknown(options: Mapping[str, Any], known: list[str], where: str) ->
             hint = f" Did you mean {near[0]!r}?" if near else ""
             msg = f"{where} must be among {', '.join(known) or 'none'}. Got {name!r}.{hint}"
             raise UsageError(msg)
+
+
+__all__ = ["IN_TRAINING", "Here", "Way", "check_ways", "level_of", "made", "simulated"]

@@ -89,6 +89,7 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
         for method in curve.methods
         for schedule in curve.schedules
     ]
+    _refuse_idle(recipe, [prune for *_, (prune, _) in ways])
     files = _files(recipe)
     for seed in curve.seeds:
         own = _changed(recipe, seed, prune=Prune(), recover=Recover())
@@ -100,6 +101,17 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
                 msg = f"curve.methods and schedules must give each cell once. Got {twin.name!r} and {cell.name!r}, which do the same."
                 raise UsageError(msg)
     return tuple(cells.values())
+
+
+def _refuse_idle(recipe: Recipe, ways: Sequence[Prune]) -> None:
+    """Options of a schedule that no way of the curve has would be passed over in silence."""
+    options = recipe.prune.schedule_options
+    if options and not any(options.items() <= way.schedule_options.items() for way in ways):
+        msg = (
+            f"prune.schedule_options must be of a schedule of masks that is among curve.schedules. Got {options} for "
+            f"{recipe.prune.schedule!r}, and a curve without it. Name their schedule in prune.schedule, or leave them out."
+        )
+        raise UsageError(msg)
 
 
 _Way = tuple[Method, str, float, tuple[Prune, Recover]]
@@ -130,7 +142,12 @@ def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
             prune = first.recipe.prune
             if prune.criterion == "random" or prune.levels[0].factorize is not None:
                 continue  # it is that already, or has no criterion
-            plain = prune.model_copy(update={"criterion": "random", "criterion_options": {}, "update": "none"})
+            plain = prune.model_copy(
+                update={
+                    "criterion": "random", "criterion_options": {}, "update": "none",
+                    "allocation": prune.allocation or prune.usual_allocation(prune.levels[0]),  # not that of random
+                }
+            )  # fmt: skip
             recipe, needs = _copy(first.recipe, prune=plain), both[:1]
         cell = _cell(
             kind, seed=first.seed, recipe=recipe, method=first.method, schedule=first.schedule, amount=first.amount,
@@ -167,6 +184,8 @@ def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, am
     prune = recipe.prune.model_copy(update=given)
     if method.criterion not in (None, recipe.prune.criterion):
         prune = prune.model_copy(update={"criterion_options": {}})
+    if method.regularize not in (None, recipe.prune.regularize):
+        prune = prune.model_copy(update={"regularize_options": {}})
     cut = Granularity.parse(prune.granularity)
     masked = cut.masked and method.factorize is None
     if cut.kind in ("n:m", "layer"):
@@ -181,12 +200,13 @@ def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, am
         raise UsageError(msg)
     levels = MULTI if schedule == "multi-level" else curve.rounds if schedule == "iterative" and not masked else 1
     own: Mapping[str, Any] = {"schedule": "one-shot", "schedule_options": {}}
-    if masked and schedule in ("iterative", *OF_MASKS):
+    if masked:
+        of_masks = schedule if schedule in ("iterative", *OF_MASKS) else "one-shot"
         rounds: dict[str, Any] = {"rounds": curve.rounds} if schedule == "iterative" else {}
         if rounds and curve.spacing != "geometric":
             rounds["spacing"] = curve.spacing
-        options = recipe.prune.schedule_options if recipe.prune.schedule == schedule else {}
-        own = {"schedule": schedule, "schedule_options": {**rounds, **options}}
+        options = recipe.prune.schedule_options if recipe.prune.schedule == of_masks else {}
+        own = {"schedule": of_masks, "schedule_options": {**rounds, **options}}
     epochs = _shared(recipe.recover.epochs, levels)
     recover = recipe.recover.model_copy(update={"epochs": epochs[0]})
     left = [
