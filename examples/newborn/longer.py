@@ -29,6 +29,7 @@ from paredown.program import capture
 from paredown.records import Measured, Record, locked, write_text
 from paredown.strict_yaml import read_yaml
 from paredown.train import fit
+from paredown.train.task import stream
 
 
 def trained_on(sweep: rows.Sweep, record: Record, recover: dict[str, Any], place: Path) -> Record:
@@ -41,10 +42,10 @@ def trained_on(sweep: rows.Sweep, record: Record, recover: dict[str, Any], place
         dense,
         lambda: task.train_batches(sweep.data),
         task.step,
-        seed=seed + 1,
+        seed=stream(seed, 1),  # as a first level's recovery
         checkpoint=place / f"training-{digest[-12:]}.safetensors",
         **{option: recover[option] for option in rows.LONGER_OPTIONS},
-    )  # the seed of a first level's recovery
+    )
     program = capture(done.module.eval(), task.inputs(), train=False)
     artifact = export(program, place / "model.onnx")
     checked = check(artifact, program, lambda: task.calibration_batches(sweep.data))

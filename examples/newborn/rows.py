@@ -31,6 +31,7 @@ from paredown.curve import Line, compared, dense_verdict, interval, lines, sweet
 from paredown.examine import Cost, examine_onnx
 from paredown.export import predictor
 from paredown.measure import artifact_at, machine_text
+from paredown.recipe_fields import STREAMS
 from paredown.records import Record, write_text
 from paredown.strict_yaml import read_yaml
 
@@ -112,7 +113,9 @@ def longer_folder(sweep: Path) -> Path:
 
 def longer_digest(base: Record, recover: Mapping[str, Any]) -> str:
     """What the trial of longer.py depends on: its dense network, and how it is trained on."""
-    told = json.dumps([base.cell["digest"], {option: recover[option] for option in LONGER_OPTIONS}], sort_keys=True)
+    told = json.dumps(
+        [base.cell["digest"], STREAMS, {option: recover[option] for option in LONGER_OPTIONS}], sort_keys=True
+    )
     return f"longer-{hashlib.sha256(told.encode()).hexdigest()}"
 
 

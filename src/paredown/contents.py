@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -39,6 +40,12 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _digest(file: Path) -> str:
+    found = file.stat()
+    return _hashed(file, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache  # of one process, which asks more than once
+def _hashed(file: Path, size: int, changed_ns: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:24]
 

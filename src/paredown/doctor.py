@@ -306,7 +306,7 @@ def _int8(facts: Mapping[str, Any]) -> Finding:
         units = ", ".join(name for flag, name in _DOT_UNITS.items() if flag in isa)
         found += f"int8 is fast: one instruction multiplies and adds 8-bit numbers ({units})."
     elif isa & {"avx2", "avx512f"}:
-        found += "int8 gains little speed: without VNNI, 8-bit products take three instructions, and uint8 × int8 sums of other tools' files may saturate at 16 bit in ONNX Runtime (set x64quantprecision there); paredown's INT8 files are made so that they cannot."
+        found += "int8 gains little speed: without VNNI, 8-bit products take three instructions, and uint8 × int8 sums of other tools' files may saturate at 16 bit in ONNX Runtime (set x64quantprecision there); paredown's INT8 files for x86 are made so that they cannot."
         fix = _JUDGE
     elif isa:
         found += "int8 gains little speed: without dotprod, 8-bit products are widened to 16 bit first."

@@ -34,6 +34,10 @@ class Strict(BaseModel):
     )
 
 
+STREAMS = 2
+"""How a seed becomes random numbers: what was trained by another number saw other draws, and is not continued. 1 was seed + epoch."""
+
+
 class Level(Strict):
     """One level of pruning. Amounts are what remains of the model that the level starts from."""
 

@@ -400,3 +400,17 @@ def test_fault_14_codes_that_are_unpacked_in_circles_or_doublings(kind: str, tmp
     began = time.monotonic()
     assert examine_onnx(path).parameters == 0
     assert time.monotonic() - began < 10
+
+
+def test_a_free_length_that_is_too_short_for_a_layer_is_not_counted(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((4, 3, 3), dtype=np.float32), "w")
+    value = onnx.helper.make_tensor_value_info
+    nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[3])]
+    graph = onnx.helper.make_graph(
+        nodes, "g", [value("x", onnx.TensorProto.FLOAT, ["n", 3, "length"])], [value("y", onnx.TensorProto.FLOAT, ["n", 4, "out"])],
+        [weight],
+    )  # fmt: skip
+    path = tmp_path / "net.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
+    found = examine_onnx(path)
+    assert found.macs == 0 and found.uncounted == ("Conv_0",)

@@ -199,7 +199,7 @@ def test_a_fixed_batch_is_said_and_not_compared_with_one_sample(
 ) -> None:
     four = export((Four(), torch.randn(4, 1, 8, 8)), tmp_path / "four.onnx")
     x = [torch.randn(4, 1, 8, 8)]
-    with pytest.raises(RejectedError, match=r"inputs of one shape.*\(4, 1, 8, 8\).*four\.onnx.*\(1, 1, 8, 8\).*batch"):
+    with pytest.raises(RejectedError, match=r"inputs of one shape.*\[4, 1, 8, 8\].*four\.onnx.*\[1, 1, 8, 8\].*batch"):
         measure(four, x, baseline=files[1], runs=5, seconds=0.1, memory=False)
     with pytest.raises(RejectedError, match="inputs of one shape"):
         timed_in_turns({"a": four, "b": files[1]}, x, runs=5, seconds=0.1)

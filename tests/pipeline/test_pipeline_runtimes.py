@@ -14,10 +14,11 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
 from paredown.cli import main
+from paredown.errors import RejectedError
 from paredown.export import predictor
 from paredown.measure import artifact_at
 from paredown.pipeline import compress
-from paredown.pipeline.runtimes import files_for_runtimes
+from paredown.pipeline.runtimes import files_for_runtimes, is_run
 from paredown.recipe import Recipe, parse_recipe
 
 TASK = Path(__file__).with_name("small_task.py")
@@ -74,3 +75,22 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "a run of `paredown compress`" in capsys.readouterr().err
     assert main(["compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "--out must stand with one run" in capsys.readouterr().err
+
+
+def test_a_run_is_read_and_never_trained(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads than the run's, and no dense weights: a pruned network carries its own."""
+    import shutil
+
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "steps" / "base-trained.safetensors").unlink()
+    monkeypatch.setattr("paredown.train.fit", lambda *_, **__: pytest.fail("it trained"))
+    files, _, _ = files_for_runtimes(copied, tmp_path / "files")
+    assert {f.name for f in files} >= {"fp32.onnx", "int8.onnx"}
+    assert not (copied / "steps" / "base-trained.safetensors").exists()
+    (copied / "form.json").unlink()
+    with pytest.raises(RejectedError, match=r"must hold its trained dense network.*Run its recipe again"):
+        files_for_runtimes(copied, tmp_path / "files")
+    records = (copied / "records.jsonl").read_text().splitlines()
+    (copied / "records.jsonl").write_text("\n".join(r for r in records if '"verdict"' not in r) + "\n")
+    assert not is_run(copied) and is_run(run)

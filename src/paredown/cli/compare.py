@@ -53,7 +53,7 @@ def compare(
 
         found = paredown.compare(
             *laid,
-            samples=_samples(laid, samples, input) or own,
+            samples=own if samples is None and input is None else _samples(laid, samples, input),
             recorded=recorded,
             threads=threads,
             runs=runs,
@@ -61,7 +61,8 @@ def compare(
         )
         found = dataclasses.replace(found, notes=(*found.notes, *said))
     if json:
-        emit(_document(found, given=samples is not None))
+        given = samples is not None or input is not None
+        emit(_document(found, "given" if given else "random" if own is None else "task"))
         return 0
     if found.runs:
         show(_runs_table(found), *_differences(found), quiet=quiet)
@@ -111,7 +112,7 @@ def _samples(things: tuple[Path, ...], samples: Path | None, input: str | None) 
     return file_batches(read, artifact_at(first))
 
 
-def _document(found: Comparison, *, given: bool) -> dict[str, Any]:
+def _document(found: Comparison, samples: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "metric": dict(found.metric) or None,
@@ -123,7 +124,7 @@ def _document(found: Comparison, *, given: bool) -> dict[str, Any]:
             for r in found.runs
         ],
         "differences": [dataclasses.asdict(d) for d in found.differences],
-        "samples": "given" if given else "random",
+        "samples": samples,
         "timings": [dataclasses.asdict(t) for t in found.timings],
         "fastest": found.fastest,
         "as_fast": list(found.as_fast),

@@ -108,7 +108,7 @@ def _examine_file(path: str, given: dict[str, Any], json: bool, quiet: bool) -> 
 def _as_tables(cost: OnnxCost) -> list[Any]:
     totals = [
         ("parameters", f"{cost.parameters:,}"),
-        ("MACs", f"{cost.macs:,} per sample of conv, gemm and matmul (FLOPs = 2 × MACs)"),
+        ("MACs", f"{cost.macs:,} of all ops that multiply, free axes being 1 (FLOPs = 2 × MACs)"),
         ("parameter bytes", f"{cost.parameter_bytes:,}"),
         ("file bytes", f"{cost.file_bytes:,} (measured: {', '.join(cost.files)})"),
         ("opset", str(cost.opset)),

@@ -349,7 +349,8 @@ def _shapes(
             dims = value.type.tensor_type.shape.dim
             sizes = tuple(int(d.dim_value) if d.HasField("dim_value") else 1 for d in dims)
             _refuse_huge(value.name, sizes, path)
-            if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            known = value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims)
+            if known and min(sizes, default=1) >= 1:  # a free length of 1 is too short for some layers
                 shapes.setdefault(value.name, sizes)
     for name, shape in noted.items():
         _refuse_huge(name, shape, path)

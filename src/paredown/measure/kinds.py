@@ -202,12 +202,18 @@ def filled(session: Any, sample: Any) -> tuple[dict[str, Any], int]:
 
 def refuse_other_inputs(feeds: Mapping[str, Mapping[str, Any]]) -> None:
     """Files that take other inputs are not the same task: by name of the file, what each is fed. Raises RejectedError."""
-    shapes = {name: [a.shape for a in feed.values()] for name, feed in feeds.items()}
+    shapes = {name: {n: a.shape for n, a in feed.items()} for name, feed in feeds.items()}
     first = next(iter(shapes), "")
     for name, found in shapes.items():
-        if found != shapes[first]:
-            msg = f"the files to compare must take inputs of one shape. Got {shapes[first]} for {first} and {found} for {name}. Export both with the same batch."
+        other = shapes[first]
+        same = found == other if found.keys() == other.keys() else sorted(found.values()) == sorted(other.values())
+        if not same:
+            msg = f"the files to compare must take inputs of one shape. Got {_told(other)} for {first} and {_told(found)} for {name}. Export both with the same batch."
             raise RejectedError(msg)
+
+
+def _told(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
 
 
 def run_once(session: Any, feed: Mapping[str, Any], name: str) -> list[Any]:

@@ -15,7 +15,7 @@ from paredown.environments import python_of
 from paredown.errors import UsageError, must_be
 from paredown.measure import machine
 from paredown.pipeline.budgets import check_budget
-from paredown.pipeline.data import changed, remember
+from paredown.pipeline.data import changed, remember, settle
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
 from paredown.pipeline.run import Run, device_told
@@ -181,6 +181,8 @@ def _run(
         python_of(target)  # now, not after hours of training
     check_ways(recipe, task)
     check_budget(recipe)
+    if recipe.data is not None:
+        settle(task)
     threads = torch.get_num_threads()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

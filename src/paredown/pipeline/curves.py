@@ -13,7 +13,7 @@ from typing import Any
 from paredown.environments import python_of
 from paredown.errors import MissingError, RejectedError, UsageError
 from paredown.pipeline.compress import difference, task_of, versions
-from paredown.pipeline.data import remember
+from paredown.pipeline.data import remember, settle
 from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.sweep_display import Shown, sweep_display
 from paredown.pipeline.ways import check_ways
@@ -60,8 +60,10 @@ def curve(
     MissingError (8: Ray, or its cluster), Interrupted (130, resumable).
     """
     recipe = what if isinstance(what, Recipe) else load_recipe(what, list(overrides))
-    cells = grid(recipe)
     task, _, _ = task_of(recipe)
+    if recipe.data is not None:
+        settle(task)
+    cells = grid(recipe)
     check_cells(cells, task)
     folder, found = Path(out), versions()
     machine = machine_for(recipe, processes, ray=ray)

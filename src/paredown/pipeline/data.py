@@ -9,6 +9,8 @@ from pathlib import Path
 from paredown.contents import contents
 from paredown.pipeline.folder import STEPS
 from paredown.records import write_text
+from paredown.train import Task
+from paredown.train.task import kept_randomness
 
 FILE = "data.json"
 _SHOWN = 5
@@ -17,6 +19,8 @@ _SHOWN = 5
 def changed(folder: Path, data: Path | None) -> str:
     """How the data differ from those that a run folder began with; "" where they do not, or where none are on record."""
     known = folder / STEPS / FILE
+    if data is not None and not known.is_file() and (folder / "trials").is_dir():
+        return f"  files of {data}: not on record, the sweep there was begun before they counted"
     if data is None or not known.is_file():
         return ""
     before: Mapping[str, str] = json.loads(known.read_text(encoding="utf-8"))
@@ -30,6 +34,14 @@ def changed(folder: Path, data: Path | None) -> str:
     }
     told = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
     return f"  files of {data}: {'; '.join(told)}"
+
+
+def settle(task: Task) -> None:
+    """Draw one batch for every role: a task that fetches, unpacks or caches its data does so before they are written down."""
+    with kept_randomness():
+        for batches in (task.train_batches, task.calibration_batches, task.choose_batches, task.test_batches):
+            if batches is not None:
+                next(iter(batches()), None)
 
 
 def remember(folder: Path, data: Path | None) -> None:

@@ -77,7 +77,7 @@ def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overw
         if not changed:
             return
         if not overwrite:
-            msg = f"{path} holds another run. The recipe differs:\n{changed}\nChoose another --out, or --overwrite."
+            msg = f"{path} holds another run. The recipe or its data differ:\n{changed}\nChoose another --out, or --overwrite."
             if "given." in changed:  # a notebook's functions count with all that they reach by name
                 msg += " What a function keeps its results in, by a way that is not seen in its code, differs after every run: make it inside the function."
             raise UsageError(msg)

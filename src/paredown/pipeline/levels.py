@@ -25,7 +25,7 @@ from paredown.prune import Pruned, compose, prune, take_over
 from paredown.prune.given import torch_masks
 from paredown.prune.mask import apply_masks
 from paredown.prune.reconstruct import reconstruct
-from paredown.recipe_fields import SEARCHED, Level
+from paredown.recipe_fields import SEARCHED, STREAMS, Level
 from paredown.records import whole_file
 from paredown.train import recover
 from paredown.train.task import seed_all, stream
@@ -219,7 +219,9 @@ def _recovered(
     """Batch norm re-estimated, then trained, with the history; kept on disk, since it is the long part."""
     recipe, task, own = run.recipe, run.task, run.task.train is not None
     file = run.folder.steps / f"level-{number}.safetensors"
-    key = key_of(recipe.digest, pruned.plan.digest, pruned.program.source_digest, number, run.environment["versions"])
+    key = key_of(
+        recipe.digest, pruned.plan.digest, pruned.program.source_digest, number, run.environment["versions"], STREAMS
+    )
     if file.exists():
         with safe_open(file, framework="pt") as kept:
             known = kept.metadata() or {}

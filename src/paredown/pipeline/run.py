@@ -13,6 +13,7 @@ from paredown.pipeline.folder import RunFolder
 from paredown.recipe import Recipe
 from paredown.records import Record
 from paredown.train import Task
+from paredown.train.loop import usable_device
 
 Say = Callable[[str], None]
 
@@ -45,7 +46,7 @@ class Run:
 
 
 def device_told(device: str) -> str:
-    """The device of a recipe as records say it: with the GPU's own name, where it is one.
+    """The device of a recipe as records say it: with the GPU's own name, where it is one. Raises MissingError where there is none.
 
     >>> device_told("cpu")
     'cpu'
@@ -54,7 +55,7 @@ def device_told(device: str) -> str:
         return device
     import torch
 
-    return f"{device} ({torch.cuda.get_device_name(device)})" if torch.cuda.is_available() else device
+    return f"{device} ({torch.cuda.get_device_name(usable_device(device))})"
 
 
 def random_note(run: Run) -> list[str]:

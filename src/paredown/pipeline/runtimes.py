@@ -7,18 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import nn
+
 from paredown.errors import ParedownError, RejectedError
 from paredown.export import export
-from paredown.pipeline.compress import run_of, task_of
-from paredown.pipeline.display import display
-from paredown.pipeline.folder import RECIPE, RECORDS, RunFolder
-from paredown.pipeline.stages import base_of
+from paredown.pipeline.compress import task_of
+from paredown.pipeline.folder import RECIPE, RECORDS, STEPS
+from paredown.pipeline.stages import BASE, trains_base
 from paredown.program import Program, capture
 from paredown.prune import Pruned, load_pruned
 from paredown.quantize import quantize
 from paredown.recipe import Recipe, parse_recipe
+from paredown.records import read
 from paredown.strict_yaml import read_yaml
 from paredown.target import TARGETS, Target
+from paredown.train import Task
 from paredown.train.task import seed_all
 
 AT_HAND = {"onnxruntime-x86": "onnxruntime", "openvino-x86": "openvino"}
@@ -27,7 +31,8 @@ AT_HAND = {"onnxruntime-x86": "onnxruntime", "openvino-x86": "openvino"}
 
 def is_run(folder: Path) -> bool:
     """Whether `paredown compress` wrote and finished it."""
-    return (folder / RECIPE).is_file() and (folder / RECORDS).is_file()
+    there = (folder / RECIPE).is_file() and (folder / RECORDS).is_file()
+    return there and any(r.cell.get("stage") == "verdict" for r in read(folder / RECORDS))
 
 
 def files_for_runtimes(folder: Path, out: Path) -> tuple[list[Path], list[str], Callable[[], Any]]:
@@ -39,14 +44,10 @@ def files_for_runtimes(folder: Path, out: Path) -> tuple[list[Path], list[str], 
     Raises RejectedError (a run without its files), and what loading, capture, `quantize` and `export` raise.
     """
     recipe = parse_recipe(read_yaml(folder / RECIPE))
-    task, model, given = task_of(recipe)
-    with display(quiet=True) as shown:
-        run = run_of(recipe, task, model, given, RunFolder(path=folder), shown)
-        if task.base is not None and not (run.folder.steps / "base-trained.safetensors").exists() and not given:
-            msg = f"the run must hold its trained base. Got {folder} without steps/base-trained.safetensors. Run its recipe again."
-            raise RejectedError(msg)
-        program = capture(base_of(run), task.inputs())
-    last: Program | Pruned = load_pruned(folder, program) if (folder / "form.json").is_file() else program
+    task, model, _ = task_of(recipe)
+    pruned = (folder / "form.json").is_file()
+    program = capture(_dense(recipe, task, model, folder, wanted=not pruned), task.inputs())
+    last: Program | Pruned = load_pruned(folder, program) if pruned else program
     files: list[Path] = []
     notes: list[str] = []
     for name, library in AT_HAND.items():
@@ -55,11 +56,34 @@ def files_for_runtimes(folder: Path, out: Path) -> tuple[list[Path], list[str], 
             continue
         place = out / name
         place.mkdir(parents=True, exist_ok=True)
-        files.append(export(last, place / f"fp32{TARGETS[name].suffix}", target=name).path)
+        try:
+            files.append(export(last, place / f"fp32{TARGETS[name].suffix}", target=name).path)
+        except ParedownError as error:
+            notes.append(f"{name}: no file: {error}")
+            continue
         made, why = _in_codes(recipe, task.calibration_batches, last, TARGETS[name], place)
         files += [] if made is None else [made]
         notes += [f"{name}: {why}"] if why else []
+    if not files:
+        msg = f"a runtime must take the run's network. Got none: {'; '.join(notes)}"
+        raise RejectedError(msg)
     return files, notes, task.calibration_batches
+
+
+def _dense(recipe: Recipe, task: Task, model: Callable[[], nn.Module], folder: Path, *, wanted: bool) -> nn.Module:
+    """The run's dense network, read and never trained; where its weights are not `wanted`, any of its class."""
+    if not trains_base(recipe, task):
+        return model()
+    dense, file = task.model(), folder / STEPS / BASE
+    if file.exists():
+        state = load_file(file)
+        if {n: t.shape for n, t in dense.state_dict().items()} == {n: t.shape for n, t in state.items()}:
+            dense.load_state_dict(state, strict=True)
+            return dense.eval()
+    if wanted:
+        msg = f"the run must hold its trained dense network. Got {folder} without one that fits the task's model in {STEPS}/{BASE}. Run its recipe again."
+        raise RejectedError(msg)
+    return dense.eval()
 
 
 def _in_codes(
@@ -81,7 +105,7 @@ def _in_codes(
     try:
         small = quantize(
             last, target=target.name, calibrate=batches, scheme=asked.scheme, observer=asked.observer, num_samples=asked.samples,
-            repair=asked.repair, float_layers=asked.float_layers,
+            repair=asked.repair, float_layers=asked.float_layers, idle_repairs=True,
         )  # fmt: skip
         return export(small, place / f"{asked.scheme}{target.suffix}", target=target.name).path, ""
     except ParedownError as error:

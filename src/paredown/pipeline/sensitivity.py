@@ -14,7 +14,7 @@ import torch
 from paredown.couple import Coupling
 from paredown.errors import NothingToDo, UsageError
 from paredown.pipeline.compress import difference, run_of, task_of
-from paredown.pipeline.data import remember
+from paredown.pipeline.data import remember, settle
 from paredown.pipeline.display import display
 from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.kept_sensitivity import STAGE, about_units
@@ -75,6 +75,8 @@ def sensitivity(
         msg = "sensitivity must be given amounts or bits. Got neither."
         raise UsageError(msg)
     task, model, given = task_of(recipe)
+    if recipe.data is not None:
+        settle(task)
     threads = torch.get_num_threads()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

@@ -222,6 +222,7 @@ def _plain(run: Run) -> dict[str, Any]:
         "scheme": run.recipe.quantize.scheme,
         "observer": "minmax",
         "float_layers": run.recipe.quantize.float_layers,
+        "idle_repairs": True,
     }
 
 

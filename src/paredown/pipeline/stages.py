@@ -39,12 +39,16 @@ from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, save
 from paredown.quantize import Quantized, quantize
+from paredown.recipe import Recipe
+from paredown.recipe_fields import STREAMS
 from paredown.records import Measured, Record, whole_file
 from paredown.target import named
-from paredown.train import Roles, check_roles
+from paredown.train import Roles, Task, check_roles
 from paredown.train.given import given_notes
 from paredown.train.task import seed_all
 
+BASE = "base-trained.safetensors"
+"""The dense network that a run has trained itself, under its steps."""
 TITLES = {
     "int8": "INT8", "w4a8": "W4A8", "int8-dynamic": "dynamic INT8", "w4": "W4", "w2": "W2", "ternary": "ternary", "binary": "binary",
 }  # fmt: skip
@@ -147,11 +151,16 @@ def _for_the_budget(run: Run, program: Program, tuned: Pruned | None, dense: nn.
 # ---------------------------------------------------------------------------------------------------- dense and levels
 
 
+def trains_base(recipe: Recipe, task: Task) -> bool:
+    """Whether the dense network is trained by the task's `base`, and not given."""
+    return task.base is not None and recipe.weights is None and recipe.model is None
+
+
 def base_of(run: Run) -> nn.Module:
     """The trained dense model: the user's, with weights where given, or trained by the task's own `base`."""
     run.say("load the model")
     seed_all(run.recipe.seed)
-    if run.task.base is None or run.recipe.weights is not None or run.recipe.model is not None:
+    if run.task.base is None or not trains_base(run.recipe, run.task):
         return run.model()
     options = {
         "seed": run.recipe.seed,
@@ -164,20 +173,20 @@ def base_of(run: Run) -> nn.Module:
     if refused:
         msg = f"base.{min(refused)} must be an option of the task's base function. Got {asked[min(refused)]!r}, which it does not take."
         raise UsageError(msg)
-    key = key_of(run.recipe.digest, run.environment["versions"], run.environment["threads"])
+    key = key_of(run.recipe.digest, run.environment["versions"], run.environment["threads"], STREAMS)
     kept = _kept_base(run, key)
     if kept is not None:
         return kept
     trained = run.task.base(**accepted(run.task.base, options), **asked)
     state = {n: t.detach().contiguous().clone() for n, t in trained.state_dict().items()}
-    with whole_file(run.folder.steps / "base-trained.safetensors") as temporary:
+    with whole_file(run.folder.steps / BASE) as temporary:
         save_file(state, temporary, metadata={"key": key})
     return trained
 
 
 def _kept_base(run: Run, key: str) -> nn.Module | None:
     """The base as an earlier attempt trained it, where the task's model() has its shape; else it is trained again."""
-    file = run.folder.steps / "base-trained.safetensors"
+    file = run.folder.steps / BASE
     if not file.exists():
         return None
     with safe_open(file, framework="pt") as kept:
@@ -407,6 +416,7 @@ def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> 
         "num_samples": options.samples,
         "repair": options.repair,
         "float_layers": options.float_layers,
+        "idle_repairs": True,  # noted: after hours of training it is no reason to end without a file
     }
     if "shrinking" in run.dense and teacher is not None:
         shared |= {"repair": repair_of(run), "bits": fitted_bits(run, thing, run.dense["shrinking"])}

@@ -33,7 +33,7 @@ from paredown.pipeline.compress import task_of, versions
 from paredown.pipeline.folder import LOCK, RunFolder, files_digest
 from paredown.pipeline.levels import Start, one_level, started, without_random_teacher
 from paredown.pipeline.run import Run, device_told
-from paredown.pipeline.stages import accepted, base_of, metric_of
+from paredown.pipeline.stages import accepted, base_of, metric_of, trains_base
 from paredown.pipeline.ways import Here, Way, simulated
 from paredown.plan import Mask
 from paredown.program import GraphModel, Program, capture
@@ -161,7 +161,7 @@ def _base(asked: Asked) -> Record:
     details = {
         "test_data": roles.test_digest,
         "warnings": [*roles.warnings],
-        "trained_here": _trains_base(run),
+        "trained_here": trains_base(run.recipe, run.task),
         "metric": dataclasses.asdict(run.task.metric),
     }
     return _recorded(asked, program, None, details)
@@ -294,10 +294,6 @@ _TRIALS: dict[str, Callable[[Asked], Record]] = {
 # ------------------------------------------------------------------------------------------------- what they are made of
 
 
-def _trains_base(run: Run) -> bool:
-    return run.task.base is not None and run.recipe.weights is None and run.recipe.model is None
-
-
 def _start(asked: Asked) -> Start:
     """The base of this seed, from the folder of the trial that trained it; nothing is trained again."""
     place = asked.needs["base"]
@@ -326,7 +322,7 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
     checkpoint: dict[str, Any] = {"checkpoint": run.folder.steps / "scratch.safetensors"}
     scratch, why = (
         task.scratch,
-        "" if _trains_base(run) else "the base came trained, and its training cannot be repeated here",
+        "" if trains_base(run.recipe, run.task) else "the base came trained, and its training cannot be repeated here",
     )
     if scratch is not None:
         options = {"seed": recipe.seed, "device": recipe.device, "extra_epochs": extra_epochs, **progress, **checkpoint}
@@ -382,7 +378,7 @@ def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, detai
     kept = {
         "file": path.name,
         "digest": files_digest(artifact.files),
-        "shapes": _shapes(thing.module),
+        "shapes": _shapes(thing.module, {} if tuned is None else tuned.plan.masks),
         "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},
         "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else {},
         **details,
@@ -391,10 +387,11 @@ def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, detai
     return run.record("trial", "", plan_digest=plan, measured=found, details=kept)
 
 
-def _shapes(module: nn.Module) -> str:
-    """A digest of the shapes of all tensors: two ways of pruning may leave one shape."""
+def _shapes(module: nn.Module, masks: Mapping[str, Mask]) -> str:
+    """A digest of the shapes of all tensors, and of the masks: two ways of pruning may leave one shape."""
     shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+    told = json.dumps([shapes, {name: mask.digest for name, mask in masks.items()}], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _with_zeros(parameters: int, macs: int, tuned: Pruned | None) -> dict[str, Measured]:

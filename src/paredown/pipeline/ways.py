@@ -229,7 +229,7 @@ class Way:
         options: dict[str, Any] = dict(asked.update_options)
         return obs_on_plan(
             here.program, plan, self.inputs if own else self._batches, step=None if own else self.task.step,
-            choose=asked.criterion == "obs" and self.cut.kind in ("element", "n:m") and not here.masks,
+            choose=asked.criterion == "obs" and self.cut.kind in ("element", "n:m") and not here.masks and self.rounds == 1,
             num_batches=asked.score_batches, **options,
         )  # fmt: skip
 

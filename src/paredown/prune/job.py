@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from paredown.prune.nouns import Pruned
 from paredown.prune.remove import prune
 from paredown.prune.schedule import Schedule
 from paredown.score import TABLE, Scores, score
-from paredown.score.patterns import stored_in_out
 from paredown.statistics.batches import apart
 from paredown.train import checkpoint as checkpoints
 from paredown.train.batch_norm import reestimate_batch_norm
@@ -65,6 +64,8 @@ class Job:
     checkpoint: Path | None
     first: Mapping[str, NDArray[np.bool_]]
     """What of every masked parameter is there at the beginning; empty where units leave."""
+    flipped: Mapping[str, int] = field(default_factory=dict)
+    """Masked parameters that are stored [in, out], with their groups (see Scores)."""
 
     @property
     def start_density(self) -> float:
@@ -122,7 +123,7 @@ def chosen(job: Job, cells: Cells, kept: Kept, density: float) -> Kept:
         criterion=job.criterion, by_space={}, granularity=str(job.granularity), seed=job.seed,
         by_cell=below_the_living({n: cells[n] for n in job.first}, kept, job.granularity),
         scope=TABLE[job.criterion].scope if job.criterion in TABLE else "layer",
-        flipped=stored_in_out(job.program, list(job.first)),
+        flipped=job.flipped,
     )  # fmt: skip
     budget = None if job.granularity.kind == "n:m" else Budget(density=density)
     options = {**job.allocation, "leave_out": ()}  # the first and last of those that take part are others

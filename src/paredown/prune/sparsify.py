@@ -50,7 +50,7 @@ from paredown.prune.remove import compose
 from paredown.prune.schedule import Gradual, Iterative, Lottery, OneShot, Regrowth, Schedule, cubic, named_schedule
 from paredown.prune.structured import remove_in_training
 from paredown.score import TABLE, Scores
-from paredown.score.patterns import cut_as_said
+from paredown.score.patterns import cut_as_said, stored_in_out
 from paredown.statistics.batches import Batches, Given, batches_of, check_whole
 from paredown.train.distil import Distil
 from paredown.train.loop import Hook, OptimizerChoice, Progress
@@ -269,7 +269,7 @@ def _job(model: Program | Pruned, asked: _Asked, **given: Any) -> Job:
     before = model.plan.masks if isinstance(model, Pruned) else {}
     shapes = {n: tuple(program.state[n].shape) for n in _masked(job, program)}
     first = {n: before[n].kept if n in before else np.ones(s, dtype=np.bool_) for n, s in shapes.items()}
-    return replace(job, first=first)
+    return replace(job, first=first, flipped=stored_in_out(program, list(first)))
 
 
 def _masked(job: Job, program: Program) -> list[str]:

@@ -90,6 +90,7 @@ def spare(
     given = as_patterns(options.pop("float_layers", ()))
     calibrate = reusable(calibrate, options.get("num_samples"))
     base = calibrated(tuned, target=target, calibrate=calibrate, float_layers=given, **options)
+    options["idle_repairs"] = True  # what a layer in float takes away
     layers = named_layers(base)
     made: dict[frozenset[str], Quantized] = {}
 
@@ -97,9 +98,7 @@ def spare(
         made.clear()  # one network at a time
         stay = [*given, *sorted(key)]
         try:
-            again = calibrated(
-                tuned, target=target, calibrate=calibrate, float_layers=stay, idle_repairs=True, **options
-            )
+            again = calibrated(tuned, target=target, calibrate=calibrate, float_layers=stay, **options)
             made[key] = converted(again, again.prepared)
         except NothingToDo:  # every layer is in float, and then there is nothing to hand back
             return Mixed(base, frozenset(), None)

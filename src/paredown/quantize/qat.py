@@ -133,6 +133,7 @@ def train_quantized(
     weights: Literal["channel", "tensor"] = "channel",
     float_layers: Sequence[str] = (),
     bits: Mapping[str, int] | None = None,
+    idle_repairs: bool = False,
     epochs: int = 3,
     lr: float = 0.01,
     momentum: float = 0.9,
@@ -169,7 +170,7 @@ def train_quantized(
     """
     base = calibrated(
         tuned, target=target, calibrate=calibrate, scheme=scheme, observer=observer, num_samples=num_samples,
-        repair=repair, weights=weights, float_layers=float_layers, bits=bits,
+        repair=repair, weights=weights, float_layers=float_layers, bits=bits, idle_repairs=idle_repairs,
     )  # fmt: skip
     rehearsal = Rehearsal(learnable(base, masks_of(tuned)))
     place(rehearsal.graph, usable_device(device))

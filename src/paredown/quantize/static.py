@@ -59,6 +59,7 @@ def quantize(
     weights: Literal["channel", "tensor"] = "channel",
     float_layers: Sequence[str] = (),
     bits: Mapping[str, int] | None = None,
+    idle_repairs: bool = False,
 ) -> Quantized:
     """Static quantization for a runtime: integer weights per output channel, integer activations per tensor.
 
@@ -70,6 +71,8 @@ def quantize(
     values; another one as "percentile=99.9"), "mse" (least squared error) or "entropy" (TensorRT's; results of sigmoid and
     softmax have "minmax" then), the last three from a streaming histogram. Batch norm is folded first. Works on a user's own
     module and on a GraphModel; the batch stays dynamic; neither `tuned` nor its weights change.
+
+    A repair that finds nothing to do is refused; with `idle_repairs` it is noted, as in runs, whose searches may take away what it works on.
 
     "w2", "ternary" and "binary" code weights alone: activations, and all that is computed, stay float32. Their codes are ±1 and
     ±3 (`balanced`, see schemes.weight_range), -1, 0, 1 and ±1, with scales of least squared error per output channel; the
@@ -110,7 +113,7 @@ def quantize(
         raise UsageError(msg)
     base = calibrated(
         tuned, target=target, calibrate=calibrate, scheme=scheme, observer=observer, num_samples=num_samples,
-        repair=repair, weights=weights, float_layers=float_layers, bits=bits,
+        repair=repair, weights=weights, float_layers=float_layers, bits=bits, idle_repairs=idle_repairs,
     )  # fmt: skip
     return converted(base, base.prepared)
 

@@ -16,7 +16,7 @@ from paredown.curve import CONTROLS
 from paredown.errors import UsageError
 from paredown.granularity import Granularity
 from paredown.recipe import Recipe
-from paredown.recipe_fields import CurveGrid, DenseTwin, Level, Method, Prune, Recover
+from paredown.recipe_fields import STREAMS, CurveGrid, DenseTwin, Level, Method, Prune, Recover
 
 Kind = Literal["base", "pruned", "from-scratch", "scratch", "thin", "random"]
 OF_MASKS = ("gradual", "lottery", "rigl", "set")
@@ -174,7 +174,7 @@ def _files(recipe: Recipe) -> list[str]:
 def _cell(
     kind: Kind, *, recipe: Recipe, needs: tuple[tuple[str, str], ...] = (), files: Sequence[str] = (), **more: Any
 ) -> Cell:
-    text = json.dumps([kind, recipe.digest, needs, more.get("epochs"), more.get("latency", False), *files])
+    text = json.dumps([kind, recipe.digest, needs, more.get("epochs"), more.get("latency", False), STREAMS, *files])
     return Cell(kind=kind, recipe=recipe, needs=needs, digest=hashlib.sha256(text.encode()).hexdigest(), **more)
 
 

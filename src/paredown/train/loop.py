@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
+from paredown.recipe_fields import STREAMS
 from paredown.score.patterns import as_patterns
 from paredown.statistics.batches import Given, batches_of, reseeded, taken
 from paredown.train import checkpoint as checkpoints
@@ -480,6 +481,7 @@ def _config(
         given["optimizer"] = getattr(options.optimizer, "__qualname__", type(options.optimizer).__name__)
     config = {
         **given,
+        "streams": STREAMS,
         "hooks": [hook.name for hook in hooks],
         "weights at the start": checkpoints.state_digest(module),
         "weights of the teacher": checkpoints.state_digest(teacher)
