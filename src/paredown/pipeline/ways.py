@@ -253,8 +253,11 @@ class Way:
             return asked / total if asked < total else math.nextafter(1.0, 0.0)  # met already; 1.0 may mean one weight
         return asked * self._left(here)
 
-    def _taking_part(self, here: Here, cut: Granularity | None = None) -> list[str]:
-        return maskable(here.program, here.coupling, self.recipe.prune.include, self.recipe.prune.exclude, cut)
+    def _taking_part(self, here: Here) -> list[str]:
+        """The weights that a mask of this level may cover."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # score and sparsify say which weights this cut leaves out
+            return maskable(here.program, here.coupling, self.recipe.prune.include, self.recipe.prune.exclude, self.cut)
 
     def _left(self, here: Here) -> float:
         """Share of the weights that take part which earlier levels left."""
@@ -366,9 +369,7 @@ class Way:
         """What keeps zeros of earlier levels that the masks of this training do not: all where units leave, else others' weights."""
         own: set[str] = set()
         if self.cut.masked and here.masks:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # sparsify says which weights this cut leaves out
-                own = set(self._taking_part(here, self.cut))
+            own = set(self._taking_part(here))
         names = frozenset(here.masks) - own
         return (zeros_held(names),) if names else ()
 

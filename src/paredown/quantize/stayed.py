@@ -55,7 +55,9 @@ def _why(node: fx.Node, table: Target) -> str:
         return "sums before a softmax stay float: a mask's minus infinity has no code"
     if any(is_constant(a) for a in args):
         return "a constant for every channel does not survive one scale for all"
-    if len(args) < 2 or not all(is_float(a) for a in args) or node.kwargs:
+    if node.kwargs:
+        return f"no integer kernel adds with {' and '.join(node.kwargs)}"
+    if len(args) < 2 or not all(is_float(a) for a in args):
         return "what it joins is not two float32 tensors"
     return NEIGHBOURS
 
