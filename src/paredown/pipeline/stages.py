@@ -486,7 +486,10 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
 
     def example(stage: str) -> str:
         file = str(by_stage[stage].details["file"])
-        return snippet(file, run.task.normalisation, program, exact=has_exact_products(run.folder.path / file))
+        exact = stage != run.recipe.quantize.scheme or has_exact_products(
+            run.folder.path / file
+        )  # a float file has no codes
+        return snippet(file, run.task.normalisation, program, exact=exact)
 
     details = {
         "recommended": recommended,
