@@ -93,7 +93,9 @@ def test_killed_and_continued_twice(whole: Path, tmp_path: Path, first: int) -> 
 def test_killed_at_twenty_points(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     kills = 0
-    for at in range(3, 43, 2):  # later each time: what is done is not done again, so a fixed point would be the same one
+    for at in range(
+        3, 43, 2
+    ):  # later each time: what is done is not done again, so a fixed point would be the same one
         kills += run(out, kill_at=at) != 0
     assert kills >= 10
     assert run(out) == 0
