@@ -181,8 +181,7 @@ def _run(
         python_of(target)  # now, not after hours of training
     check_ways(recipe, task)
     check_budget(recipe)
-    if recipe.data is not None:
-        settle(task)
+    settle(task, recipe.data_path)
     threads = torch.get_num_threads()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

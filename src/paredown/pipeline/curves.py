@@ -61,8 +61,7 @@ def curve(
     """
     recipe = what if isinstance(what, Recipe) else load_recipe(what, list(overrides))
     task, _, _ = task_of(recipe)
-    if recipe.data is not None:
-        settle(task)
+    settle(task, recipe.data_path)
     cells = grid(recipe)
     check_cells(cells, task)
     folder, found = Path(out), versions()

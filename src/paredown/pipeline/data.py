@@ -36,8 +36,10 @@ def changed(folder: Path, data: Path | None) -> str:
     return f"  files of {data}: {'; '.join(told)}"
 
 
-def settle(task: Task) -> None:
+def settle(task: Task, data: Path | None) -> None:
     """Draw one batch for every role: a task that fetches, unpacks or caches its data does so before they are written down."""
+    if data is None:
+        return
     with kept_randomness():
         for batches in (task.train_batches, task.calibration_batches, task.choose_batches, task.test_batches):
             if batches is not None:

@@ -91,15 +91,12 @@ def _in_codes(
 ) -> tuple[Path | None, str]:
     """(the file of the recipe's scheme, why there is none)."""
     asked = recipe.quantize
-    own = [
-        n
-        for n, is_set in (("epochs", asked.epochs), ("spare", asked.spare), ("budget", recipe.budget.size_bytes))
-        if is_set
-    ]
+    made_by = {"epochs": asked.epochs, "spare": asked.spare, "budget": recipe.budget.size_bytes}
+    own = ", ".join(name for name, used in made_by.items() if used)
     if own:
         return (
             None,
-            f"no {asked.scheme} file: the run's was made for {recipe.target} by {', '.join(own)}, which is not repeated here",
+            f"no {asked.scheme} file: the run's was made for {recipe.target} by {own}, which is not repeated here",
         )
     seed_all(recipe.seed)
     try:

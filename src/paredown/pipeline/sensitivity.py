@@ -75,8 +75,7 @@ def sensitivity(
         msg = "sensitivity must be given amounts or bits. Got neither."
         raise UsageError(msg)
     task, model, given = task_of(recipe)
-    if recipe.data is not None:
-        settle(task)
+    settle(task, recipe.data_path)
     threads = torch.get_num_threads()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

@@ -160,8 +160,9 @@ def base_of(run: Run) -> nn.Module:
     """The trained dense model: the user's, with weights where given, or trained by the task's own `base`."""
     run.say("load the model")
     seed_all(run.recipe.seed)
-    if run.task.base is None or not trains_base(run.recipe, run.task):
+    if not trains_base(run.recipe, run.task):
         return run.model()
+    assert run.task.base is not None
     options = {
         "seed": run.recipe.seed,
         "device": run.recipe.device,
