@@ -67,8 +67,9 @@ def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
     if stage != "tables":
         yield from {"choose": choices, "choose-elements": element_choices, "scratch": imposed_cells}[stage]()
         return
-    for granularity in ("4x4", "4x1"):
-        yield Cell(table="blocks", granularity=granularity, epochs=6, **BLOCKS)
+    for seed in seeds:
+        for granularity in ("4x1", "4x4"):
+            yield Cell(table="blocks", granularity=granularity, epochs=6, seed=seed, **BLOCKS)
     for seed in seeds:
         for schedule in SCHEDULES:
             yield Cell(table="elements", schedule=schedule, seed=seed, **ELEMENTS)
@@ -77,14 +78,14 @@ def cells(stage: str, seeds: list[int]) -> Iterator[Cell]:
     yield Cell(
         table="elements", schedule="gradual", criterion="random", **ELEMENTS
     )  # what a mask without a reason gives
-    for criterion in (
-        "movement",
-        "l2",
-    ):  # shares that are given to layers beforehand: scores of two layers are never compared
-        for allocation in ("uniform", "erk"):
-            yield Cell(
-                table="shares", schedule="gradual", criterion=criterion, **{**ELEMENTS, "allocation": allocation}
-            )
+    # Shares that are given to layers beforehand: scores of two layers are never compared. ERK's, the best held out, with every seed.
+    for allocation, at in (("uniform", seeds[:1]), ("erk", seeds)):
+        for seed in at:
+            for criterion in ("movement", "l2"):
+                yield Cell(
+                    table="shares", schedule="gradual", criterion=criterion, seed=seed,
+                    **{**ELEMENTS, "allocation": allocation},
+                )  # fmt: skip
     one_shot = {"density": 0.2, "schedule": "one-shot", "lr": 0.01}
     for change in (
         {"distil": "none"}, {}, {"lr": 0.05}, {"lr": 0.05, "schedule": "gradual"},
