@@ -92,6 +92,27 @@ def test_why_ops_stay_float_and_how_many_layers_run_on_codes(case: Case) -> None
     assert (plain.num_layers, plain.layer_share, plain.reasons) == (layers, 0.0, {})
 
 
+def test_a_linear_layer_over_tokens_counts_as_a_layer_and_a_product_of_activations_does_not(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.out = nn.Linear(16, 32), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = self.both(x).chunk(2, -1)
+            return self.out(q @ k.transpose(1, 2) @ x)
+
+    torch.manual_seed(0)
+    samples = [torch.randn(2, 5, 16) for _ in range(4)]
+    program = capture(Attention(), samples[0])
+    quantized = quantize(program, target="onnxruntime-x86", calibrate=samples)
+    result = check(export(quantized, tmp_path / "a.onnx"), quantized, samples)
+    assert "MatMulIntegerToFloat" in ops(result.int8_nodes), (
+        "the case must be one where a product of activations runs on codes"
+    )
+    assert (result.num_layers, result.num_layers_on_codes) == (2, 2)
+
+
 class Reasons(nn.Module):
     """An op for every reason that there is to stay in float."""
 

@@ -72,7 +72,7 @@ class LayerCounts(TypedDict):
 
 
 _LAYERS = frozenset(
-    "Conv FusedConv NhwcFusedConv QLinearConv ConvInteger ConvTranspose Gemm FusedGemm QGemm MatMulInteger MatMulIntegerToFloat "
+    "Conv FusedConv NhwcFusedConv QLinearConv ConvInteger ConvTranspose Gemm FusedGemm QGemm "
     "DynamicQuantizeMatMul MatMulNBits Convolution GroupConvolution Deconvolution FullyConnected Conv2d DepthwiseConv2d "
     "CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED".split()
 )

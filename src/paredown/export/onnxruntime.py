@@ -290,7 +290,7 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         float_nodes=float_nodes,
         holds=within or bool(excused),
         notes=(excused,) if excused else (),
-        **layer_counts(int8_nodes, float_nodes, _constant_products(model)),
+        **layer_counts(int8_nodes, float_nodes, constant_products(model)),
     )
     if strict and not check.holds:
         msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}"
@@ -348,14 +348,17 @@ def _label(node: Any) -> str:
     return f"{node.op_type}: {node.name or (node.output[0] if node.output else '')}"
 
 
-def _constant_products(model: Any) -> set[str]:
-    """Products in float with a matrix that no input decides: the same op multiplies activations too."""
+def constant_products(model: Any) -> set[str]:
+    """ "op: name" of products with a matrix that no input decides: linear layers, though the same op multiplies activations too."""
     constants, found = {i.name for i in model.graph.initializer}, set[str]()
+    factors = dict.fromkeys(("MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat"), (0, 1)) | {
+        "QLinearMatMul": (0, 3)
+    }
     for node in model.graph.node:
         read = [name for name in node.input if name]
         if all(name in constants for name in read):
             constants |= set(node.output)
-        elif node.op_type in ("MatMul", "FusedMatMul") and any(name in constants for name in read[:2]):
+        elif any(node.input[i] in constants for i in factors.get(node.op_type, ())):
             found.add(_label(node))
     return found
 
