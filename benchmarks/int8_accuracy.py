@@ -1,4 +1,4 @@
-"""W8A8 of ResNet-20 and ResNet-56 on CIFAR-10, beside ONNX Runtime's quantize_static, NNCF and plain torchao PT2E.
+"""W8A8 and W4A8 of ResNet-20 and ResNet-56 on CIFAR-10, beside ONNX Runtime's quantize_static, NNCF and plain torchao PT2E.
 
     python benchmarks/int8_accuracy.py --data DIR [--models resnet20 resnet56] [--draws 0 1 2]
     python benchmarks/int8_accuracy.py --data DIR --latency       # of the files of draw 0, in turns, one thread
@@ -35,6 +35,8 @@ TOOLS = (
     "float",
     "paredown, ONNX Runtime",
     "paredown, OpenVINO",
+    "paredown, W4A8 by gptq, ONNX Runtime",
+    "paredown, W4A8 by gptq, OpenVINO",
     "quantize_static, uint8",
     "quantize_static, int8",
     "NNCF",
@@ -100,7 +102,8 @@ def made(tool: str, model: nn.Module, images: torch.Tensor, folder: Path) -> tup
         return dense, in_onnxruntime(dense)
     if tool.startswith("paredown"):
         target, ending = ("openvino-x86", "xml") if "OpenVINO" in tool else ("onnxruntime-x86", "onnx")
-        quantized = pare.quantize(program, target=target, calibrate=list(images.split(32)))
+        four: dict[str, Any] = {"scheme": "w4a8", "repair": ["gptq"]} if "W4A8" in tool else {}
+        quantized = pare.quantize(program, target=target, calibrate=list(images.split(32)), **four)
         artifact = pare.export(quantized, folder / f"ours.{ending}")
         return Path(artifact.path), predictor(artifact)
     if tool.startswith("quantize_static"):
@@ -147,7 +150,7 @@ def latency(name: str, data: Path, folder: Path, seconds: float) -> dict[str, An
     """Files of draw 0, batch 1, in turns."""
     model, images = network(name, data), drawn(data, 0)
     files: dict[str, Path] = {}
-    for tool in TOOLS[:-1]:
+    for tool in (t for t in TOOLS[:-1] if "W4A8" not in t):
         path = made(tool, model, images, folder)[0]
         assert path is not None
         files[tool] = path
@@ -179,7 +182,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             found = [r["accuracy"] for r in rows if r["model"] == model and r["tool"] == tool]
             if found:
                 each = ", ".join(f"{a:.2f}" for a in found)
-                print(f"{model}  {tool:24s} mean {np.mean(found):.3f}  ({each})")
+                print(f"{model}  {tool:36s} mean {np.mean(found):.3f}  ({each})")
 
 
 def main() -> None:
