@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from paredown.prune.schedule import Lottery
-from paredown.train import fit
+import paredown as pare
+from paredown.prune.schedule import Lottery, OneShot
+from paredown.prune.sparsify import sparsify
+from paredown.recipes import digits
+from paredown.train import fit, predictor
 from paredown.train.loop import Hook, Training
 from sparse_task import BATCHES, WEIGHTS, batches, nonzero, program, small_net, sparse, step
 
@@ -90,3 +93,21 @@ def test_accumulated_gradients_choose_tickets_too() -> None:
     assert sum(nonzero(by_movement.module).values()) == sum(nonzero(by_magnitude.module).values()) == 358
     assert any(by_movement.plan.masks[n].digest != by_magnitude.plan.masks[n].digest for n in WEIGHTS)
     assert isinstance(by_movement.module, nn.Sequential)
+
+
+@pytest.mark.slow  # 7 s for a seed
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_ticket_learns_better_than_a_random_mask_on_the_same_weights(seed: int) -> None:
+    """Handwritten digits, 2 % of the weights, each with a last training of the same length (measured: 66, 53, 64 % against 31, 35, 33 %)."""
+    start = pare.capture(digits.model(16, seed=seed), digits.inputs())
+    shared = {"density": 0.02, "floor": 0.0, "allocation": "erk", "epochs": 8, "lr": 0.1, "weight_decay": 1e-3}
+    found = {}
+    for criterion, schedule in (("l1", Lottery(rounds=3, rewind_step=20)), ("random", OneShot())):
+        small = sparsify(
+            start, digits.train_batches, step=digits.step, criterion=criterion, schedule=schedule, seed=seed, **shared
+        )
+        kept = sum(int(torch.count_nonzero(dict(small.module.named_parameters())[n])) for n in small.plan.masks)
+        hits = digits.evaluate(predictor(small.module), digits.test_batches())["accuracy"] > 50
+        found[criterion] = (kept, 100 * float(hits.mean()))
+    assert found["l1"][0] == pytest.approx(found["random"][0], rel=0.02)
+    assert found["l1"][1] > found["random"][1] + 10
