@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import torch
 from int8_latency import IMAGES, settled, theirs_in_onnxruntime, theirs_in_openvino
 
@@ -26,7 +27,6 @@ from paredown.export.artifact import layer_counts
 from paredown.export.onnxruntime import constant_products, inspect_optimized
 from paredown.export.openvino import executed
 from paredown.export.openvino_session import Session
-from paredown.export.session import open_session
 
 MODELS = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_v2_s"),
@@ -40,8 +40,10 @@ Nodes = tuple[tuple[str, ...], tuple[str, ...], set[str]]
 
 def in_onnxruntime(path: Path) -> Nodes:
     """On codes, in float, and the products that are linear layers."""
-    optimized = path.with_suffix(".optimized.onnx")
-    open_session(path, optimized=optimized)
+    options, optimized = onnxruntime.SessionOptions(), path.with_suffix(".optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath, options.log_severity_level = str(optimized), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     model = onnx.load(str(optimized))
     return *inspect_optimized(model), constant_products(model)
 
