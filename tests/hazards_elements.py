@@ -87,6 +87,53 @@ def zeros_filled() -> nn.Module:
     return Net(run, a=conv(3, 4), b=conv(3, 5), head=conv(9, 3))
 
 
+@hazard(free=6)
+def outer_product() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.a(x) * torch.outer(m.u, torch.arange(1.0, 9.0))[:, :, None])
+
+    return Net(run, a=conv(3, 6), u=nn.Parameter(torch.ones(6)), head=conv(6, 3))
+
+
+@hazard(free=10)
+def state_by_hand() -> nn.Module:
+    """A convolutional GRU written out, whose state begins as zeros: they are as long as the channels that are left."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        state = torch.zeros(x.shape[0], 6, *x.shape[2:])
+        for _ in range(2):
+            seen = F.relu(m.a(x))
+            update, reset = torch.sigmoid(m.gates(torch.cat([seen, state], 1))).split(state.shape[1], 1)
+            new = torch.tanh(m.new(torch.cat([seen, reset * state], 1)))
+            state = (1 - update) * state + update * new
+        return m.head(state)
+
+    return Net(run, a=conv(3, 4, padding=1), gates=conv(10, 12, padding=1), new=conv(10, 6, padding=1), head=conv(6, 3))
+
+
+@hazard(free=5)
+def state_of_features() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 5)
+        for row in x.mean(1).unbind(1)[:3]:
+            state = torch.tanh(m.a(row) + m.b(state))
+        return m.head(state)
+
+    return Net(run, a=nn.Linear(8, 5), b=nn.Linear(5, 5), head=nn.Linear(5, 3))
+
+
+@hazard(free=4)
+def padded_by_zeros() -> nn.Module:
+    """A shortcut with more channels than its source: the zeros beside it leave with what is added to them."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        zeros = torch.zeros(y.shape[0], 2, *y.shape[2:])
+        return m.head(torch.cat([y, zeros], 1) + m.b(y))
+
+    return Net(run, a=conv(3, 2, padding=1), b=conv(2, 4, padding=1), head=conv(4, 3))
+
+
 @hazard()
 def masked() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:

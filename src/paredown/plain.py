@@ -32,15 +32,8 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         notes.append(f"unwrapped {type(model).__name__}")
         model = inner
     _refuse_quantized(model)
-    # Tensors that are results of a computation (old-style weight_norm keeps one) refuse to be deep-copied.
-    memo: dict[int, Any] = {
-        id(v): v.detach().clone()
-        for m in model.modules()
-        for v in vars(m).values()
-        if isinstance(v, Tensor) and v.grad_fn is not None
-    }
     try:
-        model = copy.deepcopy(model, memo)
+        model = deep_copy(model)
     except Exception as error:
         msg = f"the model must allow copy.deepcopy, because paredown never changes the original. Got {type(error).__name__}: {error}."
         raise RejectedError(msg) from error
@@ -50,6 +43,17 @@ def plain_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         raise RejectedError(msg)
     model.to("cpu")
     return model, tuple(notes)
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """copy.deepcopy, also of modules that keep results of a computation (torch's masks, old weight norm), which refuse it."""
+    memo: dict[int, Any] = {
+        id(v): v.detach().clone()
+        for m in model.modules()
+        for v in vars(m).values()
+        if isinstance(v, Tensor) and v.grad_fn is not None
+    }
+    return copy.deepcopy(model, memo)
 
 
 def _fold(model: nn.Module) -> list[str]:

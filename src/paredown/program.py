@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import io
 import logging
 import operator
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def source_line(node: fx.Node) -> str:
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     for line in reversed(lines):
-        if "/torch/nn/" not in line and "/torch/_" not in line:
+        if not any(foreign in line for foreign in ("/torch/nn/", "/torch/_", "<eval_with_key>")):
             path, _, rest = line[len('File "') :].partition('", line ')
             return f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
     return ""
@@ -492,7 +493,7 @@ def _part_constants(train_graph: ExportedProgram, eval_graph: ExportedProgram) -
 def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgram:
     args, kwargs = inputs
     shapes = _free_batch(model, args, kwargs) if dynamic else None
-    with torch.no_grad():
+    with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints the whole graph where it fails
         graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     _inline_regions(graph)
     _drop_dtype_checks(graph)
@@ -579,13 +580,12 @@ def _first_line(error: BaseException) -> str:
 def _capture_error(error: Exception) -> CaptureError:
     import traceback
 
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and "/paredown/" not in f.filename
-    ]
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if not any(part in f.filename for part in ("/torch/", "/paredown/"))]
     where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     fix = "A branch or loop on tensor values cannot be captured: move it out of forward, or capture the part before it."
+    if any(f.name == "_detect_is_causal_mask" for f in every):
+        fix = "nn.Transformer looks into its masks unless it is told: pass tgt_is_causal (src_is_causal, memory_is_causal) too."
     return CaptureError(f"torch.export must be able to follow forward. Got {_first_line(error)}{where}. {fix}")
 
 

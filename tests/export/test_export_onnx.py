@@ -27,7 +27,7 @@ from onnx import numpy_helper
 
 from deploy_case import Case, case_of
 from paredown.errors import MissingError, RejectedError, ResourceError, UsageError, VerificationError
-from paredown.export import Artifact, Check, check, export
+from paredown.export import Artifact, Check, check, export, onnx_direct
 from paredown.export import onnxruntime as runtime
 from paredown.plan import Plan
 from paredown.program import GraphModel, capture
@@ -353,11 +353,12 @@ def test_a_linear_layer_in_float_between_codes_stays_in_float(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("opset", [18, 20])
-def test_the_exporter_with_its_table_kept_is_the_public_one(opset: int) -> None:
+def test_the_exporter_with_its_table_kept_is_the_public_one(opset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, inputs = deploy_nets.made("concat")
     program = capture(net, inputs(2)).eval_graph
     public = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
     assert public is not None
+    monkeypatch.setattr(onnx_direct, "convert", lambda program, registry: None)
     for _ in range(2):
         ours = runtime._export(program, opset).model_proto
         assert ours.SerializeToString(deterministic=True) == public.model_proto.SerializeToString(deterministic=True)
@@ -485,3 +486,34 @@ def test_other_opsets(opset: int, tmp_path: Path) -> None:
     artifact = export(quantized, tmp_path / "a.onnx", opset=opset)
     assert onnx.load(artifact.path).opset_import[0].version == opset
     assert check(artifact, quantized, [inputs(3)]).float_nodes == ()
+
+
+class Pair(nn.Module):
+    """One backbone called twice (siamese): what it ends in has another scale for either call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        one, two = (self.b(torch.relu(self.a(v))) for v in (x, y))
+        return self.head((one - two).abs())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w4a8"])
+def test_a_layer_that_is_called_twice_has_codes_of_its_bias_for_either_call(scheme: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 8), 3 * torch.randn(32, 8)
+    quant = quantize(capture(Pair(), (x[:2], y[:2])), calibrate=[(x, y)], scheme=scheme)
+    found = check(export(quant, tmp_path / "pair.onnx"), quant, [(x, y)])
+    assert (found.num_layers, found.num_layers_on_codes) == (5, 5)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+def test_a_bag_of_embeddings_is_a_loop_that_the_runtime_takes(mode: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.EmbeddingBag(10, 4, mode=mode), nn.Linear(4, 2)).eval()
+    words = torch.randint(0, 10, (4, 5))
+    found = check(export((net, words), tmp_path / "bag.onnx"), net, [words])
+    assert found.holds
+    assert found.scale > 0.1

@@ -274,6 +274,45 @@ def test_without_openvino_every_verb_names_the_extra(
     assert MissingError.exit_code == 8
 
 
+def test_a_layer_that_is_called_twice_runs_on_codes_both_times(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 2)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            one, two = (self.b(torch.relu(self.a(v))) for v in (x, y))
+            return self.head((one - two).abs())
+
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 8), 3 * torch.randn(32, 8)
+    quant = quantize(capture(Pair(), (x[:2], y[:2])), target="openvino-x86", calibrate=[(x, y)])
+    artifact = export(quant, tmp_path / "pair.xml", target="openvino-x86")
+    found = check(artifact, quant, [(x, y)])
+    assert (found.num_layers, found.num_layers_on_codes) == (5, 5)
+    codes = sum(p.codes.numel() for p in quant.weights.values())
+    assert artifact.files[1].stat().st_size < codes + 600  # and no weight is in the file twice
+
+
+def test_a_maximum_over_axes_in_front_of_codes(tmp_path: Path) -> None:
+    """OpenVINO 2026.4 answers nonsense where it makes one kernel of ReduceMax and the quantization of its result."""
+
+    class Points(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.b(torch.relu(self.a(x)))
+            return self.head(torch.cat([y.amax(1), y.amin(1)], 1))
+
+    torch.manual_seed(0)
+    samples = [torch.randn(16, 9, 3)]
+    quant = quantize(capture(Points(), samples[0][:2]), target="openvino-x86", calibrate=samples)
+    found = check(export(quant, tmp_path / "points.xml", target="openvino-x86"), quant, samples, strict=False)
+    assert found.max_error <= 1e-2 * found.scale
+
+
 @pytest.mark.parametrize("bias", [None, 0.0, 0.5, 1.0])
 @pytest.mark.parametrize("sizes", [(16, 24, 8), (24, 8, 64, 1)])
 def test_dense_layers_that_become_one_kernel_answer_as_they_should(

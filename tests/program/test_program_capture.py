@@ -413,3 +413,13 @@ def test_randomness_of_python_is_not_baked_in_silently() -> None:
         python_random.seed(seed)
         notes |= set(capture(Net(run_, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), random(2, 4)).notes)
     assert any("random" in n for n in notes)
+
+
+def test_a_transformer_that_looks_into_its_mask_is_told_how_not_to(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True).eval()
+    x, mask = torch.randn(2, 3, 8), nn.Transformer.generate_square_subsequent_mask(3)
+    with pytest.raises(CaptureError, match="pass tgt_is_causal"):
+        capture(model, {"args": (x, x), "kwargs": {"tgt_mask": mask}})
+    assert capsys.readouterr().err == ""  # torch prints the whole graph there
+    program = capture(model, {"args": (x, x), "kwargs": {"tgt_mask": mask, "tgt_is_causal": True}})
+    assert program.batch == "dynamic"

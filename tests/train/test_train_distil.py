@@ -280,3 +280,20 @@ def test_a_distillation_in_grams_that_goes_astray_is_told_its_unit():
             nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)), lambda: [x] * 20, lambda m, b: m(b).sum() * 0, epochs=3, lr=10.0,
             teacher=teacher, distil="mse", distil_weight=1.0,
         )  # fmt: skip
+
+
+def test_a_teacher_with_torchs_own_masks_teaches():
+    """Its masked weight is the result of a computation, which copy.deepcopy refuses once the model has run."""
+    from torch.nn.utils import prune
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    prune.l1_unstructured(teacher, "weight", 0.5)
+    wanted = teacher(x)
+    before = state_digest(teacher)
+    listening = Teacher(teacher, student, CPU, kind="mse", temperature=1.0)
+    output = student(x)
+    assert float(listening.loss()) == pytest.approx(float((output - wanted).square().mean()), rel=1e-5)
+    assert state_digest(teacher) == before
+    fit(teacher, lambda: [x], lambda model, batch: model(batch).square().mean(), epochs=1, lr=0.01)

@@ -30,7 +30,7 @@ def test_loaders_with_workers() -> None:
 def test_whatever_else_is_late_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     def slow() -> Iterator[int]:
         yield 1
-        time.sleep(1.2)
+        time.sleep(0.6)
         yield 2
 
     assert list(Patient(slow, "train_batches", 0.2)()) == [1, 2]
@@ -47,8 +47,8 @@ def _ends(thread: threading.Thread) -> bool:
 
 
 def test_the_time_between_batches_is_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in Patient(lambda: iter([1, 2, 3]), "train_batches", 0.5)():
-        time.sleep(1.2)
+    for _ in Patient(lambda: iter([1, 2, 3]), "train_batches", 0.3)():
+        time.sleep(0.7)
     assert capsys.readouterr().err == ""
 
 

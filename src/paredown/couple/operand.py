@@ -70,6 +70,8 @@ def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
     for x, y, y_whole in ((one, two, b), (two, one, a)):
         lone = (x != FIXED) & (y == FIXED)
         if bool(lone.any()) and any(y_whole.shape[d] > 1 for d in varying(tidy(x))):
+            for axis in varying(tidy(x)):
+                trace.stiffen(axis - dims, x.shape[axis])
             trace.pin(x[lone], "a constant as long as the channels is combined with them")
     return tidy(torch.where(one != FIXED, one, two)).expand(shape)
 

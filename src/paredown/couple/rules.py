@@ -265,6 +265,11 @@ def _grid_sample(node: fx.Node, trace: Trace) -> Any:
     return laid(trace.vector(ids, 1, "sampled together"), 1, result(node).shape)
 
 
+def _outer(node: fx.Node, trace: Trace) -> Any:
+    one, other = (trace.of(n) for n in args_of(node, "self", "vec2"))
+    return merge(one[:, None], other[None, :], trace)
+
+
 # --------------------------------------------------------------------------------------------------------------- table
 
 _UNARY = (
@@ -283,7 +288,7 @@ _NARY = (
     "expand_as copy_ copy true_divide true_divide_ __and__ __or__ xlogy hypot"
 ).split()
 _SHAPE = (
-    "view reshape squeeze unsqueeze expand cat concat split split_with_sizes tensor_split flatten unflatten stack repeat repeat_interleave "
+    "view reshape squeeze unsqueeze expand split split_with_sizes tensor_split flatten unflatten stack repeat repeat_interleave "
     "pixel_shuffle pixel_unshuffle narrow movedim moveaxis swapaxes broadcast_to _unsafe_view hstack vstack meshgrid flip rot90 view_copy _reshape_alias"
 ).split()
 _MOVED = "permute transpose t numpy_T swapdims adjoint mT".split()
@@ -307,6 +312,7 @@ def _table() -> dict[str, Rule]:
         (_UNARY, _unary),
         (_NARY, _nary),
         (_SHAPE, shape.executed),
+        (("cat", "concat"), shape.joined),
         (_MOVED, shape.moved),
         (_REDUCE, _reduce),
         (_SOFTMAX, _softmax),
@@ -349,6 +355,7 @@ def _table() -> dict[str, Rule]:
             "channel_shuffle": _channel_shuffle,
             "native_channel_shuffle": _channel_shuffle,
             "grid_sampler": _grid_sample,
+            "outer": _outer,
         }
     )
 

@@ -124,6 +124,15 @@ def executed(node: fx.Node, trace: Trace) -> Any:
     return pytree.tree_map(lambda t: tidy(t) if isinstance(t, Tensor) else t, out)
 
 
+def joined(node: fx.Node, trace: Trace) -> Any:
+    """cat: a constant that is put beside channels may have to be as long as what it stands for (a state at the start)."""
+    axis = int(args_of(node, "dim")[0])
+    for part in node.all_input_nodes:
+        ids = trace.of(part)
+        trace.stiffen(axis % ids.dim() - ids.dim(), ids.shape[axis])
+    return executed(node, trace)
+
+
 def _operand(node: fx.Node, trace: Trace) -> Any:
     if node in trace.parameters or isinstance(trace.ids.get(node), Tensor):
         return trace.of(node)

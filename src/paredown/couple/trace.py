@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from paredown.couple.computed import Computed, find
-from paredown.couple.ids import FIXED, IdForest, along, compact, fixed, tidy, varying
+from paredown.couple.ids import FIXED, IdForest, along, compact, fixed, laid, tidy, varying
 from paredown.couple.space import Role
 from paredown.program import Program, placeholder_names, source_line
 
@@ -41,6 +41,9 @@ class Parameter:
     """Position i as seen is this axis of the stored tensor."""
 
 
+_ONE_NUMBER = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"))
+_SAME = frozenset(("to", "_to_copy", "clone", "detach", "contiguous"))
+
 _TRACES: weakref.WeakKeyDictionary[Program, Trace] = weakref.WeakKeyDictionary()
 
 
@@ -48,15 +51,18 @@ def trace(program: Program) -> Trace:
     """The trace of a program; made once, since both are immutable."""
     if program not in _TRACES:
         run = Trace(program)
+        if run.stiff:
+            run = max((run, Trace(program, grown=run.stiff)), key=_free_positions)  # of equals the first
         if run.keeps_tables:
-            run = max((run, Trace(program, whole_tables=False)), key=_free_positions)  # of equals the first
+            run = max((run, Trace(program, whole_tables=False, grown=run.grown)), key=_free_positions)
         _TRACES[program] = run
     return _TRACES[program]
 
 
 def lockstep(program: Program) -> Trace | None:
     """The trace in which tables that several heads share leave with their channels, where `trace` is another."""
-    return Trace(program, whole_tables=False) if trace(program).keeps_tables else None
+    run = trace(program)
+    return Trace(program, whole_tables=False, grown=run.grown) if run.keeps_tables else None
 
 
 def _free_positions(run: Trace) -> int:
@@ -86,9 +92,13 @@ class Trace:
     The train graph is run as well: it may read channels that the eval graph does not (auxiliary heads).
     """
 
-    def __init__(self, program: Program, *, whole_tables: bool = True) -> None:
-        self.whole_tables = whole_tables
-        """Whether a table that several heads share stays as it is, so that heads can leave."""
+    def __init__(
+        self, program: Program, *, whole_tables: bool = True, grown: Mapping[fx.Node, int] | None = None
+    ) -> None:
+        self.whole_tables, self.grown = whole_tables, dict(grown or {})
+        """Whether a table that several heads share stays as it is, so that heads can leave; and constants of one number (the
+        zeros that a recurrent state begins with) → the axis along which they have channels."""
+        self.stiff: dict[fx.Node, int] = {}  # such constants that met channels as they are, and where
         self.forest = IdForest()
         self.ids: dict[fx.Node, Any] = {}
         """Id tensor (or nested tuple of them, or int for sizes) of each node."""
@@ -201,11 +211,24 @@ class Trace:
         seen = self.parameters[node]
         name, stored = self.storage[seen.name], seen.axes[axis]
         axes = self.weights.setdefault(name, {})
+        if bool((ids == FIXED).all()):
+            self.stiffen(1 - len(seen.shape), len(ids))  # channels lie before the kernel's axes, or last
         if stored in axes:
             self.tie(axes[stored], ids, why)
         else:
             axes[stored] = ids
         self.roles[(name, stored)] = "read"
+
+    def stiffen(self, axis: int, length: int) -> None:
+        """Constants of one number that the node at hand reads and that are as long as channels along this axis, from the last."""
+        for source in self.node.all_input_nodes if self.node is not None else ():
+            node = source
+            while node in self.values and op_name(node) in _SAME:
+                node = node.all_input_nodes[0]
+            value = self.values.get(node)
+            if value is None or op_name(node) not in _ONE_NUMBER or value.dim() < -axis or value.shape[axis] != length:
+                continue
+            self.stiff.setdefault(node, axis % value.dim())
 
     def later(self, ids: Tensor, axis: int, at_stake: Tensor, reason: str) -> None:
         """If `ids` still vary along `axis` when all ties are known, pin `at_stake`."""
@@ -278,6 +301,9 @@ class Trace:
             elif node.op == "output":
                 self._pin_outputs(node)
             elif node.op == "call_function":
+                if node in self.grown:
+                    self.ids[node] = self._grown(node)
+                    continue
                 if is_constant(node, self):
                     self._constant(node)
                     continue
@@ -320,6 +346,10 @@ class Trace:
             self.values[node] = out  # type: ignore[assignment]
         else:
             self.ids[node] = out
+
+    def _grown(self, node: fx.Node) -> Tensor:
+        shape, axis = sizes(node.meta["val"]), self.grown[node]
+        return laid(self.forest.fresh(shape[axis]), axis, shape)
 
     def _scalar_or_value(self, node: fx.Node) -> Any:
         return self.values[node] if node in self.values else self.ids[node]

@@ -115,7 +115,9 @@ def _load(path: Path) -> Any:
         msg = "examining an .onnx file needs onnx: pip install 'paredown[onnx]'."
         raise MissingError(msg) from error
     if not path.is_file() or path.stat().st_size == 0:
-        msg = f"an ONNX model must be a file that is not empty. Got {str(path)!r}."
+        got = ", which is no file" if path.exists() else ", which does not exist"
+        got = ", which has 0 bytes" if path.is_file() else got
+        msg = f"an ONNX model must be a file that is not empty. Got {str(path)!r}{got}."
         raise RejectedError(msg)
     try:
         model = onnx.load_model(str(path), load_external_data=False)

@@ -47,6 +47,7 @@ def tidy(model: ir.Model, *, on_codes: bool = True) -> None:
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     own_outputs(model, names)
+    own_branches(model)
     drop_defaults(model)
     drop_shapes(model)
     model.producer_name, model.producer_version = "paredown", None
@@ -67,6 +68,19 @@ def own_outputs(model: ir.Model, names: list[str | None]) -> None:
         again.name, again.shape, again.type = name, value.shape, value.type
         model.graph.append(node)
         model.graph.outputs[number] = again
+
+
+def own_branches(model: ir.Model) -> None:
+    """What a branch or a loop gives back is made in it: ONNX Runtime refuses a constant of the graph around it (EmbeddingBag)."""
+    for graph in model.graph.subgraphs():
+        for number, value in enumerate(list(graph.outputs)):
+            producer = value.producer()
+            if value not in graph.inputs and (producer is None or producer.graph is not graph):
+                node = ir.node("Identity", [value])
+                node.outputs[0].name = f"{value.name}_own"
+                node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+                graph.append(node)
+                graph.outputs[number] = node.outputs[0]
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
@@ -523,6 +537,9 @@ def _schema_default(op: str, attribute: str, version: int) -> Any:
 
 
 def _initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
+    """Under this name, or one with a number where it is taken: a layer that is called twice has codes for either call."""
+    taken = model.graph.initializers
+    name = next(n for k in itertools.count(1) if (n := name if k == 1 else f"{name}_{k}") not in taken)
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     model.graph.register_initializer(value)
     return value

@@ -128,7 +128,9 @@ def tidy(model: Any, kept: set[str]) -> None:
             _fold_dequantize(node, shared)
         elif kind == "HardSigmoid":
             _fold_hard_sigmoid(node)
+    _reduce_codes(model)
     _drop_repeated(model)
+    _part_weights(model)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul":
             _uneven_bias(node)
@@ -157,6 +159,49 @@ def _fold_dequantize(node: Any, shared: dict[tuple[float, ...], Any]) -> None:
         limits = [_scalar(v, shared) for v in (*ends[:2], *(float(np.float32((e - z) * s)) for e in ends[2:]))]
         levels = int(quantize.get_attributes()["levels"])
         _replace(node, ops.fake_quantize(quantize.input_value(0), *limits, levels))
+
+
+def _reduce_codes(model: Any) -> None:
+    """The maximum of quantized values in the place of a quantized maximum, which it equals.
+
+    OpenVINO 2026.4 makes one kernel of ReduceMax (or ReduceMin) and the FakeQuantize behind it, whose codes are nonsense.
+    """
+    import openvino.opset13 as ops
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or _ends(node) is None:
+            continue
+        reduce = node.input_value(0).get_node()
+        if reduce.get_type_name() not in ("ReduceMax", "ReduceMin") or len(reduce.output(0).get_target_inputs()) > 1:
+            continue
+        levels = int(node.get_attributes()["levels"])
+        limits = [node.input_value(n) for n in range(1, 5)]
+        first = ops.fake_quantize(reduce.input_value(0), *limits, levels)
+        reduce.input(0).replace_source_output(first.output(0))
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(reduce.output(0))
+
+
+def _part_weights(model: Any) -> None:
+    """Codes of its own for every reader of a weight: of a layer that is called twice the plugin runs one call in float.
+
+    The file does not grow: equal constants are written once.
+    """
+    import openvino.opset13 as ops
+
+    order = {str(node.get_friendly_name()): number for number, node in enumerate(model.get_ordered_ops())}
+    for node in model.get_ordered_ops():
+        inputs = [v.get_node() for v in node.input_values()]
+        if node.get_type_name() != "Multiply" or [i.get_type_name() for i in inputs] != ["Convert", "Constant"]:
+            continue
+        codes = inputs[0].input_value(0).get_node()
+        if codes.get_type_name() != "Constant":
+            continue
+        readers = node.output(0).get_target_inputs()  # in no order
+        for reader in sorted(readers, key=lambda r: order[str(r.get_node().get_friendly_name())])[1:]:
+            own = ops.convert(ops.constant(codes.data.copy()), "f32")
+            again = ops.multiply(own, ops.constant(inputs[1].data.copy()))
+            reader.replace_source_output(again.output(0))
 
 
 def _uneven_bias(node: Any) -> None:

@@ -243,6 +243,7 @@ REWRITES: dict[str, Rewrite] = {
     "_unsafe_view": _sizes("size"),
     "reshape": _sizes("shape"),
     "expand": _sizes("size"),
+    **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _sizes("size")),
     "broadcast_to": _sizes("size"),
     "unflatten": _unflatten,
     "slice": _slice,

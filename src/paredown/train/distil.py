@@ -15,7 +15,6 @@ here there is none to learn, and nothing is left behind in the student.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
+from paredown.plain import deep_copy
 from paredown.score.patterns import as_patterns
 
 Distil = Literal["none", "kl", "mse"]
@@ -142,7 +142,7 @@ class Teacher:
         layers: Sequence[str] = (),
         layers_weight: float = 1.0,
     ) -> None:
-        self._model = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+        self._model = deep_copy(teacher).to(device).eval().requires_grad_(False)
         self._kind = kind
         self._temperature = temperature
         self._layers, self._layers_weight = tuple(layers), layers_weight

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
+from paredown.plain import deep_copy
 from paredown.recipe_fields import STREAMS
 from paredown.score.patterns import as_patterns
 from paredown.statistics.batches import Given, batches_of, reseeded, taken
@@ -223,7 +224,7 @@ def memory_of(device: torch.device) -> Iterator[None]:
 def private_copy(module: nn.Module) -> nn.Module:
     """A deep copy; raises RejectedError where the module does not allow one."""
     try:
-        return copy.deepcopy(module)
+        return deep_copy(module)
     except Exception as error:
         msg = (
             "the model must allow copy.deepcopy, because paredown never changes the original. Got "

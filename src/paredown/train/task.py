@@ -370,15 +370,29 @@ def _check_structure(task: Task) -> None:
     batch = next(iter(task.calibration_batches()), None)
     if batch is None:
         return
-    want = pytree.tree_structure(call_inputs(task.inputs()))
-    got = pytree.tree_structure(call_inputs(batch))
-    if want != got:
+    want, got = (call_inputs(v) for v in (task.inputs(), batch))
+    if pytree.tree_structure(want) != pytree.tree_structure(got):
         msg = (
-            f"calibration batches must have the structure of inputs(): {want}. Got {got}. Yield inputs only, or give "
+            f"calibration batches must have the structure of inputs(): {_shown(want)}. Got {_shown(got)}. Yield inputs only, or give "
             "the task module "
             "`batch_inputs(batch)`, which takes the inputs out of a batch."
         )
         raise RejectedError(msg)
+
+
+def _shown(call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """What a model is called with, as "model(tensor, mask=tensor)"."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k!r}: {one(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, list | tuple):
+            left, right = "[]" if isinstance(value, list) else "()"
+            return left + ", ".join(map(one, value)) + right
+        return "tensor" if isinstance(value, Tensor) else type(value).__name__
+
+    args, kwargs = call
+    return f"model({', '.join([*map(one, args), *(f'{k}={one(v)}' for k, v in kwargs.items())])})"
 
 
 def _first_tensor(batch: Any) -> Tensor:
