@@ -258,3 +258,23 @@ def test_weights_stored_in_out_are_masked_by_output_or_left_out() -> None:
         assert (result.plan.masks["last.weight"].kept.reshape(4, 3, 4).sum(axis=2) == 2).all()
     with pytest.warns(UserWarning, match="row has no meaning: first"):
         assert "first" not in sparse(**given, criterion="movement", granularity="row", density=0.5).plan.masks
+
+
+def test_wanda_in_turn_masks_the_layers_before_by_the_share_of_each_round() -> None:
+    """One round is score and allocate at the density; a gradual schedule comes to as many zeros."""
+    options: dict[str, Any] = {
+        "criterion": "wanda",
+        "sequential": True,
+        "epochs": 1,
+        "lr": 1e-9,
+        "batch_norm_batches": 0,
+    }
+    found = sparse(schedule=OneShot(rounds=1), density=0.5, **options)
+    coupling, cost = pare.couple(program()), pare.examine(program())
+    torch.manual_seed(0)
+    data = list(batches())
+    scores = pare.score(program(), coupling, "wanda", granularity="element", batches=data, loss=step, sequential=True, density=0.5)  # fmt: skip
+    plan = pare.allocate(coupling, scores, cost, pare.Budget(density=0.5))
+    assert {n: m.digest for n, m in found.plan.masks.items()} == {n: m.digest for n, m in plan.masks.items()}
+    gradual = sparse(schedule=Gradual(updates=3), density=0.5, **options)
+    assert nonzero(gradual.module) == nonzero(found.module)

@@ -177,6 +177,23 @@ def test_masks_stay(tmp_path: Any) -> None:
     assert checked.holds
 
 
+@pytest.mark.parametrize("float_layers", [(), ("head.weight",)], ids=["bias", "bias and a weight in float"])
+def test_masks_of_what_is_not_rounded_stay(float_layers: tuple[str, ...]) -> None:
+    """Also of a bias; that of a bias into which a batch norm was folded says nothing of what it is then."""
+    _, data, _, _ = task()
+    masks = {"head.bias": Mask.of(np.arange(10) % 3 != 0, "element")}
+    if float_layers:
+        masks["head.weight"] = Mask.of(np.arange(160).reshape(10, 16) % 5 != 0, "element")
+    small = prune(captured(), Plan(keep={}, masks=masks))
+    images = [a for a, _ in data]
+    options: dict[str, Any] = {"step": step, "epochs": 1, "lr": 0.02, "calibrate": images, "float_layers": float_layers}
+    trained = train_quantized(small, lambda: data, **options)
+    left = {n: p.detach().numpy() for n, p in trained.module.named_parameters()}
+    for name, mask in masks.items():
+        assert not left[name][~mask.kept].any() and left[name][mask.kept].all(), name
+    assert not np.array_equal(left["head.bias"], small.module.get_parameter("head.bias").detach().numpy())
+
+
 def test_steps_rest_at_the_end_and_zero_epochs_change_nothing() -> None:
     _, data, _, _ = task()
     program, images = captured(), [a for a, _ in data]

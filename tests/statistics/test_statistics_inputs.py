@@ -221,3 +221,31 @@ def test_gram_matrices_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ResourceError, match="weight, which has 30 inputs"):
         input_statistics(program, ["weight"], [x])
     assert input_statistics(program, ["weight"], [x], gram=False)["weight"].gram is None
+
+
+class Token(nn.Module):
+    """A class token, repeated for every sample: its place in the graph depends on the length of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.a, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.patch(x)], dim=1)
+        return self.head((x + torch.relu(self.a(x)))[:, 0])
+
+
+@pytest.mark.parametrize("find", [input_statistics, output_statistics])
+def test_the_batch_of_a_program_stays_free(find: Any) -> None:
+    """Looking for uses of the token once fixed the program's batch at the example's, in silence, for all that came after."""
+    from paredown.statistics.uses import find_uses
+
+    program = capture(Token(), torch.randn(2, 4, 6))
+    find_uses(program, ["token", "patch.weight", "a.weight"])
+    find(program, ["patch.weight", "a.weight"], [torch.randn(5, 4, 6)])
+    assert all(
+        node.meta["val"].shape[0].node.maybe_as_int() is None
+        for node in program.eval_graph.graph.nodes
+        if node.op == "placeholder" and node.name == "x"
+    )

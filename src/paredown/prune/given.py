@@ -51,6 +51,17 @@ def masks_of(program: Program, given: Given, *, granularity: str = "element") ->
     else:
         made = {n: given(n, t.detach().clone()) for n, t in parameters.items()}
         found = {n: m for n, m in made.items() if m is not None}
+    masks = _that_fit(parameters, found, cells)
+    return Plan(keep={}, masks=masks, made_by={"verb": "masks_of", "granularity": str(cells)})
+
+
+def check_masks(model: nn.Module, path: Path, *, granularity: str) -> None:
+    """Whether a file of masks fits the parameters of a model that nothing has captured yet; raises as `masks_of` does."""
+    _that_fit(dict(model.named_parameters(remove_duplicate=False)), _read(path), Granularity.parse(granularity))
+
+
+def _that_fit(parameters: Mapping[str, Tensor], found: Mapping[str, Any], cells: Granularity) -> dict[str, Mask]:
+    """The masks that prune something; raises UsageError for those that do not fit, NothingToDo where none does."""
     masks = {}
     for name, value in found.items():
         kept = _spread(name, _booleans(name, value), parameters)
@@ -64,7 +75,7 @@ def masks_of(program: Program, given: Given, *, granularity: str = "element") ->
     if not partial:
         msg = "masks must prune something. Got none, or masks that keep every element."
         raise NothingToDo(msg)
-    return Plan(keep={}, masks=partial, made_by={"verb": "masks_of", "granularity": str(cells)})
+    return partial
 
 
 def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:

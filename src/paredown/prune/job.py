@@ -73,16 +73,18 @@ class Job:
         return sum(int(k.sum()) for k in self.first.values()) / sum(k.size for k in self.first.values())
 
 
-def scores_of(job: Job, module: nn.Module) -> Scores:
-    """Scores of the table for `module` as it is now. Randomness of the caller is left alone."""
-    criterion = job.criterion
+def scores_of(job: Job, module: nn.Module, share: float | None = None) -> Scores:
+    """Scores of the table for `module` as it is now, `share` of which will stay. Randomness of the caller is left alone."""
+    criterion, own = job.criterion, dict(job.options)
+    if own.get("sequential") and job.granularity.kind != "n:m":  # wanda masks the layers before as they will be
+        own |= {"sequential": False} if share is None or share >= 1 else {"density": float(share)}
     data = TABLE[criterion].needs_data if criterion in TABLE else False
     with kept_randomness():
         seed_all(job.seed)
         return score(
             as_program(job.program, module), job.coupling, criterion, granularity=str(job.granularity),
             batches=apart(job.batches()) if data else None, loss=job.step if data else None, num_batches=job.score_batches,
-            seed=job.seed, **job.options,
+            seed=job.seed, **own,
         )  # fmt: skip
 
 
@@ -107,11 +109,11 @@ def accumulation(job: Job) -> Accumulated | None:
     return Accumulated(job.criterion, tuple(job.first), job.granularity) if job.criterion in READINGS else None
 
 
-def cells_of(job: Job, accumulated: Accumulated | None, module: nn.Module) -> Cells:
-    """Scores of all cells of the masked parameters, higher stays."""
+def cells_of(job: Job, accumulated: Accumulated | None, module: nn.Module, share: float) -> Cells:
+    """Scores of all cells of the masked parameters, of which a share will stay; higher stays."""
     if accumulated is not None:
         return accumulated.cells(module)
-    found = scores_of(job, module).by_cell
+    found = scores_of(job, module, share).by_cell
     return {n: found[n] for n in job.first}
 
 

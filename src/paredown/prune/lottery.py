@@ -61,7 +61,7 @@ def lottery(job: Job, how: Lottery, density: float) -> Pruned:
     for number, share in enumerate(how.densities(density, job.start_density)):
         watching = [remembered.hook()] if number == 0 and how.rewind == "weights" else []
         module = trained(job, module, [*watching, *_hooks(job, accumulated, kept)], number).module
-        kept = chosen(job, cells_of(job, accumulated, module), kept, share)
+        kept = chosen(job, cells_of(job, accumulated, module, share), kept, share)
         if how.rewind == "weights":
             module = _rewound(module, remembered.tensors, how.rewind_step)
         apply_masks(module, as_masks(job, kept))

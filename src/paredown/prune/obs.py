@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from paredown.couple.space import Coupling
-from paredown.couple.trace import op_name
 from paredown.errors import NothingToDo, RejectedError, UsageError
 from paredown.granularity import Granularity
 from paredown.plan import Mask, Plan
@@ -24,13 +23,11 @@ from paredown.prune.remove import compose, prune
 from paredown.prune.sweep import Swept, swept
 from paredown.score.patterns import maskable
 from paredown.statistics.batches import Given, once
-from paredown.statistics.inputs import InputStatistics, Sums, input_statistics
-from paredown.statistics.sequential import Call, Run, layer_by_layer, recorded_calls
-from paredown.statistics.uses import Use, find_uses
+from paredown.statistics.inputs import InputStatistics
+from paredown.statistics.sequential import Call, Run, inputs_now, layer_by_layer, own_state, recorded_calls
+from paredown.statistics.uses import Use, find_uses, read_as_it_is
 from paredown.train.loop import private_copy
 from paredown.train.task import Step
-
-_VIEWS = frozenset("t transpose permute view split split_with_sizes chunk getitem slice select unbind".split())
 
 
 def obs(
@@ -81,7 +78,7 @@ def obs(
     uses = find_uses(program, names)
     sites, notes = _sites(program, names, uses, cut if masks is None else None)
     amounts = _amounts(program, sites, density, cut, masks)
-    state = _own_state(program)
+    state = own_state(program.state)
     calls = recorded_calls(program, once(batches), step, num_batches)
     walk = _Walk(
         program=program, state=state, calls=calls, cut=cut, masks=masks, amounts=amounts, block=block, damping=damping
@@ -174,7 +171,7 @@ def _sites(
             reason = "no linear layer or convolution reads it"
         elif len({u.flipped for u in uses[name]}) > 1:
             reason = "it is also used transposed"
-        elif not all(_is_view(u.weight) for u in uses[name]):
+        elif not all(read_as_it_is(u) for u in uses[name]):
             reason = "its values are computed before they are used"
         elif cut is not None and cut.kind == "n:m" and uses[name][0].flipped:
             reason = "it is stored [in, out], along which N:M has no meaning"
@@ -186,16 +183,6 @@ def _sites(
         msg = f"obs must find a weight to prune. Got none. {'; '.join(notes[:5]) or 'Patterns or masks leave none.'}"
         raise NothingToDo(msg)
     return found, tuple(notes)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a layer reads a parameter itself or views of it: a change in place is seen by it."""
-    while node.op != "placeholder":
-        inputs = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor | tuple | list)]
-        if op_name(node) not in _VIEWS or len(inputs) != 1:
-            return False
-        node = inputs[0]
-    return True
 
 
 def _amounts(
@@ -228,14 +215,6 @@ def _amounts(
     return {n: min(round((1.0 - d) * whole[n]), whole[n] - 1) for n, d in given.items()}
 
 
-def _own_state(program: Program) -> dict[str, Tensor]:
-    """Clones of all tensors; tied names share one."""
-    copies: dict[int, Tensor] = {}
-    for tensor in program.state.values():
-        copies.setdefault(id(tensor), tensor.detach().clone())
-    return {name: copies[id(tensor)] for name, tensor in program.state.items()}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Walk:
     """What every layer needs, and what the layers leave behind."""
@@ -253,7 +232,7 @@ class _Walk:
 
     def settle(self, name: str, uses: list[Use], runs: Sequence[Run]) -> None:
         """Sweep one weight in place."""
-        seen = self._seen(name, uses, runs)
+        seen = inputs_now(self.program, self.state, self.calls, runs, name, uses, gram=True)
         assert seen.gram is not None
         weight, use = self.state[name], uses[0]
         matrix = _as_matrix(weight, seen)
@@ -276,17 +255,6 @@ class _Walk:
             kind = self.masks[name].granularity if self.masks is not None else str(self.cut)
             self.found[name] = Mask.of(stays.numpy(), kind)
             self.fits[name] = _fit(result, matrix, seen)
-
-    def _seen(self, name: str, uses: list[Use], runs: Sequence[Run]) -> InputStatistics:
-        """The inputs of the layer as they are now; where a weight is used again, of all uses by a pass of its own."""
-        if len(uses) > 1:
-            now = dataclasses.replace(self.program, state=self.state)
-            batches: Iterable[Any] = [{"args": args, "kwargs": kwargs} for args, kwargs in self.calls]
-            return input_statistics(now, [name], batches, num_batches=len(self.calls))[name]
-        sums = Sums(name, uses, gram=True)
-        for run in runs:
-            sums.add(uses[0], run.env[uses[0].source])
-        return sums.result(name)
 
 
 def _as_matrix(stored: Tensor, seen: InputStatistics) -> Tensor:

@@ -311,14 +311,14 @@ def _changing(job: Job, way: OneShot | Iterative | Gradual | Regrowth, amount: f
     accumulated = accumulation(job)
     now: Kept = job.first
     for share in way.before(density, job.start_density):
-        now = chosen(job, cells_of(job, accumulated, with_masks(job, now)), now, share)
+        now = chosen(job, cells_of(job, accumulated, with_masks(job, now), share), now, share)
     grow_by = (
         way.by if isinstance(way, Regrowth) else way.regrow_by if isinstance(way, Gradual) and way.regrow else "none"
     )
     changing = ChangingMasks(
         Changing(
             points=lambda steps: way.points(density, steps, job.start_density),
-            choose=lambda module, kept, share: chosen(job, cells_of(job, accumulated, module), kept, share),
+            choose=lambda module, kept, share: chosen(job, cells_of(job, accumulated, module, share), kept, share),
             epochs=job.epochs, granularity=job.granularity, moving=way.moving if isinstance(way, Gradual | Regrowth) and grow_by != "none" else None,
             grow_by=grow_by, may=job.first, seed=job.seed,
         ),

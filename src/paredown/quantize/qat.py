@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +17,17 @@ from paredown.placed import place
 from paredown.plan import Mask
 from paredown.program import Program, quiet
 from paredown.prune.nouns import Pruned
-from paredown.quantize.batches import Batches
+from paredown.quantize.batches import Batches, tensors_of
 from paredown.quantize.decompose import fetch
 from paredown.quantize.fixed import FixedRange
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.observe import PerChannel
 from paredown.quantize.pairs import within
+from paredown.quantize.ranges import apart, range_of
 from paredown.quantize.rehearse import Rounding
 from paredown.quantize.schemes import Levels
 from paredown.quantize.static import Calibrated, Owner, calibrated, converted
+from paredown.quantize.zeros import refuse_zeros, usable_steps
 from paredown.train import fit
 from paredown.train.distil import Distil
 from paredown.train.loop import Hook, Progress, Training, usable_device
@@ -32,6 +35,8 @@ from paredown.train.task import Step
 
 LEARN_STEPS = 0.75
 """Share of the training after which steps stay as they are."""
+_WATCHED = 16
+"""Calls of the model whose inputs are looked at."""
 MOST = 0.02
 """Of itself that a step may move at one update: with few weights to a channel its gradient is noise, and it would reach 0."""
 
@@ -108,6 +113,7 @@ class Rehearsal(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.graph = graph
+        self.input_range, self._left = range_of(()), _WATCHED
 
     def train(self, mode: bool = True) -> Rehearsal:
         """Only the flag: batch norm is folded, dropout is not in the graph."""
@@ -116,6 +122,9 @@ class Rehearsal(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model is called."""
+        if self._left:
+            self._left -= 1
+            self.input_range = range_of(tensors_of((args, kwargs)), self.input_range)
         return self.graph(*args, **kwargs)
 
 
@@ -156,9 +165,10 @@ def train_quantized(
     than `clip_norm` are shortened to it: without batch norm nothing else holds a step back. Zeros of a mask stay zeros.
     `step(model, batch) -> loss` and `teacher`, `distil`, `checkpoint`, `progress` as for `fit`; with a teacher `distil` is
     "kl" unless said otherwise. The codes of the result are those that the last forward pass used. Where products of neighbours could
-    overflow (pairs.py), weights that break the rule move back to codes that keep it after every step.
+    overflow (pairs.py), weights that break the rule move back to codes that keep it after every step. A channel of zeros starts
+    with the median step of its layer, since its own says nothing of the weights that it will have. `notes` say where training inputs have another range than those of the calibration.
 
-    Raises what `quantize` and `fit` raise.
+    Raises what `quantize` and `fit` raise, and RejectedError for a layer that has no weight but 0: nothing in it can be learnt.
 
     >>> from paredown.program import capture
     >>> net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 8)
@@ -172,6 +182,7 @@ def train_quantized(
         tuned, target=target, calibrate=calibrate, scheme=scheme, observer=observer, num_samples=num_samples,
         repair=repair, weights=weights, float_layers=float_layers, bits=bits, idle_repairs=idle_repairs,
     )  # fmt: skip
+    refuse_zeros(base)
     rehearsal = Rehearsal(learnable(base, masks_of(tuned)))
     place(rehearsal.graph, usable_device(device))
     fitted = fit(
@@ -185,14 +196,18 @@ def train_quantized(
         device=device,
         teacher=teacher,
         distil="none" if teacher is None else distil or "kl",
-        hooks=[_steady_steps(epochs), _pairs_kept()],
+        hooks=[_steady_steps(epochs), _pairs_kept(), _others_masked(rehearsal.graph, masks_of(tuned))],
         checkpoint=checkpoint,
         progress=progress,
         max_steps=max_steps,
     )
     assert isinstance(fitted.module, Rehearsal)
     place(fitted.module.graph, torch.device("cpu"))
-    return finished(base, fitted.module.graph)
+    made = finished(base, fitted.module.graph)
+    odd = (
+        "" if base.input_range is None else apart(base.input_range, fitted.module.input_range, "those of the training")
+    )
+    return replace(made, notes=(*made.notes, odd)) if odd else made
 
 
 def masks_of(tuned: Pruned | Program) -> Mapping[str, Mask]:
@@ -217,6 +232,9 @@ def learnable(base: Calibrated, masks: Mapping[str, Mask]) -> fx.GraphModule:
             keep = _kept(masks[owner.parameter], weight, owner) if owner.parameter in masks else None
         if id(observer) not in made:
             made[id(observer)] = LearnedStep(observer, keep)
+            if isinstance(observer, PerChannel):
+                step = made[id(observer)]
+                step.scale.data = usable_steps(step.scale.data, weight, observer.ch_axis)
         graph.add_submodule(str(node.target), made[id(observer)])
     for parameter in graph.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -273,6 +291,26 @@ def _pairs_kept() -> Hook:
                 held.hold_pairs(fetch(graph, str(node.args[0].target)))
 
     return Hook(name="pairs kept", after_step=after_step)
+
+
+def _others_masked(graph: fx.GraphModule, masks: Mapping[str, Mask]) -> Hook:
+    """After every step biases and layers in float are zero where a mask says so.
+
+    Not where they are something else to begin with: a bias into which a batch norm was folded, or that a repair changed.
+    """
+    gone = {}
+    for name, parameter in graph.named_parameters():
+        pruned = ~torch.from_numpy(masks[name].kept) if name in masks else torch.zeros(0)
+        if pruned.shape == parameter.shape and not bool(parameter.detach()[pruned.to(parameter.device)].any()):
+            gone[name] = pruned.to(parameter.device)
+
+    def after_step(training: Training) -> None:
+        assert isinstance(training.module, Rehearsal)
+        with torch.no_grad():
+            for name, pruned in gone.items():
+                training.module.graph.get_parameter(name).masked_fill_(pruned, 0.0)
+
+    return Hook(name="other masks", after_step=after_step)
 
 
 def _steady_steps(epochs: int) -> Hook:

@@ -59,6 +59,8 @@ class Source:
     num_batches: int
     seed: int
     group: Group
+    granularity: Granularity
+    """What is scored: units, or cells of weights."""
     bias: bool = True
     """Whether biases (of layers and norms) count where group is "all"."""
 

@@ -99,7 +99,7 @@ def score(
         names = maskable(program, coupling, include, exclude, cut) if cut.masked else _touched(program, coupling)
         source = Source(
             program=program, coupling=_heads(coupling) if cut.kind == "head" else coupling,
-            weights={n: program.state[n].detach() for n in names}, module=module if module is not None else program.module,
+            weights={n: program.state[n].detach() for n in names}, module=module if module is not None else program.module, granularity=cut,
             batches=None if batches is None else once(batches), loss=loss, num_batches=num_batches, seed=seed, group=group, bias=bias,
         )  # fmt: skip
         by_cell = _cells(row, source, chosen, cut, reduction) if cut.masked else {}
@@ -119,7 +119,12 @@ def _recorded(
     row: Criterion, source: Source, chosen: Any, reduction: Reduction | None, member_norm: MemberNorm
 ) -> dict[str, Any]:
     """The options as Scores keeps them: those that decide something, and only where they are not the default."""
-    kept = {"group": source.group, **dataclasses.asdict(chosen)}
+    later = {
+        f.name
+        for f in dataclasses.fields(chosen)
+        if f.metadata.get("came_later") and getattr(chosen, f.name) == f.default
+    }
+    kept = {"group": source.group, **{n: v for n, v in dataclasses.asdict(chosen).items() if n not in later}}
     kept |= {"num_batches": source.num_batches} if row.needs_data else {}
     kept |= {n: v for n, v in (("reduction", reduction), ("member_norm", member_norm)) if v not in (None, "none")}
     return kept if source.bias else {**kept, "bias": False}

@@ -75,16 +75,19 @@ def _model(program: Program, sights: Sequence[Sight], module: nn.Module | None) 
         with body.graph.inserting_before(_moment(sight, of)):
             body.graph.call_function(_named(sight.look), (of[sight.node],))
     body.recompile()
+    return GraphModel(program.eval_graph, None, state_of(program, module), bodies=(body, body)).eval()
+
+
+def state_of(program: Program, module: nn.Module | None) -> dict[str, Tensor]:
+    """The tensors that the graph runs on: the module's own where it has them, else the program's."""
     state = dict(program.state)
-    if module is not None:
-        given = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
-        state |= {
-            name: given[name] for name, tensor in state.items() if name in given and given[name].shape == tensor.shape
-        }
-    return GraphModel(program.eval_graph, None, state, bodies=(body, body)).eval()
+    if module is None:
+        return state
+    given = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return state | {n: given[n] for n, tensor in state.items() if n in given and given[n].shape == tensor.shape}
 
 
 def _named(look: Look) -> Look:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from paredown.couple.trace import op_name
+from paredown.couple.trace import op_name, sizes
 from paredown.errors import RejectedError
 from paredown.program import Program
 from paredown.statistics.inputs import readable_uses
@@ -81,7 +81,7 @@ def _activation(node: fx.Node) -> fx.Node:
     """The first activation behind a layer, through ops that leave channels in place; else the last of norm or layer."""
     last = node
     here: fx.Node | None = node
-    size = tuple(node.meta["val"].shape)
+    size = sizes(node.meta["val"])
     while here is not None:
         followers = [u for u in here.users if u.op == "call_function" and _like(u, size)]
         found = [u for u in followers if op_name(u).rstrip("_") in _ACTIVATIONS]
@@ -95,7 +95,7 @@ def _activation(node: fx.Node) -> fx.Node:
 
 def _like(node: fx.Node, size: tuple[Any, ...]) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and tuple(value.shape) == size
+    return isinstance(value, Tensor) and sizes(value) == size
 
 
 class _Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.utils import _pytree as pytree
 from paredown.errors import RejectedError
 from paredown.program import GraphModel, Program, placeholder_names
 from paredown.statistics.batches import as_call, taken
+from paredown.statistics.inputs import InputStatistics, Sums, input_statistics
 from paredown.statistics.observe import Step
+from paredown.statistics.uses import Use
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -64,6 +67,38 @@ def layer_by_layer(
                 return
             for run in runs:
                 run.next(node)
+
+
+def inputs_now(
+    program: Program,
+    state: Mapping[str, Tensor],
+    calls: Sequence[Call],
+    runs: Sequence[Run],
+    name: str,
+    uses: Sequence[Use],
+    *,
+    gram: bool,
+) -> InputStatistics:
+    """The inputs of a weight in the midst of `layer_by_layer`, as the layers before it give them by then.
+
+    A weight that is used again is looked at in all its uses, by a pass of its own.
+    """
+    if len(uses) > 1:
+        now = dataclasses.replace(program, state=dict(state))
+        batches = [{"args": args, "kwargs": kwargs} for args, kwargs in calls]
+        return input_statistics(now, [name], batches, gram=gram, num_batches=len(calls))[name]
+    sums = Sums(name, uses, gram=gram)
+    for run in runs:
+        sums.add(uses[0], run.env[uses[0].source])
+    return sums.result(name)
+
+
+def own_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clones of all tensors, to be changed in place; tied names share one."""
+    copies: dict[int, Tensor] = {}
+    for tensor in state.values():
+        copies.setdefault(id(tensor), tensor.detach().clone())
+    return {name: copies[id(tensor)] for name, tensor in state.items()}
 
 
 def recorded_calls(program: Program, batches: Iterable[Any], loss: Step | None, num_batches: int) -> list[Call]:

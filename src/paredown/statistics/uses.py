@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from paredown.couple.operand import args_of
-from paredown.couple.trace import op_name
+from paredown.couple.trace import concrete, op_name, sizes
 from paredown.program import Program, placeholder_names
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -21,6 +21,7 @@ _SAME_PLACE = frozenset(
     "mul div sub add batch_norm layer_norm to _to_copy clone contiguous detach alias type_as float".split()
 )
 """Ops that may change a weight's values but not their places: a weight that is standardised or scaled."""
+_VIEWS = frozenset("t transpose permute view split split_with_sizes chunk getitem slice select unbind".split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,17 @@ def find_uses(program: Program, parameters: Iterable[str]) -> dict[str, list[Use
     return found
 
 
+def read_as_it_is(use: Use) -> bool:
+    """Whether a layer reads a parameter itself or views of it: a change in place is seen by it."""
+    node = use.weight
+    while node.op != "placeholder":
+        inputs = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor | tuple | list)]
+        if op_name(node) not in _VIEWS or len(inputs) != 1:
+            return False
+        node = inputs[0]
+    return True
+
+
 def _follow(node: fx.Node, places: dict[fx.Node, tuple[str, Any]]) -> None:
     """Where a weight's elements lie after an op, as indices into the parameter; None where it cannot be told."""
     origins = [n for n in node.all_input_nodes if n in places]
@@ -111,7 +123,7 @@ def _follow(node: fx.Node, places: dict[fx.Node, tuple[str, Any]]) -> None:
         return
     value = node.meta.get("val")
     if op_name(node) in _SAME_PLACE:
-        if isinstance(held, Tensor) and isinstance(value, Tensor) and tuple(value.shape) == tuple(held.shape):
+        if isinstance(held, Tensor) and isinstance(value, Tensor) and sizes(value) == tuple(held.shape):
             places[node] = (name, held)
         return
     others = [n for n in node.all_input_nodes if n is not origins[0]]
@@ -132,8 +144,7 @@ def _known(value: Any, places: dict[fx.Node, tuple[str, Any]]) -> Any:
         return value
     if value in places:
         return places[value][1]
-    held = value.meta.get("val")
-    return int(held) if isinstance(held, torch.SymInt | int) else held
+    return concrete(value.meta.get("val"))  # int() of a symbol would fix the program's batch for ever
 
 
 def _use(node: fx.Node, places: dict[fx.Node, tuple[str, Any]], program: Program) -> Use | None:
