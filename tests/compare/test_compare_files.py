@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from onnx import helper, numpy_helper
 
 from paredown.compare import Comparison, compare, files
 from paredown.errors import RejectedError, UsageError
-from paredown.export import export
+from paredown.export import Artifact, export
 from paredown.measure import artifact_at
 from paredown.pipeline.folder import files_digest
 from paredown.program import capture
@@ -117,8 +118,6 @@ def test_a_runtime_that_answers_otherwise_is_never_the_fastest(folder: Path) -> 
     """Two entries of one file, of which the second has been given another session: the answers decide."""
     entries = files._opened({"a": artifact_at(folder / "fp32.onnx")}, torch.randn(1, 1, 16, 16), 1, [])
     own = entries[0]
-    import dataclasses
-
     wrong = dataclasses.replace(
         own, name="a elsewhere", runtime="elsewhere", outputs=tuple(o + 0.1 for o in own.outputs)
     )
@@ -135,6 +134,65 @@ def test_integer_files_of_this_machine(folder: Path) -> None:
     assert {t.answers for t in found.timings} <= {"own", "same"}
     assert [t.note for t in found.timings] == [""] * len(found.timings)
     assert found.not_tested
+
+
+class Steep(nn.Module):
+    """Layers that multiply small differences: a value that rounds to the other side is many of them behind."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(depth))
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.fixture(scope="module")
+def steep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, torch.Tensor]:
+    """An INT8 file that amplifies rounding, and one sample."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    made = quantize(capture(Steep(12), x[:2]), calibrate=[x])
+    return export(made, tmp_path_factory.mktemp("steep") / "steep.onnx"), x[:1]
+
+
+def _moved(artifact: Artifact, sample: torch.Tensor, cosine: float) -> list[files._Entry]:
+    """The file in its own runtime and in another, whose answer has that cosine to its own."""
+    own = files._opened({"a": artifact}, [sample], 1, [])[0]
+    (answer,) = own.outputs
+    across = np.roll(answer, 1)
+    across -= answer * ((answer * across).sum() / (answer * answer).sum())
+    across *= np.linalg.norm(answer) / np.linalg.norm(across)
+    turned = (cosine * answer + (1 - cosine**2) ** 0.5 * across).astype("f4")
+    return [own, dataclasses.replace(own, name="a elsewhere", runtime="openvino", outputs=(turned,))]
+
+
+def test_answers_of_a_network_that_amplifies_are_held_to_what_the_file_is_from_itself(
+    steep: tuple[Artifact, torch.Tensor],
+) -> None:
+    entries = _moved(*steep, 0.99)
+    kind, said = files._answers(entries[1], entries)
+    assert kind == "same" and "amplifies rounding" in said
+    entries = _moved(*steep, 0.97)  # below that nothing is excused
+    assert files._answers(entries[1], entries)[0] == "other"
+
+
+def test_answers_of_another_network_are_not_excused(folder: Path) -> None:
+    entries = _moved(artifact_at(folder / "int8.onnx"), torch.randn(1, 1, 16, 16), 0.997)
+    assert files._answers(entries[1], entries)[0] == "other"
+
+
+def test_a_network_that_amplifies_has_its_fastest_runtime_and_the_note(steep: tuple[Artifact, torch.Tensor]) -> None:
+    pytest.importorskip("openvino")
+    artifact, sample = steep
+    found = compare(artifact.path, samples=[sample], runs=5, seconds=0.2)
+    assert {t.answers for t in found.timings} == {"own", "same"}
+    excused = [t for t in found.timings if t.note]  # which values fall on the other side is this processor's
+    assert all("amplifies rounding" in t.note and f"{t.name}: {t.note}" in found.notes for t in excused)
 
 
 def test_without_openvino_the_rest_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

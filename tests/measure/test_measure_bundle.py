@@ -101,6 +101,41 @@ def test_preprocessing_that_is_not_given_is_called_so(artifact: Artifact, sample
     assert default_tolerance("int8") == Tolerance(cosine=0.999)
 
 
+class Steep(nn.Module):
+    """Layers that multiply small differences: one step of rounding in front is many behind."""
+
+    def __init__(self, depth: int, std: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(depth))
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize(("depth", "std", "amplifies"), [(10, 0.5, True), (2, 0.1, False)])
+def test_golden_outputs_of_a_lone_file_are_held_to_what_it_is_from_itself(
+    depth: int, std: float, amplifies: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    from paredown.export.conditioning import own_cosine
+    from paredown.program import capture
+    from paredown.quantize import quantize
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    simulation = quantize(capture(Steep(depth, std), x[:2]), calibrate=[x])
+    found = bundle(export(simulation, tmp_path / "net.onnx"), [x[:6]], out=tmp_path / "b", num_golden=6)
+    own = min(own_cosine(simulation, ((row[None],), {})) for row in x[:6])  # the same of the simulation
+    asked = found.tolerance.cosine or 0.0
+    assert (own < 0.9995, asked < 0.999) == (amplifies, amplifies)
+    assert 0.98 <= asked <= 0.999
+    assert ("amplifies rounding" in found.manifest.get("tolerance_because", "")) == amplifies
+
+
 def test_results_become_a_record_of_the_device(made: Bundle, results: dict[str, Any]) -> None:
     record = import_results(made.folder / "results.json", made.folder)
     latency, error = record.measured["latency_ms"], record.measured["golden_max_error"]

@@ -223,7 +223,7 @@ def test_what_was_not_looked_at_is_named() -> None:
     plain = dataclasses.replace(run[6], details={**run[6].details, **less, "slices_given": False})
     text = Page(render([*run[:6], plain, run[7]])).text
     for said in ("the task module has no slices()", "no column target", "inputs are not pictures"):
-        assert said in text.split("Provenance Not tested")[1], said
+        assert said in text.split("Not tested latency on the phone")[1].split("Before and after")[0], said
 
 
 def test_csv_holds_no_formula() -> None:
@@ -467,6 +467,24 @@ def test_layers_stand_under_the_roof_of_floats_and_that_of_integers() -> None:
     assert "Faster, at most" not in render(older) and 'class="even dashed"' not in render(older)
 
 
+def test_what_stays_in_float_says_why_and_how_many_layers_run_on_codes() -> None:
+    """The reasons of the check, the share of layers, and what the check noted, in the tables of the file."""
+    why = {"Softmax": "no integer kernel worth using in ONNX Runtime: small probabilities share the code of 0"}
+    more = {
+        "float_reasons": why,
+        "layers_on_codes": {"on_codes": 6, "of": 8},
+        "check_notes": ["run here with exact 8-bit products"],
+    }
+    told = [dataclasses.replace(r, details={**r.details, **more}) if r.cell["stage"] == "int8" else r for r in sample()]
+    text = harmless(render(told)).text
+    stayed = text.split("What stayed float")[1].split("Evidence")[0]
+    assert "6 of 8 convolutions and linear layers (75 %) run on codes" in stayed
+    assert why["Softmax"] in stayed
+    assert "INT8 of level 2 run here with exact 8-bit products" in text.split("Against Largest error")[1]
+    without = harmless(render(sample())).text.split("What stayed float")[1].split("Evidence")[0]
+    assert "Why" not in without and "run on codes" not in without
+
+
 def test_failed_proof_is_seen() -> None:
     run = sample()
     broken = {"max_error": 0.9, "scale": 1.0, "moved": 1.0, "mode": "float32"}
@@ -519,9 +537,10 @@ def test_jinja_missing_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_template_turns_no_escaping_off() -> None:
     import paredown.report as room
 
-    template = (Path(room.__file__).parent / "page.html").read_text(encoding="utf-8")
-    assert "safe" not in re.findall(r"\|\s*(\w+)", template)
-    assert "autoescape" not in template and "<script" not in template
+    for file in Path(room.__file__).parent.glob("*.html"):
+        template = file.read_text(encoding="utf-8")
+        assert "safe" not in re.findall(r"\|\s*(\w+)", template)
+        assert "autoescape" not in template and "<script" not in template
 
 
 def test_a_device_ran_the_file_whose_every_part_it_names() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,29 @@ def test_a_model_for_arm_is_not_narrowed() -> None:
     assert made["arm"].codes.unique().tolist() == [127]
     assert float(made["arm"].scales[0]) == pytest.approx(0.9 / 127)
     assert float(made["x86"].scales[0]) > 1.9 * float(made["arm"].scales[0])
+
+
+def test_a_file_for_arm_says_how_it_is_timed_here(tmp_path: Path) -> None:
+    """Its check and its timings are of exact products, which a session without the option does not have on every x86."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("torchao")
+    import torch
+
+    import paredown
+    from paredown.measure import measure
+
+    net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    torch.nn.init.constant_(net[0].weight, 0.9)
+    program, x = paredown.capture(net, torch.zeros(2, 8), train=False), torch.randn(32, 8)
+    for name, told in (("arm", True), ("x86", False)):
+        target = f"onnxruntime-{name}"
+        made = paredown.quantize(program, target=target, calibrate=[x])
+        artifact = paredown.export(made, tmp_path / f"{name}.onnx", target=target)
+        checked = paredown.check(artifact, made, [x])
+        timed = measure(artifact, [x], runs=5, seconds=0.1)["latency_ms"]
+        for said in (" ".join(checked.notes), timed.protocol):
+            assert ("exact 8-bit products" in said, "nothing ran there" in said) == (told, told)
 
 
 @pytest.mark.parametrize("name", list(TARGETS))

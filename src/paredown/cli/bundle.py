@@ -59,6 +59,7 @@ def bundle(
             preprocessing=given,
             overwrite=overwrite,
         )
+        because = because or made.manifest.get("tolerance_because", "")
     if json:
         emit(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,8 +49,18 @@ def sensitivity(
     if json:
         emit(dict(found.document))
     else:
-        show(*told(dict(found.document)), f"report: {folder / 'report.html'}", quiet=quiet)
+        show(*told(dict(found.document)), f"report: {folder / 'report.html'}", *_beside(folder), quiet=quiet)
     return 0
+
+
+def _beside(folder: Path) -> list[str]:
+    """Which runs' reports would take this sensitivity in."""
+    from paredown.report.beside import runs_to_write
+
+    return [
+        f"beside it: `paredown report {min(str(p), os.path.relpath(p), key=len)}` puts this sensitivity into the report of that run"
+        for p in runs_to_write(folder)
+    ]
 
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:
@@ -86,6 +97,7 @@ def told(document: dict[str, Any]) -> list[Any]:
     return [
         *shown,
         f"cells: {what}, on {document['num_samples']:,} {SAMPLES.get(str(document['data']), 'samples')}",
+        *(t["sentence"] for t in document["together"]),
         f"verdict: {document['verdict']}",
     ]
 

@@ -14,7 +14,7 @@ from torch import nn
 from paredown.environments import python_of
 from paredown.errors import MissingError, RejectedError, UsageError
 from paredown.export.artifact import Artifact, Check
-from paredown.export.session import Predict, predictor
+from paredown.export.session import Predict, predictor, products_of
 from paredown.program import Program, capture
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches
@@ -118,12 +118,15 @@ def check(
     so that its simulation differs from itself when its float results are disturbed by a part in a million, is held to twice that
     difference (conditioning.py; at least 0.98), and a note says so. Also opens the runtime's own optimised
     graph and lists what runs in int8 and what computes in float, with the reason by kind of op, and counts the convolutions and
-    products with a constant matrix that run on codes (`layer_share`).
+    products with a constant matrix that run on codes (`layer_share`). A file whose products are exact here but not in every session of
+    ONNX Runtime, as one for ARM, says so in its notes.
 
     Raises VerificationError with the Check as `evidence` where it does not hold and `strict`; RejectedError without
     samples; MissingError where the runtime is missing or older than the file.
     """
     found: Check = _runtime(artifact.target).compare(artifact, reference, samples, strict=strict)
+    products = products_of(artifact)
+    found = dataclasses.replace(found, notes=(*found.notes, products)) if products else found
     scheme = SCHEMES.get(artifact.scheme)
     if scheme is None or scheme.activations != "static":
         return found  # a float file has no reasons; those of schemes without samples stand in Quantized.notes

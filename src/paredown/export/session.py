@@ -26,6 +26,7 @@ from paredown.program import Program
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import tensors_of
 from paredown.quantize.nouns import Quantized
+from paredown.quantize.schemes import SCHEMES
 
 Predict = Callable[..., Any]
 PRECISE = ("session.x64quantprecision", "1")
@@ -104,6 +105,24 @@ def has_exact_products(path: Path) -> bool:
             return EXACT.encode() in file.read()
     except OSError:
         return False
+
+
+def products_of(artifact: Artifact) -> str:
+    """How its codes are multiplied here, where that is not how every session of ONNX Runtime does it; "" for all other files.
+
+    A file for ARM, or of another tool, may hold neighbouring weights whose products 16 bits do not hold; one that does not say is taken for such.
+    """
+    scheme = SCHEMES.get(artifact.scheme)
+    in_codes = scheme is not None and scheme.activations == "static"
+    if not in_codes or artifact.path.suffix.lower() != ".onnx" or has_exact_products(artifact.path):
+        return ""
+    elsewhere = (
+        "; made for ARM, whose kernels add in 32 bits: nothing ran there" if artifact.target.endswith("-arm") else ""
+    )
+    return (
+        f"run here with exact 8-bit products ({PRECISE[0]}={PRECISE[1]}), which this file needs on x86 without VNNI, where they are slower: "
+        f"neighbouring weights may add up to more than 16 bits hold{elsewhere}"
+    )
 
 
 def predictor(thing: Artifact | Program | Pruned | Quantized | nn.Module, *, threads: int = 1) -> Predict:

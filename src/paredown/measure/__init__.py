@@ -89,11 +89,14 @@ def sizes(files: tuple[Path, ...], where: str = "") -> dict[str, Measured]:
 def _latencies(
     artifact: Artifact, baseline: Artifact | None, sample: Any, threads: int, runs: int, seconds: float, where: str
 ) -> dict[str, Measured]:
-    from paredown.export.session import open_session
+    from paredown.export.session import open_session, products_of
     from paredown.measure.latency import latency
 
     files = {"this": artifact, **({"baseline": baseline} if baseline is not None else {})}
     sessions = {name: open_session(one.path, threads=threads) for name, one in files.items()}
+    for name, one in files.items():
+        if said := products_of(one):
+            sessions[name].note = said  # the protocol of its timings
     found = {name: filled(session, sample) for name, session in sessions.items()}
     feeds, batch = {name: feed for name, (feed, _) in found.items()}, found["this"][1]
     refuse_other_inputs({str(files[name].path): feed for name, feed in feeds.items()})

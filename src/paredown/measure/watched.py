@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from paredown.quantize.ranges import apart, range_of
+
 Values = NDArray[np.float64]
 NEARLY_CONSTANT = 0.01
 """Answers that spread less than this share of the dense network's over the samples no longer tell them apart."""
-ANOTHER_RANGE = 5.0
-"""Calibration inputs this many times wider or narrower than those of the evaluation are another kind of data."""
 
 
 class Watch:
@@ -70,25 +69,10 @@ class Watch:
         return max(float((self._high[i] - self._low[i]).max(initial=0.0)) for i in self._low)
 
 
-def range_of(
-    tensors: Iterable[Tensor], so_far: tuple[float, float] = (float("inf"), float("-inf"))
-) -> tuple[float, float]:
-    """(smallest, largest) finite value of the floating tensors.
-
-    >>> range_of([torch.tensor([1.0, -2.0]), torch.tensor([3])])
-    (-2.0, 1.0)
-    """
-    low, high = so_far
-    for tensor in tensors:
-        finite = tensor[torch.isfinite(tensor)] if tensor.is_floating_point() else tensor[:0]
-        if finite.numel():
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-    return low, high
-
-
 def oddities(dense: Watch, now: Watch) -> Iterator[str]:
     """What differs between the evaluation of the dense network and this one, in sentences.
 
+    >>> import torch
     >>> still = Watch(lambda x: x * 0), Watch(lambda x: x)
     >>> _ = [watch(torch.tensor([[1.0], [2.0]])) for watch in still]
     >>> list(oddities(still[1], still[0]))
@@ -109,11 +93,9 @@ def oddities(dense: Watch, now: Watch) -> Iterator[str]:
 
 def another_range(calibration: tuple[float, float], watch: Watch) -> Iterator[str]:
     """A sentence where calibration inputs have another range than those of the evaluation, as 0…255 for 0…1."""
-    width, seen = calibration[1] - calibration[0], watch.high - watch.low
-    if not (np.isfinite(width) and np.isfinite(seen) and seen > 0 and width > 0):
-        return
-    if not 1 / ANOTHER_RANGE < width / seen < ANOTHER_RANGE:
-        yield (
-            f"calibration inputs lie in [{calibration[0]:.4g}, {calibration[1]:.4g}], those that evaluate gives in [{watch.low:.4g}, "
-            f"{watch.high:.4g}]: normalise both in the same way"
-        )
+    said = apart(calibration, (watch.low, watch.high), "those that evaluate gives")
+    if said:
+        yield said
+
+
+__all__ = ["NEARLY_CONSTANT", "Watch", "another_range", "oddities", "range_of"]

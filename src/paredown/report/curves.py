@@ -11,6 +11,7 @@ import numpy as np
 
 from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, dense_parts, interval, upper_bound
 from paredown.records import Record, write_text
+from paredown.report.beside import Beside, found_beside, shown
 from paredown.report.curve_document import CurveView, curve_document, curve_view, is_curve
 from paredown.report.curve_figures import LINES, POINTS, Dot, Mark, Series, chart, key
 from paredown.report.layers import csv_link
@@ -30,16 +31,22 @@ TITLES: dict[Axis, str] = {
 }
 
 
-def render_curve(records: Sequence[Record]) -> str:
+def render_curve(records: Sequence[Record], beside: Sequence[Beside] = ()) -> str:
     """The report of a curve as one HTML page: no script, no fetching, under 1 MB however many the trials."""
-    return str(_template("curve.html").render(_content(curve_view(records))))
+    told = {**content_of(records), "at": "", "of": "", "folder": "this folder", **shown(beside)}
+    return str(_template("curve.html").render(told))
 
 
-def write_curve_report(folder: Path, records: Sequence[Record]) -> Path:
-    """Write report.html, whole or not at all; returns its path."""
+def write_curve_report(folder: Path, records: Sequence[Record], beside: Sequence[Beside] | None = None) -> Path:
+    """Write report.html, whole or not at all; returns its path. `beside`: what it links, default: what lies there."""
     path = folder / "report.html"
-    write_text(path, render_curve(records))
+    write_text(path, render_curve(records, found_beside(folder, records) if beside is None else beside))
     return path
+
+
+def content_of(records: Sequence[Record]) -> dict[str, Any]:
+    """What the sections of a curve name."""
+    return _content(curve_view(records))
 
 
 def _content(seen: CurveView) -> dict[str, Any]:

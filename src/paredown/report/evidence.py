@@ -71,6 +71,7 @@ def check_lines(run: View) -> list[dict[str, Any]]:
             {
                 "title": stage_title(record),
                 "tested": bool(check),
+                "notes": [text(n, 400) for n in items(entry(record, "check_notes"))[:8]],
                 "against": "PyTorch simulation" if _is_int8(record) else "PyTorch, FP32",
                 "error": _number(error),
                 "relative": digits(error / scale) if error is not None and scale else "–",
@@ -99,6 +100,7 @@ def float_lines(run: View) -> list[dict[str, Any]]:
         ints, floats = entry(record, "int8_nodes"), entry(record, "float_nodes")
         count = number(ints) if number(ints) is not None else len(items(ints)) if ints is not None else None
         by_op: dict[str, list[str]] = {}
+        reasons = mapping(entry(record, "float_reasons"))
         for node in items(floats):
             op, _, name = text(node).partition(": ")
             by_op.setdefault(op, []).append(name)
@@ -108,10 +110,13 @@ def float_lines(run: View) -> list[dict[str, Any]]:
                 "tested": floats is not None,
                 "int8": whole(count) if count is not None else "not tested",
                 "floats": len(items(floats)),
+                "layers": _layers_on_codes(record),
+                "has_reasons": bool(reasons),
                 "ops": [
                     {
                         "op": op,
                         "count": len(names),
+                        "why": text(reasons.get(op), 300),
                         "names": [n for n in names if n][:NODES],
                         "more": max(0, len(names) - NODES),
                     }
@@ -120,6 +125,15 @@ def float_lines(run: View) -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def _layers_on_codes(record: Record) -> str:
+    """How many convolutions and linear layers run on codes, in words; "" where the record does not say."""
+    told = mapping(entry(record, "layers_on_codes"))
+    some, every = number(told.get("on_codes")), number(told.get("of"))
+    if some is None or not every:
+        return ""
+    return f"{whole(some)} of {whole(every)} convolutions and linear layers ({100 * some / every:.0f} %) run on codes."
 
 
 def training_lines(run: View) -> list[dict[str, Any]]:
@@ -229,7 +243,8 @@ def remarks(run: View) -> list[tuple[str, str]]:
     ):
         out.extend((label, _remark(v)) for v in items(entry(run.examine, key))[:60])
     for record in run.records:
-        out.extend((stage_title(record), text(n, 400)) for n in items(entry(record, "notes"))[:30])
+        notes = (*items(entry(record, "check_notes"))[:30], *items(entry(record, "notes"))[:30])
+        out.extend((stage_title(record), text(n, 400)) for n in notes)
     return list(dict.fromkeys(out))
 
 

@@ -353,13 +353,14 @@ def lineage(run: View) -> list[dict[str, str]]:
         name = stage_name(record)
         twin = name.startswith("twin-")
         reached = mapping(entry(record, "reached"))
-        known = ("criterion", "granularity", "allocation", "schedule")
+        known = ("masks", "criterion", "granularity", "allocation", "schedule")
         done = [f"{key} {text(reached[key], 60)}" for key in known if reached.get(key)]
         epochs = len(epoch_losses(record))
         if epochs:
             done.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of training after it")
-        if run.quantized is not None and name == stage_name(run.quantized):
-            static = name in ("int8", "w4a8")  # the others round weights alone, or activations by each input
+        scheme = name.removeprefix("twin-")
+        if run.quantized is not None and scheme == stage_name(run.quantized):
+            static = scheme in ("int8", "w4a8")  # the others round weights alone, or activations by each input
             done.append("weights as codes, activations calibrated" if static else "weights as codes")
         source = "trained by itself" if twin else before
         out.append(

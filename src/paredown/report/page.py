@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from paredown import records as journal
 from paredown.errors import MissingError, RejectedError
 from paredown.records import Record
 from paredown.report import evidence, insight, layers, masks
+from paredown.report.beside import Beside, found_beside, shown
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
 from paredown.report.searching import search_lines
@@ -18,11 +20,15 @@ from paredown.report.stages import HEADS, common_place, device_rows, stage_rows,
 from paredown.report.verdict import verdict_strip
 from paredown.report.wording import mebibytes, megabytes, whole
 
+MOST_BYTES = 1_000_000
+"""Of a page. What of a neighbour would take it beyond is linked and not put into it."""
 
-def render(records: list[Record]) -> str:
+
+def render(records: list[Record], beside: Sequence[Beside] = ()) -> str:
     """The report of a run as one HTML page: no script, no fetching, at most 1 MB.
 
-    Whatever a record lacks is shown as "not tested". Raises MissingError where Jinja2 is not installed, RejectedError
+    Whatever a record lacks is shown as "not tested". `beside` are folders of the same task (`found_beside`): the first curve and the
+    first sensitivity of the same network, data and target are part of the page, all of them are linked. Raises MissingError where Jinja2 is not installed, RejectedError
     where there are no records.
 
     >>> from paredown.records import Record
@@ -33,7 +39,33 @@ def render(records: list[Record]) -> str:
     if not records:
         msg = "a report must have at least one record. Got 0. Run `paredown compress` into this folder first."
         raise RejectedError(msg)
-    return str(_template().render(_content(view(records))))
+    content = _content(view(records))
+    same = [next((b for b in beside if b.kind == kind and not b.differs), None) for kind in ("curve", "sensitivity")]
+    embedded, why = [b for b in same if b is not None], ""
+    parts = {b.folder: _part(b) for b in embedded}
+    while True:
+        told = {**content, "embedded": [parts[b.folder] for b in embedded], **shown(beside, embedded, why)}
+        page = str(_template().render(told))
+        if not embedded or len(page.encode()) <= MOST_BYTES:
+            return page
+        embedded, why = embedded[:-1], "not in this file, which it would take beyond a megabyte"
+
+
+def _part(one: Beside) -> dict[str, Any]:
+    """The sections of a curve or a sensitivity, to stand in the page of a run."""
+    import markupsafe  # comes with Jinja2
+
+    name = f"{one.kind}_sections.html"
+    if one.kind == "curve":
+        from paredown.report.curves import content_of
+    else:
+        from paredown.report.sensitivity import content_of
+    told = {**content_of(one.records), "at": f"{one.kind}-", "of": f"{one.title}: ", "folder": one.name}
+    sections = markupsafe.Markup(_template(name).render(told))  # escaped there already
+    return {
+        "kind": one.kind, "title": one.title, "name": one.name, "link": one.link, "brief": one.brief,
+        "recipe": text(mapping(one.records[0].cell).get("recipe_digest"), 16), "sections": sections,
+    }  # fmt: skip
 
 
 @functools.cache
@@ -51,6 +83,9 @@ def _template(name: str = "page.html") -> Any:
 def write_report(folder: str | Path) -> Path:
     """Read records.jsonl of a run folder and write report.html beside it, whole or not at all; returns its path.
 
+    A curve and a sensitivity of the same network and data, in this folder or beside it, become part of a run's page; pages of the
+    same task are linked.
+
     Raises RejectedError (no journal, a line that is no record), MissingError (Jinja2), ResourceError (cannot write).
     """
     folder = Path(folder)
@@ -58,13 +93,13 @@ def write_report(folder: str | Path) -> Path:
     if records and mapping(records[0].cell).get("stage") == "curve":
         from paredown.report.curves import write_curve_report  # it computes: the page of a run needs no numpy
 
-        return write_curve_report(folder, records)
+        return write_curve_report(folder, records, found_beside(folder, records))
     if records and mapping(records[0].cell).get("stage") == "sensitivity":
         from paredown.report.sensitivity import write_sensitivity_report
 
-        return write_sensitivity_report(folder, records)
+        return write_sensitivity_report(folder, records, found_beside(folder, records))
     path = folder / "report.html"
-    journal.write_text(path, render(records))
+    journal.write_text(path, render(records, found_beside(folder, records)))
     return path
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from paredown.report.layers import csv_link
 from paredown.report.reading import View, entry, items, mapping, number, rows, text
 from paredown.report.wording import quantity
 
@@ -31,9 +33,35 @@ def search_lines(run: View) -> dict[str, Any] | None:
         "amounts": [_amount(n, v, best) for n, v in mapping(told.get("asked")).items()],
         "already_met": told.get("already_met") is True,
         "rounds": [_round(r) for r in tried[:40]],
-        "front": [_trial(tried[int(i)]) for i in _numbers(told.get("front")) if 0 <= i < len(tried)],
+        "front": [_front_point(p) for p in rows(told.get("front_points"))]
+        or [_trial(tried[int(i)]) for i in _numbers(told.get("front")) if 0 <= i < len(tried)],
+        "front_csv": _front_csv(rows(told.get("front_points"))),
         "shares": _shares(mapping(told.get("shares"))),
     }
+
+
+def _front_csv(points: Sequence[Mapping[str, Any]]) -> str | None:
+    """A link to all points of a front over several limits; None where there are none."""
+    if not points:
+        return None
+    amounts = [*mapping(points[0].get("amounts"))]
+    keys = [
+        k
+        for k in dict.fromkeys(k for p in points for k in mapping(p.get("recipe")))
+        if k not in ("bits", "prune.levels")
+    ]
+    lines = [
+        [
+            text(p.get("way")), number(p.get("times")), number(p.get("error")),
+            *(number(mapping(p.get("amounts")).get(n)) for n in amounts),
+            text(mapping(p.get("recipe")).get("bits"), 200), json.dumps([dict(mapping(v)) for v in items(p.get("levels"))]),
+            *(number(mapping(p.get("recipe")).get(k)) for k in keys),
+        ]
+        for p in points
+    ]  # fmt: skip
+    return csv_link(
+        ["way", "times the limits", "error of the output, estimated", *amounts, "bits", "prune.levels", *keys], lines
+    )
 
 
 def _amount(name: str, asked: Any, best: Mapping[str, Any]) -> str:
@@ -61,8 +89,51 @@ def _trial(found: Mapping[str, Any]) -> str:
         return f"{text(found.get('way'))} {text(found.get('share'))}: not possible: {text(found.get('why'), 200)}"
     recipe = mapping(found.get("recipe"))
     how = "; ".join(f"{text(k)} = {text(v, 200)}" for k, v in recipe.items()) or "the recipe without levels"
-    size, error = number(found.get("size_bytes")), number(found.get("error"))
-    return f"{_said('size_bytes', size)}, error of the output {quantity(error or 0.0, '')} (estimated): {how}"
+    error = number(found.get("error"))
+    return f"{_amounts(found)}, error of the output {quantity(error or 0.0, '')} (estimated): {how}{_forecast(found)}"
+
+
+def _front_point(found: Mapping[str, Any]) -> str:
+    """A point, and the keys of a recipe that make it."""
+    recipe = mapping(found.get("recipe"))
+    keys = " ".join(f"--set {_key(k, v)}" for k, v in recipe.items() if k != "bits")
+    bits = f", {text(recipe['bits'], 200)}" if "bits" in recipe else ""
+    error = quantity(number(found.get("error")) or 0.0, "")
+    return f"{_amounts(found)}, error of the output {error} (estimated): {text(found.get('way'))}{bits}: {keys}"
+
+
+def _key(name: Any, value: Any) -> str:
+    """A key of a recipe and its value, as a shell takes them."""
+    if not isinstance(value, list | tuple):
+        return f"{text(name)}={text(value)}"
+    levels = [dict(mapping(v)) for v in value]
+    return f"'{text(name)}={json.dumps(levels)}'"
+
+
+def _amounts(found: Mapping[str, Any]) -> str:
+    """What a trial comes to: bytes are estimated, times measured before the training."""
+    known = mapping(found.get("amounts")) or {"size_bytes": found.get("size_bytes")}
+    badges = {
+        "size_bytes": " (estimated)",
+        "latency": " (measured)",
+        "latency_ms": " (measured)",
+        "peak_ram_bytes": " (measured)",
+    }
+    parts = [
+        f"{_said(n, v)}{badges.get(n, '')}" if n != "parameters" else f"{_said(n, v)} parameters"
+        for n, v in known.items()
+    ]
+    return ", ".join(parts)
+
+
+def _forecast(found: Mapping[str, Any]) -> str:
+    """How far the sum of what each thing alone costs was from what all cost together."""
+    told = mapping(found.get("forecast"))
+    total, measured = number(told.get("sum")), number(told.get("measured"))
+    if total is None or measured is None:
+        return ""
+    times = f", {quantity(measured / total, '')} times that" if total > 0 else ""
+    return f"; summed sensitivities foresaw {quantity(total, '')}{times} was measured"
 
 
 def _shares(given: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paredown.records import Record, write_text
+from paredown.report.beside import Beside, found_beside, shown
 from paredown.report.figures import Svg, bar, whisker
 from paredown.report.layers import csv_link
 from paredown.report.page import _template
@@ -26,19 +27,21 @@ ROWS = 250
 """Of a table: more would take the page beyond a megabyte. The CSV file beside the page has all."""
 
 
-def render_sensitivity(records: Sequence[Record]) -> str:
+def render_sensitivity(records: Sequence[Record], beside: Sequence[Beside] = ()) -> str:
     """The measurement as one HTML page: no script, no fetching, under 1 MB."""
-    return str(_template("sensitivity.html").render(_content(records)))
+    told = {**content_of(records), "at": "", "of": "", "folder": "THIS FOLDER", **shown(beside)}
+    return str(_template("sensitivity.html").render(told))
 
 
-def write_sensitivity_report(folder: Path, records: Sequence[Record]) -> Path:
-    """Write report.html, whole or not at all; returns its path."""
+def write_sensitivity_report(folder: Path, records: Sequence[Record], beside: Sequence[Beside] | None = None) -> Path:
+    """Write report.html, whole or not at all; returns its path. `beside`: what it links, default: what lies there."""
     path = folder / "report.html"
-    write_text(path, render_sensitivity(records))
+    write_text(path, render_sensitivity(records, found_beside(folder, records) if beside is None else beside))
     return path
 
 
-def _content(records: Sequence[Record]) -> dict[str, Any]:
+def content_of(records: Sequence[Record]) -> dict[str, Any]:
+    """What the sections of a sensitivity name."""
     document, head = sensitivity_document(records), records[0]
     metric = mapping(document["metric"])
     dense = document["dense"]
@@ -55,6 +58,7 @@ def _content(records: Sequence[Record]) -> dict[str, Any]:
         "distance": document["distance"],
         "verdict": document["verdict"],
         "parts": [p for p in (_part(document, kind) for kind in ("units", "bits")) if p is not None],
+        "together": [_sum_line(document, t) for t in document["together"]],
         "not_tested": document["not_tested"],
         "notes": document["notes"],
         "csv": csv_link(CSV_HEAD, csv_lines(document)),
@@ -65,6 +69,21 @@ def _content(records: Sequence[Record]) -> dict[str, Any]:
             *((text(k), text(v) or "not installed") for k, v in versions.items()),
         ],
     }
+
+
+def _sum_line(document: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of what the sums foresee: cells are None where nothing was measured."""
+    what = f"{found['at']} bits" if found["kind"] == "bits" else f"{found['at']:g} % remain"
+    unit = text(mapping(document["metric"]).get("unit"))
+    cells: list[str | None] = []
+    for name in ("distance", *(("metric_loss",) if document["metric"] else ())):
+        known = found[name]
+        both = (None, None) if known is None else (known["sum"], known["measured"])
+        cells += [None if v is None else digits(v) if name == "distance" else difference(v, unit) for v in both]
+    times = None if found["distance"] is None else found["distance"]["times"]
+    cells.insert(2, None if times is None else digits(times))
+    which = f"all {found['parts']} {'layers' if found['kind'] == 'bits' else 'spaces'}"
+    return {"what": f"{which}, {what}", "cells": cells, "why": found["why"]}
 
 
 def _part(document: Mapping[str, Any], kind: str) -> dict[str, Any] | None:

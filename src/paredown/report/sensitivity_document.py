@@ -46,6 +46,8 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
     "notes", "units", "bits"}; of each table: rows [{name, kind, of, parameters, points [{at, kept, of, metric_loss, distance,
     badge, why}], mean_metric_loss, mean_distance, rank, rank_low, rank_high}], "columns", "ordered_by", "order" (least hurt
     first), "stability" {metric, distance: {tau, low, high, splits, groups} | null, between: τ | null}, "sentence".
+    "together": all spaces at one amount, or all layers at one width, beside the sum of what each cost alone: [{kind, at, parts,
+    metric_loss, distance: {sum, measured, times} | null, badge, why, sentence}].
 
     Raises RejectedError where the records are others.
     """
@@ -56,6 +58,7 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
     tables = {
         kind: _table(head, [r for r in records[1:] if r.cell.get("kind") == kind], kind) for kind in ("units", "bits")
     }
+    together = [_together(head, records, r) for r in records[1:] if text(r.cell.get("kind")).startswith("all ")]
     lost = sum(p["distance"] is None for t in tables.values() if t for row in t["rows"] for p in row["points"])
     not_tested = [
         *([] if metric else ["the metric: the task has no choose_batches with evaluate(predict, batches)"]),
@@ -65,7 +68,11 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
             if not tables[kind]
         ),
         *([f"{lost} point{'' if lost == 1 else 's'} without a number (see the tables)"] if lost else []),
-        "spaces or layers together: each was hurt alone, and errors need not add up",
+        *(
+            []
+            if any(t["distance"] for t in together)
+            else ["spaces or layers together: each was hurt alone, and errors need not add up"]
+        ),
         "activations of fewer bits, and any training after the damage",
     ]
     return {
@@ -82,6 +89,7 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
         "not_tested": not_tested,
         "notes": [text(n, 500) for n in items(entry(head, "notes"))],
         **tables,
+        "together": together,
     }
 
 
@@ -106,6 +114,44 @@ def csv_lines(document: Mapping[str, Any]) -> list[list[Any]]:
         for row in document[kind]["rows"]
         for p in row["points"]
     ]
+
+
+# ------------------------------------------------------------------------------------------------------------ together
+
+
+def _together(head: Record, records: Sequence[Record], record: Record) -> dict[str, Any]:
+    """What all cost at once, and the sum of what each cost alone at that amount or width."""
+    kind = "bits" if record.cell["kind"] == "all bits" else "units"
+    at = record.cell["kept"] if kind == "bits" else round(100 * record.cell["kept"] / record.cell["of"], 1)
+    rows: dict[str, dict[str, Any]] = {}
+    for one in (r for r in records[1:] if r.cell.get("kind") == kind):
+        point, name = _point(head, one, kind), str(one.cell["name"])
+        off = abs(100 * point["kept"] / point["of"] - at)
+        if point["at"] == at and (name not in rows or off < rows[name]["off"]):
+            rows[name] = {**point, "off": off}
+    found: dict[str, Any] = {"kind": kind, "at": at, "parts": len(rows), "badge": record.measured["distance"].badge}
+    for name in ("metric_loss", "distance"):
+        alone, measured = [row[name] for row in rows.values()], number(record.measured[name].value)
+        if measured is None or None in alone:
+            found[name] = None
+            continue
+        total = float(sum(alone))
+        found[name] = {"sum": total, "measured": measured, "times": measured / total if total > 0 else None}
+    return {**found, "why": text(entry(record, "why"), 300), "sentence": _added_up(head, found)}
+
+
+def _added_up(head: Record, found: Mapping[str, Any]) -> str:
+    what = f"{found['parts']} layers at {found['at']} bits" if found["kind"] == "bits" else ""
+    what = what or f"{found['parts']} spaces at {found['at']:g} %"
+    moved, lost = found["distance"], found["metric_loss"]
+    if moved is None:
+        return f"All {what} at once: not tested."
+    times = "" if moved["times"] is None else f", {digits(moved['times'])} times the sum"
+    said = f"All {what}: distances add up to {digits(moved['sum'])} (estimated); together they are {digits(moved['measured'])}{times}"
+    if lost is not None:
+        unit = text(mapping(entry(head, "metric")).get("unit"))
+        said += f". The metric's loss: {difference(lost['sum'], unit)} by the sum (estimated), {difference(lost['measured'], unit)} together"
+    return f"{said}."
 
 
 # --------------------------------------------------------------------------------------------------------------- table
