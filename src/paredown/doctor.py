@@ -317,9 +317,11 @@ def _int8(facts: Mapping[str, Any]) -> Finding:
 
 
 def _memory(total_bytes: int | None) -> Finding:
-    limit = _number_in(Path("/sys/fs/cgroup/memory.max"))
+    from paredown.machine_memory import available_bytes, number_in
+
+    limit = number_in(Path("/sys/fs/cgroup/memory.max"))
     total = min((n for n in (total_bytes, limit) if n), default=None)
-    free = _available_memory_bytes()
+    free = available_bytes()
     if total is None:
         return Finding(name="memory", state="ok", found="the system does not say")
     found = f"{_gb(total)} in all" + (f", {_gb(free)} free" if free is not None else "")
@@ -388,22 +390,6 @@ def _cpu_quota() -> float | None:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(int(quota) / int(period), 0.1)
     except (OSError, ValueError):  # no control groups, or "max": no limit
-        return None
-
-
-def _available_memory_bytes() -> int | None:
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None  # not Linux: the system does not say
-    match = re.search(r"MemAvailable:\s*(\d+) kB", text)
-    return int(match[1]) * 1024 if match else None
-
-
-def _number_in(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such file, or "max"
         return None
 
 

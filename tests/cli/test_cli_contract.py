@@ -47,7 +47,8 @@ OPTIONS = {
     ],
     "quantize": [
         *COMMON,
-        *"calibrate float-layers input observer opset out overwrite repair samples scheme target".split(),
+        *"bits calibrate data distil epochs float-layers input lr max-steps metric-loss observer opset out overwrite".split(),
+        *"repair samples scheme seed size-bytes spare target task teacher".split(),
     ],
     "report": ["json", "mlflow", "quiet", "tensorboard"],
     "sensitivity": "amounts bits device distance json out overwrite quiet set threads weights".split(),

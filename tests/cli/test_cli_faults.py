@@ -84,7 +84,7 @@ def test_samples_are_cut_into_batches_of_the_length_that_a_network_fixes():
     import torch
     from torch import nn
 
-    from paredown.cli.quantize import as_batches
+    from paredown.cli.samples import as_batches
     from paredown.errors import RejectedError
     from paredown.program import capture
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paredown.cli.quantize import NO_DATA
-from paredown.quantize.schemes import DYNAMIC
+from paredown.cli.coding import NO_DATA, SIMULATED, WEIGHTS
+from paredown.quantize.schemes import DYNAMIC, SCHEMES
+from paredown.quantize.schemes import WEIGHTS as TABLE_WEIGHTS
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -35,7 +36,8 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_schemes_that_need_no_samples_are_those_of_the_table():
-    assert set(NO_DATA) == set(DYNAMIC)
+    assert set(NO_DATA) == set(DYNAMIC) and set(WEIGHTS) == set(TABLE_WEIGHTS)
+    assert set(SIMULATED) == {s.name for s in SCHEMES.values() if s.activations == "static" and s.activation_bits < 8}
 
 
 @pytest.mark.parametrize("scheme", NO_DATA)

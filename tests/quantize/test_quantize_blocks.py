@@ -22,7 +22,7 @@ def case() -> tuple[Program, Tensor]:
     torch.manual_seed(1)
     net, _ = deploy_nets.made("residual")
     x = torch.randn(96, 1, 8, 8)
-    return capture(net.eval(), x[:2]), x
+    return capture(net.eval(), x[:2], train=False), x
 
 
 def base_of(program: Program, x: Tensor, bits: int = 3) -> Calibrated:
@@ -47,7 +47,7 @@ def test_blocks_are_what_one_value_leads_into_and_out_of(case: tuple[Program, Te
         nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)),
         torch.randn(32, 6),
     )
-    assert names(base_of(capture(chain, x[:2]), x)) == [["0.weight"], ["2.weight"], ["4.weight"]]
+    assert names(base_of(capture(chain, x[:2], train=False), x)) == [["0.weight"], ["2.weight"], ["4.weight"]]
 
 
 def test_every_block_gets_nearer_to_its_float_output_and_so_does_the_network(
@@ -89,6 +89,6 @@ def test_codes_lie_on_their_grid_and_the_same_seed_gives_the_same(
 
 def test_it_goes_with_no_other_rounding(case: tuple[Program, Tensor]) -> None:
     program, x = case
-    for other in ("gptq", "adaround", "bias"):
+    for other in ("gptq", "adaround", "bias", "bias-fast"):
         with pytest.raises(UsageError, match="must not hold both"):
             quantize(program, calibrate=[x], repair=["blocks", other])

@@ -53,7 +53,7 @@ def noise(net: nn.Module, x: Tensor) -> Any:
 @pytest.mark.parametrize("bad", [3, 4])
 def test_the_layer_that_does_the_harm_is_found_and_it_alone_is_spared(bad: int) -> None:
     net, x = Chain(bad), torch.randn(32, 8, 8, 8)
-    program, evaluate = capture(net, x[:2]), noise(net, x)
+    program, evaluate = capture(net, x[:2], train=False), noise(net, x)
     plain = evaluate(quantize(program, calibrate=[x]).module)
     found = spare(program, evaluate=evaluate, meets=lambda v: v <= plain / 4, calibrate=[x])
     around = (f"layers.{bad - 1}.weight", f"layers.{bad}.weight")  # the value between them does the harm
@@ -67,7 +67,7 @@ def test_the_layer_that_does_the_harm_is_found_and_it_alone_is_spared(bad: int) 
 
 def test_nothing_is_spared_where_the_bound_is_met_and_refused_where_nothing_helps() -> None:
     net, x = Chain(2), torch.randn(32, 8, 8, 8)
-    program, evaluate = capture(net, x[:2]), noise(net, x)
+    program, evaluate = capture(net, x[:2], train=False), noise(net, x)
     met = spare(program, evaluate=evaluate, meets=lambda v: v < 100, calibrate=[x])
     assert met.float_layers == () and met.tried == 1 and met.extra_bytes == 0
     with pytest.raises(NothingToDo, match=r"with 2 of 7 layers in float"):
@@ -76,9 +76,9 @@ def test_nothing_is_spared_where_the_bound_is_met_and_refused_where_nothing_help
 
 def test_the_rehearsal_equals_the_converted_network() -> None:
     net, x = Chain(3), torch.randn(16, 8, 8, 8)
-    base = calibrated(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[x])
+    base = calibrated(capture(net, x[:2], train=False), target="onnxruntime-x86", calibrate=[x])
     with torch.no_grad():
-        real = quantize(capture(net, x[:2]), calibrate=[x]).module(x)
+        real = quantize(capture(net, x[:2], train=False), calibrate=[x]).module(x)
         assert float((Mixed(base, frozenset(), Changes())(x) - real).abs().max()) <= 0.02 * float(real.abs().max())
         every = frozenset(f"layers.{i}.weight" for i in range(6)) | {"head.weight"}
         whole = Mixed(base, every, Changes())(x)
@@ -106,7 +106,7 @@ def test_a_culprit_at_the_input_is_found_and_spared() -> None:
     net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), *hidden, nn.Linear(32, 1)).eval()
     net[0].weight.data /= size
     x = torch.randn(256, 10) * size
-    program, evaluate = capture(net, x[:2]), noise(net, x)
+    program, evaluate = capture(net, x[:2], train=False), noise(net, x)
     assert evaluate(quantize(program, calibrate=[x], float_layers=["0.weight"]).module) < 0.01
     found = spare(program, evaluate=evaluate, meets=lambda v: v < 0.01, calibrate=[x])
     assert found.float_layers == ("0.weight",) and found.before > 0.05
@@ -130,7 +130,7 @@ def test_a_culprit_at_the_output_is_found_and_spared() -> None:
     with torch.no_grad():
         wanted = net(x)[:, 1]
     found = spare(
-        capture(net, x[:2]),
+        capture(net, x[:2], train=False),
         evaluate=lambda predict: float((predict(x)[:, 1] - wanted).abs().mean().numpy() / wanted.std()),  # no gradient
         meets=lambda v: v < 0.05,
         calibrate=[x],
@@ -149,7 +149,7 @@ def test_values_of_ops_that_stay_in_float_are_float_with_their_layer(place: str)
             return self.layer(self.norm(x)) if place == "behind a norm" else F.log_softmax(self.layer(x), -1)
 
     net, x = Net().eval(), torch.randn(16, 16)
-    base = calibrated(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[x])
+    base = calibrated(capture(net, x[:2], train=False), target="onnxruntime-x86", calibrate=[x])
     with torch.no_grad():
         assert torch.allclose(Mixed(base, frozenset({"layer.weight"}), Changes())(x), net(x), atol=1e-6)
 
@@ -158,7 +158,7 @@ def test_the_real_network_decides_where_the_rehearsal_is_wrong(monkeypatch: pyte
     """A rehearsal that lifts nothing: what the quantizer itself leaves in float counts, before anything is refused."""
     monkeypatch.setattr(sys.modules[Mixed.__module__], "skipped", lambda *_: frozenset())
     net, x = Chain(3), torch.randn(32, 8, 8, 8)
-    program, evaluate = capture(net, x[:2]), noise(net, x)
+    program, evaluate = capture(net, x[:2], train=False), noise(net, x)
     plain = evaluate(quantize(program, calibrate=[x]).module)
     found = spare(program, evaluate=evaluate, meets=lambda v: v <= plain / 4, calibrate=[x])
     assert evaluate(found.quantized.module) == found.value <= plain / 4
@@ -170,19 +170,19 @@ def test_a_network_all_of_which_would_be_float_is_refused_with_what_that_reaches
     net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 8)
     evaluate = noise(net, x)
     with pytest.raises(NothingToDo, match=r"Got 0 with 2 of 2 layers in float, .* with none"):
-        spare(capture(net, x[:2]), evaluate=evaluate, meets=lambda v: v < 1e-9, calibrate=[x])
+        spare(capture(net, x[:2], train=False), evaluate=evaluate, meets=lambda v: v < 1e-9, calibrate=[x])
 
 
 @pytest.mark.parametrize("value", [None, [0.5], {"accuracy": 0.5}, "0.5"], ids=["None", "list", "dict", "str"])
 def test_a_metric_that_is_no_number_is_refused(value: Any) -> None:
     net, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(8, 4)
     with pytest.raises(UsageError, match=r"evaluate must return a number\. Got"):
-        spare(capture(net, x[:2]), evaluate=lambda _: value, meets=bool, calibrate=[x])
+        spare(capture(net, x[:2], train=False), evaluate=lambda _: value, meets=bool, calibrate=[x])
 
 
 def test_a_generator_of_samples_is_gone_through_as_often_as_needed() -> None:
     net, x = Chain(3), torch.randn(32, 8, 8, 8)
-    program, evaluate = capture(net, x[:2]), noise(net, x)
+    program, evaluate = capture(net, x[:2], train=False), noise(net, x)
     plain = evaluate(quantize(program, calibrate=[x]).module)
     options: Any = {"evaluate": evaluate, "meets": lambda v: v <= plain / 4}
     once = spare(program, calibrate=(part for part in x.split(8)), **options)
@@ -191,3 +191,26 @@ def test_a_generator_of_samples_is_gone_through_as_often_as_needed() -> None:
     spent = iter([x])
     with pytest.raises(RejectedError, match="fresh iterable"):
         spare(program, calibrate=lambda: spent, **options)
+
+
+@pytest.mark.parametrize("repair", [["gptq"], ["bias"]])
+def test_a_layer_in_float_has_its_own_weights_again_whatever_a_repair_made_of_them(repair: list[str]) -> None:
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)),
+        torch.randn(64, 8),
+    )
+    program, evaluate = capture(net, x[:2], train=False), noise(net, x)
+    base = calibrated(program, target="onnxruntime-x86", calibrate=[x], scheme="ternary", repair=repair)
+    names = frozenset(n for n, p in net.named_parameters() if p.dim() > 1)
+    for predict in (Mixed(base, frozenset(), None), Mixed(base, names, Changes())):
+        assert evaluate(predict) < 1e-10
+    plain = evaluate(Mixed(base, frozenset(), Changes()))
+    assert plain == pytest.approx(
+        evaluate(quantize(program, calibrate=[x], scheme="ternary", repair=repair).module), rel=1e-3
+    )
+    found = spare(
+        program, evaluate=evaluate, meets=lambda v: v <= plain / 3, calibrate=[x], scheme="ternary", repair=repair
+    )
+    assert 1 <= len(found.float_layers) < 3 and found.value <= plain / 3
+    assert evaluate(found.quantized.module) == pytest.approx(found.value)

@@ -26,7 +26,7 @@ def case() -> tuple[nn.Module, Program, Tensor]:
     torch.manual_seed(1)
     net, _ = deploy_nets.made("residual")
     x = torch.randn(64, 1, 8, 8)
-    return net.eval(), capture(net, x[:2]), x
+    return net.eval(), capture(net, x[:2], train=False), x
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_table_measures_one_scale_where_one_is_asked_for(case: tuple[nn.Modu
     kept = net.head.weight.detach().clone()  # type: ignore[union-attr,operator]
     with torch.no_grad():
         net.head.weight[0] *= 30  # type: ignore[union-attr,index]
-        program, wanted = capture(net, x[:2]), net(x)
+        program, wanted = capture(net, x[:2], train=False), net(x)
     try:
         found = allot(program, calibrate=[x], as_uniform=4, widths=(4,), weights="tensor")
         packed = found.quantized.weights["head.weight"]
@@ -138,10 +138,27 @@ def test_wrong_requests(asked: dict[str, Any], says: str, case: tuple[nn.Module,
 def test_a_generator_of_samples_is_gone_through_as_often_as_needed() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 16)
-    program = capture(net, x[:2])
+    program = capture(net, x[:2], train=False)
     once = allot(program, calibrate=(part for part in x.split(16)), as_uniform=4)
     again = allot(program, calibrate=list(x.split(16)), as_uniform=4)
     assert once.mixed == again.mixed and once.uniform == again.uniform
     spent = iter([x])
     with pytest.raises(RejectedError, match="fresh iterable"):
         allot(program, calibrate=lambda: spent, as_uniform=4)
+
+
+def test_errors_that_are_known_take_the_place_of_measuring(
+    found: Allotment, case: tuple[nn.Module, Program, Tensor]
+) -> None:
+    """The same numbers choose the same bits; others choose others; a hole is refused."""
+    _, program, x = case
+    known: dict[str, dict[int, float]] = {}
+    for width in found.widths:
+        known.setdefault(width.layer, {})[width.bits] = width.error
+    again = allot(program, calibrate=[x], as_uniform=4, widths=(8, 4, 3, 2), sensitivity=known)
+    assert (again.mixed.bits, again.widths) == (found.mixed.bits, found.widths)
+    first = next(iter(known))
+    heavy = {**known, first: {b: 1e6 * (8 - b) for b in known[first]}}
+    assert allot(program, calibrate=[x], as_uniform=4, widths=(8, 4, 3, 2), sensitivity=heavy).mixed.bits[first] == 8
+    with pytest.raises(UsageError, match=f"Got none for {first} at 3 bits"):
+        allot(program, calibrate=[x], as_uniform=8, widths=(8, 3), sensitivity={**known, first: {8: 0.0}})

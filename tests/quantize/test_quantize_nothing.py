@@ -65,20 +65,20 @@ def test_a_network_without_a_weight_in_codes_is_refused_with_the_reasons(kind: s
 
 @pytest.mark.parametrize("scheme", STATIC)
 def test_a_network_all_of_which_was_asked_to_stay_float_is_refused(scheme: str) -> None:
-    program = capture(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4))
+    program = capture(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4), train=False)
     with pytest.raises(NothingToDo, match=r"linear stays float \(1×, first at .*\): asked for"):
         quantize(program, calibrate=[torch.randn(8, 4)], scheme=scheme, float_layers=["*"])
 
 
 @pytest.mark.parametrize("number", [2.5, True, "3", 0])
 def test_the_number_of_samples_is_a_whole_one(number: Any) -> None:
-    program = capture(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4))
+    program = capture(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4), train=False)
     with pytest.raises(UsageError, match="num_samples must be an integer ≥ 1"):
         quantize(program, calibrate=[torch.randn(8, 4)], num_samples=number)
 
 
 def test_what_allot_is_told_it_may_choose_is_what_it_can_do() -> None:
-    program, x = capture(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4)), torch.randn(8, 4)
+    program, x = capture(nn.Sequential(nn.Linear(4, 4)), torch.zeros(2, 4), train=False), torch.randn(8, 4)
     for scheme in ("int8-dynamic", "w4", "fp16", "int7"):
         with pytest.raises(UsageError, match="scheme must be one of") as raised:
             allot(program, calibrate=[x], as_uniform=4, scheme=scheme)

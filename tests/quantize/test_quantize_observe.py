@@ -415,7 +415,7 @@ def test_quantize_takes_every_observer() -> None:
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
-    program = capture(net, torch.zeros(2, 3, 8, 8))
+    program = capture(net, torch.zeros(2, 3, 8, 8), train=False)
     batches = [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(4)]
     batches[-1] = batches[-1] * 6  # so that observers differ
     x = batches[0]
@@ -486,7 +486,7 @@ def test_a_channel_of_large_values_is_seen() -> None:
     net = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 256)).eval()
     net[0].weight.data[7] = 30.0
     x, fresh = torch.randn(64, 64, 256), torch.randn(8, 64, 256)
-    program = capture(net, x[:2])
+    program = capture(net, x[:2], train=False)
     found = {name: quantize(program, calibrate=[x], observer=name).module for name in ("mse", "minmax")}
     with torch.no_grad():
         wanted = net(fresh)
@@ -519,7 +519,7 @@ def test_entropy_leaves_gates_their_whole_range(gate: Any, moved: bool) -> None:
     with torch.no_grad():
         values = net.gate(net.into(x))
     assert (values > 0.5).float().mean() < 0.01 and float(values.max()) > 0.9
-    found = quantize(capture(net, x[:2]), calibrate=[x], observer="entropy")
+    found = quantize(capture(net, x[:2], train=False), calibrate=[x], observer="entropy")
     largest = {
         float(n.args[1]) * (n.args[4] - n.args[2])
         for n in found.module.graph.nodes

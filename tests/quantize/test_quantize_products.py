@@ -57,7 +57,7 @@ def test_a_product_is_quantized_as_the_layer_that_it_is(case: tuple[nn.Module, T
     net, x = case
     state = {n: t.clone() for n, t in net.state_dict().items()}
     repair = [] if scheme == "int8" else ["gptq"]
-    found = quantize(capture(net, x[:2]), calibrate=[x], scheme=scheme, repair=repair)
+    found = quantize(capture(net, x[:2], train=False), calibrate=[x], scheme=scheme, repair=repair)
     assert {n: p.axis for n, p in found.weights.items()} == NAMES
     ways = {"int8": 1e-3, "w4a8": 0.02, "w4a4": 0.1}
     assert noise(net, found.module, x) < ways.get(scheme, 0.7)
@@ -71,11 +71,13 @@ def test_a_product_is_quantized_as_the_layer_that_it_is(case: tuple[nn.Module, T
 
 def test_names_and_widths_are_those_of_the_users_matrix(case: tuple[nn.Module, Tensor]) -> None:
     net, x = case
-    found = quantize(capture(net, x[:2]), calibrate=[x], float_layers=["first"], bits={"fixed": 4, "back": 3})
+    found = quantize(
+        capture(net, x[:2], train=False), calibrate=[x], float_layers=["first"], bits={"fixed": 4, "back": 3}
+    )
     assert {n: p.bits for n, p in found.weights.items()} == {"fixed": 4, "back": 3, "head.weight": 8}
-    plain = noise(net, quantize(capture(net, x[:2]), calibrate=[x]).module, x)
+    plain = noise(net, quantize(capture(net, x[:2], train=False), calibrate=[x]).module, x)
     options: Any = {"evaluate": lambda p: noise(net, p, x), "calibrate": [x]}
-    chosen = spare(capture(net, x[:2]), meets=lambda v: v < 0.9 * plain, **options)
+    chosen = spare(capture(net, x[:2], train=False), meets=lambda v: v < 0.9 * plain, **options)
     assert 0 < len(chosen.float_layers) < 4 and set(chosen.float_layers) < set(NAMES)
     assert set(chosen.quantized.weights) == set(NAMES) - set(chosen.float_layers)
 
@@ -84,7 +86,7 @@ def test_names_and_widths_are_those_of_the_users_matrix(case: tuple[nn.Module, T
 def test_the_file_runs_products_on_codes(case: tuple[nn.Module, Tensor], target: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime" if target.startswith("onnx") else "openvino")
     net, x = case
-    found = quantize(capture(net, x[:2]), calibrate=[x], target=target)
+    found = quantize(capture(net, x[:2], train=False), calibrate=[x], target=target)
     artifact = export(found, tmp_path / ("net.onnx" if target.startswith("onnx") else "net.xml"))
     verdict = check(artifact, found, [x])
     assert verdict.holds

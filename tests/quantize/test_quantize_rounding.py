@@ -136,7 +136,7 @@ def test_fitted_weights_answer_to_other_inputs() -> None:
 @pytest.mark.parametrize("name", list(deploy_nets.NETS))
 def test_a_rounded_network_is_closer_and_its_file_holds_its_codes(name: str, tmp_path: object) -> None:
     net, inputs = deploy_nets.made(name)
-    program, batches = capture(net, inputs(2)), [inputs(16) for _ in range(4)]
+    program, batches = capture(net, inputs(2), train=False), [inputs(16) for _ in range(4)]
     plain = quantize(program, calibrate=batches, scheme="w4a8")
     ours = quantize(program, calibrate=batches, scheme="w4a8", repair=["gptq"])
     layers = [n for n, p in ours.weights.items() if p.axis is not None]
@@ -174,8 +174,8 @@ def test_grouped_and_one_dimensional_convolutions() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(8, 16, 3, groups=4), nn.ReLU(), nn.Conv1d(16, 4, 3, stride=2, padding=1, dilation=2))
     x = torch.randn(64, 8, 20)
-    plain = quantize(capture(net, x[:2]), calibrate=[x], scheme="w4a8")
-    ours = quantize(capture(net, x[:2]), calibrate=[x], scheme="w4a8", repair=["gptq"])
+    plain = quantize(capture(net, x[:2], train=False), calibrate=[x], scheme="w4a8")
+    ours = quantize(capture(net, x[:2], train=False), calibrate=[x], scheme="w4a8", repair=["gptq"])
     with torch.no_grad():
         assert (ours.module(x) - net(x)).square().sum() < 0.8 * (plain.module(x) - net(x)).square().sum()
 
@@ -183,6 +183,6 @@ def test_grouped_and_one_dimensional_convolutions() -> None:
 def test_repairs_are_named() -> None:
     net = nn.Sequential(nn.Linear(4, 2))
     with pytest.raises(UsageError, match="repair must be a list of"):
-        quantize(capture(net, torch.zeros(2, 4)), calibrate=[torch.zeros(2, 4)], repair="gptq")
+        quantize(capture(net, torch.zeros(2, 4), train=False), calibrate=[torch.zeros(2, 4)], repair="gptq")
     with pytest.raises(UsageError, match="'magic'"):
-        quantize(capture(net, torch.zeros(2, 4)), calibrate=[torch.zeros(2, 4)], repair=["magic"])
+        quantize(capture(net, torch.zeros(2, 4), train=False), calibrate=[torch.zeros(2, 4)], repair=["magic"])

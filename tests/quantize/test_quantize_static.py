@@ -89,7 +89,7 @@ def test_both_realisers_give_the_same_codes(residual: tuple[nn.Module, programs.
 def test_nothing_that_came_in_changes() -> None:
     net, inputs = deploy_nets.made("residual")
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    program = capture(net, inputs(2))
+    program = capture(net, inputs(2), train=False)
     quantize(pruned(program, net.train(), "module"), calibrate=[inputs(8)])
     assert net.training
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
@@ -107,7 +107,7 @@ def scale_of(node: torch.fx.Node) -> tuple[object, object]:
 
 def quantized_net(name: str) -> Quantized:
     net, inputs = deploy_nets.made(name)
-    return quantize(capture(net, inputs(2)), calibrate=[inputs(16) for _ in range(2)])
+    return quantize(capture(net, inputs(2), train=False), calibrate=[inputs(16) for _ in range(2)])
 
 
 def test_both_inputs_of_an_addition_are_quantized_and_relu_comes_before_quantize() -> None:
@@ -182,7 +182,7 @@ def test_the_annotation_reads_nothing_but_the_table(monkeypatch: pytest.MonkeyPa
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x @ x.transpose(1, 2))
 
-    small = quantize(capture(Product(), torch.randn(2, 3, 4)), calibrate=[torch.randn(32, 3, 4)])
+    small = quantize(capture(Product(), torch.randn(2, 3, 4), train=False), calibrate=[torch.randn(32, 3, 4)])
     product = next(n for n in small.module.graph.nodes if op_name(n) == "matmul")
     assert all(x.target is OPS.dequantize_per_tensor.default for x in sources(product))
 
@@ -206,7 +206,7 @@ def test_batch_norm_is_folded_only_where_that_is_right() -> None:
     torch.manual_seed(0)
     net = Twice().eval()
     x = torch.randn(64, 4, 6, 6)
-    quantized = quantize(capture(net, torch.randn(2, 4, 6, 6)), calibrate=[x])
+    quantized = quantize(capture(net, torch.randn(2, 4, 6, 6), train=False), calibrate=[x])
     assert "batch_norm" not in {op_name(n) for n in quantized.module.graph.nodes}
     with torch.no_grad():
         assert cosine(net(x), quantized.module(x)) > 0.999
@@ -219,7 +219,7 @@ def test_a_dead_channel_with_a_large_bias_survives() -> None:
         net[0].weight[0].mul_(1e-14)
         net[0].bias.copy_(torch.tensor([50.0, 0.1, -0.1]))
     x = torch.rand(64, 1, 6, 6)
-    quantized = quantize(capture(net, x[:2]), calibrate=[x])
+    quantized = quantize(capture(net, x[:2], train=False), calibrate=[x])
     packed, scale = quantized.weights["0.weight"], 1.0 / 255
     assert abs(50.0 / (float(packed.scales[0]) * scale)) < 2**31
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_dead_channel_with_a_large_bias_survives() -> None:
 
 def test_oddities_of_the_calibration_data_are_noted() -> None:
     net, inputs = deploy_nets.made("residual")
-    program = capture(net, inputs(2))
+    program = capture(net, inputs(2), train=False)
     x = torch.randn(1, 1, 8, 8)
     notes = quantize(program, calibrate=[x.repeat(5, 1, 1, 1)]).notes
     assert any("only 5 samples" in n for n in notes)
@@ -268,7 +268,9 @@ def test_samples_are_told_apart_by_all_their_inputs() -> None:
 
 def test_one_number_per_sample_is_not_called_constant() -> None:
     x = torch.randn(40, 1)
-    assert not [n for n in quantize(capture(nn.Linear(1, 3), x[:2]), calibrate=[x]).notes if "calibration" in n]
+    assert not [
+        n for n in quantize(capture(nn.Linear(1, 3), x[:2], train=False), calibrate=[x]).notes if "calibration" in n
+    ]
 
 
 def test_num_samples_limits_what_is_read() -> None:
@@ -280,7 +282,7 @@ def test_num_samples_limits_what_is_read() -> None:
             taken.append(8)
             yield torch.randn(8, 1, 8, 8)
 
-    notes = quantize(capture(net, inputs(2)), calibrate=batches, num_samples=20).notes  # type: ignore[arg-type]
+    notes = quantize(capture(net, inputs(2), train=False), calibrate=batches, num_samples=20).notes  # type: ignore[arg-type]
     assert len(taken) == 3
     assert any("only 20 samples" in n for n in notes)
 
@@ -289,7 +291,7 @@ def test_num_samples_limits_what_is_read() -> None:
 def test_no_samples_is_refused_before_anything_is_written(nothing: object) -> None:
     net, inputs = deploy_nets.made("residual")
     with pytest.raises(RejectedError, match="at least one sample"):
-        quantize(capture(net, inputs(2)), calibrate=nothing)  # type: ignore[arg-type]
+        quantize(capture(net, inputs(2), train=False), calibrate=nothing)  # type: ignore[arg-type]
 
 
 def test_wrong_requests_say_what_is_right(residual: tuple[nn.Module, programs.Program, Quantized]) -> None:
@@ -346,7 +348,7 @@ def test_missing_torchao_names_the_extra(
 
 def test_named_inputs_and_structured_outputs() -> None:
     net, inputs = deploy_nets.made("named")
-    quantized = quantize(capture(net, inputs(2)), calibrate=[inputs(32)])
+    quantized = quantize(capture(net, inputs(2), train=False), calibrate=[inputs(32)])
     batch = inputs(3)
     with torch.no_grad():
         expected, got = net(*batch["args"], **batch["kwargs"]), quantized.module(*batch["args"], **batch["kwargs"])

@@ -74,7 +74,8 @@ def _refuse_inputs_folder(folder: Path, source: str, recipe: Recipe, *, overwrit
     is_run = (folder / "steps").is_dir() and not overwrite  # the recipe that a run wrote down may continue that run
     task = recipe.task if recipe.task.endswith(".py") else None
     code = recipe.model.rpartition(":")[0] if recipe.model and ".py:" in recipe.model else None
-    for what, path in (("recipe", source), ("task", task), ("weights", recipe.weights), ("model", code)):
+    masks = [("masks", level.masks) for level in recipe.prune.levels]
+    for what, path in (("recipe", source), ("task", task), ("weights", recipe.weights), ("model", code), *masks):
         if path is None or not Path(path).is_file() or (what == "recipe" and is_run):
             continue
         if Path(path).resolve().parent == folder.resolve():

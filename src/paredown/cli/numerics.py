@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from paredown.cli import options
-from paredown.cli.quantize import RANDOM_SAMPLES, as_batches, check_out_file, random_batches
+from paredown.cli.quantize import check_out_file
+from paredown.cli.samples import RANDOM_SAMPLES, as_batches, random_batches
 from paredown.cli.show import emit, only_document, say, show, table
 from paredown.cli.sources import arrays, loaded
 from paredown.errors import UsageError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from paredown.cli.quantize import as_batches
+from paredown.cli.samples import as_batches
 from paredown.cli.sources import arrays
 from paredown.errors import UsageError
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from paredown.plan import Plan
     from paredown.program import Program
     from paredown.prune import Pruned
+    from paredown.recipe import Recipe
+    from paredown.train import Task
 
 RANDOM = "No weights were given: the model is random. Sizes and counts hold, its values mean nothing."
 OWN = "No weights were given: they are those that the callable made, random if it loaded none."
@@ -128,6 +130,12 @@ class Tuned:
     thing: Program | Pruned
     batches: Callable[[], Iterable[Any]] | None = None
     """The inputs that a run's task calibrates on; None where MODEL was named."""
+    task: Task | None = None
+    """Of a run."""
+    dense: nn.Module | None = None
+    """What a run pruned, with its trained weights; None where MODEL was named, or they are not known."""
+    seed: int = 0
+    """Of a run's recipe."""
 
 
 def tuned(
@@ -142,7 +150,9 @@ def tuned(
 ) -> Tuned:
     """MODEL, what an earlier command made of it, or the folder of a run (see `is_run`)."""
     if input is None:
-        return _of_run(Path(model), threads, device)
+        refuse_device(device)
+        use_threads(threads)
+        return _of_run(Path(model))
     refuse_both(pruned, weights)
     found = loaded(
         model, input, weights=weights, strip_prefix=strip_prefix, train=False, threads=threads, device=device,
@@ -171,10 +181,8 @@ def is_run(model: str, input: str | None, others: dict[str, Any]) -> bool:
     return True
 
 
-def _of_run(folder: Path, threads: int | None, device: str | None) -> Tuned:
+def _of_run(folder: Path) -> Tuned:
     """The pruned model of a run, and its calibration inputs: recipe.yaml names the task that makes the dense one."""
-    refuse_device(device)
-    use_threads(threads)
     from paredown.pipeline.compress import task_of
     from paredown.program import capture
     from paredown.recipe import load_recipe
@@ -184,16 +192,47 @@ def _of_run(folder: Path, threads: int | None, device: str | None) -> Tuned:
     if recipe.given:
         msg = f"{_RUN} Got {str(folder)!r} of a notebook, whose functions no file holds. Name the model: paredown quantize MODEL --input … --pruned {folder}."
         raise UsageError(msg)
-    task, make, _ = task_of(recipe)
+    task, make, given = task_of(recipe)
     seed_all(recipe.seed)
-    dense = Loaded(name=str(folder), program=capture(make(), task.inputs(), train=False), weights="given")
+    made = make()
+    trained = _trained_by_run(folder, recipe, task, made, given=given)
+    dense = Loaded(name=str(folder), program=capture(made, task.inputs(), train=False), weights="given")
     found, before = continued(dense, folder, train=False)
+    return Tuned(
+        found=found, thing=before, batches=calibration_of(task, recipe.seed), task=task, dense=made if trained else None,
+        seed=recipe.seed,
+    )  # fmt: skip
+
+
+def _trained_by_run(folder: Path, recipe: Recipe, task: Task, made: nn.Module, *, given: bool) -> bool:
+    """Whether the dense model has trained weights: those that it came with, or those that the run trained, which it then gets."""
+    from paredown.pipeline.stages import BASE, trains_base
+
+    if not trains_base(recipe, task):
+        return given
+    file = folder / "steps" / BASE
+    if not file.is_file():
+        return False
+    from safetensors.torch import load_file
+
+    state = load_file(file)
+    if {n: t.shape for n, t in made.state_dict().items()} != {n: t.shape for n, t in state.items()}:
+        return False
+    made.load_state_dict(state, strict=True)
+    made.eval()
+    return True
+
+
+def calibration_of(task: Task, seed: int) -> Callable[[], Iterable[Any]]:
+    """A task's calibration inputs, the same at each call: the file is compared on what it was calibrated on."""
 
     def batches() -> Iterable[Any]:
-        seed_all(recipe.seed)  # the same at each call: the file is compared on what it was calibrated on
+        from paredown.train.task import seed_all
+
+        seed_all(seed)
         return task.calibration_batches()
 
-    return Tuned(found=found, thing=before, batches=batches)
+    return batches
 
 
 _RUN = "a folder to quantize must be one that `paredown compress` wrote, with recipe.yaml and form.json."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
@@ -12,14 +13,21 @@ from paredown.quantize.decompose import fetch
 from paredown.quantize.lanes import Changes, Lanes, Layer, walk
 
 
-def correct_biases(prepared: fx.GraphModule, calls: Sequence[Inputs], *, full: bool = True) -> dict[str, float]:
+def correct_biases(
+    prepared: fx.GraphModule,
+    calls: Sequence[Inputs],
+    *,
+    full: bool = True,
+    floats: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, float]:
     """Give every layer with a bias the mean output that it has in float; returns the largest change, by weight.
 
         b' = b + E[y] - E[ŷ],   E over samples and positions
 
     y is the layer in float. With `full`, ŷ is the quantized layer on the inputs that the layers before it, corrected
     already, give in codes (Nagel et al. 2019, arXiv 1906.04721, section 4.2, empirical form); without, on the float inputs:
-    E[(W - Ŵ) x], which corrects the weights' rounding only and sees no other layer. Changes the prepared graph.
+    E[(W - Ŵ) x], which corrects the weights' rounding only and sees no other layer. `floats` are the weights and biases before
+    a repair that chose codes, by attribute (`Calibrated.floats`): y is theirs. Changes the prepared graph, and nothing but biases.
     """
     changes, found = Changes(), {}
 
@@ -31,7 +39,7 @@ def correct_biases(prepared: fx.GraphModule, calls: Sequence[Inputs], *, full: b
         changes.biases[layer.bias] = (bias.double() + moved).to(bias.dtype)
         found[layer.weight] = float(moved.abs().max())
 
-    walk(prepared, calls, changes, visit)
+    walk(prepared, calls, changes, visit, floats=floats)
     return found
 
 

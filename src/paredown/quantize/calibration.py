@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import fx
 from paredown.errors import RejectedError
 from paredown.program import Inputs, Program
 from paredown.quantize.batches import Batches, each, finite_rows, length, rows, tensors_of
+from paredown.quantize.memory import Estimate, known_total
+from paredown.quantize.ranges import beside_training, range_of, raw_pixels
+from paredown.quantize.spread import Spread
 
 FEW = 32
 """Below this many samples, activation ranges depend on the draw."""
@@ -24,13 +27,31 @@ def run_samples(
     num_samples: int | None,
     program: Program,
     kept: list[Inputs] | None = None,
-) -> tuple[str, ...]:
-    """Run the samples through the observers; returns what was odd about them. `kept` receives them.
+    repair: Sequence[str] = (),
+) -> tuple[tuple[str, ...], tuple[float, float]]:
+    """Run the samples through the observers; returns what was odd about them, and their range. `kept` receives them, for `repair`.
 
-    Raises RejectedError where there are none, or they do not fit the network.
+    Raises RejectedError where there are none, or they do not fit the network; ResourceError where what a repair keeps of them
+    would not fit in memory.
     """
+    with Spread(prepared, FEW) as spread:
+        notes, found = _through(prepared, calibrate, num_samples, program, kept, repair, spread)
+    return (*notes, *filter(None, (spread.told(),))), found
+
+
+def _through(
+    prepared: fx.GraphModule,
+    calibrate: Batches,
+    num_samples: int | None,
+    program: Program,
+    kept: list[Inputs] | None,
+    repair: Sequence[str],
+    spread: Spread,
+) -> tuple[tuple[str, ...], tuple[float, float]]:
     seen: dict[str, int] = collections.Counter()
     digests: set[bytes] = set()
+    estimate: Estimate | None = None
+    found = _Range()
     for args, kwargs in each(calibrate):
         batch: Any = (args, kwargs)
         if num_samples is not None and program.batch == "dynamic":
@@ -38,6 +59,7 @@ def run_samples(
         batch = _only_finite(batch, seen, program)
         size = length(batch)
         if size:
+            spread.expect(size)
             try:
                 with torch.no_grad():
                     prepared(*batch[0], **batch[1])
@@ -45,8 +67,13 @@ def run_samples(
                 shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(batch))
                 msg = f"calibration batches must fit the network's inputs. Got {shapes}: {str(error).strip().splitlines()[0][:200]}."
                 raise RejectedError(msg) from error
+            if not seen["used"]:
+                found.beside_training = beside_training(program, batch)
+            found.see(batch)
             seen["used"] += size
             if kept is not None:
+                estimate = estimate or Estimate(prepared, batch, repair, known_total(calibrate, num_samples))
+                estimate.refuse_more(seen["used"])
                 kept.append(batch)
             _remember(batch, seen, digests)
         if num_samples is not None and seen["used"] >= num_samples:
@@ -55,7 +82,33 @@ def run_samples(
         got = f"{seen['bad']} samples, all with NaN or infinity" if seen["bad"] else "0 batches"
         msg = f"calibration must have at least one sample. Got {got}. Pass inputs like those the network will see."
         raise RejectedError(msg)
-    return tuple(_oddities(seen, len(digests)))
+    memory = () if estimate is None else (estimate.told(seen["used"]),)
+    return (*_oddities(seen, len(digests)), *found.told(), *memory), found.range
+
+
+class _Range:
+    """What the values themselves say of the samples: of which kind of data they are."""
+
+    def __init__(self) -> None:
+        self.beside_training = ""
+        self.range, self._raw = range_of(()), True
+
+    def see(self, batch: Inputs) -> None:
+        """One more batch."""
+        tensors = tensors_of(batch)
+        self.range = range_of(tensors, self.range)
+        self._raw = self._raw and raw_pixels(tensors)
+
+    def told(self) -> Iterator[str]:
+        """In sentences."""
+        if self.beside_training:
+            yield self.beside_training
+        if self._raw:
+            low, high = self.range
+            yield (
+                f"calibration inputs are whole numbers from {low:g} to {high:g}, as of pictures that were not normalised: right only where the "
+                "network scales them itself"
+            )
 
 
 def _only_finite(batch: Inputs, seen: dict[str, int], program: Program) -> Inputs:

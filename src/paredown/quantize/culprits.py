@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from paredown.quantize.decompose import fetch, op_name
 from paredown.quantize.lanes import Changes, Lane, Layer, cloned, layers_of
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.numerics import observes_weight
+from paredown.quantize.ranges import Watched, apart, range_of
 from paredown.quantize.static import Calibrated, calibrated, converted
 from paredown.score.patterns import as_patterns
 from paredown.target import named
@@ -117,8 +118,10 @@ def spare(
             msg = f"a few layers in float must be enough to meet the bound. Got {real(order):.6g} with {len(order)} of {len(layers)} layers in float, {before:.6g} with none."
             raise NothingToDo(msg)
         chosen = found
+    whole = made[frozenset(chosen)] if made else converted(base, base.prepared)
+    odd = apart(base.input_range or range_of(()), rehearsed.input_range, "those that evaluate gives")
     return Spared(
-        quantized=made[frozenset(chosen)] if made else converted(base, base.prepared),
+        quantized=replace(whole, notes=(*whole.notes, odd)) if odd else whole,
         float_layers=tuple(chosen),
         ranking=ranking,
         value=real(chosen) if made else before,
@@ -138,14 +141,16 @@ class _Metric:
     ) -> None:
         self._evaluate, self._predict = evaluate, predict
         self.values: dict[frozenset[str], float] = {}
+        self.input_range = range_of(())
 
     def __call__(self, chosen: Sequence[str]) -> float:
         """Raises UsageError where the metric is no number."""
         key = frozenset(chosen)
         if key not in self.values:
-            predict = self._predict(key)
+            watched = Watched(self._predict(key))
             with torch.no_grad():
-                self.values[key] = _number(self._evaluate(predict))
+                self.values[key] = _number(self._evaluate(watched))
+            self.input_range = watched.range
         return self.values[key]
 
 
@@ -215,11 +220,15 @@ class Mixed:
         self._prepared, self._changes = base.prepared, changes
         self._spec = base.program.eval_graph.call_spec.out_spec
         self._skipped = skipped(base, float_layers)
+        names = named_layers(base)
+        back = [names[n] for n in (names if changes is None else float_layers) if n in names]
+        held = {n for layer in back for n in (layer.weight, layer.bias)}
+        self._floats = {n: t for n, t in base.floats.items() if n in held}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own structure; CPU float32 tensors."""
         flat = pytree.tree_leaves(pytree.tree_map(cloned, (args, kwargs)))
-        run = Lane(self._prepared, flat, self._changes, self._skipped)
+        run = Lane(self._prepared, flat, self._changes, self._skipped, floats=self._floats)
         with torch.no_grad():
             for node in self._prepared.graph.nodes:
                 if node.op == "output":

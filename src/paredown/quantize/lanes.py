@@ -6,8 +6,9 @@ of both lanes, are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -135,10 +136,14 @@ class Lane(Run):
         skipped: frozenset[str] = frozenset(),
         *,
         smooth: bool = False,
+        floats: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """`skipped` are observers that hand on what they get in the quantized lane, too; `smooth`: gradients pass activations."""
+        """`skipped` are observers that hand on what they get in the quantized lane, too; `smooth`: gradients pass activations.
+
+        `floats` are tensors of the float network, by attribute, where the graph holds what rounding made of them already.
+        """
         super().__init__(prepared, flat)
-        self._changes, self._skipped, self._smooth = changes, skipped, smooth
+        self._changes, self._skipped, self._smooth, self._floats = changes, skipped, smooth, floats
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An observer, or a module of the user's."""
@@ -161,6 +166,8 @@ class Lane(Run):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tensor of the graph, or what it was changed to."""
+        if str(target) in self._floats:
+            return self._floats[str(target)]
         if self._changes is not None:
             for held in (self._changes.weights, self._changes.biases):
                 if str(target) in held:
@@ -175,18 +182,20 @@ def walk(
     visit: Visit,
     *,
     after: Callable[[fx.Node, Sequence[Lanes]], None] | None = None,
+    floats: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Both lanes from their inputs to their outputs; at each layer `visit` may change its tensors before it is run.
 
     When `visit` is called, `lanes.whole.env[layer.node]` is what the layer gives in float, `lanes.coded.env[layer.source]`
     what it will read, and `lanes.whole.env[layer.source]` what it reads in float. `after` is called when both
-    lanes have run a node, and may change what the quantized one gives. Afterwards the graph has what `changes` holds.
+    lanes have run a node, and may change what the quantized one gives. `floats` are the float lane's own tensors, where an
+    earlier repair has rounded those of the graph. Afterwards the graph has what `changes` holds.
     """
     lanes = []
     for call in calls:
         flats = [pytree.tree_leaves(pytree.tree_map(cloned, call)) for _ in range(2)]
         lanes.append(
-            Lanes(whole=Lane(prepared, flats[0], None), coded=Lane(prepared, flats[1], changes)),
+            Lanes(whole=Lane(prepared, flats[0], None, floats=floats), coded=Lane(prepared, flats[1], changes)),
         )
     layers = {layer.node: layer for layer in layers_of(prepared)}
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from paredown.quantize.rounding import METHODS, moments_of, rounded_rows
 from paredown.quantize.schemes import levels_at, weight_range
 from paredown.quantize.static import Calibrated, calibrated, quantize
 
+Errors = Mapping[str, Mapping[int, float | None]]
+"""Weight → {bits: what it costs when it alone has so many}."""
 BITS = (8, 6, 4, 3, 2)
 """Widths that a layer may be given, unless others are asked for."""
 SCALE_BYTES = 4
@@ -89,6 +91,7 @@ def allot(
     widths: Sequence[int] = BITS,
     scheme: str = "int8",
     repair: Sequence[str] = (),
+    sensitivity: Errors | None = None,
     **options: Any,
 ) -> Allotment:
     """Quantize with bits per layer that keep a budget and lose least.
@@ -98,7 +101,8 @@ def allot(
     E(l, b) is measured: the squared error of the output, over its mean square, on 64 samples of `calibrate` when the weight
     of layer l alone has b bits, rounded as `repair` says (gptq, adaround or to the nearest). That errors add up is an
     assumption; the result is measured as a whole, as is the uniform one. The integer program is a multiple-choice knapsack,
-    solved exactly (`paredown.allocate.knapsack`). Exactly one budget: `size_bytes` of the codes and scales of all layers, `bops`
+    solved exactly (`paredown.allocate.knapsack`). `sensitivity` {weight: {bits: error}} takes the place of measuring, where errors are
+    known for every layer and width, in one unit of any kind. Exactly one budget: `size_bytes` of the codes and scales of all layers, `bops`
     of one sample, or `as_uniform`, the bytes that so many bits everywhere take. `scheme` says what activations have, `options`
     are those of `quantize`. HAWQ (Dong et al. 2019, arXiv 1911.03852) has the same program, with a Hessian trace for E.
 
@@ -119,9 +123,8 @@ def allot(
     )
     calls = some(calibrate)
     options = {**options, "target": base.target, "calibrate": calibrate, "scheme": scheme, "repair": repair}
-    table = measured_widths(
-        base, calls, sorted(set(widths), reverse=True), next((r for r in repair if r in METHODS), "")
-    )
+    wide, rounding = sorted(set(widths), reverse=True), next((r for r in repair if r in METHODS), "")
+    table = measured_widths(base, calls, wide, rounding, sensitivity)
     kind: Literal["size_bytes", "bops"] = "size_bytes" if bops is None else "bops"
     groups = [[w for w in table if w.layer == name] for name in dict.fromkeys(w.layer for w in table)]
     limit = bops if bops is not None else size_bytes if size_bytes is not None else _of_uniform(groups, as_uniform or 0)
@@ -193,8 +196,26 @@ def _spread(chosen: Sequence[Width], error: float) -> Spread:
 # ---------------------------------------------------------------------------------------------------------- sensitivity
 
 
-def measured_widths(base: Calibrated, calls: Sequence[Inputs], widths: Sequence[int], rounding: str) -> list[Width]:
-    """Every layer at every width. The float network is run once; behind a layer, once for each of its widths."""
+def lacking(names: Iterable[str], widths: Sequence[int], known: Errors) -> str:
+    """The first weight and width without a known error; "" where there is none.
+
+    >>> lacking(["a"], [8, 4], {"a": {8: 0.0}}), lacking(["a"], [8], {"a": {8: 0.0}})
+    ('a at 4 bits', '')
+    """
+    holes = (f"{n} at {b} bits" for n in names for b in widths if known.get(n, {}).get(b) is None)
+    return next(holes, "")
+
+
+def measured_widths(
+    base: Calibrated, calls: Sequence[Inputs], widths: Sequence[int], rounding: str, known: Errors | None = None
+) -> list[Width]:
+    """Every layer at every width. The float network is run once; behind a layer, once for each of its widths.
+
+    Errors that are `known`, of all layers at all widths, are taken as they are. Raises UsageError where some are missing.
+    """
+    if known is not None and (hole := lacking(named_layers(base), widths, known)):
+        msg = f"sensitivity must hold every layer at every width. Got none for {hole}. Measure it, or leave sensitivity out."
+        raise UsageError(msg)
     layers, names = named_layers(base), {x.node: n for n, x in named_layers(base).items()}
     nodes = [n for n in base.prepared.graph.nodes if n.op != "output"]
     lanes = [Lane(base.prepared, pytree.tree_leaves(pytree.tree_map(cloned, c)), None) for c in calls]
@@ -207,20 +228,42 @@ def measured_widths(base: Calibrated, calls: Sequence[Inputs], widths: Sequence[
             if node in names:
                 layer = layers[names[node]]
                 macs = _macs(layer, lanes[0].env[node], calls[0])
-                for bits, weight in _rounded(base, layer, lanes, widths, rounding):
-                    outs = [out for lane in lanes for out in _rest(lane, layer, weight, nodes[at:])]
+                weight = fetch(base.prepared, layer.weight)
+                for bits, error in _errors(
+                    base,
+                    layer,
+                    lanes,
+                    widths,
+                    rounding,
+                    wanted,
+                    nodes[at:],
+                    None if known is None else known[names[node]],
+                ):
                     found.append(
                         Width(
                             layer=names[node],
                             bits=bits,
                             size_bytes=packed_length(weight.numel(), bits, levels_at(bits)) + SCALE_BYTES * len(weight),
                             bops=macs * bits * _activation_bits(base, layer),
-                            error=_relative(outs, wanted),
+                            error=error,
                         )
                     )
             for lane in lanes:
                 lane.drop_after(node)
     return found
+
+
+def _errors(
+    base: Calibrated, layer: Layer, lanes: Sequence[Lane], widths: Sequence[int], rounding: str, wanted: Sequence[Tensor],
+    rest: Sequence[fx.Node], known: Mapping[int, float | None] | None,
+) -> Iterator[tuple[int, float]]:  # fmt: skip
+    """What each width does to the output: known, or measured by running what comes behind the layer."""
+    if known is not None:
+        yield from ((bits, float(known[bits] or 0.0)) for bits in widths)
+        return
+    for bits, weight in _rounded(base, layer, lanes, widths, rounding):
+        outs = [out for lane in lanes for out in _rest(lane, layer, weight, rest)]
+        yield bits, _relative(outs, wanted)
 
 
 def _rounded(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches, tensors_of
 from paredown.quantize.calibration import run_samples
 from paredown.quantize.computed import hold_computed
+from paredown.quantize.copied import eval_copy
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
@@ -88,7 +89,7 @@ def quantize(
     `repair` names what is done against the rounding, in whatever order they are given: "equalize" and "smooth" move
     ranges between layers without changing the function, "gptq" or "adaround" choose codes layer after layer by what they
     do to its output, "blocks" goes on from gptq's codes and chooses those of a whole residual block together, "bias" or "bias-fast"
-    give back the means, without those three, which do so as they go. `notes` say how much each of them did. They keep the
+    give back the means ("bias" also after gptq or adaround, which have read some of the positions). `notes` say how much each of them did. They keep the
     samples and their activations in memory. A weight that the model computes from its parameters alone (standardised, normalised,
     scaled) is evaluated once, and has codes under the name of the parameter that it comes from (computed.py).
     `weights` "tensor" has one scale per weight. `float_layers` are patterns (fnmatch) of parameters or modules that
@@ -96,7 +97,7 @@ def quantize(
 
     Raises UsageError (scheme, target, observer, repair), RejectedError (no samples, samples that do not fit, a network that
     is quantized already or not in float32), NothingToDo (no weight would be codes, or a repair finds nothing to do),
-    MissingError (torchao), VerificationError (the prepared graph computes something else, or a repair does).
+    MissingError (torchao), ResourceError (what repairs keep would not fit in memory, by an estimate), VerificationError (the prepared graph computes something else, or a repair does).
 
     >>> from paredown.program import capture
     >>> from torch import nn
@@ -158,6 +159,10 @@ class Calibrated:
     scheme: str
     target: str
     notes: tuple[str, ...]
+    floats: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights and biases of the prepared graph before a repair chose their codes, by attribute; none without such a repair."""
+    input_range: tuple[float, float] | None = None
+    """Of the calibration inputs."""
 
     def formats(self, prepared: fx.GraphModule) -> dict[str, tuple[int, Levels]]:
         """Bits and levels of each weight that has an observer or a learned step, by its parameter."""
@@ -211,8 +216,11 @@ def calibrated(
     refuse_empty(prepared, table, scheme, quantizer.float_layers)
     stayed = _ONLY_WEIGHTS if scheme in WEIGHTS else tuple(stayed_float(prepared, table))
     calls: list[Inputs] | None = [] if repair else None
-    notes = () if calibrate is None else run_samples(prepared, calibrate, num_samples, program, calls)
-    repaired = tuple(_repaired(prepared, table, calls or [], repair, idle_repairs))
+    notes, inputs = (
+        ((), None) if calibrate is None else run_samples(prepared, calibrate, num_samples, program, calls, repair)
+    )
+    floats: dict[str, Tensor] = {}
+    repaired = tuple(_repaired(prepared, table, calls or [], repair, idle_repairs, floats))
     base = Calibrated(
         prepared=prepared,
         program=program,
@@ -220,9 +228,14 @@ def calibrated(
         scheme=scheme,
         target=target,
         notes=(*program.notes, *notes, *repaired, *stayed),
+        floats=floats,
+        input_range=inputs,
     )
     _refuse_masks(tuned, base)
-    return base
+    from paredown.quantize.zeros import told
+
+    masked = tuned.plan.masks if isinstance(tuned, Pruned) else {}
+    return replace(base, notes=(*base.notes, *told(base, masked)))
 
 
 _ONLY_WEIGHTS = ("weights alone are codes: what computes is float32",)
@@ -271,11 +284,17 @@ def _settle(prepared: fx.GraphModule) -> None:
 
 
 def _repaired(
-    prepared: fx.GraphModule, table: Target, calls: Sequence[Inputs], repair: Sequence[str], idle: bool
+    prepared: fx.GraphModule,
+    table: Target,
+    calls: Sequence[Inputs],
+    repair: Sequence[str],
+    idle: bool,
+    floats: dict[str, Tensor],
 ) -> Iterator[str]:
-    """The repairs in their order, whatever order they were asked for in; what each of them did."""
+    """The repairs in their order, whatever order they were asked for in; what each of them did. `floats` receives what was rounded."""
     from paredown.quantize.bias import correct_biases
     from paredown.quantize.equalize import equalize, smooth
+    from paredown.quantize.lanes import layers_of
     from paredown.quantize.rounding import METHODS, round_layers
 
     scalings = {n: f for n, f in (("equalize", equalize), ("smooth", smooth)) if n in repair}
@@ -291,18 +310,22 @@ def _repaired(
             with torch.no_grad():
                 prepared(*args, **kwargs)
     _keep_biases(prepared, table)
+    if any(
+        r in repair for r in (*METHODS, "blocks", "bias", "bias-fast")
+    ):  # which put other tensors in the place of these
+        for layer in layers_of(prepared):
+            floats |= {n: fetch(prepared, n).detach() for n in (layer.weight, layer.bias) if n is not None}
     for method in METHODS:
         if method in repair:
             yield _told(method, len(round_layers(prepared, calls, method=method)), idle)
     if "blocks" in repair:
         from paredown.quantize.blocks import reconstruct
-        from paredown.quantize.lanes import layers_of
 
         together = len(reconstruct(prepared, calls))
         yield _told("blocks", len(list(layers_of(prepared))), idle, f", {together} blocks together")
     for name in ("bias", "bias-fast"):
         if name in repair:
-            yield _told(name, len(correct_biases(prepared, calls, full=name == "bias")), idle)
+            yield _told(name, len(correct_biases(prepared, calls, full=name == "bias", floats=floats)), idle)
 
 
 _REPAIRED = {
@@ -408,8 +431,11 @@ def _recaptured(tuned: Any) -> Program:
     if not isinstance(tuned, Pruned | Program):
         msg = f"the network to quantize must be a Pruned or a Program. Got {type(tuned).__name__}. Use paredown.capture(model, inputs)."
         raise UsageError(msg)
-    args, kwargs = tuned.program.inputs if isinstance(tuned, Pruned) else tuned.inputs
-    program = capture(tuned.module, {"args": args, "kwargs": kwargs}, train=False)
+    if isinstance(tuned, Program) and tuned.batch == "dynamic":
+        program = eval_copy(tuned)
+    else:  # fine-tuned since it was captured; or a batch that may be free all the same
+        args, kwargs = tuned.program.inputs if isinstance(tuned, Pruned) else tuned.inputs
+        program = capture(tuned.module, {"args": args, "kwargs": kwargs}, train=False)
     kinds = {t.dtype for t in program.state.values() if t.is_floating_point() and isinstance(t, nn.Parameter)}
     if kinds and torch.float32 not in kinds:
         names = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds))

@@ -23,10 +23,13 @@ def stayed_float(prepared: fx.GraphModule, table: Target) -> Iterator[str]:
         *(op for op, kind in table.ops.items() if kind == "shared"),
         "sym_size",
         "_assert_tensor_metadata",
+        *("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"),  # these compute nothing
     )
     kinds: dict[tuple[str, str], list[fx.Node]] = collections.defaultdict(list)
     for node in prepared.graph.nodes:
         value = node.meta.get("val")
+        if op_name(node) in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            value = value[0]
         computes = (
             isinstance(value, Tensor) and value.is_floating_point() and "quantization_annotation" not in node.meta
         )
