@@ -23,12 +23,14 @@ pytest.importorskip("torchao")
 
 import onnx
 import onnxruntime
+import onnxruntime.quantization
 from onnx import numpy_helper
 
 from deploy_case import Case, case_of
 from paredown.errors import MissingError, RejectedError, ResourceError, UsageError, VerificationError
 from paredown.export import Artifact, Check, check, export, onnx_direct
 from paredown.export import onnxruntime as runtime
+from paredown.export.session import PRECISE, open_session
 from paredown.plan import Plan
 from paredown.program import GraphModel, capture
 from paredown.prune.nouns import Proof, Pruned
@@ -111,6 +113,39 @@ def test_a_linear_layer_over_tokens_counts_as_a_layer_and_a_product_of_activatio
         "the case must be one where a product of activations runs on codes"
     )
     assert (result.num_layers, result.num_layers_on_codes) == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*without exact 8-bit products")
+def test_a_file_of_another_tool_whose_layers_share_a_weight_opens(tmp_path: Path) -> None:
+    """ONNX Runtime cannot give exact products to two layers that share a weight of codes: it writes the exact form twice."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x).relu())
+
+    torch.manual_seed(0)
+    samples = [torch.randn(2, 3, 16) for _ in range(4)]
+    file = export(capture(Twice(), samples[0]), tmp_path / "float.onnx").path
+    path = tmp_path / "theirs.onnx"
+
+    class Reader(onnxruntime.quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = ({"x": x.numpy()} for x in samples)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    onnxruntime.quantization.quantize_static(str(file), str(path), Reader(), per_channel=True)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*PRECISE)
+    with pytest.raises(Exception, match="replace the existing tensor"):
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found = open_session(path).run(None, {"x": samples[0].numpy()})[0]
+    assert np.abs(found - open_session(file).run(None, {"x": samples[0].numpy()})[0]).max() < 0.1
 
 
 class Reasons(nn.Module):

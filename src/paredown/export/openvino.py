@@ -23,7 +23,7 @@ from paredown.export.conditioning import excuse
 from paredown.export.distance import Distance
 from paredown.export.onnxruntime import distance, onnx_model, write_files
 from paredown.export.openvino_session import APART, PRECISION, Session, core
-from paredown.export.session import answering, as_feed
+from paredown.export.session import answering, as_feed, has_int8_sums
 from paredown.program import Inputs, Program
 from paredown.quantize.batches import Batches, each
 from paredown.quantize.nouns import Quantized
@@ -404,7 +404,7 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
     """Run the file on the samples, at their batch and at batch 1, against PyTorch; float32 wherever it is not int8."""
     session, first = Session(artifact.path), list[dict[str, Any]]()
     tolerance, again = TOLERANCES.get(artifact.scheme), list[dict[str, Any]]()
-    excusable = tolerance is None and not _has_int8_sums()
+    excusable = tolerance is None and not has_int8_sums()
 
     def noted() -> Iterator[dict[str, Any]]:
         for args, kwargs in each(samples):
@@ -463,15 +463,6 @@ def _fused_wrongly(artifact: Artifact, reference: Any, samples: Batches, toleran
         f"with {' '.join(f'{k}={v}' for k, v in APART.items())} the same file holds (cosine {far.cosine:.6f}): this OpenVINO fuses its dense layers into "
         "one kernel that is wrong for this shape on one thread. Compile with that setting, run more samples at once, or take ONNX Runtime"
     ]
-
-
-def _has_int8_sums() -> bool:
-    """Whether the processor sums products of 8 bits in 32 (VNNI, AMX). Without, OpenVINO's sums of two saturate at 16 bit."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
-    except OSError:
-        return True  # not Linux: nothing is known, nothing is excused
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & words)
 
 
 def _saturates(far: Distance, exact: Distance) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _TAIL = 65_536
 """Bytes at the end of a file in which its metadata is looked for: it is written last."""
 
 
+_TWICE = re.compile(r"replace the existing tensor")
 _TOO_NEW = re.compile(r"unsupported model IR version|till opset|opset \d+ is under development", re.IGNORECASE)
 """How ONNX Runtime says that it is older than a file."""
 
@@ -84,7 +86,7 @@ def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None)
         options.optimized_model_filepath = str(optimized)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return _created(onnxruntime, path, options)
     except Exception as error:
         said = str(error).strip().splitlines()[0].replace(str(path), path.name)
         reason = said if len(said) < 400 else f"{said[:100]} … {said[-280:]}"
@@ -95,6 +97,35 @@ def open_session(path: Path, *, threads: int = 1, optimized: Path | None = None)
             ) from error
         msg = f"an ONNX file must load in ONNX Runtime {onnxruntime.__version__}. Got {path.name}: {reason}."
         raise RejectedError(msg) from error
+
+
+def _created(onnxruntime: Any, path: Path, options: Any) -> Any:
+    """A session; without PRECISE where the runtime cannot give it: of two layers that share a weight it writes the exact form twice."""
+    shown, options.log_severity_level = options.log_severity_level, 4
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        if not _TWICE.search(str(error)):
+            raise
+        options.log_severity_level = shown
+        options.add_session_config_entry(PRECISE[0], "0")
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if not has_int8_sums():
+            warnings.warn(
+                f"{path.name} runs without exact 8-bit products, which ONNX Runtime refuses where layers share a weight: its sums may saturate here.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return session
+
+
+def has_int8_sums() -> bool:
+    """Whether the processor sums products of 8 bits in 32 (VNNI, AMX). Without, sums of two may saturate at 16 bit."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return True  # not Linux: nothing is known, nothing is excused
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & words)
 
 
 def has_exact_products(path: Path) -> bool:
