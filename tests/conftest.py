@@ -45,6 +45,15 @@ def pytest_collection_finish() -> None:
     """What the libraries made lasts as long as the process: looking through it for garbage was a tenth of the time."""
     gc.collect()
     gc.freeze()
+    _seed_no_absent_devices()
+
+
+def _seed_no_absent_devices() -> None:
+    """torch.manual_seed keeps a seed for each kind of device until there is one, with the stack it was given at: half a millisecond in a test."""
+    torch = sys.modules.get("torch")
+    for devices in (torch.cuda, torch.mtia, torch.xpu) if torch is not None else ():
+        if not devices.is_available():
+            devices.manual_seed_all = lambda seed: None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -30,7 +30,7 @@ class Case:
 
 def case_of(name: str, folder: Path, target: str, suffix: str) -> Case:
     net, inputs = deploy_nets.made(name)
-    program = capture(net, inputs(2))
+    program = capture(net, inputs(2), train=False)
     quantized = quantize(program, calibrate=[inputs(16) for _ in range(4)], target=target)
     return Case(
         name=name,

@@ -170,9 +170,6 @@ def test_whatever_ends_a_process_is_marked_and_the_journal_goes_on(nets: str, tm
     assert sweep(some, journal=journal) == ended
     assert sweep(models, journal=journal, channels=0.3) == rows
     assert len(started.read_text()) == 2  # not run again
-    # a status can be asked for again
-    assert sweep(some[:1], journal=journal, retry=("killed",))[0]["status"] == "killed"
-    assert len(started.read_text()) == 3
 
 
 def test_a_server_that_has_closed_its_end_is_not_asked_again() -> None:
@@ -219,6 +216,8 @@ def test_only_what_was_exported_is_run_again_after_another_version_of_an_exporte
     assert asked() == []
     assert asked(export=True) == ["exported"]
     assert asked(export=True) == []
+    assert asked(retry=("killed",)) == []
+    assert asked(retry=("killed", "proven")) == ["exported", "stopped before"]  # a status can be asked for again
 
 
 def test_one_unproven_result_is_exit_6_after_the_table_is_written(

@@ -61,7 +61,7 @@ def onnx_model(
     quantized = isinstance(thing, Quantized)
     with quiet("onnxscript", "onnx_ir"):
         program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
-        model = _converted(program, opset, direct=quantized)
+        model = _converted(program, opset)
         names = _parameter_names(thing, model)
         if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
             names = _onnx_dynamic().lower(model, names, accuracy_level)
@@ -124,12 +124,12 @@ def _refuse_unsupported(program: ExportedProgram, opset: int) -> None:
 _CHECKS = ("aten._assert", "aten.sym_constrain_range")
 
 
-def _converted(program: ExportedProgram, opset: int, *, direct: bool) -> Any:
+def _converted(program: ExportedProgram, opset: int) -> Any:
     """The exporter's model; its own words are kept out of the way unless it fails."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            result = _export(program, opset, direct=direct)
+            result = _export(program, opset)
     except ImportError as error:
         msg = f"export must have onnx and onnxscript. Got: {error}. Run: pip install 'paredown[onnx]'."
         raise MissingError(msg) from error
@@ -144,10 +144,10 @@ def _converted(program: ExportedProgram, opset: int, *, direct: bool) -> Any:
     return result.model
 
 
-def _export(program: ExportedProgram, opset: int, *, direct: bool = False) -> Any:
+def _export(program: ExportedProgram, opset: int) -> Any:
     """torch.onnx.export, but its table of translations is kept: making it anew in every call takes longer than a small network.
 
-    `direct`: a graph of integers, for which there is a shorter way (see onnx_direct).
+    Where every op has a translation there is a shorter way (see onnx_direct).
     """
     asked: dict[str, Any] = {"opset_version": opset, "verbose": False, "optimize": True}
     try:
@@ -158,7 +158,7 @@ def _export(program: ExportedProgram, opset: int, *, direct: bool = False) -> An
             raise AttributeError
     except (ImportError, AttributeError, TypeError):  # another version of PyTorch
         return torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
-    if direct and opset == _OPSET_OF_TRANSLATIONS:
+    if opset == _OPSET_OF_TRANSLATIONS:
         from paredown.export import onnx_direct
 
         with contextlib.suppress(Exception):  # whatever it is, the long way says it better
