@@ -128,6 +128,9 @@ class Recipe(Strict):
             del plain["recover"]["distil_layers"], plain["recover"]["distil_layers_weight"]
         if not self.measure.noise:
             del plain["measure"]["noise"]
+        for name in ("together", "front"):
+            if not plain["budget"][name]:
+                del plain["budget"][name]
         return plain
 
     def _shorten_prune(self, plain: dict[str, Any]) -> None:
@@ -141,7 +144,7 @@ class Recipe(Strict):
         if not self.prune.regularize_options:
             del plain["regularize_options"]
         for level in plain["levels"]:
-            for name in ("epochs", "energy"):
+            for name in ("epochs", "energy", "masks", "masks_sha256"):
                 if level[name] is None:
                     del level[name]
 
@@ -192,6 +195,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     changed: dict[str, Any] = {}
     for text in overrides:
         _override(data, text, changed)
+    _absolute_masks(data, Path.cwd())  # whole levels that an override gave
     return parse_recipe(data, where=where, folder=folder)
 
 
@@ -212,7 +216,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "the recipe", folder: 
     except ValidationError as error:
         raise UsageError(_explained(error, where)) from error
     recipe._folder = folder
-    return _with_task_digest(recipe, where)
+    return _with_digests(recipe, where)
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -276,6 +280,16 @@ def _absolute(data: dict[str, Any], folder: Path | None) -> None:
     prune = data.get("prune")
     if isinstance(prune, dict) and isinstance(prune.get("sensitivity"), str):
         prune["sensitivity"] = _absolute_path(prune["sensitivity"], folder or Path.cwd())
+    _absolute_masks(data, folder or Path.cwd())
+
+
+def _absolute_masks(data: dict[str, Any], folder: Path) -> None:
+    """The same for masks of levels; what is of the wrong kind is left to the errors of the fields."""
+    prune = data.get("prune")
+    levels = prune.get("levels") if isinstance(prune, dict) else None
+    for level in levels if isinstance(levels, list) else ():
+        if isinstance(level, dict) and isinstance(level.get("masks"), str) and level["masks"]:
+            level["masks"] = _absolute_path(level["masks"], folder)
 
 
 def _absolute_text(key: str, value: str, folder: Path) -> str:
@@ -303,21 +317,38 @@ def _normal(path: Path) -> str:
     return os.path.normpath(path)  # not resolve(): a symbolic link is what the user named
 
 
-def _with_task_digest(recipe: Recipe, where: str) -> Recipe:
-    """Fill in the digest of a task file; one that was given must fit."""
-    if not recipe.task.endswith(".py"):
+def _with_digests(recipe: Recipe, where: str) -> Recipe:
+    """Fill in the digests of a task file and of files of masks; those that were given must fit."""
+    filled: dict[str, Any] = {}
+    if recipe.task.endswith(".py"):
+        kind = f"a readable file, an embedded name or a module. Got {recipe.task!r}"
+        filled["task_sha256"] = _digest_of_file(recipe.task, recipe.task_sha256, ("task", kind), where)
+    levels = list(recipe.prune.levels)
+    for at, level in enumerate(levels):
+        if level.masks is not None:
+            what = ("masks", f"a readable file. Got {level.masks!r}")
+            found = _digest_of_file(level.masks, level.masks_sha256, what, f"{where}, level {at + 1}")
+            levels[at] = level.model_copy(update={"masks_sha256": found})
+            filled["prune"] = recipe.prune.model_copy(update={"levels": tuple(levels)})
+    if not filled:
         return recipe
+    whole = recipe.model_copy(update=filled)
+    whole._folder = recipe._folder
+    return whole
+
+
+def _digest_of_file(path: str, given: str | None, what: tuple[str, str], where: str) -> str:
+    name, rule = what
     try:
-        found = hashlib.sha256(Path(recipe.task).read_bytes()).hexdigest()
-    except OSError as error:
-        msg = f"task must be a readable file, an embedded name or a module. Got {recipe.task!r}: {error.strerror}, at {where}."
+        with Path(path).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        msg = f"{name} must be {rule}: {getattr(error, 'strerror', None) or error}, at {where}."
         raise RejectedError(msg) from error
-    if recipe.task_sha256 not in (None, found):
-        msg = f"task_sha256 must fit the task file {recipe.task}. Got {recipe.task_sha256}, the file has {found}: it was changed since. Delete the line to accept it."
+    if given not in (None, found):
+        msg = f"{name}_sha256 must fit the {name} file {path}. Got {given}, the file has {found}: it was changed since. Delete the line to accept it."
         raise UsageError(msg)
-    filled = recipe.model_copy(update={"task_sha256": found})
-    filled._folder = recipe._folder
-    return filled
+    return found
 
 
 def _override(data: dict[str, Any], text: str, changed: dict[str, Any]) -> None:
@@ -331,8 +362,7 @@ def _override(data: dict[str, Any], text: str, changed: dict[str, Any]) -> None:
         raise UsageError(msg)
     changed[key] = value
     parsed: Any = value if _takes_text(path) else _read_value(value, key)
-    is_path = path == ["prune", "sensitivity"] or (len(path) == 1 and path[0] in _FILE_FIELDS)
-    if is_path:
+    if _is_path(path):
         parsed = None if value.strip() in ("", "null") else _absolute_text(path[-1], value, Path.cwd())
     owner: Any = data
     for depth, part in enumerate(path[:-1]):
@@ -367,9 +397,12 @@ def _index(owner: list[Any], part: str, key: str) -> int:
 
 def _takes_text(path: list[str]) -> bool:
     """Whether a key holds a text that must not be read as YAML (a path may hold ':' or '#')."""
-    return path == ["prune", "sensitivity"] or (
-        len(path) == 1 and path[0] in (*_FILE_FIELDS, "name", "device", "target")
-    )
+    return _is_path(path) or (len(path) == 1 and path[0] in ("name", "device", "target"))
+
+
+def _is_path(path: list[str]) -> bool:
+    of_a_level = len(path) == 4 and path[:2] == ["prune", "levels"] and path[3] == "masks"
+    return of_a_level or path == ["prune", "sensitivity"] or (len(path) == 1 and path[0] in _FILE_FIELDS)
 
 
 def _read_value(value: str, key: str) -> Any:

@@ -58,12 +58,25 @@ class Level(Strict):
     """Low rank instead of removal: parameters or macs, one of them, are reached by the ranks of this method."""
     energy: float | None = Field(default=None, gt=0, lt=1)
     """Share of Σσ² that every layer keeps, with factorize: its ranks are the least that do. Stands alone."""
+    masks: str | None = Field(default=None, min_length=1, max_length=4096)
+    """File of your own masks (relative to the recipe): .safetensors or .npz, one array of 0 and 1 per parameter, 1 is kept, in
+    the shapes that the level starts from. What the file lacks stays. Stands alone; the granularity, element where that of prune
+    is none of masks, is checked: whole cells."""
+    masks_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Filled in, with masks: a run is not continued with other ones. Where given, it must fit the file."""
     epochs: int | None = Field(default=None, ge=0)
     """Of this level's training; null: recover.epochs."""
 
     @model_validator(mode="after")
     def _given(self) -> Level:
-        given = self.model_dump(exclude_none=True, exclude={"granularity", "factorize", "epochs"})
+        given = self.model_dump(exclude_none=True, exclude={"granularity", "factorize", "epochs", "masks_sha256"})
+        if self.masks is None and self.masks_sha256 is not None:
+            msg = f"masks_sha256 must come with masks, the file it is of. Got {self.masks_sha256} alone."
+            raise ValueError(msg)
+        if self.masks is not None and (self.factorize is not None or len(given) > 1):
+            others = ["factorize"] if self.factorize is not None else [n for n in given if n != "masks"]
+            msg = f"masks must stand alone in a level, whose amount they are. Got them with {' and '.join(others)}."
+            raise ValueError(msg)
         if self.energy is not None and (self.factorize is None or len(given) > 1):
             got = f"it with {' and '.join(n for n in given if n != 'energy')}" if len(given) > 1 else "no factorize"
             msg = f"energy must stand alone in a level with factorize, whose ranks it decides. Got {got}."
@@ -159,8 +172,9 @@ class Prune(Strict):
         return str(Granularity.parse(granularity))
 
     def granularity_of(self, level: Level) -> str:
-        """The level's own granularity, or that of all levels; channels where an amount only fits those."""
-        return level.granularity or self.granularity
+        """The level's own granularity, or that of all levels; elements for one's own masks where that is none of masks."""
+        of_all = self.granularity if level.masks is None or Granularity.parse(self.granularity).masked else "element"
+        return level.granularity or of_all
 
     def usual_allocation(self, level: Level) -> Literal["uniform", "global", "erk"]:
         """What null is at a level: the default of `paredown.sparsify` where masks come about in a training or in rounds.
@@ -169,7 +183,8 @@ class Prune(Strict):
         """
         cut = Granularity.parse(self.granularity_of(level))
         at_once = self.schedule == "one-shot" and self.criterion not in IN_TRAINING and not self.in_rounds
-        if level.factorize is not None or not cut.masked or cut.kind == "n:m" or at_once or self.criterion == "wanda":
+        at_once = at_once or level.factorize is not None or level.masks is not None
+        if not cut.masked or cut.kind == "n:m" or at_once or self.criterion == "wanda":
             return "uniform"
         return "erk" if self.criterion in ("movement", "accumulated_movement", "gradient_drift") else "global"
 
@@ -182,6 +197,11 @@ class Prune(Strict):
     def _amounts_fit(self) -> Prune:
         for number, level in enumerate(self.levels, start=1):
             kind = Granularity.parse(self.granularity_of(level))
+            if level.masks is not None and not kind.masked:
+                msg = f"level {number} must have a granularity of masks, since it gives masks. Got {kind}. Leave it out, or write row."
+                raise ValueError(msg)
+            if level.masks is not None:
+                continue
             masked = kind.masked and level.factorize is None
             wanted = "density" if masked else "modules" if kind.kind == "layer" else "channels, parameters or macs"
             units = any(getattr(level, n) is not None for n in ("channels", "parameters", "macs", "energy"))
@@ -245,16 +265,18 @@ class Recover(Strict):
 
 CLASHING_REPAIRS = (
     *(("gptq", "adaround"), ("gptq", "blocks"), ("adaround", "blocks"), ("bias", "bias-fast")),
-    *((rounding, means) for rounding in ("gptq", "adaround", "blocks") for means in ("bias", "bias-fast")),
+    *((rounding, "bias-fast") for rounding in ("gptq", "adaround", "blocks")),
+    ("blocks", "bias"),
 )
-"""Of which the one does the work of the other; what rounds by samples gives back the means as it goes."""
+"""Of which the one does the work of the other: what rounds by samples gives back the means as it goes, blocks those of whole
+blocks. "bias" after gptq or adaround gives back those of all positions, where they have read some."""
 
 
 def clash_of(repair: Sequence[str]) -> str:
     """What a list of repairs must not hold, and why; "" for one that is sound.
 
-    >>> clash_of(["equalize", "gptq"]), clash_of(["bias", "gptq"])[:36]
-    ('', "must not hold both 'gptq' and 'bias'")
+    >>> clash_of(["bias", "gptq"]), clash_of(["bias-fast", "gptq"])[:41]
+    ('', "must not hold both 'gptq' and 'bias-fast'")
     """
     for one, other in CLASHING_REPAIRS:
         if one in repair and other in repair:
@@ -276,7 +298,7 @@ class Quantize(Strict):
     """Calibration samples at most; null takes all that the task gives."""
     repair: list[Literal["equalize", "smooth", "gptq", "adaround", "blocks", "bias", "bias-fast"]] = []
     """What is done against the rounding: ranges moved between layers, codes chosen by what they do to the output (one of gptq,
-    adaround and blocks, which give back the means as well), means given back. The samples and their activations are kept in memory."""
+    adaround and blocks, which give back the means of the positions that they read), means given back. The samples and their activations are kept in memory."""
     float_layers: list[str] = []
     """Patterns of parameters or modules that stay in float."""
     spare: bool = False
@@ -290,6 +312,17 @@ class Quantize(Strict):
     def kernels(self) -> Literal["int8", "fp32"]:
         """What most layers of the file execute in, for tables of latency per layer."""
         return "int8" if self.scheme in ("int8", "w4a8") else "fp32"
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _has_a_runtime(cls, scheme: Any) -> Any:
+        if scheme == "w4a4":
+            msg = (
+                "scheme must be one that a runtime executes. Got 'w4a4', which is simulated: no runtime multiplies 4-bit codes. Run the recipe "
+                "with another one, then `paredown quantize RUN --scheme w4a4 --epochs 3 --out model.safetensors` on its folder."
+            )
+            raise ValueError(msg)
+        return scheme
 
     @model_validator(mode="after")
     def _can_be_done(self) -> Quantize:
@@ -358,12 +391,18 @@ class Bounds(Strict):
     allocation: Literal["uniform", "global", "sensitivity", "greedy", "knapsack"] = "knapsack"
     """How the searched level spreads over the spaces, as in prune.allocation."""
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(8, 6, 4, 3, 2), min_length=1)
-    """Widths that a weight may have where size_bytes is the only amount, for ONNX Runtime: pruning and bits are then searched
+    """Widths that a weight may have where size_bytes is among the amounts, for ONNX Runtime: pruning and bits are then searched
     together. [8] leaves it to pruning."""
     low_rank: bool = True
     """Whether that search also tries low rank (svd) in the place of channels."""
+    together: bool = False
+    """Whether low rank, and channels followed by low rank, are tried for every amount: the one that moves the output least is
+    taken. Without a training, which favours low rank (see trial_epochs)."""
+    front: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = ()
+    """Multiples of the amounts for which the search is done too: the report shows the front over them, with the keys of a recipe
+    that make each point. [0.5, 0.7, 1.5, 2]: from half of what is asked to twice of it."""
     trials: int = Field(default=6, ge=0, le=10_000)
-    """Shares of the parameters that it tries besides the network as it is."""
+    """What it tries besides the network as it is: shares of the parameters with bits, else how far channels go before ranks."""
     trial_epochs: int = Field(default=0, ge=0)
     """Training of each trial; 0 fits the layers and measures batch norm anew, which is quick but harder on pruning than on bits."""
     rounds: int = Field(default=6, ge=0, le=50)

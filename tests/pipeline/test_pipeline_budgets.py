@@ -12,7 +12,7 @@ from paredown.cli.main import explained
 from paredown.errors import InfeasibleError, UsageError
 from paredown.pipeline import compress
 from paredown.pipeline.budgets import check_budget
-from paredown.pipeline.shrink import unpacking_bytes
+from paredown.pipeline.fitted import unpacking_bytes
 from paredown.quantize.packed import packed_length
 from paredown.recipe import parse_recipe
 from paredown.records import read

@@ -58,6 +58,8 @@ def test_repairs_and_layers_in_float_reach_the_verb(task: Task, tmp_path: Path) 
 def test_wrong_requests_are_refused(task: Task, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="repair"):
         parse_recipe({"schema": 1, "task": "small", "quantize": {"repair": ["magic"]}})
+    with pytest.raises(UsageError, match=r"'w4a4', which is simulated.*paredown quantize RUN --scheme w4a4"):
+        parse_recipe({"schema": 1, "task": "small", "quantize": {"scheme": "w4a4"}})
     with pytest.raises(UsageError, match="matches none"):
         quantized(task, tmp_path / "a", float_layers=["no.such.layer"])
 

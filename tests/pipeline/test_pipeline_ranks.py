@@ -17,7 +17,7 @@ import paredown as pare
 from paredown.errors import RejectedError, UsageError
 from paredown.pipeline.compress import task_of
 from paredown.pipeline.folder import RunFolder
-from paredown.pipeline.levels import one_level
+from paredown.pipeline.levels import one_level, started
 from paredown.pipeline.run import Run
 from paredown.pipeline.ways import check_ways
 from paredown.recipe import Recipe, parse_recipe
@@ -36,19 +36,21 @@ def levels(recipe: Recipe, out: Path) -> tuple[pare.Pruned, list[Any], list[Any]
     """(what the levels made, their histories, what was told of the trainings)."""
     task, model, _ = task_of(recipe)
     check_ways(recipe, task)
-    dense, tuned, histories, heard = model(), None, [], list[Any]()
-    program = pare.capture(dense, task.inputs())
+    histories, heard = [], list[Any]()
     folder = RunFolder(path=out)
     folder.steps.mkdir(exist_ok=True, parents=True)
     run = Run(
         recipe=recipe, task=task, folder=folder, say=lambda _: None, on_training=lambda *told: heard.append(told),
-        weights_given=True, model=lambda: dense, environment={"versions": {}},
+        weights_given=True, model=model, environment={"versions": {}},
     )  # fmt: skip
+    start = started(run, model())
+    tuned = start.before
     for number, level in enumerate(recipe.prune.levels, start=1):
-        done = one_level(run, number, level, program, tuned, dense)
+        done = one_level(run, number, level, start.program, tuned, start.dense)
         assert done is not None
         tuned = done[0]
         histories.append(done[1]["history"])
+    assert tuned is not None
     return tuned, histories, heard
 
 
@@ -78,6 +80,42 @@ def test_a_level_by_two_ranks_is_that_of_one_process(tmp_path: Path, prune: dict
     again, _, quiet = levels(recipe_of(2, **prune), tmp_path / "two")
     assert quiet == []  # kept, as that of one process
     assert all(torch.equal(t, shared.module.state_dict()[n]) for n, t in again.module.state_dict().items())
+
+
+MASKED = """
+
+_plain = model
+
+
+def model():
+    from torch.nn.utils import prune
+
+    net = _plain()
+    prune.l1_unstructured(net[2], "weight", 0.5)
+    prune.l1_unstructured(net[0], "bias", 7)
+    return net
+"""
+
+
+@pytest.mark.slow
+def test_masks_that_a_model_came_with_are_held_by_every_rank(tmp_path: Path) -> None:
+    """Beside channels that leave: as one process trains it, and with its zeros, of a bias too."""
+    task = tmp_path / "masked_task.py"
+    task.write_text(TASK.read_text() + MASKED)
+    given = {"levels": [{"channels": 0.5}]}
+    alone, _, _ = levels(recipe_of(1, task, **given), tmp_path / "one")
+    shared, _, _ = levels(recipe_of(2, task, **given), tmp_path / "two")
+    assert alone.plan.digest == shared.plan.digest and set(shared.plan.masks) == {"0.bias", "2.weight"}
+    for name, tensor in alone.module.state_dict().items():
+        torch.testing.assert_close(shared.module.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    dense = task_of(recipe_of(1, task))[1]()
+    for name, mask in shared.plan.masks.items():
+        held = torch.from_numpy(mask.kept)
+        assert torch.equal(shared.module.get_parameter(name) != 0, held) and not held.all()
+        of_torch = dense.get_buffer(f"{name}_mask")
+        for axis, kept in shared.plan.keep.get(name, {}).items():
+            of_torch = of_torch.index_select(axis, torch.tensor(kept))
+        assert torch.equal(of_torch != 0, held), name
 
 
 @pytest.mark.slow

@@ -68,6 +68,9 @@ def test_the_run_did_its_job(whole: Path) -> None:
         records["int8"]["measured"]["parameters"]["value"] < 0.6 * records["dense"]["measured"]["parameters"]["value"]
     )
     assert records["int8"]["details"]["float_nodes"] == []
+    share = records["int8"]["details"]["layers_on_codes"]
+    assert share["on_codes"] == share["of"] > 0
+    assert len(records["examine"]["details"]["network"]) == 64  # by which a curve and a sensitivity know it
     assert records["level-2"]["details"]["proof"]["moved"] > 0
     assert (whole / "int8.onnx").stat().st_size == records["int8"]["measured"]["bytes"]["value"]
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from paredown.allocate import allocate
 from paredown.errors import Interrupted, UsageError
 from paredown.pipeline.compress import task_of
+from paredown.pipeline.fitted import widths_of
+from paredown.pipeline.kept_sensitivity import kept_bits
 from paredown.pipeline.sensitivity import Sensed, sensitivity
 from paredown.pipeline.ways import Here, Way
 from paredown.program import capture
@@ -21,8 +23,10 @@ from paredown.recipe import Recipe, load_recipe
 from paredown.recipe_fields import Level
 
 TASK = Path(__file__).with_name("sensitive_task.py")
-POINTS = 2 * 4 + 3 * 5
+ALONE = 2 * 4 + 3 * 5
 """Two spaces at four amounts, three layers at five widths."""
+POINTS = ALONE + 4 + 5
+"""And all of them at once, at each amount and each width."""
 
 
 def recipe_of(**prune: Any) -> Recipe:
@@ -79,6 +83,27 @@ def test_a_space_and_a_layer_cost_what_they_cost_by_hand(own: Any, tmp_path: Pat
     assert 0 < 100 * point["distance"] < rows(found, "bits")["2.weight"][2]["distance"]
 
 
+def test_what_all_cost_at_once_stands_beside_the_sum(own: Any, tmp_path: Path) -> None:
+    found = sensed(tmp_path / "out").document
+    assert [(t["kind"], t["at"], t["parts"]) for t in found["together"]] == [
+        *(("units", at, 2) for at in (75.0, 50.0, 25.0, 10.0)),
+        *(("bits", at, 3) for at in (8, 6, 4, 3, 2)),
+    ]
+    half = found["together"][1]
+    alone = [p for r in found["units"]["rows"] for p in r["points"] if p["at"] == 50.0]
+    assert half["distance"]["sum"] == pytest.approx(sum(p["distance"] for p in alone))
+    net = own["made"]()
+    with torch.no_grad():
+        gone = {i: net[i].weight.abs().sum(1).argsort()[: len(net[i].weight) // 2] for i in (0, 2)}
+        for i, lowest in gone.items():
+            net[i + 2].weight[:, lowest] = 0
+    wanted = both(own, net)
+    assert (half["metric_loss"]["measured"], half["distance"]["measured"]) == pytest.approx(wanted, rel=1e-5)
+    assert half["distance"]["times"] == pytest.approx(wanted[1] / half["distance"]["sum"], rel=1e-5)
+    assert "spaces or layers together" not in str(found["not_tested"])
+    assert "Sums as a forecast" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_squared_errors_on_request(own: Any, tmp_path: Path) -> None:
     found = sensed(tmp_path / "out", distance="mse", bits=(), amounts=(0.5,))
     net, x = own["made"](), torch.cat([own["data"](70, 2)[0], own["data"](30, 3)[0]])
@@ -116,9 +141,9 @@ def test_other_weights_are_measured_anew(monkeypatch: Any, tmp_path: Path) -> No
     first = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
     monkeypatch.setenv("NET", "1")
     second = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
-    assert first.measured_now == second.measured_now == 5
+    assert first.measured_now == second.measured_now == 5 + 2
     assert first.document["units"]["rows"] != second.document["units"]["rows"]
-    assert sensed(tmp_path / "out", bits=(4, 3), amounts=(0.5,)).measured_now == 3  # only what is new
+    assert sensed(tmp_path / "out", bits=(4, 3), amounts=(0.5,)).measured_now == 3 + 1  # only what is new
 
 
 def test_test_data_change_nothing(monkeypatch: Any, tmp_path: Path) -> None:
@@ -149,7 +174,7 @@ def test_the_order_and_what_it_is_worth(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert found["units"]["sentence"] in page.replace("&#39;", "'") and "not tested" in page
     lines = (tmp_path / "out" / "sensitivity.csv").read_text().splitlines()
-    assert len(lines) == POINTS + 1
+    assert len(lines) == ALONE + 1
     assert json.loads((tmp_path / "out" / "sensitivity.json").read_text()) == json.loads(json.dumps(found))
 
 
@@ -255,3 +280,29 @@ def test_a_metric_that_fails_on_damage_leaves_a_point_without_a_number(
     again = sensed(tmp_path / "out", bits=())
     assert again.measured_now == 1  # what failed is tried again
     assert len(again.document["units"]["order"]) == 2
+
+
+def test_bits_that_were_measured_are_reused(own: Any, tmp_path: Path) -> None:
+    measured = sensed(tmp_path / "out", distance="mse", amounts=())
+    program = capture(own["made"](), own["inputs"]())
+    known, unit = kept_bits(tmp_path / "out", program.source_digest) or ({}, "")
+    table = rows(measured, "bits")
+    assert unit == "relative squared error"
+    assert known == {n: {b: p["distance"] for b, p in points.items()} for n, points in table.items()}
+    options = {
+        "target": "onnxruntime-x86",
+        "calibrate": [own["data"](64, 4)[0]],
+        "scheme": "int8",
+        "observer": "minmax",
+    }
+    groups = widths_of(program, options, ["gptq"], (8, 4, 2), known)
+    anew = widths_of(program, options, ["gptq"], (8, 4, 2))
+    assert {(w.layer, w.bits): w.error for g in groups for w in g} == {
+        (n, b): table[n][b]["distance"] for n in table for b in (8, 4, 2)
+    }
+    assert [(w.layer, w.bits, w.size_bytes, w.bops) for g in groups for w in g] == [
+        (w.layer, w.bits, w.size_bytes, w.bops) for g in anew for w in g
+    ]
+    five = widths_of(program, options, ["gptq"], (5,), known)  # a width that nobody measured: all are measured here
+    assert all(0 < w.error < 1 for g in five for w in g)
+    assert kept_bits(tmp_path / "out", capture(own["made"](3), own["inputs"]()).source_digest) is None

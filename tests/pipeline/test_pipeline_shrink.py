@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from paredown.couple import couple
 from paredown.errors import InfeasibleError
-from paredown.pipeline import shrink
-from paredown.pipeline.shrink import Shrinking, _float_bytes, fitted_bits
+from paredown.pipeline import fitted
+from paredown.pipeline.fitted import Shrinking, Weighing, fitted_bits, float_bytes
 from paredown.plan import Plan
 from paredown.program import capture
 from paredown.prune import prune
@@ -22,10 +20,10 @@ def test_float_layers_shrink_with_the_network() -> None:
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     program = capture(net, torch.randn(2, 8))
     coded = ["0.weight", "4.weight"]
-    assert _float_bytes(program, coded) == 4 * 32 * 16
+    assert float_bytes(program, coded) == 4 * 32 * 16
     keep = {f.parameter: {f.axis: tuple(range(8))} for s in couple(program).spaces[:1] for f in s.footprints}
     small = prune(program, Plan(keep=keep))
-    shrinking = Shrinking(limit=10_000, overhead=5_000, widths=(8, 4), float_bytes=_float_bytes(program, coded))
+    shrinking = Shrinking(limit=10_000, overhead=5_000, widths=(8, 4), float_bytes=float_bytes(program, coded))
     assert shrinking.overhead_of(program, coded) == 5_000
     assert shrinking.overhead_of(small, coded) == 5_000 - 4 * (32 - 8) * 16
 
@@ -37,11 +35,11 @@ def test_bits_that_do_not_fit_after_the_training_come_with_the_plan_that_was_car
     levels = [{"dense": {"macs": 384}, "reached": {"macs": 200}}, {"dense": {"macs": 200}, "reached": {"macs": 96}}]
     small = prune(program, Plan(keep=keep, made_by={"levels": levels}))
     widths = [[Width(layer="0.weight", bits=8, size_bytes=64, bops=0, error=0.0)]]
-    monkeypatch.setattr(shrink, "_widths", lambda *_: widths)
-    run = SimpleNamespace(folder=SimpleNamespace(steps=tmp_path), recipe=SimpleNamespace(target="onnxruntime-x86"))
+    monkeypatch.setattr(fitted, "widths_of", lambda *_: widths)
+    how = Weighing(options={"target": "onnxruntime-x86"}, repair=["gptq"], path=tmp_path / "w.onnx", say=print)
     for thing, nearest in ((small, small.plan), (program, None)):
         with pytest.raises(InfeasibleError, match="size_bytes must be reachable: 10") as caught:
-            fitted_bits(run, thing, Shrinking(limit=10, overhead=5, widths=(8,)))
+            fitted_bits(thing, Shrinking(limit=10, overhead=5, widths=(8,)), how)
         assert (caught.value.nearest is None) is (nearest is None)
         if nearest is not None:
             assert caught.value.nearest.keep == nearest.keep

@@ -140,6 +140,24 @@ def test_the_sweep_of_obs_is_that_of_the_verb(task: Task, tmp_path: Path) -> Non
         assert torch.equal(tensor, tuned.module.state_dict()[name]), name
 
 
+def test_wanda_in_turn_masks_the_layers_before_as_the_level_will(task: Task, tmp_path: Path) -> None:
+    """Its one option is sequential: the density is that of the level."""
+    given: dict[str, Any] = {"criterion": "wanda", "score_batches": 2, "granularity": "element"}
+    recipe = recipe_of(**given, criterion_options={"sequential": True}, levels=[{"density": 0.4}])
+    tuned, _ = levels(task, without_training(recipe), tmp_path)
+    program = pare.capture(task.model(), task.inputs())
+    coupling, cost = pare.couple(program), pare.examine(program)
+    plans = []
+    for options in ({"sequential": True, "density": 0.4}, {}):
+        assert task.train_batches is not None
+        torch.manual_seed(0)
+        batches = task.train_batches()
+        scores = pare.score(program, coupling, "wanda", granularity="element", batches=batches, loss=task.step, num_batches=2, **options)  # fmt: skip
+        plans.append(pare.allocate(coupling, scores, cost, pare.Budget(density=0.4)))
+    masks = {n: m.digest for n, m in tuned.plan.masks.items()}
+    assert masks == {n: m.digest for n, m in plans[0].masks.items()} != {n: m.digest for n, m in plans[1].masks.items()}
+
+
 def test_masks_of_any_rule_are_answered_and_earlier_zeros_stay(task: Task, tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "granularity": "4x1", "allocation": "global", "score_batches": 4,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import deploy_nets
 from paredown.program import capture
+from paredown.quantize import quantize
 from paredown.quantize.copied import eval_copy
 
 
@@ -42,3 +45,23 @@ def test_a_copy_is_what_a_new_capture_gives(name: str) -> None:
             tensor.zero_()
     assert all(torch.equal(before[n], t) for n, t in program.state.items())
     assert not any(bool(copied.state[n].any()) for n in copied.eval_graph.graph_signature.parameters)
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "parameter", "assign", "statistics"])
+def test_weights_that_a_module_got_after_its_capture_are_quantized(how: str) -> None:
+    torch.manual_seed(0)
+    x, program = torch.randn(64, 4), capture(Tied().eval(), torch.randn(2, 4))
+    net: Any = program.module
+    if how == "in place":
+        net.a.weight.data.mul_(3)
+    elif how == "data":
+        net.a.weight.data = torch.randn(4, 4)
+    elif how == "parameter":
+        net.a.weight = net.b.weight = nn.Parameter(torch.randn(4, 4))
+    elif how == "assign":
+        net.load_state_dict(Tied().state_dict(), assign=True)
+    else:
+        net.norm.running_var = torch.full((4,), 0.01)
+    expected = net(x).detach()
+    error = (quantize(program, calibrate=[x]).module(x) - expected).square().mean()
+    assert error < 1e-3 * expected.square().mean()

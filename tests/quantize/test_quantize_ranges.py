@@ -56,6 +56,20 @@ def test_a_batch_norm_that_has_seen_nothing_says_nothing() -> None:
     assert beside_training(capture(nn.Linear(4, 2), torch.zeros(2, 4)), ((torch.randn(8, 4) * 1e6,), {})) == ""
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_channels_of_zeros_say_nothing_of_the_range(bias: bool) -> None:
+    """Most filters of the first layer pruned, as at high sparsity: what is constant in training and here has no range to compare."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(1, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU()), torch.randn(64, 1, 8, 8)
+    with torch.no_grad():
+        net[0].weight[:5] = 0  # type: ignore[index]
+        for _ in range(200):
+            net(x)
+    program = capture(net.eval(), x[:2], train=False)
+    assert beside_training(program, ((x,), {})) == ""
+    assert "of another range" in beside_training(program, ((255 * x,), {}))
+
+
 def test_whole_numbers_up_to_255_are_raw_pixels_where_they_are_pictures() -> None:
     pictures = torch.randint(0, 256, (40, 3, 6, 6)).float()
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())

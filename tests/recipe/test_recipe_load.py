@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -231,6 +232,51 @@ def test_fault_76_a_changed_task_file_is_another_recipe(tmp_path):
     (tmp_path / "task.py").unlink()
     with pytest.raises(RejectedError, match="readable file"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_fault_76_a_changed_file_of_masks_is_another_recipe(tmp_path, monkeypatch):
+    """Its path is relative to the recipe, that of an override to the folder where one is; its content counts."""
+    (tmp_path / "sub").mkdir()
+    for folder, content in ((tmp_path, b"one"), (tmp_path / "sub", b"two")):
+        (folder / "m: 1#.npz").write_bytes(content)
+    text = "schema: 1\ntask: digits\nprune: {levels: [{channels: 0.5}, {masks: 'm: 1#.npz'}]}\n"
+    (tmp_path / "sub/r.yaml").write_text(text)
+    before = load_recipe(tmp_path / "sub/r.yaml")
+    assert before.prune.levels[1].masks == str(tmp_path / "sub/m: 1#.npz")
+    assert before.prune.levels[1].masks_sha256 == hashlib.sha256(b"two").hexdigest()
+    assert (before.prune.granularity, before.prune.granularity_of(before.prune.levels[1])) == ("channel", "element")
+    assert load_recipe(read_yaml(before.to_yaml())).digest == before.digest
+    monkeypatch.chdir(tmp_path)
+    for override in ("prune.levels.1.masks=m: 1#.npz", "prune.levels=[{channels: 0.5}, {masks: 'm: 1#.npz'}]"):
+        other = load_recipe(tmp_path / "sub/r.yaml", [override])
+        assert other.prune.levels[1].masks == str(tmp_path / "m: 1#.npz") and other.folder == tmp_path / "sub"
+        assert "masks_sha256" in diff(before, other)
+    (tmp_path / "sub/m: 1#.npz").write_bytes(b"three")
+    assert load_recipe(tmp_path / "sub/r.yaml").digest != before.digest
+    with pytest.raises(UsageError, match=r"masks_sha256 must fit the masks file.*changed since"):
+        load_recipe(read_yaml(before.to_yaml()))
+    (tmp_path / "sub/m: 1#.npz").unlink()
+    with pytest.raises(RejectedError, match=r"masks must be a readable file.*No such file.*level 2"):
+        load_recipe(tmp_path / "sub/r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("level", "says"),
+    [
+        ({"masks": "m", "channels": 0.5}, "masks must stand alone in a level.*Got them with channels"),
+        ({"masks": "m", "factorize": "svd"}, "masks must stand alone in a level.*Got them with factorize"),
+        ({"masks": "m", "granularity": "channel"}, "level 1 must have a granularity of masks"),
+        ({"masks": ""}, "have at least 1 character"),
+        ({"masks_sha256": "0" * 64, "channels": 0.5}, "masks_sha256 must come with masks"),
+    ],
+)
+def test_masks_are_the_amount_of_their_level(level, says):
+    with pytest.raises(UsageError, match=says):
+        load_recipe({**PLAIN, "prune": {"levels": [level]}})
+
+
+def test_a_level_without_masks_has_the_digest_that_it_had():
+    assert "masks" not in load_recipe({**PLAIN, "prune": {"levels": [{"channels": 0.5}]}}).to_yaml()
 
 
 def test_the_difference_names_keys():

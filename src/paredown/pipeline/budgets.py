@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from paredown.allocate.request import MEASURED
 from paredown.budget import parse_latency
 from paredown.errors import InfeasibleError, UsageError
 from paredown.examine import examine
 from paredown.measure.layer_tables import Setting
+from paredown.pipeline.fitted import Shrinking
 from paredown.pipeline.folder import files_digest, key_of
+from paredown.pipeline.jointly import Step, by_bits, is_joint, jointly
 from paredown.pipeline.run import Run
-from paredown.pipeline.shrink import Shrinking, shrunk
+from paredown.pipeline.searches import search_of
 from paredown.pipeline.ways import Here, Way, level_of
 from paredown.plan import Plan
 from paredown.program import Program
@@ -24,9 +25,7 @@ from paredown.recipe import Recipe
 from paredown.recipe_fields import SEARCHED, Level
 from paredown.records import write_text
 from paredown.score import TABLE
-from paredown.search.budgets import LATENCY, Met, Round, Search, meet
-from paredown.search.candidates import maker
-from paredown.search.layers import latency_table
+from paredown.search.budgets import LATENCY, Met, Round, meet
 
 ALONE = ("channels", "density")
 """Amounts that a level takes as they are: counting is all that they need."""
@@ -44,6 +43,8 @@ class Searched:
     """For the records: limits, rounds, shares of the layers."""
     shrinking: Shrinking | None = None
     """Where bits per layer are still to be chosen, after the training: what for."""
+    before: tuple[Step, ...] = ()
+    """Levels that come before this one, without a training of their own: channels, where it is one of ranks."""
 
 
 def check_budget(recipe: Recipe) -> None:
@@ -125,14 +126,6 @@ def _by_units(recipe: Recipe) -> bool:
     return recipe.prune.granularity in ("channel", "head") and recipe.prune.criterion in TABLE
 
 
-def by_bits(recipe: Recipe) -> bool:
-    """Whether bytes are met by bits and pruning together."""
-    given = {n for n in SEARCHED if getattr(recipe.budget, n) is not None}
-    if recipe.quantize.scheme != "int8":  # another one has its bits already
-        return False
-    return given == {"size_bytes"} and min(recipe.budget.bits) < 8 and recipe.target.startswith("onnxruntime")
-
-
 def _found(run: Run, number: int, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> Searched:
     recipe, bounds = run.recipe, run.recipe.budget
     run.say(f"budget: search for {', '.join(asked)}")
@@ -142,54 +135,17 @@ def _found(run: Run, number: int, asked: Mapping[str, float], program: Program, 
         task=run.task, level=Level(parameters=0.5), number=number, weights_given=run.weights_given, steps=run.folder.steps,
     )  # fmt: skip
     (run.folder.steps / f"search-{number}").mkdir(exist_ok=True)
-    if not by_bits(recipe):
+    if not is_joint(recipe):
         return _as_level(meet(search_of(run, way, here, asked)), run)
-    found = shrunk(run, way, here, asked["size_bytes"])
+    found = jointly(run, way, here, asked)
     if found is None:
+        run.say("budget: met already, nothing leaves")
         return Searched(level=None, told={"asked": dict(asked), "already_met": True})
-    return Searched(level=found.level, plan=found.plan, told=found.told, shrinking=found.shrinking)
-
-
-def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Search:
-    """The search for a run's limits from where its levels have come."""
-    recipe, bounds, asked_of = run.recipe, run.recipe.budget, run.recipe.prune
-    table = None
-    if set(LATENCY) & asked.keys():
-        setting = Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
-        run.say("budget: time the layers")
-        table = latency_table(here.program, here.coupling, here.cost, setting, align=_align(recipe))
-    scores = way.scores(here)
-    measured = bounds.allocation in MEASURED
-    return Search(
-        coupling=here.coupling, cost=here.cost, scores=scores, asked=asked, table=table,
-        make=maker(
-            here.program, target=recipe.target, scheme=recipe.quantize.scheme, calibrate=run.task.calibration_batches,
-            float_layers=recipe.quantize.float_layers, seed=recipe.seed,
-        ),
-        dense=run.dense["artifact"], samples=run.task.calibration_batches,
-        folder=run.folder.steps / f"search-{way.number}", bytes_per_parameter=_bytes_per_parameter(recipe),
-        threads=recipe.measure.threads, runs=recipe.measure.runs, seconds=recipe.measure.seconds, rounds=bounds.rounds,
-        key=key_of(recipe.digest, here.program.source_digest, run.environment), say=run.say,
-        options={
-            "target": recipe.target, "allocation": bounds.allocation, "normalize": asked_of.normalize,
-            "include": asked_of.include, "exclude": asked_of.exclude, "floor": asked_of.floor, "align": asked_of.align,
-            "sensitivity": way.sensitivity(here, scores) if measured else None,
-        },
+    last = found.steps[-1] if found.steps else None
+    return Searched(
+        level=None if last is None else last.level, plan=None if last is None else last.plan, told=found.told,
+        shrinking=found.shrinking, before=found.steps[:-1],
     )  # fmt: skip
-
-
-_BYTES = {"int8": 1.0, "w4a8": 0.5, "w4a4": 0.5, "w2": 0.25, "ternary": 0.25, "binary": 0.125}
-
-
-def _bytes_per_parameter(recipe: Recipe) -> float | None:
-    """What leaves the file with a parameter; None where some weights stay in float, so that only the file can say."""
-    return None if recipe.quantize.float_layers else _BYTES.get(recipe.quantize.scheme)
-
-
-def _align(recipe: Recipe) -> int:
-    from paredown.target import named
-
-    return recipe.prune.align or named(recipe.target).alignment
 
 
 def _as_level(found: Met, run: Run) -> Searched:
@@ -233,7 +189,8 @@ def _kept(run: Run, number: int, asked: Mapping[str, float], program: Program, t
     plan = None if known["plan"] is None else Plan.from_json(known["plan"])
     level = None if known["level"] is None else Level(**known["level"])
     shrinking = None if known["shrinking"] is None else Shrinking(**known["shrinking"])
-    return Searched(level=level, plan=plan, told=known["told"], shrinking=shrinking)
+    before = tuple(Step(level=Level(**b["level"]), plan=Plan.from_json(b["plan"])) for b in known.get("before", ()))
+    return Searched(level=level, plan=plan, told=known["told"], shrinking=shrinking, before=before)
 
 
 def _keep(
@@ -245,8 +202,13 @@ def _keep(
         "level": None if result.level is None else result.level.model_dump(exclude_none=True),
         "told": result.told,
         "shrinking": None if result.shrinking is None else dataclasses.asdict(result.shrinking),
+        **({"before": [_written(b) for b in result.before]} if result.before else {}),
     }
     write_text(run.folder.steps / f"search-{number}.json", json.dumps(known, sort_keys=True) + "\n")
 
 
-__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "level_of", "limits", "search_of", "searched"]
+def _written(step: Step) -> dict[str, Any]:
+    return {"level": step.level.model_dump(exclude_none=True), "plan": step.plan.to_json()}
+
+
+__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "level_of", "limits", "searched"]

@@ -40,10 +40,7 @@ def kept_table(folder: Path, about: Mapping[str, Any]) -> Sensitivity:
     Raises UsageError where the folder holds none, or one of another network, criterion, granularity or repair: `about`
     is what `about_units` says of the network at hand.
     """
-    records = read(folder / RECORDS)
-    if not records or records[0].cell.get("stage") != STAGE:
-        msg = f"prune.sensitivity must be a folder that `paredown sensitivity` finished. Got {folder}. Run it into that folder, or leave the key out."
-        raise UsageError(msg)
+    records = _records(folder)
     head, points = records[0], [r for r in records[1:] if r.cell["kind"] == "units"]
     there: Mapping[str, Any] = head.details["units"]
     for key, wanted in about.items():
@@ -57,6 +54,29 @@ def kept_table(folder: Path, about: Mapping[str, Any]) -> Sensitivity:
         msg = f"prune.sensitivity must hold amounts of spaces or weights. Got bits alone in {folder}. Measure it with --amounts."
         raise UsageError(msg)
     return _table(head, points)
+
+
+def kept_bits(folder: Path, network: str) -> tuple[dict[str, dict[int, float | None]], str] | None:
+    """(Weight → {bits: distance}, the distance's unit) of a folder, with rounding to the nearest; None where it holds no bits, or another network.
+
+    `network` is the source digest of the one at hand. Raises UsageError where the folder is no measurement of sensitivities.
+    """
+    records = _records(folder)
+    points = [r for r in records[1:] if r.cell["kind"] == "bits"]
+    if not points or records[0].details["units"]["network"] != network:
+        return None
+    found: dict[str, dict[int, float | None]] = {}
+    for record in points:
+        found.setdefault(record.cell["name"], {})[record.cell["kept"]] = record.measured["distance"].value
+    return found, points[0].measured["distance"].unit
+
+
+def _records(folder: Path) -> list[Record]:
+    records = read(folder / RECORDS)
+    if not records or records[0].cell.get("stage") != STAGE:
+        msg = f"prune.sensitivity must be a folder that `paredown sensitivity` finished. Got {folder}. Run it into that folder, or leave the key out."
+        raise UsageError(msg)
+    return list(records)
 
 
 def _table(head: Record, points: list[Record]) -> Sensitivity:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paredown.couple import Space
-from paredown.errors import UsageError
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.simulated import told
@@ -44,17 +43,19 @@ class Start:
 
 def started(run: Run, model: nn.Module) -> Start:
     """The dense model, captured; the masks that it came with are what every level and training holds at zero."""
-    if all(kept.all() for kept in torch_masks(model).values()):
-        return Start(dense=model, program=capture(model, run.task.inputs()), before=None)
-    if run.recipe.recover.ranks > 1:  # each rank makes the teacher anew, from the task
-        msg = f"recover.ranks must be 1 with a model that has masks of torch.nn.utils.prune. Got {run.recipe.recover.ranks}. Leave it out."
-        raise UsageError(msg)
-    dense, plan = take_over(model)
+    dense, plan = without_torch_masks(model)
     program = capture(dense, run.task.inputs())
+    if plan is None:
+        return Start(dense=dense, program=program, before=None)
     before = prune(program, plan, realiser=run.recipe.prune.realiser, seed=run.recipe.seed)
     zeros = sum(m.kept.size - m.num_kept for m in plan.masks.values())
     told = f"took over the masks of torch.nn.utils.prune that the model came with: {zeros:,} zeros in {len(plan.masks)} weights, which every training keeps"
     return Start(dense=dense, program=program, before=before, notes=(told, *before.notes))
+
+
+def without_torch_masks(model: nn.Module) -> tuple[nn.Module, Plan | None]:
+    """The model with plain weights, and the masks of torch.nn.utils.prune that prune some of it; as it is where none does."""
+    return (model, None) if all(kept.all() for kept in torch_masks(model).values()) else take_over(model)
 
 
 AT_INITIALISATION = ("snip", "grasp", "synflow")
@@ -72,7 +73,7 @@ def without_random_teacher(run: Run, dense: nn.Module) -> tuple[Run, tuple[str, 
     trains = any(e > 0 for e in (recipe.quantize.epochs, *epochs))
     if recipe.recover.distil == "none" or not trains or run.task.train is not None or _brought_weights(run):
         return run, ()
-    why = "its batch norms have never seen a batch" if _newborn(dense) else ""
+    why = "its batch norms have never seen a batch" if newborn(dense) else ""
     why = why if run.weights_given else "no weights were given"
     if not why:
         moving = asked.schedule in ("rigl", "set") and asked.criterion == "random"
@@ -93,7 +94,7 @@ def _brought_weights(run: Run) -> bool:
     return run.recipe.weights is not None or (run.task.base is not None and run.recipe.model is None)
 
 
-def _newborn(dense: nn.Module) -> bool:
+def newborn(dense: nn.Module) -> bool:
     """Whether every batch norm still has the statistics that it was made with: training would have moved them."""
     statistics = [
         (m.running_mean, m.running_var)
@@ -158,7 +159,7 @@ def _with_zeros(step: Pruned, here: Here) -> Pruned:
 def _told(way: Way, here: Here, tuned: Pruned, plan: Plan) -> dict[str, Any]:
     """What a record says of a level."""
     known = {"budget", "reached", "blocked_by", "criterion", "allocation", "granularity", "density", "schedule"}
-    known |= {"method", "choice", "remain", "regularize", "update", "energy"}
+    known |= {"method", "choice", "remain", "regularize", "update", "energy", "masks", "sha256"}
     return {
         "removed": [_removed(s, plan) for s in here.coupling.spaces] if plan.keep else [],
         "realiser": tuned.realiser,

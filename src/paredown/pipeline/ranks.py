@@ -28,7 +28,7 @@ from torch import nn
 
 from paredown.errors import Interrupted, RejectedError
 from paredown.pipeline.compress import task_of
-from paredown.pipeline.levels import recovery
+from paredown.pipeline.levels import recovery, without_torch_masks
 from paredown.pipeline.run import Run
 from paredown.program import capture
 from paredown.prune import Pruned, load_pruned, save
@@ -121,7 +121,7 @@ def one_rank(folder: Path) -> None:
     torch.set_num_threads(recipe.threads or 1)
     torch.distributed.init_process_group("nccl" if recipe.device.startswith("cuda") else "gloo")
     task, model, _ = task_of(recipe)
-    dense = model()
+    dense, _ = without_torch_masks(model())  # every rank holds the plan's masks by itself, which are the same
     dense.load_state_dict(load_file(folder / TEACHER), strict=True)
     small = load_pruned(folder, capture(dense.eval(), task.inputs()))
     tuned = recover(

@@ -130,6 +130,7 @@ def _sensed(
         msg = f"a sensitivity must have at least one number. Got none of {len(found)}: {found[0].why}."
         raise NothingToDo(msg)
     head = _head(run, here, probe, about, amounts, [*notes, *roles.warnings, *random_note(run), *program.notes])
+    head = dataclasses.replace(head, details={**head.details, "test_data": roles.test_digest})
     return _written(out, head, found, key, probe, fresh)
 
 
@@ -150,7 +151,8 @@ def _way(run: Run) -> tuple[Way, list[str]]:
     if asked.criterion in IN_TRAINING:
         notes.append(f"The criterion {asked.criterion} is learnt in a training: units are ranked by l1 here.")
         asked = asked.model_copy(update={"criterion": "l1", "criterion_options": {}})
-    level = next((v for v in asked.levels if v.factorize is None and v.modules is None), None) or Level(channels=0.5)
+    of_units = (v for v in asked.levels if v.factorize is None and v.modules is None and v.masks is None)
+    level = next(of_units, None) or Level(channels=0.5)
     if asked.granularity_of(level) == "layer":
         notes.append("Spaces of channels are measured; the recipe's granularity is whole modules.")
         asked = asked.model_copy(update={"granularity": "channel"})

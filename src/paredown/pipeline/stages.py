@@ -31,8 +31,9 @@ from paredown.pipeline.folder import file_digest, files_digest, key_of
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
 from paredown.pipeline.levels import one_level, started, without_random_teacher
+from paredown.pipeline.own_masks import check_own_masks
 from paredown.pipeline.run import Run, random_note
-from paredown.pipeline.shrink import fitted_bits, repair_of
+from paredown.pipeline.shrink import bits_for, repair_of
 from paredown.pipeline.snippet import input_of, snippet
 from paredown.pipeline.spared import quantized_but_few
 from paredown.plan import Plan
@@ -138,7 +139,11 @@ def _for_the_budget(run: Run, program: Program, tuned: Pruned | None, dense: nn.
         run.dense["shrinking"] = found.shrinking
     if found.level is None:
         return tuned
-    done = one_level(run, number, found.level, program, tuned, dense, found.plan)
+    last = number
+    for step in found.before:  # channels that ranks follow: only fitted, the training comes after both
+        given = one_level(run, last, step.level, program, tuned, dense, step.plan)
+        tuned, last = (tuned if given is None else given[0]), last + 1
+    done = one_level(run, last, found.level, program, tuned, dense, found.plan)
     if done is None:
         return tuned
     pruned, details = done
@@ -161,7 +166,9 @@ def base_of(run: Run) -> nn.Module:
     run.say("load the model")
     seed_all(run.recipe.seed)
     if not trains_base(run.recipe, run.task):
-        return run.model()
+        given = run.model()
+        check_own_masks(run.recipe, given)
+        return given
     assert run.task.base is not None
     options = {
         "seed": run.recipe.seed,
@@ -174,6 +181,9 @@ def base_of(run: Run) -> nn.Module:
     if refused:
         msg = f"base.{min(refused)} must be an option of the task's base function. Got {asked[min(refused)]!r}, which it does not take."
         raise UsageError(msg)
+    if any(v.masks is not None for v in run.recipe.prune.levels):  # told now, not after the training
+        check_own_masks(run.recipe, run.task.model())
+        seed_all(run.recipe.seed)
     key = key_of(run.recipe.digest, run.environment["versions"], run.environment["threads"], STREAMS)
     kept = _kept_base(run, key)
     if kept is not None:
@@ -221,6 +231,7 @@ def _stage_examine(run: Run, program: Program, warnings: tuple[str, ...]) -> Non
             "spaces": len(coupling.spaces),
             "free_units": coupling.free_units,
             "batch": program.batch,
+            "network": program.source_digest,
             "notes": [*program.notes, *warnings, *random_note(run)],
         }
         return run.record("examine", "The dense model", details=details)
@@ -341,11 +352,20 @@ def _measured(
             "int8_nodes": list(checked.int8_nodes),
             "check": {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine},
             **({"check_notes": list(checked.notes)} if checked.notes else {}),
+            **({"float_reasons": dict(checked.reasons)} if checked.reasons else {}),
+            **_on_codes(checked),
             **_layers(cost),
             **details,
             **({"notes": [*details.get("notes", ()), *odd], "alarms": odd} if odd else {}),
         },
     )
+
+
+def _on_codes(checked: Check) -> dict[str, Any]:
+    """How many of the layers that multiply with weights run on codes, where there are any and the runtime's graph tells."""
+    if checked.layer_share is None:
+        return {}
+    return {"layers_on_codes": {"on_codes": checked.num_layers_on_codes, "of": checked.num_layers}}
 
 
 def _seen(run: Run, artifact: Artifact) -> tuple[Any, Watch]:
@@ -420,7 +440,7 @@ def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> 
         "idle_repairs": True,  # noted: after hours of training it is no reason to end without a file
     }
     if "shrinking" in run.dense and teacher is not None:
-        shared |= {"repair": repair_of(run), "bits": fitted_bits(run, thing, run.dense["shrinking"])}
+        shared |= {"repair": repair_of(run), "bits": bits_for(run, thing, run.dense["shrinking"])}
     if options.spare and teacher is not None:
         return quantized_but_few(run, thing, teacher, shared)
     if not options.epochs:

@@ -160,6 +160,7 @@ def _base(asked: Asked) -> Record:
     program = capture(dense, run.task.inputs())
     details = {
         "test_data": roles.test_digest,
+        "network": program.source_digest,
         "warnings": [*roles.warnings],
         "trained_here": trains_base(run.recipe, run.task),
         "metric": dataclasses.asdict(run.task.metric),

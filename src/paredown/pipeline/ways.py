@@ -25,6 +25,7 @@ from paredown.examine import Cost, examine
 from paredown.factorize import choose_ranks, factorize
 from paredown.granularity import Granularity
 from paredown.pipeline.kept_sensitivity import about_units, kept_table
+from paredown.pipeline.own_masks import own_masks
 from paredown.plan import Mask, Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, depth_candidates, drop_lowest, prune, score_depth, sparsify
@@ -85,10 +86,15 @@ class Way:
         return Granularity.parse(self.recipe.prune.granularity_of(self.level))
 
     @property
+    def chooses(self) -> bool:
+        """Whether criterion, schedule and allocation decide what leaves: not ranks, nor masks that are given."""
+        return self.level.factorize is None and self.level.masks is None
+
+    @property
     def in_training(self) -> bool:
         """Whether what leaves is chosen in the course of a training."""
         asked = self.recipe.prune
-        if self.level.factorize is not None or self.cut.kind == "layer":
+        if not self.chooses or self.cut.kind == "layer":
             return False
         chosen_there = asked.schedule != "one-shot" if self.cut.masked else asked.regularize != "none"
         return chosen_there or asked.criterion in IN_TRAINING
@@ -102,7 +108,7 @@ class Way:
     @property
     def rounds(self) -> int:
         """In how many rounds masks are chosen at once: one, but where options of the schedule one-shot say otherwise."""
-        schedule = self._schedule() if self.cut.masked and self.level.factorize is None else None
+        schedule = self._schedule() if self.cut.masked and self.chooses else None
         return schedule.rounds if isinstance(schedule, OneShot) else 1
 
     def _check_rounds(self) -> None:
@@ -129,6 +135,9 @@ class Way:
             check_obs(self.cut, True, num_batches=self.recipe.prune.score_batches, **options)  # type: ignore[arg-type]
         if not self.in_training:
             return
+        if "density" in self.recipe.prune.criterion_options:
+            msg = f"prune.criterion_options must leave density to the level where a training prunes. Got {self.recipe.prune.criterion_options}."
+            raise UsageError(msg)
         if self.cut.masked and self.recipe.prune.update != "none":
             msg = (
                 "prune.update must be used with masks that are chosen at once: schedule one-shot and a criterion of the table. Got "
@@ -160,7 +169,10 @@ class Way:
         if self.cut.kind == "layer":
             return self._modules(here)
         asked = self.recipe.prune
-        plan = self._allocated(here, self._amount(here)) if self.rounds == 1 else self._in_rounds(here)
+        if self.level.masks is not None:
+            plan = own_masks(asked, self.level, here.program, here.coupling, here.cost)
+        else:
+            plan = self._allocated(here, self._amount(here)) if self.rounds == 1 else self._in_rounds(here)
         update = {"update": {"verb": asked.update, **asked.update_options}} if self.updates else {}
         return dataclasses.replace(plan, made_by={**plan.made_by, **update})
 
@@ -170,7 +182,7 @@ class Way:
         return self.recipe.prune.allocation or self.recipe.prune.usual_allocation(self.level)
 
     def _allocated(self, here: Here, amount: Budget | None) -> Plan:
-        asked, scores = self.recipe.prune, self.scores(here)
+        asked, scores = self.recipe.prune, self.scores(here, amount)
         return allocate(
             here.coupling, scores, here.cost, amount, target=self.recipe.target,
             allocation=self.allocation, normalize=asked.normalize, include=asked.include, exclude=asked.exclude,
@@ -229,9 +241,13 @@ class Way:
         options: dict[str, Any] = dict(asked.update_options)
         return obs_on_plan(
             here.program, plan, self.inputs if own else self._batches, step=None if own else self.task.step,
-            choose=asked.criterion == "obs" and self.cut.kind in ("element", "n:m") and not here.masks and self.rounds == 1,
-            num_batches=asked.score_batches, **options,
+            choose=self._sweep_chooses and not here.masks, num_batches=asked.score_batches, **options,
         )  # fmt: skip
+
+    @property
+    def _sweep_chooses(self) -> bool:
+        of_obs = self.chooses and self.recipe.prune.criterion == "obs"
+        return of_obs and self.cut.kind in ("element", "n:m") and self.rounds == 1
 
     def budget(self) -> Budget:
         """The amounts of the level, as they are written."""
@@ -266,10 +282,12 @@ class Way:
         gone = sum(here.masks[n].kept.size - here.masks[n].num_kept for n in names if n in here.masks)
         return (total - gone) / total
 
-    def scores(self, here: Here) -> Scores:
+    def scores(self, here: Here, amount: Budget | None = None) -> Scores:
         """Scores of the table; weights that earlier levels took are below all others, whatever the criterion."""
         recipe, asked = self.recipe, self.recipe.prune
         options: dict[str, Any] = dict(asked.criterion_options)
+        if options.get("sequential") and self.cut.kind != "n:m" and amount is not None:
+            options = {"density": amount.density, **options}
         if self.cut.masked:
             options |= {"include": asked.include, "exclude": asked.exclude}
         data = TABLE[asked.criterion].needs_data
@@ -467,10 +485,11 @@ def check_ways(recipe: Recipe, task: Task) -> None:
         for n, level in enumerate(asked.levels or filter(None, [alone]), start=1)
     ]
     of_masks = [w for w in ways if w.cut.masked and w.level.factorize is None]
+    chosen = [w for w in of_masks if w.chooses]
     of_units = [w for w in ways if w.cut.kind in ("channel", "head") and w.level.factorize is None]
     for key, given, serves, what in (
-        ("schedule", asked.schedule != "one-shot", of_masks, "masks"),
-        ("schedule_options", bool(asked.schedule_options), of_masks, "masks"),
+        ("schedule", asked.schedule != "one-shot", chosen, "masks that are chosen"),
+        ("schedule_options", bool(asked.schedule_options), chosen, "masks that are chosen"),
         ("update", asked.update != "none", of_masks, "masks"),
         (
             "update_options",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from paredown.allocate import Latency, allocate, predict
 from paredown.budget import Budget
@@ -97,6 +97,8 @@ class Search:
     say: Callable[[str], None] = lambda text: None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of allocate: allocation, sensitivity, include, exclude, floor, align, target, normalize."""
+    by_table: ClassVar[bool] = True
+    """Whether milliseconds are foreseen by the layers' table."""
 
     # ---------------------------------------------------------------------------------------------------- foreseeing
 
@@ -127,6 +129,33 @@ class Search:
                 expected = 1.0  # memory: most of it is no parameter
             out[name] = fitted(points, near=limit, slope=expected)
         return out
+
+    def allocated(self, lines: Mapping[str, Line], aims: Mapping[str, float]) -> tuple[Plan | None, bool]:
+        """The plan by the lines as they are, and whether that is the least that floor and alignment allow."""
+        counts: dict[str, int] = {}
+        for name in self.asked:
+            if name in LATENCY:
+                continue
+            by = "macs" if name == "macs" else "parameters"
+            wanted = max(2, int(lines[name].inverse(aims[name])))
+            counts[by] = min(counts.get(by, wanted), wanted)
+        timed = next((n for n in self.asked if n in LATENCY), None)
+        latency, limit = None, None
+        if timed is not None:
+            assert self.table is not None  # checked
+            line = lines[timed]
+            latency = dataclasses.replace(self.table, scale=line.slope, rest_ms=max(line.offset, 0.0))
+            limit = max(aims[timed] - min(line.offset, 0.0), 1e-9)
+        budget = Budget(latency_ms=limit, **counts)
+        try:
+            plan = allocate(self.coupling, self.scores, self.cost, budget, latency=latency, **self.options)
+        except NothingToDo:
+            raise
+        except InfeasibleError as error:
+            if error.nearest is None:
+                raise
+            return error.nearest, True
+        return (plan, False) if plan.keep else (None, False)
 
     # ----------------------------------------------------------------------------------------------------- measuring
 
@@ -167,7 +196,8 @@ class Search:
 
     def _known(self, digest: str) -> dict[str, float] | None:
         for record in self._journal():
-            if record.plan_digest == digest and record.cell.get("key") == self.key and record.measured:
+            same = record.plan_digest == digest and record.cell.get("key") == self.key and record.measured
+            if same and self.asked.keys() <= record.measured.keys():  # one that was searched for less says too little
                 return {n: float(m.value) for n, m in record.measured.items() if m.value is not None}
         return None
 
@@ -241,7 +271,7 @@ def _checked(search: Search) -> None:
     if unknown or not search.asked:
         msg = f"a search must be given limits among {', '.join(LIMITS)}. Got {', '.join(unknown) or 'none'}."
         raise UsageError(msg)
-    if set(LATENCY) & search.asked.keys() and search.table is None:
+    if search.by_table and set(LATENCY) & search.asked.keys() and search.table is None:
         msg = "a limit of latency must come with a table of the layers' times. Got none. See search.latency_table."
         raise UsageError(msg)
 
@@ -260,7 +290,7 @@ def _next(search: Search, rounds: Sequence[Round], aims: dict[str, float]) -> Ro
     kept = {_kept(r.plan) for r in rounds}
     lines = search.lines(rounds)
     for _ in range(8):
-        plan, floored = _allocated(search, lines, aims)
+        plan, floored = search.allocated(lines, aims)
         foreseen = {n: lines[n].of(search.x(n, plan)) for n in search.asked}
         if plan is not None and plan.digest not in seen and _kept(plan) not in kept:
             for name in aims:  # allocation lands near its amount, above or below: an overshoot is aimed off
@@ -277,40 +307,14 @@ def _next(search: Search, rounds: Sequence[Round], aims: dict[str, float]) -> Ro
 
 
 def _kept(plan: Plan | None) -> str:
-    return "" if plan is None else repr(sorted((n, sorted(a.items())) for n, a in plan.keep.items()))
-
-
-def _allocated(search: Search, lines: Mapping[str, Line], aims: Mapping[str, float]) -> tuple[Plan | None, bool]:
-    """The plan by the lines as they are, and whether that is the least that floor and alignment allow."""
-    counts: dict[str, int] = {}
-    for name in search.asked:
-        if name in LATENCY:
-            continue
-        by = "macs" if name == "macs" else "parameters"
-        wanted = max(2, int(lines[name].inverse(aims[name])))
-        counts[by] = min(counts.get(by, wanted), wanted)
-    timed = next((n for n in search.asked if n in LATENCY), None)
-    latency, limit = None, None
-    if timed is not None:
-        assert search.table is not None  # checked
-        line = lines[timed]
-        latency = dataclasses.replace(search.table, scale=line.slope, rest_ms=max(line.offset, 0.0))
-        limit = max(aims[timed] - min(line.offset, 0.0), 1e-9)
-    budget = Budget(latency_ms=limit, **counts)
-    try:
-        plan = allocate(search.coupling, search.scores, search.cost, budget, latency=latency, **search.options)
-    except NothingToDo:
-        raise
-    except InfeasibleError as error:
-        if error.nearest is None:
-            raise
-        return error.nearest, True
-    return (plan, False) if plan.keep else (None, False)
+    if plan is None:
+        return ""
+    return repr((sorted((n, sorted(a.items())) for n, a in plan.keep.items()), sorted(plan.ranks.items(), key=str)))
 
 
 def _expected(found: Round) -> float:
     made = {} if found.plan is None else found.plan.made_by
-    return float(made.get("expected_increase", 0.0))
+    return float(made.get("expected_increase", sum(made.get("losses", {}).values())))
 
 
 def _excess(search: Search, found: Round) -> float:

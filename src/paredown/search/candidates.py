@@ -10,6 +10,7 @@ import numpy as np
 
 from paredown.couple import Coupling
 from paredown.export import Artifact, export
+from paredown.factorize import factorize
 from paredown.plan import Plan
 from paredown.program import Program
 from paredown.prune import prune
@@ -22,14 +23,15 @@ Make = Callable[[Plan | None, Path], Artifact]
 def maker(
     program: Program, *, target: str, scheme: str, calibrate: Any, float_layers: Sequence[str] = (), seed: int = 0
 ) -> Make:
-    """How a plan becomes a file: pruned with proof, quantized by the scheme, exported.
+    """How a plan becomes a file: pruned (or factorized) with proof, quantized by the scheme, exported.
 
     The weights are not trained and their codes are calibrated on `calibrate` by the plainest observer: bytes, latency and
     memory depend on shapes and types alone.
     """
 
     def make(plan: Plan | None, path: Path) -> Artifact:
-        thing: Any = program if plan is None else prune(program, plan, seed=seed)
+        carried_out: Any = prune if plan is None or not plan.ranks else factorize
+        thing: Any = program if plan is None else carried_out(program, plan, seed=seed)
         if scheme != "fp32":
             thing = quantize(
                 thing,

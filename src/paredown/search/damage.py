@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paredown.couple.space import Coupling
-from paredown.errors import Interrupted, MissingError, NothingToDo, UsageError
+from paredown.errors import Interrupted, MissingError, NothingToDo, RejectedError, UsageError
 from paredown.program import Program, quiet
 from paredown.quantize.noise import WEIGHTED, weight_noise
 from paredown.quantize.numerics import fake_quantize
@@ -34,13 +35,18 @@ BITS = (8, 6, 4, 3, 2)
 class Damage:
     """One thing that is done to the network: units that leave a space, or a weight of fewer bits."""
 
-    kind: Literal["units", "bits"]
+    kind: Literal["units", "bits", "all units", "all bits"]
     name: str
-    """Of the space, or of the weight."""
+    """Of the space, or of the weight; of all at once how many, and a digest of which and how far."""
     kept: int
-    """Units (of a masked weight: elements) that stay; or bits."""
+    """Units (of a masked weight: elements) that stay; or bits; of all units at once the thousandths that stay."""
     of: int
-    """All units; 32 for bits."""
+    """All units; 32 for bits; 1000 for all units at once."""
+
+
+What = Point | int | tuple[tuple[Damage, Point | int], ...]
+"""How a damage is done: the units that stay, the axis of the scales, or several damages at once."""
+Job = tuple[Damage, What]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,16 +87,17 @@ def hurts(
 
     Units: what the scores rank lowest leaves a space, until it keeps each of `amounts` (fractions that remain). Bits: the
     weight alone is rounded per output channel, as `quantize` would (8 bits hold the largest weight, fewer take the scales of
-    least squared error); activations stay in float. Each point is appended to `journal` under `key`, which must name
+    least squared error); activations stay in float. After these all spaces at once at each amount and all layers at once at
+    each width, so that a sum of the single ones can be held against what they cost together. Each point is appended to `journal` under `key`, which must name
     everything a number depends on; points of that key are not measured again, failed ones are tried again.
 
     Raises UsageError (amounts, bits), NothingToDo (no space and no layer), Interrupted, MissingError (bits need torchao).
     """
     copy = Copy(program, coupling, probe.device, repair)
-    jobs: list[tuple[Damage, Point | int]] = [
-        *_of_units(program, coupling, scores, amounts, include, exclude),
-        *_of_bits(program, bits),
-    ]
+    units = [*_of_units(program, coupling, scores, amounts, include, exclude)]
+    layers = [*_of_bits(program, bits)]
+    at_once = _all_units(units, amounts) if repair is None else ()  # fits of two spaces may be of one weight
+    jobs: list[Job] = [*units, *layers, *at_once, *_all_bits(layers)]
     if not jobs:
         msg = "a sensitivity must have something to measure. Got no free space and no layer with a weight: see the patterns."
         raise NothingToDo(msg)
@@ -138,7 +145,34 @@ def _of_bits(program: Program, bits: Sequence[int]) -> Iterator[tuple[Damage, in
             yield Damage(kind="bits", name=one.name, kept=b, of=32), int("transpose" in one.kind)
 
 
-def _measured(copy: Copy, scores: Scores, probe: Probe, damage: Damage, point: Point | int) -> Hurt:
+def _all_units(units: Sequence[tuple[Damage, Point]], amounts: Sequence[float]) -> Iterator[Job]:
+    """Of each amount every space that has a point for it."""
+    for amount in sorted(set(amounts), reverse=True):
+        nearest: dict[str, tuple[Damage, Point]] = {}
+        for damage, point in units:
+            away = abs(damage.kept / damage.of - amount)
+            if away > min(abs(damage.kept / damage.of - a) for a in amounts):  # it stands for another one
+                continue
+            there = nearest.get(damage.name)
+            if there is None or away < abs(there[0].kept / there[0].of - amount):
+                nearest[damage.name] = (damage, point)
+        yield from _at_once("all units", round(1000 * amount), 1000, [*nearest.values()])
+
+
+def _all_bits(layers: Sequence[tuple[Damage, int]]) -> Iterator[Job]:
+    for bits in sorted({damage.kept for damage, _ in layers}, reverse=True):
+        yield from _at_once("all bits", bits, 32, [one for one in layers if one[0].kept == bits])
+
+
+def _at_once(
+    kind: Literal["all units", "all bits"], kept: int, of: int, parts: Sequence[tuple[Damage, Any]]
+) -> Iterator[Job]:
+    if len(parts) > 1:
+        which = hashlib.sha256(repr([(d.name, d.kept) for d, _ in parts]).encode()).hexdigest()[:8]
+        yield Damage(kind=kind, name=f"{len(parts)} #{which}", kept=kept, of=of), tuple(parts)
+
+
+def _measured(copy: Copy, scores: Scores, probe: Probe, damage: Damage, point: What) -> Hurt:
     """The damage done, looked at, and undone; a point without a number says why."""
     try:
         with torch.no_grad(), _done(copy, scores, damage, point) as module:
@@ -153,10 +187,23 @@ def _measured(copy: Copy, scores: Scores, probe: Probe, damage: Damage, point: P
         return Hurt(damage=damage, seen=None, why=f"{type(error).__name__}: {first}"[:300])
 
 
-def _done(copy: Copy, scores: Scores, damage: Damage, point: Point | int) -> AbstractContextManager[nn.Module]:
+def _done(copy: Copy, scores: Scores, damage: Damage, point: What) -> AbstractContextManager[nn.Module]:
+    if isinstance(point, tuple):
+        return _all_done(copy, scores, point)
     if isinstance(point, Point):
         return copy.without(point.name, stays_of(point, scores, copy))
     return copy.rounded(damage.name, rounded_weight(copy.weight(damage.name), damage.kept, point))
+
+
+@contextmanager
+def _all_done(copy: Copy, scores: Scores, parts: Sequence[tuple[Damage, Point | int]]) -> Iterator[nn.Module]:
+    """All of them at once, undone in the reverse order."""
+    with ExitStack() as stack:
+        modules = [stack.enter_context(_done(copy, scores, damage, point)) for damage, point in parts]
+        if any(module is not copy.module for module in modules):
+            msg = "all at once must be taken out by weights alone. Got a space that is cut out of the graph."
+            raise RejectedError(msg)
+        yield copy.module
 
 
 def rounded_weight(weight: Tensor, bits: int, axis: int = 0) -> Tensor:

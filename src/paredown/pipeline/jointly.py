@@ -1,0 +1,428 @@
+"""A budget met by pruning, low rank and bits together: which way and how far is asked, all else is solved, and every answer is held to the limits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paredown.errors import InfeasibleError, NothingToDo
+from paredown.pipeline.fitted import Shrinking, TooLarge, in_words, solved, weighed, widths_of
+from paredown.pipeline.folder import key_of
+from paredown.pipeline.run import Run
+from paredown.pipeline.searches import rank_search_of, search_of
+from paredown.pipeline.shrink import Thing, error_on, known_bits, plain_options, prepared, recovered, repair_of
+from paredown.pipeline.ways import Here, Way
+from paredown.plan import Plan
+from paredown.prune import Pruned
+from paredown.quantize.mixed import Width
+from paredown.recipe_fields import SEARCHED, Level
+from paredown.search.asking import Domain, Trial, Values, search_by_asking, undominated
+from paredown.search.budgets import Met, Search, meet
+from paredown.search.probe import UNITS
+
+LEAST_SHARE, MOST_SHARE = 0.15, 0.95
+"""Of the parameters that a trial leaves, where bits take what is still too much."""
+LEAST_PART, MOST_PART = 0.2, 0.8
+"""How far channels go before ranks: of the way from what is to what is asked, by ratios."""
+NOTHING = 100.0
+"""What a trial without an answer is told as, in a search for several: a relative squared error of no use (zeros have 1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One level that a search chose."""
+
+    level: Level
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """What leaves the network, level after level, and what was measured of its file in the scheme's own bits."""
+
+    steps: tuple[Step, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joint:
+    """What a search by all means chose."""
+
+    steps: tuple[Step, ...]
+    """None where bits alone are enough."""
+    shrinking: Shrinking | None
+    """Where bits per layer are chosen after the training: what for."""
+    told: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """All that trials of one search share."""
+
+    run: Run
+    way: Way
+    here: Here
+    limits: Mapping[str, float]
+    search: Search | None
+    """By channels; None where no limit but bytes is held, and those by bits."""
+    shrinking: Shrinking | None
+    """None where widths are those of the scheme."""
+    smallest: list[tuple[float, str]] = field(default_factory=list)
+    nearest: list[Plan] = field(default_factory=list)
+    """Of trials that could not hold the limits."""
+    kept: dict[str, Pruned] = field(default_factory=dict)
+
+    def asked(self, times: float) -> dict[str, float]:
+        """The limits that what leaves has to hold, so many times; bytes are left to the bits where there are some."""
+        left_to_bits = {"size_bytes"} if self.shrinking is not None else set()
+        return {n: times * v for n, v in self.limits.items() if n not in left_to_bits}
+
+    # ------------------------------------------------------------------------------------------------- what leaves
+
+    def steps(self, values: Values, times: float) -> Chain:
+        """What leaves the network by that way, so that the limits (but bytes, where bits remain) hold; measured where they need files.
+
+        Raises InfeasibleError where it cannot, NothingToDo where nothing would leave.
+        """
+        by, asked = values["way"], self.asked(times)
+        if by == "none":
+            return self._as_it_is(asked)
+        if self.shrinking is not None:
+            count = max(2, int(float(values["share"]) * self.here.cost.parameters))
+            if not asked and by != "both":
+                return Chain(steps=(self._of_share(count, ranks=by == "low rank"),))
+            asked = {**asked, "parameters": min(float(count), asked.get("parameters", float(count)))}
+        if by == "channels":
+            return _chain(meet(self._within(asked)), ranks=False)
+        if by == "low rank":
+            search = rank_search_of(self.run, self.way, self.here, self._within(asked))
+            return _chain(meet(search), ranks=True)
+        return self._both(asked, float(values["part"]))
+
+    def _within(self, asked: Mapping[str, float]) -> Search:
+        assert self.search is not None  # there are limits
+        return dataclasses.replace(self.search, asked=asked)
+
+    def _as_it_is(self, asked: Mapping[str, float]) -> Chain:
+        if not asked:
+            return Chain()
+        whole = self._within(asked).measured(0, None, {})
+        if not whole.holds:
+            msg = f"the network as it is must hold {', '.join(asked)}. It does not."
+            raise InfeasibleError(msg)
+        return Chain(measured=whole.measured)
+
+    def _of_share(self, parameters: int, *, ranks: bool) -> Step:
+        level = Level(parameters=parameters, factorize="svd" if ranks else None)
+        plan = dataclasses.replace(self.way, level=level).plan(self.here)
+        if not plan.keep and not plan.ranks:
+            msg = f"a share of {parameters:,} parameters must remove something. Got nothing."
+            raise NothingToDo(msg)
+        return Step(level=level, plan=plan)
+
+    def _both(self, asked: Mapping[str, float], part: float) -> Chain:
+        """Channels for a part of the way, in ratios; ranks of what is left for the rest."""
+        search = self._within(asked)
+        whole = search.measured(0, None, {})
+        if whole.holds:
+            return Chain(measured=whole.measured)
+        now = whole.measured
+        aims = {n: now[n] * min(1.0, v / now[n]) ** part for n, v in asked.items()}
+        plan, _ = search.allocated(search.lines([whole]), aims)
+        if plan is None:
+            msg = f"channels must give something for {part:.2f} of the way. Got nothing: a step of alignment is more."
+            raise NothingToDo(msg)
+        alone = _step(plan, ranks=False)
+        first = dataclasses.replace(alone, level=alone.level.model_copy(update={"epochs": 0}))
+        left = Here.of(self.here.program, self._first(plan))
+        met = meet(rank_search_of(self.run, self.way, left, search))
+        if met.plan is None:  # channels were enough: alignment took more than its part
+            return Chain(steps=(alone,), measured=met.chosen.measured)
+        return Chain(steps=(first, _step(met.plan, ranks=True)), measured=met.chosen.measured)
+
+    def _first(self, plan: Plan) -> Pruned:
+        """The plan on the network, fitted; the last one is kept, since a trial asks twice."""
+        if plan.digest not in self.kept:
+            self.kept.clear()
+            self.kept[plan.digest] = prepared(self.run, self.way, self.here, plan)
+        return self.kept[plan.digest]
+
+    def variant(self, steps: Sequence[Step]) -> Thing:
+        """The network without what leaves, as well as it can be without much training."""
+        if not steps:
+            return self.here.program
+        thing = self._first(steps[0].plan)
+        for step in steps[1:]:
+            left = Here.of(self.here.program, thing)
+            thing = prepared(self.run, self.way, left, step.plan, before=thing)
+        return recovered(self.run, self.here.program, thing)
+
+    # ------------------------------------------------------------------------------------------------------- points
+
+    def answer(self, values: Values) -> tuple[tuple[float, ...], Mapping[str, Any]]:
+        """The error of the output at the limits, and at every multiple of them that the front is asked for."""
+        front, points, made = self.run.recipe.budget.front, [], _Made()
+        for times in (1.0, *(t for t in front if t != 1.0)):
+            try:
+                points.append(self.point(values, times, made))
+            except InfeasibleError as error:
+                if error.nearest is not None:
+                    self.nearest.append(error.nearest)
+                if not front:
+                    raise
+                points.append({"times": times, "error": None, "why": str(error)[:300]})
+        if all(p["error"] is None for p in points):
+            raise NothingToDo(str(points[0]["why"]))
+        losses = tuple(NOTHING if p["error"] is None else float(p["error"]) for p in points)
+        return losses, {**points[0], "points": points}
+
+    def point(self, values: Values, times: float, made: _Made) -> dict[str, Any]:
+        """What the way comes to within so many times the limits."""
+        chain = self.steps(values, times)
+        steps = chain.steps
+        name = repr([s.plan.digest for s in steps])
+        variant = made.variants[name] = made.variants[name] if name in made.variants else self.variant(steps)
+        amounts = {**_counts(steps, self.here), **{n: chain.measured[n] for n in self.limits if n in chain.measured}}
+        found: dict[str, Any] = {"times": times, "amounts": amounts, "levels": [_described(s.level) for s in steps]}
+        losses: float | None = None
+        known, unit = known_bits(self.run, variant)
+        if self.shrinking is None:
+            error = error_on(self.run, self.here.program, variant, {}, self.run.recipe.quantize.repair)
+        else:
+            if name not in made.groups:
+                made.groups[name] = widths_of(
+                    variant, plain_options(self.run), repair_of(self.run), self.shrinking.widths, known
+                )
+            bits, size, losses = self._bits(variant, made.groups[name], values, times)
+            error = error_on(self.run, self.here.program, variant, bits, repair_of(self.run))
+            amounts["size_bytes"] = size
+            found |= {"bits": bits, "size_bytes": size}
+        self._say(values, found, error)
+        alike = known is None or unit == UNITS["mse"]  # a sum of nats says nothing of a squared error
+        return {**found, "error": error, "forecast": _forecast(steps, losses, error) if alike else None, "why": ""}
+
+    def _bits(
+        self, variant: Thing, groups: Sequence[Sequence[Width]], values: Values, times: float
+    ) -> tuple[dict[str, int], int, float]:
+        assert self.shrinking is not None
+        overhead = self.shrinking.overhead_of(variant, (g[0].layer for g in groups))
+        try:
+            spread = solved(groups, max(1, int(times * self.shrinking.limit - overhead)))
+        except TooLarge as large:
+            what = f"{values['way']}, {float(values['share']):.2f} of the parameters"
+            self.smallest.append((large.least + overhead, what))
+            raise
+        losses = sum(w.error for g in groups for w in g if spread.bits[w.layer] == w.bits)
+        return spread.bits, round(spread.size_bytes + overhead), losses
+
+    def _say(self, values: Values, found: Mapping[str, Any], error: float) -> None:
+        how = f"{values['way']} {float(values['share']):.2f}" if "share" in values else _in_words(values)
+        limit = "" if found["times"] == 1 else f" within {found['times']:g} of the limits"
+        told = f": error {error:.4g}{limit}"
+        if self.shrinking is not None:
+            bits = found["bits"].values()
+            told += f" at {found['size_bytes']:,} B (estimated), bits {min(bits)}–{max(bits)}"
+        self.run.say(f"budget: {how}{told}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What points of one trial share."""
+
+    variants: dict[str, Thing] = field(default_factory=dict)
+    groups: dict[str, list[list[Width]]] = field(default_factory=dict)
+
+
+def by_bits(recipe: Any) -> bool:
+    """Whether bytes are met by bits per layer, beside whatever else gives way."""
+    bounds = recipe.budget
+    if recipe.quantize.scheme != "int8":  # another one has its bits already
+        return False
+    return bounds.size_bytes is not None and min(bounds.bits) < 8 and recipe.target.startswith("onnxruntime")
+
+
+def is_joint(recipe: Any) -> bool:
+    """Whether several means are weighed against each other by what they do to the output."""
+    given = any(getattr(recipe.budget, n) is not None for n in SEARCHED)
+    return given and (by_bits(recipe) or recipe.budget.together or bool(recipe.budget.front))
+
+
+def jointly(run: Run, way: Way, here: Here, limits: Mapping[str, float]) -> Joint | None:
+    """The way, and how far to go it, so that within all limits the output moves least.
+
+    Trials: channels, low rank (svd), or channels and then ranks (budget.together); with bits also the share of the parameters
+    that is left, and the network as it is. What leaves is allocated within the limits (knapsack and spectrum, exact for what was
+    measured), exported and measured where a limit needs it; bits are those of least summed error within the bytes, by an integer
+    program. The result is fitted to the dense activations, has its batch norm re-estimated (and is trained for
+    budget.trial_epochs). A trial's loss is the squared error of its output on calibration data over the mean square of
+    the dense output; with budget.front one for each multiple of the limits.
+
+    None where the file holds all limits as it is. Raises InfeasibleError where no trial holds them.
+    """
+    shrinking, fits = None, True
+    if by_bits(run.recipe):
+        file = run.folder.steps / f"search-{way.number}" / "as-it-is.onnx"
+        size, shrinking = weighed(here.program, plain_options(run), file, limits["size_bytes"], run.recipe.budget.bits)
+        run.say(f"budget: {size:,} B with 8 bits and nothing pruned, asked {limits['size_bytes']:,.0f} B")
+        fits = size <= limits["size_bytes"]
+    rest = {n: v for n, v in limits.items() if shrinking is None or n != "size_bytes"}
+    search = search_of(run, way, here, rest) if rest or run.recipe.budget.together else None
+    if fits and (not rest or search is None or search.measured(0, None, {}).holds):
+        return None
+    means = Means(run=run, way=way, here=here, limits=limits, search=search, shrinking=shrinking)
+    trials = tuple(_trials(means))
+    good = [t for t in trials if t.losses is not None and t.told.get("error", t.losses[0]) is not None]
+    if not good:
+        raise _out_of_reach(means, trials)
+    best = min(good, key=lambda t: (t.losses or (NOTHING,))[0])
+    return Joint(steps=means.steps(dict(best.values), 1.0).steps, shrinking=shrinking, told=_told(means, trials, best))
+
+
+def _trials(means: Means) -> Iterator[Trial]:
+    """What is asked: first each way that has no number to choose, then the others as often as budget.trials says."""
+    run, bounds = means.run, means.run.recipe.budget
+    journal = run.folder.steps / f"search-{means.way.number}" / "trials.jsonl"
+    key = key_of(run.recipe.digest, means.here.program.source_digest, run.environment["versions"])
+    shared: dict[str, Any] = {"journal": journal, "objectives": 1 + len([t for t in bounds.front if t != 1.0])}
+    domain: Domain
+    if means.shrinking is not None:
+        alone: list[Domain] = [{"way": ("none",), "share": (1.0, 1.0)}]
+        ways = ("channels", *(("low rank",) if bounds.low_rank else ()), *(("both",) if bounds.together else ()))
+        domain = {"way": ways, "share": (LEAST_SHARE, MOST_SHARE)}
+    else:
+        one_by_one = ("channels", "low rank") if bounds.together else ("channels",)
+        alone = [{"way": (name,)} for name in one_by_one]
+        domain = {"way": ("both",)} if bounds.together else {}
+    if bounds.together:
+        domain = {**domain, "part": (LEAST_PART, MOST_PART)}
+    for single in alone:
+        yield from search_by_asking(single, means.answer, trials=1, key=f"{key} {single['way'][0]}", **shared)
+    if bounds.trials and domain:
+        yield from search_by_asking(domain, means.answer, trials=bounds.trials, seed=run.recipe.seed, key=key, **shared)
+
+
+def _out_of_reach(means: Means, trials: Sequence[Trial]) -> InfeasibleError:
+    limits = ", ".join(f"{n} {v:,.0f}" if v >= 100 else f"{n} {v:.4g}" for n, v in means.limits.items())
+    what = (
+        f"size_bytes must be reachable: {means.limits['size_bytes']:,.0f}"
+        if [*means.limits] == ["size_bytes"]
+        else f"the budget must be reachable: {limits}"
+    )
+    smallest = means.smallest
+    why = trials[-1].why.removeprefix("InfeasibleError: ").removeprefix("NothingToDo: ").rstrip(".")
+    got = f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why
+    fewer = "Allow fewer bits (budget.bits), lower" if means.shrinking is not None else "Lower"
+    msg = f"{what}. Got {got} in {len(trials)} trials. {fewer} prune.floor, or ask for more."
+    return InfeasibleError(msg, nearest=means.nearest[0] if means.nearest else _least(means))
+
+
+def _least(means: Means) -> Plan | None:
+    """The least that floor and alignment allow."""
+    try:
+        return dataclasses.replace(means.way, level=Level(parameters=2)).plan(means.here)
+    except InfeasibleError as error:
+        return error.nearest  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------------------------- told
+
+
+def _step(plan: Plan, *, ranks: bool) -> Step:
+    count = int(plan.made_by["reached"]["parameters"])
+    return Step(level=Level(parameters=max(2, count), factorize="svd" if ranks else None), plan=plan)
+
+
+def _chain(met: Met, *, ranks: bool) -> Chain:
+    steps = () if met.plan is None else (_step(met.plan, ranks=ranks),)
+    return Chain(steps=steps, measured=met.chosen.measured)
+
+
+def _described(level: Level) -> dict[str, Any]:
+    return level.model_dump(exclude_none=True)
+
+
+def _counts(steps: Sequence[Step], here: Here) -> dict[str, Any]:
+    if not steps:
+        return {"parameters": here.cost.parameters, "macs": here.cost.macs}
+    return {n: int(steps[-1].plan.made_by["reached"][n]) for n in ("parameters", "macs")}
+
+
+def _in_words(values: Mapping[str, Any]) -> str:
+    return f"{values['way']} {float(values['part']):.2f}" if "part" in values else str(values["way"])
+
+
+def _forecast(steps: Sequence[Step], bits: float | None, error: float) -> dict[str, Any] | None:
+    """What each thing by itself was measured to cost, added up, beside what all cost together: how far sums can be trusted.
+
+    None for ranks, whose choice is by the spectrum, and for allocations that measure nothing.
+    """
+    units = [s.plan.made_by.get("expected_increase") for s in steps]
+    if any(u is None for u in units) or (bits is None and not steps):
+        return None
+    total = sum(float(u) for u in units if u is not None) + (bits or 0.0)
+    return {"units": sum(float(u) for u in units if u is not None), "bits": bits, "sum": total, "measured": error}
+
+
+def _told(means: Means, trials: Sequence[Trial], best: Trial) -> dict[str, Any]:
+    front = undominated([_losses(t.losses, t.told, means) for t in trials])
+    told = {
+        "asked": dict(means.limits),
+        "trials": [_row(t) for t in trials],
+        "chosen": trials.index(best),
+        "front": front,
+        "already_met": False,
+    }
+    if not means.run.recipe.budget.front:
+        return told
+    points = [(t, p) for t in trials for p in t.told.get("points", ()) if p["error"] is not None]
+    kept = undominated([(p["error"], *(p["amounts"][n] for n in means.limits)) for _, p in points])
+    rows = [_front_row(means, *points[at]) for at in kept]
+    return {**told, "front_points": sorted(rows, key=lambda row: row["error"])}
+
+
+def _losses(losses: Sequence[float] | None, told: Mapping[str, Any], means: Means) -> tuple[float, ...] | None:
+    """Of a trial at the limits themselves: the error, and of each limit what it comes to."""
+    if losses is None or told.get("error", losses[0]) is None:
+        return None
+    amounts = told.get("amounts") or {"size_bytes": told.get("size_bytes")}
+    return (losses[0], *(float(amounts[n]) for n in means.limits))
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    bits, levels = trial.told.get("bits"), trial.told.get("levels") or []
+    recipe: dict[str, Any] = {"prune.levels": levels} if levels or bits else {}
+    if bits:  # all trials are solved for one limit: what tells points of nearly one size apart is these
+        recipe["bits"] = in_words(bits)
+    error = None if trial.losses is None else trial.told.get("error", trial.losses[0])
+    return {
+        "way": trial.values["way"], "share": trial.values.get("share"), "error": error,
+        "size_bytes": trial.told.get("size_bytes"), "bits": bits, "why": trial.why or trial.told.get("why", ""), "recipe": recipe,
+        **{n: trial.told[n] for n in ("amounts", "forecast") if trial.told.get(n)},
+        **({"part": trial.values["part"]} if trial.values["way"] == "both" else {}),
+    }  # fmt: skip
+
+
+def _front_row(means: Means, trial: Trial, point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of the front, with the keys of a recipe that make it."""
+    whole = {"macs": means.here.cost.macs, "parameters": means.here.cost.parameters}  # above it a limit limits nothing
+    limits = {n: point["times"] * v for n, v in means.limits.items()}
+    keys: dict[str, Any] = {f"budget.{n}": _written(n, v) for n, v in limits.items() if v < whole.get(n, v + 1)}
+    if point["levels"]:
+        keys["prune.levels"] = point["levels"]
+    if point.get("bits"):
+        keys["bits"] = in_words(point["bits"])
+    return {
+        "way": _in_words({k: v for k, v in trial.values.items() if k != "part" or trial.values["way"] == "both"}),
+        "times": point["times"], "error": point["error"], "amounts": point["amounts"], "levels": point["levels"],
+        "recipe": keys, "size_bytes": point["amounts"].get("size_bytes"),
+    }  # fmt: skip
+
+
+def _written(name: str, value: float) -> Any:
+    """An amount as a recipe takes it."""
+    return round(value, 4) if name in ("latency", "latency_ms") else int(value)
+
+
+__all__ = ["Joint", "Step", "by_bits", "is_joint", "jointly"]

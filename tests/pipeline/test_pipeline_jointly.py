@@ -1,0 +1,114 @@
+"""Budgets by all means together: several limits with bits, low rank after channels, and a front with the recipe of each point."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paredown.errors import InfeasibleError
+from paredown.pipeline import compress
+from paredown.pipeline.jointly import by_bits, is_joint
+from paredown.recipe import Recipe, load_recipe, parse_recipe
+from paredown.records import read
+from paredown.search.asking import undominated
+
+TASK = Path(__file__).with_name("small_task.py")
+
+
+def recipe(budget: dict[str, Any], **more: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "schema": 1, "task": str(TASK), "threads": 1, "recover": {"epochs": 1}, "dense_twin": {"enabled": False},
+            "measure": {"runs": 6, "seconds": 0.1}, "prune": {"align": 1}, "budget": budget, **more,
+        }
+    )  # fmt: skip
+
+
+def verdict(folder: Path) -> dict[str, Any]:
+    (found,) = [r for r in read(folder / "records.jsonl") if r.cell["stage"] == "verdict"]
+    return dict(found.details)
+
+
+def test_bytes_by_bits_and_another_limit_hold_together_and_the_front_goes_over_sizes(tmp_path):
+    asked = recipe({"size_bytes": 6500, "macs": 0.7, "trials": 1, "front": [1.5], "low_rank": False})
+    compress(asked, out=tmp_path / "run", quiet=True)
+    said = verdict(tmp_path / "run")
+    assert {b["what"]: b["met"] for b in said["bounds"]} == {"size_bytes": True, "macs": True}
+    assert (tmp_path / "run" / "int8.onnx").stat().st_size <= 6500
+    search = said["search"]
+    whole, pruned = search["trials"]
+    assert whole["way"] == "none" and "must hold macs" in whole["why"]  # bits alone save no multiplications
+    assert search["chosen"] == 1 and pruned["way"] == "channels"
+    assert pruned["amounts"]["macs"] <= search["asked"]["macs"] and pruned["amounts"]["size_bytes"] <= 6500
+    told = pruned["forecast"]
+    assert told["sum"] == told["units"] + told["bits"] and told["measured"] == pruned["error"] > 0
+    points = search["front_points"]
+    assert len({p["times"] for p in points}) > 1 and len({p["size_bytes"] for p in points}) > 1
+    assert all(p["amounts"]["macs"] <= 1 + p["times"] * search["asked"]["macs"] for p in points)
+    assert all(p["recipe"]["budget.size_bytes"] == int(p["times"] * 6500) >= p["size_bytes"] for p in points)
+    assert all((p["levels"] == p["recipe"].get("prune.levels", [])) for p in points)
+    losses = [(p["error"], p["amounts"]["size_bytes"], p["amounts"]["macs"]) for p in points]
+    assert undominated(losses) == [*range(len(points))] and losses == sorted(losses)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"--set budget.size_bytes={points[0]['recipe']['budget.size_bytes']}" in page
+    assert "summed sensitivities foresaw" in page and 'download="front.csv"' in page
+
+
+def test_channels_and_then_ranks_are_one_answer_that_a_second_run_finds_again(tmp_path):
+    asked = recipe({"macs": 0.5, "together": True, "trials": 1, "allocation": "uniform"})
+    compress(asked, out=tmp_path / "run", quiet=True)
+    search = verdict(tmp_path / "run")["search"]
+    assert [t["way"] for t in search["trials"]] == ["channels", "low rank", "both"]
+    assert all(t["amounts"]["macs"] <= search["asked"]["macs"] for t in search["trials"])
+    errors = [t["error"] for t in search["trials"]]
+    assert search["chosen"] == errors.index(min(errors))
+    steps = search["trials"][2]["recipe"]["prune.levels"]
+    assert [s.get("factorize") for s in steps] == [None, "svd"] and steps[0]["epochs"] == 0
+    (level,) = [r for r in read(tmp_path / "run" / "records.jsonl") if r.cell["stage"].startswith("level-")]
+    assert level.measured["macs"].value == search["trials"][search["chosen"]]["amounts"]["macs"]
+
+    # where both is the answer, the levels before the last one are kept and carried out again
+    kept = tmp_path / "run" / "steps" / "search-1.json"
+    known = json.loads(kept.read_text())
+    assert len(known.get("before", ())) == (search["chosen"] == 2)
+    before = level.measured["metric"]
+    (again,) = [
+        r for r in compress(asked, out=tmp_path / "run", quiet=True).records if r.cell["stage"] == level.cell["stage"]
+    ]
+    assert dataclasses.replace(again.measured["metric"]) == before
+
+
+def test_limits_that_no_means_reaches_are_exit_4_with_the_nearest_plan(tmp_path):
+    asked = recipe({"size_bytes": 6500, "macs": 0.001, "trials": 1, "allocation": "uniform", "low_rank": False})
+    with pytest.raises(
+        InfeasibleError, match=r"the budget must be reachable: macs .*, size_bytes 6,500\. Got macs must be at most"
+    ) as caught:
+        compress(asked, out=tmp_path / "run", quiet=True)
+    assert caught.value.exit_code == 4 and caught.value.nearest.keep
+
+
+@pytest.mark.parametrize(
+    ("budget", "bits", "joint"),
+    [
+        ({"size_bytes": 0.5}, True, True),
+        ({"size_bytes": 0.5, "latency": 0.5}, True, True),
+        ({"size_bytes": 0.5, "bits": [8]}, False, False),
+        ({"macs": 0.5}, False, False),
+        ({"macs": 0.5, "together": True}, False, True),
+        ({"latency": 0.5, "front": [2.0]}, False, True),
+        ({"metric_loss": 1.0, "together": True}, False, False),
+    ],
+)  # fmt: skip
+def test_which_budgets_weigh_several_means(budget, bits, joint):
+    assert (by_bits(recipe(budget)), is_joint(recipe(budget))) == (bits, joint)
+
+
+def test_a_recipe_without_the_keys_has_the_digest_that_it_had():
+    plain = load_recipe("digits")
+    assert "together" not in plain.to_yaml() and "front" not in plain.to_yaml()
+    assert load_recipe("digits", ["budget.together=false", "budget.front=[]"]).digest == plain.digest
+    assert load_recipe("digits", ["budget.front=[0.5, 2]"]).digest != plain.digest
