@@ -197,7 +197,9 @@ def _part_weights(model: Any) -> None:
         codes = inputs[0].input_value(0).get_node()
         if codes.get_type_name() != "Constant":
             continue
-        readers = node.output(0).get_target_inputs()  # in no order
+        readers = [
+            r for r in node.output(0).get_target_inputs() if r.get_node().get_type_name() != "ShapeOf"
+        ]  # in no order
         for reader in sorted(readers, key=lambda r: order[str(r.get_node().get_friendly_name())])[1:]:
             own = ops.convert(ops.constant(codes.data.copy()), "f32")
             again = ops.multiply(own, ops.constant(inputs[1].data.copy()))
