@@ -294,6 +294,30 @@ def test_a_layer_that_is_called_twice_runs_on_codes_both_times(tmp_path: Path) -
     assert artifact.files[1].stat().st_size < codes + 600  # and no weight is in the file twice
 
 
+def test_layers_with_equal_codes_run_on_codes_all(tmp_path: Path) -> None:
+    """As in DenseNet: batch norms of one width behind concatenations are depthwise convolutions whose codes are 127 throughout."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 8, 1), nn.Conv2d(16, 4, 1)
+            self.norm, self.norm_too = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+            nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            y = self.one(self.norm(torch.cat([x, x.abs()], 1)).relu())
+            return self.two(self.norm_too(torch.cat([y, y.abs()], 1)).relu())
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 12, 12)
+    quant = quantize(capture(Dense().eval(), x[:2]), target="openvino-x86", calibrate=[x])
+    same = [p.codes for p in quant.weights.values() if p.codes.shape == (16, 1, 1, 1)]
+    assert len(same) == 2 and torch.equal(*same), "the case must be one of equal codes"
+    found = check(export(quant, tmp_path / "dense.xml", target="openvino-x86"), quant, [x])
+    assert (found.num_layers, found.num_layers_on_codes) == (5, 5)
+
+
 def test_a_maximum_over_axes_in_front_of_codes(tmp_path: Path) -> None:
     """OpenVINO 2026.4 answers nonsense where it makes one kernel of ReduceMax and the quantization of its result."""
 

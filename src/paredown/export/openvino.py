@@ -183,12 +183,14 @@ def _reduce_codes(model: Any) -> None:
 
 
 def _part_weights(model: Any) -> None:
-    """Codes of its own for every reader of a weight: of a layer that is called twice the plugin runs one call in float.
+    """Codes of its own for every reader of a weight: of layers that share them the plugin runs one or all in float.
 
-    The file does not grow: equal constants are written once.
+    They are those of one layer that is called twice, and of two whose codes are equal (batch norms as depthwise convolutions have nothing
+    but 127), which the exporter writes once. The file does not grow: equal constants are saved once.
     """
     import openvino.opset13 as ops
 
+    taken: set[str] = set()
     order = {str(node.get_friendly_name()): number for number, node in enumerate(model.get_ordered_ops())}
     for node in model.get_ordered_ops():
         inputs = [v.get_node() for v in node.input_values()]
@@ -197,9 +199,11 @@ def _part_weights(model: Any) -> None:
         codes = inputs[0].input_value(0).get_node()
         if codes.get_type_name() != "Constant":
             continue
-        readers = [
-            r for r in node.output(0).get_target_inputs() if r.get_node().get_type_name() != "ShapeOf"
-        ]  # in no order
+        if codes.get_name() in taken:
+            inputs[0].input(0).replace_source_output(ops.constant(codes.data.copy()).output(0))
+        taken.add(str(codes.get_name()))
+        # in no order; what reads the shape alone reads no weight
+        readers = [r for r in node.output(0).get_target_inputs() if r.get_node().get_type_name() != "ShapeOf"]
         for reader in sorted(readers, key=lambda r: order[str(r.get_node().get_friendly_name())])[1:]:
             own = ops.convert(ops.constant(codes.data.copy()), "f32")
             again = ops.multiply(own, ops.constant(inputs[1].data.copy()))
