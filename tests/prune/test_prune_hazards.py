@@ -99,8 +99,10 @@ def test_a_pruned_net_trains(name: str, realiser: str) -> None:
     assert distance(run(still, (args, kwargs), 1), run(still, (args, kwargs), 2)) == 0
 
 
-FINER = ("bert", "computed_bias", "distilbert", "encoder_layer", "fused_qkv", "grouped", "mha", "vit")
-"""Nets in which one head (or one channel per group) is left, so that the second coupling is finer than the first."""
+FINER = (
+    "bert", "computed_bias", "distilbert", "encoder_layer", "fused_qkv", "grouped", "mha", "rotary_pairs", "vit", "window_attention",
+)  # fmt: skip
+"""Nets in which one head (or one channel per group, or one pair) is left, so that the second coupling is finer than the first."""
 SAVED = (*FINER, "residual", "lstm", "squeezed")
 AGAIN = {*SAVED, *NAMES[::6]}
 """Pruned twice in the everyday suite: a second capture costs as much as all else that is done with a net."""

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 import paredown as pare
 from oracle import distance, run, scale
+from paredown.couple.trace import trace
 from paredown.program import Program, capture, least_batch
 from paredown.prune import Pruned
+from paredown.prune.prove import compare, holds, reference
+from paredown.prune.removal import removal
 
 
 def halved(model: nn.Module, x: Any, channels: float = 0.5) -> tuple[Program, Pruned]:
@@ -248,3 +251,24 @@ def test_a_hole_in_the_example_is_no_reason_to_exclude_channels() -> None:
     model = ByWidth()
     _, pruned = halved(model, x)
     assert pruned.proof.moved > 0 and pruned.proof.scale < float("inf")
+
+
+class BeginsWithZeros(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(x.shape[0], 8)  # of no dtype of its own
+        for _ in range(2):
+            state = torch.tanh(self.a(x) + self.b(state))
+        return self.o(state)  # type: ignore[no-any-return]
+
+
+def test_constants_of_no_dtype_are_of_the_dtype_of_the_proof() -> None:
+    torch.manual_seed(0)
+    program, pruned = halved(BeginsWithZeros(), torch.randn(4, 5))
+    gone = removal(trace(program), pruned.plan)
+    proof = compare(pruned.module, reference(program, gone, dtype=torch.float64))
+    assert holds(proof) and proof.mode == "float64"
+    assert torch.get_default_dtype() == torch.float32

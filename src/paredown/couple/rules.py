@@ -279,7 +279,7 @@ _UNARY = (
     "clone contiguous detach detach_ alias to _to_copy type_as float_power lift_fresh "
     "abs abs_ neg neg_ exp exp_ expm1 log log_ log2 log10 log1p sqrt sqrt_ rsqrt rsqrt_ square reciprocal sin cos tan atan asin acos sinh cosh erf erfc "
     "ceil floor round trunc frac sign clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ isnan isinf isfinite nan_to_num bitwise_not logical_not "
-    "zero_ fill_ zeros_like ones_like full_like empty_like rand_like randn_like bernoulli bernoulli_ uniform_ normal_ tril triu positive fill "
+    "zero_ fill_ zeros_like ones_like full_like empty_like rand_like randn_like bernoulli bernoulli_ uniform_ normal_ positive fill "
     "hardshrink softshrink tanhshrink sgn nan_to_num_ requires_grad_"
 ).split()
 _NARY = (
@@ -346,6 +346,8 @@ def _table() -> dict[str, Rule]:
             "reshape_as": shape.like_another,
             "view_as": shape.like_another,
             "roll": shape.kept_whole,
+            "tril": shape.triangle,
+            "triu": shape.triangle,
             "embedding": shape.embedding,
             "embedding_bag": shape.embedding_bag,
             "unfold": shape.unfold,

@@ -126,10 +126,10 @@ def executed(node: fx.Node, trace: Trace) -> Any:
 
 def joined(node: fx.Node, trace: Trace) -> Any:
     """cat: a constant that is put beside channels may have to be as long as what it stands for (a state at the start)."""
-    axis = int(args_of(node, "dim")[0])
-    for part in node.all_input_nodes:
-        ids = trace.of(part)
-        trace.stiffen(axis % ids.dim() - ids.dim(), ids.shape[axis])
+    axis, joint = int(args_of(node, "dim")[0]), node.meta["val"].dim()
+    for ids in (trace.of(part) for part in node.all_input_nodes):
+        if ids.dim() == joint:  # else the empty list that a loop begins with
+            trace.stiffen(axis % joint - joint, ids.shape[axis])
     return executed(node, trace)
 
 
@@ -164,6 +164,14 @@ def kept_whole(node: fx.Node, trace: Trace) -> Any:
     for axis in dims if dims else range(ids.dim()):
         trace.later(ids, axis, ids, "positions along the channels carry meaning")
     return executed(node, trace)
+
+
+def triangle(node: fx.Node, trace: Trace) -> Any:
+    """tril, triu: what is kept of a row hangs on the number of the row."""
+    ids = trace.of(node.args[0])
+    for axis in (-2, -1):
+        trace.later(ids, axis, ids, "positions along the channels carry meaning")
+    return ids
 
 
 def slice(node: fx.Node, trace: Trace) -> Any:

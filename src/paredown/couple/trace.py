@@ -134,8 +134,7 @@ class Trace:
         self._state = program.state
         self.node: fx.Node | None = None
         self._run(program.eval_graph)
-        products, unknown = dict(self.products), self.unknown
-        self.unknown = Counter()
+        products, unknown, self.unknown = dict(self.products), self.unknown, Counter[str]()
         self.eval_names = frozenset(self.weights.keys() | self.raw.keys())
         """Parameters that the eval graph uses."""
         if program.train_graph is not None:
@@ -146,6 +145,7 @@ class Trace:
         self._settle()
         self._equal_chunks()
         self._check_fragile()
+        self._pin_unwritten()
 
     # ------------------------------------------------------------------------------------------------ what rules use
 
@@ -228,7 +228,8 @@ class Trace:
             value = self.values.get(node)
             if value is None or op_name(node) not in _ONE_NUMBER or value.dim() < -axis or value.shape[axis] != length:
                 continue
-            self.stiff.setdefault(node, axis % value.dim())
+            if value.is_floating_point():  # whole numbers may be looked up by: as many are read as there are
+                self.stiff.setdefault(node, axis % value.dim())
 
     def later(self, ids: Tensor, axis: int, at_stake: Tensor, reason: str) -> None:
         """If `ids` still vary along `axis` when all ties are known, pin `at_stake`."""
@@ -360,6 +361,19 @@ class Trace:
                 self.pin(self.ids[leaf], "model output")
             elif isinstance(leaf, fx.Node) and leaf in self.parameters:
                 self.pin(self.of(leaf), "model output")
+
+    def _pin_unwritten(self) -> None:
+        """Channels of a grown constant that belong to no unit: only weights that read the constant would lose by them."""
+        made = [w for n, axes in self.weights.items() for at, w in axes.items() if self.roles[(n, at)] == "write"]
+        units = np.unique(
+            np.concatenate([[FIXED], *(numbers(self.forest, t).ravel() for t in (*made, *self.raw.values()))])
+        )
+        for node in self.grown:
+            ids = along(self.ids[node], self.grown[node])
+            alone = torch.from_numpy(~np.isin(numbers(self.forest, ids), units))
+            self.node = node
+            self.pin(ids[alone], "a constant that no unit is combined with")
+        self.node = None
 
     # ----------------------------------------------------------------------------------------------------- settlement
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paredown.program import Program
 
 
-def one_dtype(program: Program, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Within it every cast to a floating dtype, and every tensor made of one, is of `dtype`.
+@contextlib.contextmanager
+def one_dtype(program: Program, dtype: torch.dtype) -> Iterator[None]:
+    """Within it every cast to a floating dtype, and every tensor made of one or of none, is of `dtype`.
 
-    Only where the program has dtypes of its own: the weights are not all float32, or an op names one.
+    Casts only where the program has dtypes of its own: the weights are not all float32, or an op names one.
     """
-    return _OneDtype(dtype) if _has_dtypes(program) else contextlib.nullcontext()
+    before = torch.get_default_dtype()  # that of torch.zeros and its like where none is named
+    torch.set_default_dtype(dtype)
+    try:
+        with _OneDtype(dtype) if _has_dtypes(program) else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _OneDtype(TorchDispatchMode):
