@@ -156,6 +156,20 @@ def test_other_tasks_and_broken_neighbours_are_left_out(tmp_path: Path) -> None:
     assert b'id="beside"' not in alone
 
 
+def test_a_neighbour_whose_sections_cannot_be_made_is_linked_alone(tmp_path: Path) -> None:
+    written(tmp_path / "run", run())
+    first, *points = sensitivity()
+    details = {
+        **first.details,
+        "notes": [],
+        "metric": {"name": "accuracy", "unit": [[]], "goal": "max"},
+        "dense": "98 %",
+    }
+    written(tmp_path / "sensitivity", [dataclasses.replace(first, details=details), *points])
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert 'href="../sensitivity/report.html"' in page and 'id="sensitivity-from"' not in page
+
+
 def test_names_of_folders_stay_names(tmp_path: Path) -> None:
     written(tmp_path / "run", run())
     written(tmp_path / 'a "><script>', curve(data=""))

@@ -523,6 +523,16 @@ def test_large_networks_fit() -> None:
     assert f"{sum(m['parameters'] for m in many):,}" in text, "the sum counts all layers"
 
 
+def test_long_fronts_fit() -> None:
+    levels = [{"pattern": f"blocks.{j}.attention.projection", "density": 0.5} for j in range(12)]
+    points = [
+        {"way": "units", "times": 1.0, "error": i / 1000, "amounts": {"size_bytes": i}, "recipe": {"prune.levels": levels}, "levels": levels}
+        for i in range(1000)
+    ]  # fmt: skip
+    search = {"asked": {"size_bytes": 10}, "trials": [], "front_points": points}
+    assert "and 900 more, in front.csv" in harmless(render([*sample()[:-1], verdict(search=search)])).text
+
+
 def test_same_records_same_page() -> None:
     assert render(sample()) == render(sample())
 

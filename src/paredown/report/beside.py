@@ -19,6 +19,8 @@ Kind = Literal["run", "curve", "sensitivity"]
 TITLES: dict[Kind, str] = {"run": "Run", "curve": "Curve", "sensitivity": "Sensitivity"}
 FOLDERS, PAGES = 200, 8
 """Looked into at most, and shown at most."""
+BROKEN = (ParedownError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What records that something else wrote, or half, may raise where they are read."""
 _LONGEST = 1 << 20
 """Bytes of a first line: that of a curve names all its recipes."""
 
@@ -79,7 +81,7 @@ def found_beside(folder: Path, records: Sequence[Record]) -> tuple[Beside, ...]:
                     link=quote(Path(os.path.relpath(place, folder.resolve())).as_posix()) + "/report.html", said=said, brief=brief,
                 )
             )  # fmt: skip
-        except (ParedownError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        except BROKEN:
             continue
     return tuple(sorted(found, key=lambda b: (bool(b.differs), b.kind)))  # else in the order of _neighbours
 

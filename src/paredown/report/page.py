@@ -12,7 +12,7 @@ from paredown import records as journal
 from paredown.errors import MissingError, RejectedError
 from paredown.records import Record
 from paredown.report import evidence, insight, layers, masks
-from paredown.report.beside import Beside, found_beside, shown
+from paredown.report.beside import BROKEN, Beside, found_beside, shown
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
 from paredown.report.searching import search_lines
@@ -41,8 +41,8 @@ def render(records: list[Record], beside: Sequence[Beside] = ()) -> str:
         raise RejectedError(msg)
     content = _content(view(records))
     same = [next((b for b in beside if b.kind == kind and not b.differs), None) for kind in ("curve", "sensitivity")]
-    embedded, why = [b for b in same if b is not None], ""
-    parts = {b.folder: _part(b) for b in embedded}
+    parts = {b.folder: part for b in same if b is not None and (part := _part(b)) is not None}
+    embedded, why = [b for b in same if b is not None and b.folder in parts], ""
     while True:
         told = {**content, "embedded": [parts[b.folder] for b in embedded], **shown(beside, embedded, why)}
         page = str(_template().render(told))
@@ -51,17 +51,20 @@ def render(records: list[Record], beside: Sequence[Beside] = ()) -> str:
         embedded, why = embedded[:-1], "not in this file, which it would take beyond a megabyte"
 
 
-def _part(one: Beside) -> dict[str, Any]:
-    """The sections of a curve or a sensitivity, to stand in the page of a run."""
+def _part(one: Beside) -> dict[str, Any] | None:
+    """The sections of a curve or a sensitivity, to stand in the page of a run; None where they cannot be made."""
+    template = _template(f"{one.kind}_sections.html")
     import markupsafe  # comes with Jinja2
 
-    name = f"{one.kind}_sections.html"
     if one.kind == "curve":
         from paredown.report.curves import content_of
     else:
         from paredown.report.sensitivity import content_of
-    told = {**content_of(one.records), "at": f"{one.kind}-", "of": f"{one.title}: ", "folder": one.name}
-    sections = markupsafe.Markup(_template(name).render(told))  # escaped there already
+    told = {"at": f"{one.kind}-", "of": f"{one.title}: ", "folder": one.name}
+    try:
+        sections = markupsafe.Markup(template.render({**content_of(one.records), **told}))  # escaped there already
+    except BROKEN:
+        return None  # the page of this run does not depend on it
     return {
         "kind": one.kind, "title": one.title, "name": one.name, "link": one.link, "brief": one.brief,
         "recipe": text(mapping(one.records[0].cell).get("recipe_digest"), 16), "sections": sections,

@@ -19,6 +19,8 @@ _UNITS = {
     "parameters": "",
 }
 _MOST = 8
+FRONT = 100
+"""Points with their recipes that a page lists: a hundred take a quarter of a megabyte. The CSV file goes on."""
 
 
 def search_lines(run: View) -> dict[str, Any] | None:
@@ -29,13 +31,17 @@ def search_lines(run: View) -> dict[str, Any] | None:
     tried = rows(told.get("rounds")) or rows(told.get("trials"))
     chosen = number(told.get("chosen"))
     best = tried[int(chosen)] if chosen is not None and 0 <= chosen < len(tried) else {}
+    points = rows(told.get("front_points"))
+    front = [_front_point(p) for p in points[:FRONT]] or [
+        _trial(tried[int(i)]) for i in _numbers(told.get("front")) if 0 <= i < len(tried)
+    ]
     return {
         "amounts": [_amount(n, v, best) for n, v in mapping(told.get("asked")).items()],
         "already_met": told.get("already_met") is True,
         "rounds": [_round(r) for r in tried[:40]],
-        "front": [_front_point(p) for p in rows(told.get("front_points"))]
-        or [_trial(tried[int(i)]) for i in _numbers(told.get("front")) if 0 <= i < len(tried)],
-        "front_csv": _front_csv(rows(told.get("front_points"))),
+        "front": front,
+        "more_front": max(0, len(points) - FRONT),
+        "front_csv": _front_csv(points),
         "shares": _shares(mapping(told.get("shares"))),
     }
 
