@@ -18,6 +18,7 @@ from paredown.plan import Mask, Plan
 from paredown.program import capture
 from paredown.prune import prune
 from paredown.quantize import quantize, train_quantized
+from paredown.quantize.computed import scales_into_layers
 from paredown.quantize.noise import activation_noise, folded_weights, sqnr
 
 
@@ -183,3 +184,74 @@ def test_names_stay_apart_and_chance_is_left_alone(noisy: bool) -> None:
     assert names[2:] == ([] if noisy else ["c.weight"])
     with torch.no_grad():
         assert float((found.module(x) - net(x)).square().mean() / net(x).square().mean()) < 1e-3
+
+
+class LayerScale(nn.Module):
+    """Factors per channel behind a convolution, and behind linear layers along the last axis, moved and not; as ConvNeXt and CaiT have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8, bias=False),
+            nn.Linear(8, 4),
+        )
+        self.a, self.b = nn.Parameter(torch.randn(1, 8, 1, 1)), nn.Parameter(torch.randn(8, 1, 1))
+        self.c, self.everywhere = nn.Parameter(torch.randn(8)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) * self.a
+        x = x + self.b * self.one(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.flatten(2).transpose(1, 2)
+        return self.everywhere * self.head(x + self.two(x) * self.c)
+
+
+def test_factors_per_channel_go_into_the_layers_before_them() -> None:
+    torch.manual_seed(0)
+    net, samples = LayerScale().eval(), [torch.randn(4, 3, 8, 8) for _ in range(4)]
+    graph = capture(net, samples[0][:2]).eval_graph.module(check_guards=False)
+    wanted = graph(samples[0])
+    scales_into_layers(graph)
+    products = [n for n in graph.graph.nodes if n.op == "call_function" and "mul" in str(n.target)]
+    assert len(products) == 4 and all(p.args[0].op == p.args[1].op == "get_attr" for p in products), "of weights alone"
+    torch.testing.assert_close(graph(samples[0]), wanted)
+    quant = quantize(capture(net, samples[0][:2]), target="onnxruntime-x86", calibrate=samples)
+    assert set(quant.weights) == {"conv.weight", "one.weight", "two.weight", "head.weight"}
+    assert not any("mul stays float" in n for n in quant.notes)
+    packed = quant.weights["one.weight"]
+    held = packed.codes.float() * packed.scales.reshape(-1, 1)
+    rows = net.one.weight.detach() * net.b.detach().reshape(-1, 1)
+    assert (held - rows).abs().max() <= 0.51 * packed.scales.max()
+    error = float((quant.module(samples[0]) - net(samples[0])).abs().max() / net(samples[0]).abs().max())
+    assert error < 0.1
+
+
+class Beside(nn.Module):
+    """What may not go into the layer: its output is read elsewhere, its weight too, or the factor differs along another axis."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(6, 6)
+        self.c = nn.Parameter(
+            torch.randn(5, 1) if kind == "tokens" else torch.randn(2, 1, 6) if kind == "batch" else torch.randn(6)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.kind == "read":
+            return y * self.c + y
+        if self.kind == "twice":
+            return y * self.c + self.layer(x.tanh())
+        return y * self.c
+
+
+@pytest.mark.parametrize("kind", ["read", "twice", "tokens", "batch"])
+def test_factors_that_others_would_notice_stay(kind: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    graph = capture(Beside(kind).eval(), x).eval_graph.module(check_guards=False)
+    wanted = graph(x)
+    scales_into_layers(graph)
+    torch.testing.assert_close(graph(x), wanted)
+    assert sum(n.op == "call_function" and "mul" in str(n.target) for n in graph.graph.nodes) == 1
