@@ -42,5 +42,7 @@ def _of_group() -> int | None:
         text = (_GROUP / "memory.stat").read_text(encoding="ascii")
     except OSError:
         text = ""
-    match = re.search(r"(?m)^inactive_file (\d+)$", text)  # files that were read once and may be dropped
-    return max(0, limit - used + (int(match[1]) if match else 0))
+    files = re.findall(
+        r"(?m)^(?:in)?active_file (\d+)$", text
+    )  # pages of files, which are dropped before anything is refused
+    return max(0, limit - used + sum(int(n) for n in files))

@@ -191,6 +191,54 @@ def test_a_training_that_was_stopped_goes_on_from_beside_the_file(call, asked, m
     assert not Path("b.onnx.training.safetensors").exists()
 
 
+def test_a_target_that_is_not_set_up_is_refused_before_the_training(call, asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAREDOWN_ENVIRONMENTS", str(tmp_path / "none"))
+    done = call(*asked, "--epochs", "1", "--target", "executorch-xnnpack", "--out", "a.pte")
+    assert (done.code, "paredown setup executorch-xnnpack" in done.err) == (8, True), done.err
+    assert "epoch 1" not in done.err and list(tmp_path.iterdir()) == []
+
+
+def test_a_training_stays_until_its_file_is_written(call, asked):
+    ask = (*asked, "--epochs", "1", "--max-steps", "2", "--out", "a.onnx")
+    done = call(*ask, "--opset", "99")
+    assert done.code != 0 and not Path("a.onnx").exists()
+    assert Path("a.onnx.training.safetensors").is_file()
+    done = call(*ask, "--json")
+    assert done.code == 0, done.err
+    assert len(done.json["training"]["history"]) == 1
+    assert not Path("a.onnx.training.safetensors").exists()
+
+
+def test_what_is_written_takes_no_weights_that_are_read(call, folder, tmp_path):
+    """Packed weights have the suffix of a folder's own weights."""
+    model = f"{folder / 'own.py'}:net"
+    ask = ("--input", "2x8", "--granularity", "element", "--density", "0.5", "--out", "masked")
+    assert call("prune", model, *ask).code == 0
+    before = Path("masked/model.safetensors").read_bytes()
+    ask = ("quantize", model, "--input", "2x8", "--pruned", "masked", "--task", folder / "own.py", "--scheme", "w4a4")
+    done = call(*ask, "--out", "masked/model.safetensors", "--overwrite")
+    assert (done.code, "--out must not be the file of the pruned model" in done.err) == (2, True), done.err
+    assert Path("masked/model.safetensors").read_bytes() == before
+    (tmp_path / "masked" / "recipe.yaml").write_text("schema: 1\n", encoding="utf-8")
+    (tmp_path / "masked" / "steps").mkdir()
+    for name in ("model.safetensors", "steps/base-trained.safetensors"):
+        (tmp_path / "masked" / name).touch()
+        done = call("quantize", "masked", "--scheme", "w4a4", "--out", f"masked/{name}", "--overwrite")
+        assert (done.code, "--out must not be the file of the pruned model" in done.err) == (2, True), done.err
+
+
+def test_a_file_that_was_not_compared_does_not_stay(call, folder, tmp_path):
+    """A network that takes any size, and a task whose samples have another one than --input."""
+    (tmp_path / "any.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(4), nn.Linear(4, 4))\n",
+        encoding="utf-8",
+    )
+    ask = ("quantize", f"{tmp_path / 'any.py'}:net", "--input", "2x12", "--task", folder / "own.py")
+    done = call(*ask, "--out", "a.onnx")
+    assert (done.code, "samples must be" in done.err) == (3, True), done.err
+    assert [p.name for p in tmp_path.iterdir()] == ["any.py"]
+
+
 def test_the_fewest_layers_go_back_to_float(call, asked, folder):
     ask = (*asked, "--scheme", "ternary")
     lost = call(*ask, "--out", "a.onnx", "--json").json["metric"]

@@ -13,6 +13,7 @@ from torch import nn
 
 pytest.importorskip("torchao")
 
+from paredown import machine_memory
 from paredown.errors import ResourceError
 from paredown.machine_memory import available_bytes
 from paredown.program import Program, capture
@@ -96,3 +97,16 @@ def test_more_samples_than_memory_are_refused_before_the_repair(program: Program
         quantize(program, calibrate=many, repair=["gptq"], num_samples=most + most // 2)
     assert quantize(program, calibrate=many, num_samples=8).notes is not None  # nothing is kept without a repair
     assert ResourceError.exit_code == 7
+
+
+def test_files_that_a_control_group_has_read_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that has read its data leaves most of a container's limit to pages of files, which give way."""
+    monkeypatch.setattr(machine_memory, "_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text(
+        "anon 200000\nfile 700000\nshmem 0\ninactive_file 100000\nactive_file 600000\n"
+    )
+    assert available_bytes() == 800_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes() != 800_000

@@ -70,6 +70,19 @@ def test_channels_of_zeros_say_nothing_of_the_range(bias: bool) -> None:
     assert "of another range" in beside_training(program, ((255 * x,), {}))
 
 
+@pytest.mark.parametrize("steps", [1, 10, 30])
+def test_statistics_that_still_hold_of_their_start_are_no_other_range(steps: int) -> None:
+    """Small inputs and few steps: the running variance still is mostly the 1 that it began with."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 0.02 * torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        for _ in range(steps):
+            net(x)
+    program = capture(net.eval(), x[:2], train=False)
+    assert beside_training(program, ((x,), {})) == ""
+    assert "of another range" in beside_training(program, ((5000 * x,), {}))
+
+
 def test_whole_numbers_up_to_255_are_raw_pixels_where_they_are_pictures() -> None:
     pictures = torch.randint(0, 256, (40, 3, 6, 6)).float()
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())

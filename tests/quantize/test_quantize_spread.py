@@ -45,3 +45,29 @@ def test_many_samples_and_a_lone_one_have_no_spread() -> None:
     torch.manual_seed(0)
     x = torch.randn(40, 4)
     assert said(x) == "" and said(x[:2], x[:1]) == ""
+
+
+class Empty(nn.Module):
+    """An activation without elements, as of a list of boxes that is empty or a slice of width 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.b(torch.cat([y[:, :0], y], 1).relu())
+
+
+def test_an_activation_without_elements_has_no_range() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(10, 8)
+    notes = quantize(capture(Empty().eval(), x[:2], train=False), calibrate=[x]).notes
+    assert any("leaving one sample out" in n for n in notes)
+
+
+def test_no_percent_is_not_told() -> None:
+    """Both ends of all ranges stand in two samples; then those of the inputs alone, each of which the network takes for another."""
+    assert said(torch.cat([torch.full((1, 4), v) for v in (-1.0, -1.0, 1.0, 1.0)])) == ""
+    told = said(torch.tensor([[-1.0, 1.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]]))
+    assert "by up to" in told and "half" not in told

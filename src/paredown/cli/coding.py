@@ -175,12 +175,21 @@ class Work:
     strip_prefix: str | None
     say: Callable[[str], None] = field(repr=False)
 
+    @property
+    def checkpoint(self) -> Path:
+        """Of a training with rounding; there until the file is written."""
+        return self.out.with_name(f"{self.out.name}.training.safetensors")
+
     def coded(self) -> Coded:
         """The network in codes, by whichever way was asked for. Raises what `quantize`, `train_quantized` and `spare` raise."""
         import paredown
+        from paredown.environments import python_of
+        from paredown.target import named
         from paredown.train.task import seed_all
 
         asked = self.asked
+        if asked.scheme not in SIMULATED and named(asked.target).environment:
+            python_of(named(asked.target))  # now, not after a training
         seed_all(self.seed)
         options: dict[str, Any] = {
             "target": asked.target, "scheme": asked.scheme, "calibrate": None if asked.needless else self.batches,
@@ -282,13 +291,11 @@ class Work:
                 self.say(f"epoch {len(history)} of {now.epochs}: loss {loss}{', ' + done.note if done.note else ''}")
 
         self.say("quantize, and train with rounding")
-        checkpoint = self.out.with_name(f"{self.out.name}.training.safetensors")
         lr = LR if asked.lr is None else asked.lr
         quantized = train_quantized(
             self.tuned.thing, task.train_batches, step=task.step, epochs=asked.epochs, lr=lr, teacher=teacher, distil=distil,
-            seed=self.seed, device=self.device, checkpoint=checkpoint, max_steps=asked.max_steps, progress=progress, **options,
+            seed=self.seed, device=self.device, checkpoint=self.checkpoint, max_steps=asked.max_steps, progress=progress, **options,
         )  # fmt: skip
-        checkpoint.unlink(missing_ok=True)
         rows = [
             {"epoch": e.epoch, "loss": e.loss, "lr": e.lr, "samples": e.num_samples, "note": e.note} for e in history
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +15,7 @@ from paredown.cli.coding import SIMULATED, Asked, Coded, Work, evaluations
 from paredown.cli.samples import RANDOM_SAMPLES, as_batches, random_batches
 from paredown.cli.show import emit, only_document, say, show, table
 from paredown.cli.sources import Tuned, arrays, calibration_of, is_run, loaded, tuned
-from paredown.errors import UsageError, VerificationError
+from paredown.errors import RejectedError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from paredown.export import Check, Predict
@@ -146,6 +147,8 @@ def quantize(
     if calibrate is None and task is None and not asked.needless and not run:
         raise UsageError(_NO_SAMPLES)
     read_files = {"weights": weights, "model": model.rpartition(":")[0], "calibration": calibrate, "teacher": teacher}
+    for file in _weights_in(Path(model) if run else pruned):
+        check_out_file(out, {"pruned model": file}, overwrite=overwrite)
     check_out_file(out, read_files, overwrite=overwrite)
     read = None if calibrate in (None, "random") else arrays(Path(str(calibrate)), "--calibrate")
     with only_document(json):
@@ -166,9 +169,18 @@ def quantize(
         )  # fmt: skip
         coded = work.coded()
         written = _written(work, coded, opset)
+        work.checkpoint.unlink(missing_ok=True)  # not before: a file that cannot be written costs no training
         facts = _facts(work, coded, written, source)
     _told(written, facts, json=json, quiet=quiet)
     return 0
+
+
+def _weights_in(folder: Path | None) -> Iterator[Path]:
+    """What a folder is rebuilt from, and what its run goes on from; w4a4 writes files of the same suffix."""
+    if folder is not None:
+        yield folder / "model.safetensors"
+        yield from folder.glob("masks-*.safetensors")
+        yield from folder.glob("steps/*.safetensors")
 
 
 def _task(task: str | None, data: Path | None) -> Task | None:
@@ -233,7 +245,12 @@ def _written(work: Work, coded: Coded, opset: int) -> _Written:
     work.say("export and check")
     artifact = paredown.export(quant, out, opset=opset)
     coded.refuse_larger(artifact.size_bytes, artifact.files)
-    checked = paredown.check(artifact, quant, work.batches)
+    try:
+        checked = paredown.check(artifact, quant, work.batches)
+    except RejectedError:  # samples that do not fit the file: nothing was compared
+        for file in artifact.files:
+            file.unlink(missing_ok=True)
+        raise
     return _Written(files=artifact.files, predict=predictor(artifact), checked=checked, **shared)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ from cyclopts import Parameter
 
 from paredown.cli import options
 from paredown.cli.compress import safe_name
-from paredown.cli.show import emit, only_document, show, table
+from paredown.cli.show import beside, emit, only_document, show, table
 from paredown.errors import UsageError
 
 
@@ -49,18 +48,13 @@ def sensitivity(
     if json:
         emit(dict(found.document))
     else:
-        show(*told(dict(found.document)), f"report: {folder / 'report.html'}", *_beside(folder), quiet=quiet)
+        show(
+            *told(dict(found.document)),
+            f"report: {folder / 'report.html'}",
+            *beside(folder, "this sensitivity"),
+            quiet=quiet,
+        )
     return 0
-
-
-def _beside(folder: Path) -> list[str]:
-    """Which runs' reports would take this sensitivity in."""
-    from paredown.report.beside import runs_to_write
-
-    return [
-        f"beside it: `paredown report {min(str(p), os.path.relpath(p), key=len)}` puts this sensitivity into the report of that run"
-        for p in runs_to_write(folder)
-    ]
 
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> tuple[Any, ...]:

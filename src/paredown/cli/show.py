@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -125,6 +126,16 @@ def plan_table(coupling: Any, cost: Any, plan: Any) -> Any:
     if plan.made_by.get("include") and plan.made_by.get("exclude"):
         lines.append(_text(plan.made_by["precedence"]))
     return Group(*lines)
+
+
+def beside(folder: Path, what: str) -> list[str]:
+    """Which runs' reports would take in `what` a folder holds."""
+    from paredown.report.beside import runs_to_write
+
+    return [
+        f"beside it: `paredown report {min(str(p), os.path.relpath(p), key=len)}` puts {what} into the report of that run"
+        for p in runs_to_write(folder)
+    ]
 
 
 def counts_after(coupling: Any, cost: Any, plan: Any) -> tuple[int, int]:

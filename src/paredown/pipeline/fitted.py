@@ -149,16 +149,17 @@ def fitted_bits(thing: Program | Pruned, shrinking: Shrinking, how: Weighing) ->
     Raises InfeasibleError where the narrowest widths are too large.
     """
     groups = widths_of(thing, how.options, how.repair, shrinking.widths, how.known)
-    codes = max(1, int(shrinking.limit - shrinking.overhead_of(thing, (g[0].layer for g in groups))))
+    overhead = shrinking.overhead_of(thing, (g[0].layer for g in groups))
+    codes = max(1, int(shrinking.limit - overhead))
     best: Solved | None = None
     tried: dict[str, int] = {}
     nearest = counted(thing.plan if isinstance(thing, Pruned) else None)
     for _ in range(_ROUNDS):
         try:
             spread = solved(groups, codes)
-        except NothingToDo as error:
+        except TooLarge as error:
             if best is None:
-                msg = f"size_bytes must be reachable: {shrinking.limit:,.0f}. {error}. {how.fix}"
+                msg = f"size_bytes must be reachable: {shrinking.limit:,.0f}. Got {error.least:,} B of codes at the narrowest widths, and some {overhead:,.0f} B beside them. {how.fix}"
                 raise InfeasibleError(msg, nearest=nearest) from error
             break
         if repr(spread.bits) in tried:

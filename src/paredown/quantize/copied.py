@@ -29,3 +29,16 @@ def eval_copy(program: Program) -> Program:
         state={name: tensor for name, tensor in every.items() if isinstance(tensor, Tensor)},
         notes=tuple(note for note in program.notes if "train graph" not in note),
     )
+
+
+def is_current(program: Program) -> bool:
+    """Whether the module still holds the tensors of its capture: what is put in their place, as by load_state_dict(assign=True), is not in the graph."""
+    module = program.module
+    held = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return all(
+        name in held and _place(held[name]) == _place(program.state[name]) for name in program.eval_graph.state_dict
+    )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

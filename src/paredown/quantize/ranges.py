@@ -94,7 +94,8 @@ def beside_training(program: Program, call: Inputs) -> str:
 
         √median_c E[(x_c - μ_c)²] / σ²_c   over samples and positions, μ and σ² the running statistics: 1 on the training data
 
-    A network without batch norm remembers no data, and one whose statistics are as they were made has seen none.
+    Channels that are constant here, as those of a filter of zeros, say nothing. A network without batch norm remembers no data, and
+    one whose statistics are as they were made has seen none; what is left in them of how they were made is taken off, too.
     """
     names = placeholder_names(program.eval_graph)
     body = program.eval_graph.graph_module
@@ -114,15 +115,27 @@ def beside_training(program: Program, call: Inputs) -> str:
             run.next(node)
     x: Tensor = run.env[found.args[0]]  # type: ignore[index]
     rows = x.movedim(1, 0).flatten(1)
-    away = (rows - mean[:, None]).square().mean(1) / (variance + 1e-12)
-    times = float(away.median().sqrt())
-    if 1 / ANOTHER_RANGE < times < ANOTHER_RANGE:
+    vary = rows.amax(1) > rows.amin(1) if rows.shape[1] > 1 else torch.ones_like(mean, dtype=torch.bool)
+    if not bool(vary.any()):
         return ""
     name = names[str(found.args[3].name)].removesuffix(".running_mean")  # type: ignore[union-attr]
+    left = _left_of_start(program, found, name)
+    held = ((mean, variance), (mean / (1 - left), ((variance - left) / (1 - left)).clamp(min=0)))
+    every = [float(((rows - m[:, None]).square().mean(1) / (v + 1e-12))[vary].median().sqrt()) for m, v in held]
+    times = every[0]
+    if any(1 / ANOTHER_RANGE < t < ANOTHER_RANGE for t in every):
+        return ""
     return (
         f"calibration inputs are of another range than the training data: the values that the batch norm {name} reads are {times:.3g} times as "
         "far from its running mean as in training: normalise them as the training data were"
     )
+
+
+def _left_of_start(program: Program, norm: fx.Node, name: str) -> float:
+    """The share that mean 0 and variance 1, with which it began, have in the statistics of a batch norm: (1 - momentum)ⁿ after n batches."""
+    count = int(program.state.get(f"{name}.num_batches_tracked", torch.zeros(())))
+    momentum = float(norm.args[6]) if len(norm.args) > 7 else 0.0  # type: ignore[arg-type]
+    return (1 - momentum) ** count if count and 0 < momentum < 1 else 0.0  # 0 stands for a plain mean over the batches
 
 
 def _holders(body: fx.GraphModule) -> list[fx.Node]:

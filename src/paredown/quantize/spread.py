@@ -11,6 +11,9 @@ from torch import Tensor, fx
 
 from paredown.quantize.decompose import fetch
 
+_TOLD = 0.005
+"""What would be rounded to 0 % says nothing."""
+
 
 class Spread:
     """Smallest and largest value of every observed activation, sample by sample; no more is kept once there are `most` samples.
@@ -59,6 +62,7 @@ class Spread:
             if (
                 self._seen >= self._most
                 or not isinstance(value, Tensor)
+                or not value.numel()
                 or value.dim() < 1
                 or value.shape[0] != self._size
             ):
@@ -73,14 +77,15 @@ class Spread:
         return listen
 
     def told(self) -> str:
-        """How much narrower ranges are without one of the samples; "" where there are many, or one alone."""
+        """How much narrower ranges are without one of the samples; "" where there are many, or one alone, or none matters."""
         self.expect(0)
         every = [_moved(torch.cat(ends, 1)) for ends in self._ends.values()]
         moved = [m for m in every if m is not None]
-        if not moved:
+        if max(moved, default=0.0) < _TOLD:
             return ""
         median = float(torch.tensor(moved).median())
-        return f"calibration: leaving one sample out narrows the range of an activation by up to {max(moved):.0%}, of half of them by {median:.0%} or more"
+        half = f", of half of them by {median:.0%} or more" if median >= _TOLD else ""
+        return f"calibration: leaving one sample out narrows the range of an activation by up to {max(moved):.0%}{half}"
 
 
 def _moved(ends: Tensor) -> float | None:

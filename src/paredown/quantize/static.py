@@ -17,8 +17,8 @@ from paredown.program import Inputs, Program, capture, quiet, source_line
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches, tensors_of
 from paredown.quantize.calibration import run_samples
-from paredown.quantize.computed import hold_computed
-from paredown.quantize.copied import eval_copy
+from paredown.quantize.computed import hold_computed, scales_into_layers
+from paredown.quantize.copied import eval_copy, is_current
 from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_name
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
@@ -431,9 +431,9 @@ def _recaptured(tuned: Any) -> Program:
     if not isinstance(tuned, Pruned | Program):
         msg = f"the network to quantize must be a Pruned or a Program. Got {type(tuned).__name__}. Use paredown.capture(model, inputs)."
         raise UsageError(msg)
-    if isinstance(tuned, Program) and tuned.batch == "dynamic":
+    if isinstance(tuned, Program) and tuned.batch == "dynamic" and is_current(tuned):
         program = eval_copy(tuned)
-    else:  # fine-tuned since it was captured; or a batch that may be free all the same
+    else:  # other weights since it was captured; or a batch that may be free all the same
         args, kwargs = tuned.program.inputs if isinstance(tuned, Pruned) else tuned.inputs
         program = capture(tuned.module, {"args": args, "kwargs": kwargs}, train=False)
     kinds = {t.dtype for t in program.state.values() if t.is_floating_point() and isinstance(t, nn.Parameter)}
@@ -455,6 +455,7 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
 
     before = _outputs(graph, program.inputs)
     with quiet("torchao"):
+        scales_into_layers(graph)
         hold_computed(graph)
         if quantizer.target.ops.get("linear") == "weighted":
             products_as_layers(graph)
