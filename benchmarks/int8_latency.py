@@ -197,7 +197,9 @@ def one(name: str, folder: Path, *, halves: bool, seconds: float, runtimes: list
                         runs[n] = in_onnxruntime(f, exact=exact)
                     except Exception as error:  # 1.32 refuses quantize_static's ViT with exact products
                         refused[f"{n} refused"] = str(error)[-80:].strip()
-            row["onnxruntime" + (", exact products" if exact else "")] = (told(in_turns(runs, seconds)) if "ours" in runs else {}) | refused
+            row["onnxruntime" + (", exact products" if exact else "")] = (
+                told(in_turns(runs, seconds)) if "ours" in runs else {}
+            ) | refused
             if not exact:
                 row[f"onnxruntime, {FRAMES} frames"] = told(in_turns(runs, seconds, frames=FRAMES))
     if "openvino" in runtimes:
