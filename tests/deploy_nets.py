@@ -74,6 +74,18 @@ class Concat(nn.Module):
         return self.head(F.dropout(x.flatten(1), 0.5, self.training))
 
 
+class Pair(nn.Module):
+    """One backbone called twice (siamese): what it ends in has another scale for either call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        one, two = (self.b(torch.relu(self.a(v))) for v in (x, y))
+        return self.head((one - two).abs())
+
+
 class Vision(nn.Module):
     """A small vision transformer: patches, class token, attention, layer norm, GELU."""
 

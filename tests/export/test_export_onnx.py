@@ -523,23 +523,11 @@ def test_other_opsets(opset: int, tmp_path: Path) -> None:
     assert check(artifact, quantized, [inputs(3)]).float_nodes == ()
 
 
-class Pair(nn.Module):
-    """One backbone called twice (siamese): what it ends in has another scale for either call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 2)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        one, two = (self.b(torch.relu(self.a(v))) for v in (x, y))
-        return self.head((one - two).abs())
-
-
 @pytest.mark.parametrize("scheme", ["int8", "w4a8"])
 def test_a_layer_that_is_called_twice_has_codes_of_its_bias_for_either_call(scheme: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 8), 3 * torch.randn(32, 8)
-    quant = quantize(capture(Pair(), (x[:2], y[:2])), calibrate=[(x, y)], scheme=scheme)
+    quant = quantize(capture(deploy_nets.Pair(), (x[:2], y[:2])), calibrate=[(x, y)], scheme=scheme)
     found = check(export(quant, tmp_path / "pair.onnx"), quant, [(x, y)])
     assert (found.num_layers, found.num_layers_on_codes) == (5, 5)
 

@@ -275,18 +275,9 @@ def test_without_openvino_every_verb_names_the_extra(
 
 
 def test_a_layer_that_is_called_twice_runs_on_codes_both_times(tmp_path: Path) -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 2)
-
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            one, two = (self.b(torch.relu(self.a(v))) for v in (x, y))
-            return self.head((one - two).abs())
-
     torch.manual_seed(0)
     x, y = torch.randn(32, 8), 3 * torch.randn(32, 8)
-    quant = quantize(capture(Pair(), (x[:2], y[:2])), target="openvino-x86", calibrate=[(x, y)])
+    quant = quantize(capture(deploy_nets.Pair(), (x[:2], y[:2])), target="openvino-x86", calibrate=[(x, y)])
     artifact = export(quant, tmp_path / "pair.xml", target="openvino-x86")
     found = check(artifact, quant, [(x, y)])
     assert (found.num_layers, found.num_layers_on_codes) == (5, 5)

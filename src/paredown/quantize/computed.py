@@ -67,7 +67,7 @@ def scales_into_layers(graph: fx.GraphModule) -> None:
         if len(factors) != 1 or len(others) != 1:
             continue
         found = _layer_before(others[0])
-        value = evaluated(graph, factors[0], known)
+        value = None if found is None else evaluated(graph, factors[0], known)
         if found is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
             continue
         layer, axis, channels = found
