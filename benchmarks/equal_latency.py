@@ -7,7 +7,8 @@
 One order of channels (refit), one set of measured sensitivities, one fit (`reconstruct`) and one training (3 epochs of 11,000 images, distilled, lr 0.01
 cosine) for all. They differ in what decides how many channels stay:
 
-    latency    the knapsack weighs milliseconds of the layers' tables; the search stops at a measured file within the fraction of the dense file's time
+    latency    the knapsack weighs milliseconds of the layers' tables, and so does one share everywhere; each search stops at a measured file within the
+               fraction of the dense file's time; of the two plans the one whose fitted network is nearer to the dense one (KL on held-out images) is taken
     MACs       the knapsack weighs MACs; of budgets from 95 to 20 % the largest whose file is no slower than the one above (by 1 % at most)
     uniform    one share everywhere; found in the same way
 
@@ -57,6 +58,20 @@ class Case:
         self.make = maker(self.program, target=TARGET, scheme="fp32", calibrate=None)
         self.sample = self.task.inputs()
 
+    def fitted(self, plan: pare.Plan, seed: int) -> pare.Pruned:
+        """Pruned, and fitted by least squares."""
+        small = pare.prune(self.program, plan)
+        return pare.reconstruct(small, self.task.train_batches, step=self.task.step, num_batches=8, seed=seed)
+
+    def moved(self, plan: pare.Plan) -> float:
+        """Mean KL from the dense network's answers, nats, on held-out training images, before any training."""
+        small, found = self.fitted(plan, 0).module.eval(), []
+        with torch.no_grad():
+            for batch in self.task.calibration_batches():
+                wanted, got = (net(batch).log_softmax(1) for net in (self.dense.eval(), small))
+                found.append((wanted.exp() * (wanted - got)).sum(1))
+        return float(torch.cat(found).mean())
+
     def judged(self) -> dict[str, Any]:
         """Scores and sensitivities, of training images alone."""
         torch.manual_seed(0)
@@ -79,7 +94,7 @@ def plans(case: Case, fraction: float) -> dict[str, pare.Plan]:
         table = latency_table(case.program, case.coupling, case.cost, Setting(target=TARGET, scheme="fp32"))
         search = Search(
             coupling=case.coupling, cost=case.cost, scores=judged["scores"], asked={"latency": fraction}, make=case.make, dense=dense,
-            samples=[case.sample], folder=folder, table=table, seconds=6.0, runs=1000, say=print,
+            samples=[case.sample], folder=folder, table=table, seconds=6.0, runs=1000, say=print, also=["uniform"], joint=case.moved,
             options={"allocation": "knapsack", "sensitivity": judged["seen"], "include": INNER, "target": TARGET},
         )  # fmt: skip
         first = meet(search).plan
@@ -135,9 +150,7 @@ def clock(case: Case, found: dict[str, pare.Plan]) -> dict[str, Any]:
 
 def trained(case: Case, plan: pare.Plan, seed: int) -> np.ndarray:
     task = case.task
-    small = pare.reconstruct(
-        pare.prune(case.program, plan), task.train_batches, step=task.step, num_batches=8, seed=seed
-    )
+    small = case.fitted(plan, seed)
     done = recover(small, task.train_batches, step=task.step, epochs=3, lr=0.01, seed=seed, teacher=case.dense)
     return np.asarray(cifar10.evaluate(predictor(done.module), cifar10.test_batches(case.data))["accuracy"] > 50)
 

@@ -43,7 +43,11 @@ def nearest(allowed: Sequence[Levels], wanted: NDArray[np.floating[Any]]) -> Cou
 
 
 def uniform(allowed: Sequence[Levels], units: Counts, gap: Gap) -> Found:
-    """One ratio for all spaces, halved in on the budget; then single steps."""
+    """One ratio for all spaces, halved in on the budget; then single steps.
+
+    Steps between the counts of the ratio below the budget and of the one above come first: each space then keeps one
+    of two neighbours of the common ratio. Any others only where these do not come near enough.
+    """
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -51,7 +55,10 @@ def uniform(allowed: Sequence[Levels], units: Counts, gap: Gap) -> Found:
             high = middle
         else:
             low = middle
-    return correct(allowed, _nearer(gap, nearest(allowed, low * units), nearest(allowed, high * units)), gap)
+    below, above = nearest(allowed, low * units), nearest(allowed, high * units)
+    between = [level[(a <= level) & (level <= b)] for level, a, b in zip(allowed, below, above, strict=True)]
+    found = correct(between, _nearer(gap, below, above), gap)
+    return found if abs(found.gap) <= TOLERANCE else correct(allowed, found.counts, gap)
 
 
 def ranked(allowed: Sequence[Levels], units: Counts, gap: Gap, scores: Sequence[Floats]) -> Found:

@@ -27,7 +27,9 @@ from paredown.records import Measured, Record, append, mend, read, write_text
 
 FOLDER = "PAREDOWN_LATENCY"
 """The variable that moves the folder of all times."""
-RUNS, SECONDS, AT_ONCE = 25, 1.5, 36
+RUNS, SECONDS, AT_ONCE = 25, 1.5, 80
+"""Readings of a shape at most; seconds for SHAPES of them; shapes that are timed in turns."""
+SHAPES = 36
 RUNTIMES = {"onnxruntime-x86": "onnxruntime", "onnxruntime-arm": "onnxruntime", "openvino-x86": "openvino"}
 """Targets whose layers can be timed here, and the runtime that does it."""
 PROTOCOL = (
@@ -145,7 +147,7 @@ def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> dict[L
         sessions = {n: _session(f, setting) for n, f in zip(names, files, strict=True)}
         feeds = {n: feed_for(s, setting.scheme) for n, s in zip(names, shapes, strict=True)}
         clock = time.process_time_ns if setting.threads == 1 else time.perf_counter_ns
-        times, _ = readings(sessions, feeds, runs=RUNS, seconds=SECONDS, clock=clock)
+        times, _ = readings(sessions, feeds, runs=RUNS, seconds=SECONDS * max(1.0, len(shapes) / SHAPES), clock=clock)
     out = {}
     for name, shape in zip(names, shapes, strict=True):
         value, high = float(min(times[name])), float(np.percentile(times[name], 90))

@@ -165,7 +165,7 @@ def _as_level(found: Met, run: Run) -> Searched:
 def _round(found: Round) -> dict[str, Any]:
     return {
         "number": found.number, "foreseen": dict(found.foreseen), "measured": dict(found.measured), "holds": found.holds,
-        "why": found.why, "plan_digest": None if found.plan is None else found.plan.digest,
+        "by": found.by, "error": found.error, "why": found.why, "plan_digest": None if found.plan is None else found.plan.digest,
     }  # fmt: skip
 
 

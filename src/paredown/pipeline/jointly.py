@@ -95,7 +95,10 @@ class Means:
                 return Chain(steps=(self._of_share(count, ranks=by == "low rank"),))
             asked = {**asked, "parameters": min(float(count), asked.get("parameters", float(count)))}
         if by == "channels":
-            return _chain(meet(self._within(asked)), ranks=False)
+            also = (
+                () if self.search is None or self.shrinking is not None else self.search.also
+            )  # with bits every trial would
+            return _chain(meet(dataclasses.replace(self._within(asked), also=also)), ranks=False)
         if by == "low rank":
             search = rank_search_of(self.run, self.way, self.here, self._within(asked))
             return _chain(meet(search), ranks=True)
@@ -103,7 +106,7 @@ class Means:
 
     def _within(self, asked: Mapping[str, float]) -> Search:
         assert self.search is not None  # there are limits
-        return dataclasses.replace(self.search, asked=asked)
+        return dataclasses.replace(self.search, asked=asked, also=())
 
     def _as_it_is(self, asked: Mapping[str, float]) -> Chain:
         if not asked:

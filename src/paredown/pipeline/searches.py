@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from paredown.allocate.request import MEASURED
 from paredown.measure.layer_tables import Setting
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
+from paredown.pipeline.shrink import joint_error
 from paredown.pipeline.ways import Here, Way
 from paredown.recipe import Recipe
 from paredown.search.budgets import LATENCY, Search
@@ -32,6 +34,7 @@ def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Sea
     return Search(
         **_shared(run, way, here), scores=scores, asked=asked, table=table,
         key=key_of(recipe.digest, here.program.source_digest, run.environment),
+        also=("uniform",) if measured else (), joint=functools.partial(joint_error, run, way, here),
         options={
             "target": recipe.target, "allocation": bounds.allocation, "normalize": asked_of.normalize,
             "include": asked_of.include, "exclude": asked_of.exclude, "floor": asked_of.floor, "align": asked_of.align,

@@ -67,6 +67,22 @@ def repair_of(run: Run) -> list[str]:
     return with_rounding(run.recipe.quantize.repair)
 
 
+def joint_error(run: Run, way: Way, here: Here, plan: Plan) -> float:
+    """How far a plan as a whole moves the output, in float: carried out, fitted, batch norm measured anew; on calibration data.
+
+    Σ‖y - y⁰‖² / Σ‖y⁰‖², y⁰ of the network that the plan starts from.
+    """
+    variant = recovered(run, here.program, prepared(run, way, here, plan))
+    away = whole = 0.0
+    with torch.no_grad():
+        for args, kwargs in some(run.task.calibration_batches):
+            wanted = [t.double() for t in _tensors(here.program.module(*args, **kwargs))]
+            found = [t.double() for t in _tensors(variant.module(*args, **kwargs))]
+            away += sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True))
+            whole += sum(float(b.square().sum()) for b in wanted)
+    return away / max(whole, 1e-30)
+
+
 def error_on(run: Run, dense: Program, variant: Thing, bits: Mapping[str, int], repair: Sequence[str]) -> float:
     """How far the quantized variant's output is from the dense one's, on calibration data."""
     calls = some(run.task.calibration_batches)
@@ -98,4 +114,14 @@ def bits_for(run: Run, thing: Thing, shrinking: Shrinking) -> dict[str, int]:
     return fitted_bits(thing, shrinking, how)
 
 
-__all__ = ["Shrinking", "Thing", "bits_for", "error_on", "plain_options", "prepared", "recovered", "repair_of"]
+__all__ = [
+    "Shrinking",
+    "Thing",
+    "bits_for",
+    "error_on",
+    "joint_error",
+    "plain_options",
+    "prepared",
+    "recovered",
+    "repair_of",
+]

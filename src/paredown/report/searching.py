@@ -87,7 +87,10 @@ def _round(found: Mapping[str, Any]) -> str:
     why = text(found.get("why"), 200)
     values = [f"{text(n).replace('_', ' ')} {_said(n, v)}" for n, v in mapping(found.get("measured")).items()]
     state = "holds" if found.get("holds") is True else "missed"
-    return f"file {text(found.get('number'))}: {why or '; '.join(values)}: {'no file' if why else state}"
+    error = number(found.get("error"))
+    by = f" by {text(found.get('by'))}" if error is not None else ""
+    moved = f"; the output moves by {quantity(error, '')} (before the training)" if error is not None else ""
+    return f"file {text(found.get('number'))}{by}: {why or '; '.join(values)}: {'no file' if why else state}{moved}"
 
 
 def _trial(found: Mapping[str, Any]) -> str:

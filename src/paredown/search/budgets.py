@@ -29,8 +29,8 @@ UNITS = {"parameters": "", "macs": "MAC", "size_bytes": "B", "latency": "×", "l
 AIM = {"latency": 0.985, "latency_ms": 0.985, "size_bytes": 0.998, "peak_ram_bytes": 0.98}
 """What is aimed at, as a share of the limit: a limit is not to be missed by the noise of a clock."""
 CLOSE = {
-    "latency": 0.96,
-    "latency_ms": 0.96,
+    "latency": 0.975,
+    "latency_ms": 0.975,
     "size_bytes": 0.98,
     "peak_ram_bytes": 0.9,
     "parameters": 0.97,
@@ -50,6 +50,10 @@ class Round:
     holds: bool
     why: str = ""
     """Why there is no measurement, where the file could not be made."""
+    by: str = ""
+    """The allocation that chose the plan."""
+    error: float | None = None
+    """What the plan as a whole does to the output (`Search.joint`), where several allocations hold the limits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +101,17 @@ class Search:
     say: Callable[[str], None] = lambda text: None
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of allocate: allocation, sensitivity, include, exclude, floor, align, target, normalize."""
+    also: Sequence[str] = ()
+    """Allocations that are tried beside that of `options`, where `joint` can tell which is better."""
+    joint: Callable[[Plan], float] | None = None
+    """How far a plan as a whole moves the output, at best after a fit: sums over spaces, each alone, do not say it."""
     by_table: ClassVar[bool] = True
     """Whether milliseconds are foreseen by the layers' table."""
+
+    @property
+    def allocation(self) -> str:
+        """That of `options`."""
+        return str(self.options.get("allocation", ""))
 
     # ---------------------------------------------------------------------------------------------------- foreseeing
 
@@ -157,6 +170,10 @@ class Search:
             return error.nearest, True
         return (plan, False) if plan.keep else (None, False)
 
+    def by(self, allocation: str) -> Search:
+        """The same search by another allocation."""
+        return dataclasses.replace(self, options={**self.options, "allocation": allocation})
+
     # ----------------------------------------------------------------------------------------------------- measuring
 
     def measured(self, number: int, plan: Plan | None, foreseen: Mapping[str, float]) -> Round:
@@ -174,7 +191,9 @@ class Search:
                 found, why = {}, str(error)
             self._keep(digest, found, why)
         holds = bool(found) and all(found[n] <= limit for n, limit in self.asked.items())
-        return Round(number=number, plan=plan, foreseen=dict(foreseen), measured=found, holds=holds, why=why)
+        return Round(
+            number=number, plan=plan, foreseen=dict(foreseen), measured=found, holds=holds, why=why, by=self.allocation
+        )
 
     def _read(self, file: Artifact, plan: Plan | None) -> dict[str, float]:
         values: dict[str, float] = {n: self.x(n, plan) for n in ("parameters", "macs")}
@@ -223,7 +242,9 @@ def meet(search: Search) -> Met:
     Of the files measured so far, each amount is a line of what can be counted: bytes and memory of the parameters, milliseconds
     of the sum of the layers' tables. The budget is turned into counts by these lines, allocated, carried out, exported and
     measured; the lines are drawn anew through the file nearest to the limit, and so on until a file holds the limits and is
-    near to them, for `rounds` files at most.
+    near to them, for `rounds` files at most. Then the same for every allocation of `also`, by the lines through all files so far; of the
+    best file of each the one whose plan moves the output least (`joint`) is taken: measured sensitivities are of one space
+    at a time, and where most of a network leaves, one share everywhere may be better than what their sum says.
 
     Raises InfeasibleError where none holds, with the plan that came nearest; NothingToDo where nothing is free; UsageError.
     """
@@ -233,17 +254,12 @@ def meet(search: Search) -> Met:
     if not rounds[0].measured:
         msg = f"the network must be exportable as it is. {rounds[0].why}"
         raise InfeasibleError(msg)
-    aims = {n: limit * AIM.get(n, 1.0) for n, limit in search.asked.items()}
-    while not _is_near(search, rounds) and len(rounds) <= search.rounds:
-        done = _next(search, rounds, aims)
-        if done is None:
-            break
-        rounds.append(done)
-        search.say(_told(search, done))
-    holding = [r for r in rounds if r.holds]
-    if not holding:
+    if not rounds[0].holds:
+        for allocation in (search.allocation, *(search.also if search.joint is not None else ())):
+            _towards(search if allocation == search.allocation else search.by(allocation), rounds)
+    if not any(r.holds for r in rounds):
         raise _infeasible(search, rounds)
-    chosen = min(holding, key=lambda r: (_expected(r), -search.x("parameters", r.plan)))
+    chosen = _chosen(search, rounds)
     return Met(
         plan=chosen.plan,
         asked=dict(search.asked),
@@ -251,6 +267,37 @@ def meet(search: Search) -> Met:
         chosen=chosen,
         shares=layer_shares(search, chosen.plan),
     )
+
+
+def _towards(search: Search, rounds: list[Round]) -> None:
+    """Files by one allocation until one holds the limits and is near to them; each is appended to `rounds`."""
+    aims = {n: limit * AIM.get(n, 1.0) for n, limit in search.asked.items()}
+    for _ in range(search.rounds):
+        done = _next(search, rounds, aims)
+        if done is None:
+            return
+        rounds.append(done)
+        search.say(_told(search, done))
+        if _is_near(search, done):
+            return
+
+
+def _chosen(search: Search, rounds: list[Round]) -> Round:
+    """Of each allocation's files that hold the limits the one of least expected loss; of these the one that moves the output least."""
+    holding: dict[str, list[Round]] = {}
+    for found in rounds:
+        if found.holds:
+            holding.setdefault(found.by, []).append(found)
+    best = [min(of_one, key=lambda r: (_expected(r), -search.x("parameters", r.plan))) for of_one in holding.values()]
+    if search.joint is None or len(best) == 1:
+        return best[0]
+    seen = []
+    for found in best:
+        error = search.joint(found.plan) if found.plan is not None else 0.0
+        seen.append(dataclasses.replace(found, error=error))
+        rounds[found.number] = seen[-1]
+        search.say(f"search {found.number}: by {found.by} the output moves by {error:.4g}")
+    return min(seen, key=lambda r: r.error if r.error is not None else float("inf"))
 
 
 def layer_shares(search: Search, plan: Plan | None) -> dict[str, float]:
@@ -276,12 +323,9 @@ def _checked(search: Search) -> None:
         raise UsageError(msg)
 
 
-def _is_near(search: Search, rounds: Sequence[Round]) -> bool:
-    """Whether the network holds the limits as it is, or the last file holds them and leaves little unused."""
-    last = rounds[-1]
-    if not last.holds:
-        return False
-    return last.plan is None or any(last.measured[n] >= CLOSE[n] * v for n, v in search.asked.items())
+def _is_near(search: Search, last: Round) -> bool:
+    """Whether a file holds the limits and leaves little unused."""
+    return last.holds and any(last.measured[n] >= CLOSE[n] * v for n, v in search.asked.items())
 
 
 def _next(search: Search, rounds: Sequence[Round], aims: dict[str, float]) -> Round | None:

@@ -28,6 +28,9 @@ LANES = 8
 STEPS, FEWER_STEPS = (0.25, 0.5, 0.75), (0.5, 0.75)
 """Of the channels written, where one more than a multiple of LANES is timed too: few, so that at the usual alignment all shapes
 of a layer are still timed in one go."""
+FEW, VERY_FEW = 64, 32
+"""Up to so many channels every multiple of LANES is timed: kernels of sixteen lanes take as long for 24 as for 32, which no line
+between 16 and 32 shows. Below VERY_FEW the shares are timed as well, since there are hardly any multiples."""
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
@@ -179,10 +182,20 @@ def _with_steps(layer: TimedLayer, align: int) -> tuple[tuple[int, ...], tuple[i
 
 
 def _points(length: Length, step: int, shares: tuple[float, ...]) -> tuple[int, ...]:
-    """Multiples of the step near these shares of the axis, and all of it; all of it alone where it cannot shrink."""
+    """Multiples of the step near these shares of the axis, and all of it; all of it alone where it cannot shrink.
+
+    Of a short axis every multiple of the step and of LANES instead, and the least of the former.
+
+    >>> _points(Length(dense=48, per={"a": 1.0}), 8, FEWER), _points(Length(dense=256, per={"a": 1.0}), 8, FEWER)
+    ((8, 16, 24, 32, 40, 48), (32, 64, 128, 192, 256))
+    """
     if not length.per:
         return (length.dense,)
     aligned = {min(max(step, round(length.dense * share / step) * step), length.dense) for share in shares}
+    every = math.lcm(step, LANES)
+    if length.dense <= FEW and every < length.dense:
+        aligned = {min(aligned)} if length.dense >= VERY_FEW else aligned
+        aligned |= set(range(every, length.dense, every))
     return tuple(sorted(aligned | {length.dense}))
 
 
