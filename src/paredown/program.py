@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from paredown.errors import CaptureError, RejectedError
 from paredown.placed import placed, where
 from paredown.plain import plain_copy, refuse_bad_weights
+from paredown.traced import drop_dtype_checks, known_shapes
 
 
 class Inputs(NamedTuple):
@@ -392,9 +393,7 @@ def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     def note(name: str, kind: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             leaves = [t for t in pytree.tree_leaves((inputs, named)) if isinstance(t, Tensor)]
-            seen.append(
-                (name, kind, ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in leaves))
-            )
+            seen.append((name, kind, ", ".join(_described(t) for t in leaves)))
 
         return hook
 
@@ -411,6 +410,12 @@ def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def _described(tensor: Tensor) -> str:
+    """Shape and dtype; torch's own fast path of a transformer hands nested tensors on, which have no shape."""
+    shape = "nested" if tensor.is_nested else str(tuple(tensor.shape))
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _cloned(value: Any) -> Any:
@@ -493,20 +498,11 @@ def _part_constants(train_graph: ExportedProgram, eval_graph: ExportedProgram) -
 def _export(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> ExportedProgram:
     args, kwargs = inputs
     shapes = _free_batch(model, args, kwargs) if dynamic else None
-    with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints the whole graph where it fails
+    with torch.no_grad(), redirect_stderr(io.StringIO()), known_shapes():  # torch prints the whole graph where it fails
         graph = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     _inline_regions(graph)
-    _drop_dtype_checks(graph)
+    drop_dtype_checks(graph)
     return graph
-
-
-def _drop_dtype_checks(graph: ExportedProgram) -> None:
-    """Without the checks that export leaves at each cast: they would refuse the same network in another dtype."""
-    checks = [n for n in graph.graph.nodes if n.target is torch.ops.aten._assert_tensor_metadata.default]
-    for node in checks:
-        graph.graph.erase_node(node)
-    if checks:
-        graph.graph_module.recompile()
 
 
 def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Fft(nn.Module):
         self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
 
     def forward(self, x):
-        return self.b(torch.fft.fft2(self.a(x)).real)
+        return self.b(torch.fft.fft2(self.a(x), dim=(1, 2)).real)
 
 
 def noisy():

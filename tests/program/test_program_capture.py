@@ -423,3 +423,15 @@ def test_a_transformer_that_looks_into_its_mask_is_told_how_not_to(capsys: pytes
     assert capsys.readouterr().err == ""  # torch prints the whole graph there
     program = capture(model, {"args": (x, x), "kwargs": {"tgt_mask": mask, "tgt_is_causal": True}})
     assert program.batch == "dynamic"
+
+
+def test_padding_masks_of_an_encoder_go_the_way_of_nested_tensors() -> None:
+    """In eval mode torch packs what is not padded into a tensor without a shape; capture looks at what modules see."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
+    model = Net(lambda m, x: m.encoder(x, src_key_padding_mask=x[..., 0] > 0.9), encoder=encoder).eval()
+    x = random(2, 5, 8)
+    x[..., 0] = torch.tensor([0.0, 0.1, 0.2, 0.3, 1.0])
+    program = capture(model, x)
+    assert program.batch == "dynamic"
+    expected = model(x)  # with gradients: the plain way
+    assert float((graph_model(program)(x) - expected)[:, :4].abs().max()) <= 1e-5

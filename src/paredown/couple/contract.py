@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from paredown.couple import stacks
 from paredown.couple.computed import follow
 from paredown.couple.ids import FIXED, along, fixed, laid, tidy, varying
 from paredown.couple.operand import args_of, merge, result, schema, unknown
@@ -22,14 +23,35 @@ def _conv(node: fx.Node, trace: Trace) -> Any:
         return unknown(node, trace)
     shape = result(node).shape
     axis = len(shape) - (len(trace.parameters[weight].shape) - 2) - 1
-    read = trace.vector(trace.of(source), axis, "channels of a convolution")
+    ids = trace.forest.canon(trace.of(source))
+    over_tokens = made is None and _passes(node, ids, axis)
+    read = fixed(ids.shape[axis : axis + 1]) if over_tokens else trace.vector(ids, axis, "channels of a convolution")
     wrote = trace.weight(weight, 0, "write")
     _grouped(trace, weight, 1, read, wrote, int(groups))
     if made is not None:  # what leaves is read by no weight that could be zeroed: by a computed one
         trace.summed[node] = Summed(operand=source, axis=axis, ids=read)
         follow(made, trace)
     _bias(trace, bias, wrote)
+    if over_tokens:
+        return _through(trace, ids, axis, wrote, shape)
     return laid(wrote, axis, shape)
+
+
+def _passes(node: fx.Node, ids: Tensor, axis: int) -> bool:
+    """Whether a convolution mixes tokens and lets the channels, which lie along its kernel of width 1, go through."""
+    across = varying(ids)
+    if not across or axis in across or ids.shape[axis] == 1:
+        return False
+    groups, stride, padding = args_of(node, "groups", "stride", "padding")
+    kernel: Any = node.args[1]
+    plain = padding == "valid" or (not isinstance(padding, str) and not any(padding))
+    return (
+        groups == 1
+        and plain
+        and all(s == 1 for s in stride)
+        and all(k == 1 for k in kernel.meta["val"].shape[2:])
+        and min(across) > axis
+    )
 
 
 def _conv_transpose(node: fx.Node, trace: Trace) -> Any:
@@ -95,10 +117,19 @@ def _product_with_weight(
     trace.read(weight, read_axis, read, "read by a linear layer")
     wrote = trace.weight(weight, write_axis, "write")
     _bias(trace, bias, wrote)
+    if trace.parameters[weight].is_part and trace.node is not None:
+        trace.products[trace.node.name] = [read, wrote]  # MACs are not counted by elements of a part
     if over_tokens:
-        trace.pin(wrote, "a layer along another axis than the channels")
-        return ids.narrow(ids.dim() - 1, 0, 1).expand(tuple(shape))
+        return _through(trace, ids, ids.dim() - 1, wrote, shape)
     return laid(wrote, len(shape) - 1, shape)
+
+
+def _through(trace: Trace, ids: Tensor, axis: int, wrote: Tensor, shape: Any) -> Tensor:
+    """The channels go through a layer that mixes tokens along `axis`; it is as wide as it was, for as many channels as are left."""
+    trace.pin(wrote, "a layer along another axis than the channels")
+    if len(varying(ids)) == 1 and trace.node is not None:
+        trace.products[trace.node.name] = [along(ids, varying(ids)[0])]
+    return ids.narrow(axis, 0, 1).expand(tuple(shape))
 
 
 def _matmul(node: fx.Node, trace: Trace) -> Any:
@@ -106,6 +137,9 @@ def _matmul(node: fx.Node, trace: Trace) -> Any:
     shape = result(node).shape
     if _is_matrix(trace, b) and not _is_matrix(trace, a) and len(trace.of(a).shape) >= 2:
         return _product_with_weight(trace, a, b, 0, 1, shape)  # type: ignore[arg-type]
+    stacked = stacks.product(trace, a, b, shape)
+    if stacked is not None:
+        return stacked
     left, right = trace.of(a), trace.of(b)
     if left.dim() < 2 or right.dim() < 2:
         return _vector_product(node, trace, left, right)
@@ -119,7 +153,9 @@ def _addmm(node: fx.Node, trace: Trace) -> Any:
     if _is_matrix(trace, b) and not _is_matrix(trace, a):
         out = _product_with_weight(trace, a, b, 0, 1, shape)  # type: ignore[arg-type]
     else:
-        out = contract(trace, trace.of(a), trace.of(b), shape, node.name, Reader(node, a, -1))
+        stacked = stacks.product(trace, a, b, shape)
+        reader = Reader(node, a, -1)
+        out = contract(trace, trace.of(a), trace.of(b), shape, node.name, reader) if stacked is None else stacked
     return merge(out, trace.of(bias), trace).expand(shape)
 
 
@@ -294,6 +330,9 @@ def _einsum(node: fx.Node, trace: Trace) -> Any:
         trace.read(operands[1], right.index(summed[0]), read, "read by a product")
         wrote = trace.weight(operands[1], right.index(columns[0]), "write")
         return laid(wrote, out.index(columns[0]), shape)
+    stacked = stacks.einsum(trace, (left, right, out), operands, shape)
+    if stacked is not None:
+        return stacked
     a, b = (trace.forest.canon(trace.of(o)) for o in operands)
     along_a, along_b = [left[x] for x in varying(a)], [right[x] for x in varying(b)]
     sums = [c for c in summed if c in along_a or c in along_b]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,7 @@ def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
     a, b = _numbers(a, b, trace), _numbers(b, a, trace)
     a, b = trace.forest.canon(a), trace.forest.canon(b)
     a, b = _released(a, b, trace), _released(b, a, trace)
+    a, b = _crossed(a, b, trace), _crossed(b, a, trace)
     a, b = _whole(a, b, trace), _whole(b, a, trace)
     shape = torch.broadcast_shapes(a.shape, b.shape)
     one, two = compact(a), compact(b)
@@ -101,6 +103,23 @@ def _released(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
         trace.pin(t, "one channel is broadcast over many")
         return fixed(t.shape)
     return t
+
+
+def _crossed(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
+    """`t` as fixed where its channels lie along other axes than the other's: every one of them meets every other one.
+
+    All would be one unit. So the states of a scan stay, and its channels may leave. Who meets a constant of its length stays
+    in any case; else those that are fewer, of two as many the first.
+    """
+    mine, others = varying(t), varying(other)
+    if not mine or not others or {*mine} & {*others}:
+        return t
+    bound, free = any(other.shape[d] > 1 for d in mine), not any(t.shape[d] > 1 for d in others)
+    fewer = math.prod(t.shape[d] for d in mine) <= math.prod(other.shape[d] for d in others)
+    if not bound and not (free and fewer):
+        return t
+    trace.pin(t, "each of them meets every channel of another layer")
+    return fixed(t.shape)
 
 
 def _whole(t: Tensor, other: Tensor, trace: Trace) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.couple import contract, recurrent, shape
 from paredown.couple.ids import compact, fixed, laid, tidy, varying
-from paredown.couple.operand import Rule, args_of, merge, result, schema
+from paredown.couple.operand import Rule, args_of, merge, result, schema, unknown
 from paredown.couple.trace import Trace
 
 # ----------------------------------------------------------------------------------------------------- unary and binary
@@ -204,11 +204,12 @@ def _is_split(ids: Tensor, first: int, trace: Trace) -> bool:
 
 
 def _holds_channels(ids: Tensor, axis: int, trace: Trace) -> bool:
-    """Whether the first two positions along an axis are different channels of one weight."""
+    """Whether the first two positions along an axis are different channels of one weight: of no table of learned tokens."""
     small = compact(ids)
     a, b = small.narrow(axis, 0, 1), small.narrow(axis, 1, 1)
     origin_a, origin_b = trace.forest.origins(a.contiguous()), trace.forest.origins(b.contiguous())
-    return bool(((origin_a == origin_b) & (origin_a > 0) & (a != b)).any())
+    of_one = (origin_a == origin_b) & (origin_a > 0) & ~trace.are_elements(origin_a)
+    return bool((of_one & (a != b)).any())
 
 
 def _channel_shuffle(node: fx.Node, trace: Trace) -> Any:
@@ -259,6 +260,44 @@ def _spatial(node: fx.Node) -> int:
     return 1 if "1d" in name else 3 if "3d" in name else 2
 
 
+def _windows(node: fx.Node, trace: Trace) -> Any:
+    """im2col: every channel as so many rows as a window has places."""
+    ids, shape = trace.of(node.args[0]), result(node).shape
+    channels = trace.vector(ids, ids.dim() - 3, "cut into windows together")
+    return laid(channels.repeat_interleave(shape[-2] // len(channels)), len(shape) - 2, shape)
+
+
+def _from_windows(node: fx.Node, trace: Trace) -> Any:
+    """col2im: rows of one channel are added up into its picture."""
+    ids, shape = trace.of(node.args[0]), result(node).shape
+    rows = trace.vector(ids, ids.dim() - 2, "windows that are put together").reshape(shape[-3], -1)
+    trace.tie(rows, rows[:, :1], "places of one window")
+    return laid(rows[:, 0], len(shape) - 3, shape)
+
+
+def _fourier(node: fx.Node, trace: Trace) -> Any:
+    """A Fourier transform along axes that carry no channels: they go through."""
+    ids, out = trace.forest.canon(trace.of(node.args[0])), result(node)
+    asked: Any = args_of(node, "dim")[0]
+    axes = [asked] if isinstance(asked, int) else list(range(ids.dim()) if asked is None else asked)
+    if any(a % ids.dim() in varying(ids) for a in axes):
+        return unknown(node, trace)
+    for axis in axes:
+        ids = ids.narrow(axis, 0, 1)
+    return ids.expand(out.shape)
+
+
+def _as_complex(node: fx.Node, trace: Trace) -> Any:
+    """[…, 2] as complex numbers: both parts are of one channel."""
+    ids = trace.forest.canon(trace.of(node.args[0]))
+    trace.tie(ids, ids.narrow(-1, 0, 1), "parts of a complex number")
+    return tidy(trace.forest.canon(ids).select(-1, 0))
+
+
+def _as_real(node: fx.Node, trace: Trace) -> Any:
+    return trace.of(node.args[0]).unsqueeze(-1).expand(result(node).shape)
+
+
 def _grid_sample(node: fx.Node, trace: Trace) -> Any:
     ids = trace.forest.canon(trace.of(node.args[0]))
     trace.pin(trace.of(node.args[1]), "coordinates of a sampling grid")
@@ -280,12 +319,12 @@ _UNARY = (
     "abs abs_ neg neg_ exp exp_ expm1 log log_ log2 log10 log1p sqrt sqrt_ rsqrt rsqrt_ square reciprocal sin cos tan atan asin acos sinh cosh erf erfc "
     "ceil floor round trunc frac sign clamp clamp_ clamp_min clamp_min_ clamp_max clamp_max_ isnan isinf isfinite nan_to_num bitwise_not logical_not "
     "zero_ fill_ zeros_like ones_like full_like empty_like rand_like randn_like bernoulli bernoulli_ uniform_ normal_ positive fill "
-    "hardshrink softshrink tanhshrink sgn nan_to_num_ requires_grad_"
+    "real imag conj _conj resolve_conj angle hardshrink softshrink tanhshrink sgn nan_to_num_ requires_grad_"
 ).split()
 _NARY = (
     "add add_ sub sub_ mul mul_ div div_ rsub pow pow_ floor_divide remainder fmod maximum minimum atan2 where masked_fill masked_fill_ "
     "eq ne lt le gt ge eq_ ne_ logical_and logical_or logical_xor bitwise_and bitwise_or addcmul addcmul_ addcdiv addcdiv_ lerp lerp_ "
-    "expand_as copy_ copy true_divide true_divide_ __and__ __or__ xlogy hypot"
+    "expand_as copy_ copy true_divide true_divide_ __and__ __or__ xlogy hypot complex polar"
 ).split()
 _SHAPE = (
     "view reshape squeeze unsqueeze expand split split_with_sizes tensor_split flatten unflatten stack repeat repeat_interleave "
@@ -357,6 +396,11 @@ def _table() -> dict[str, Rule]:
             "channel_shuffle": _channel_shuffle,
             "native_channel_shuffle": _channel_shuffle,
             "grid_sampler": _grid_sample,
+            "view_as_complex": _as_complex,
+            "view_as_real": _as_real,
+            "im2col": _windows,
+            "col2im": _from_windows,
+            **{f"fft_{kind}{over}": _fourier for kind in ("fft", "ifft", "rfft", "irfft") for over in ("", "2", "n")},
             "outer": _outer,
         }
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from paredown.couple import views
 from paredown.couple.ids import fixed, laid, tidy, varying
 from paredown.couple.operand import args_of, result, schema, unknown
 from paredown.couple.trace import Trace, concrete, sizes
@@ -82,6 +83,9 @@ def python(node: fx.Node, trace: Trace) -> Any:
 def getitem(node: fx.Node, trace: Trace) -> Any:
     """One of several results."""
     source: Any = node.args[0]
+    if source in trace.pieces:
+        trace.parameters[node] = trace.pieces[source][node.args[1]]  # type: ignore[index]
+        return None
     if source in trace.values:
         trace.values[node] = trace.values[source][node.args[1]]  # type: ignore[index]
     return trace.ids[source][node.args[1]]
@@ -99,18 +103,34 @@ def moved(node: fx.Node, trace: Trace) -> Any:
     """Ops that only move axes, also of a weight: seen through, so that x @ W.t() is a linear."""
     source: Any = node.args[0]
     seen = trace.parameters.get(source)
-    if seen is not None and len(seen.shape) == 2:
-        name = schema(node).name
-        order = list(node.args[1]) if name == "aten::permute" else [1, 0]  # type: ignore[arg-type]
+    if seen is not None and (len(seen.shape) == 2 or (len(seen.shape) == 3 and trace.stacks)):
+        order = _order(node, len(seen.shape))
         trace.parameters[node] = dataclasses.replace(
-            seen, shape=tuple(seen.shape[i] for i in order), axes=tuple(seen.axes[i] for i in order)
+            seen,
+            shape=tuple(seen.shape[i] for i in order),
+            axes=tuple(seen.axes[i] for i in order),
+            starts=tuple(seen.starts[i] for i in order) if seen.starts else (),
         )
         return None
     return executed(node, trace)
 
 
+def _order(node: fx.Node, dims: int) -> list[int]:
+    """Which axis of the operand each axis of the result is."""
+    name, order = schema(node).name.removeprefix("aten::"), list(range(dims))
+    if name == "permute":
+        asked: Any = node.args[1]
+        return [int(a) % dims for a in asked]
+    axes: Any = node.args[1:3] if len(node.args) == 3 else (dims - 2, dims - 1)
+    first, second = (int(a) % dims for a in axes)
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
 def executed(node: fx.Node, trace: Trace) -> Any:
     """Run the op itself on the ids."""
+    if views.cut(node, trace):
+        return None
     target: Any = node.target
     if target is torch.ops.aten.view.default:
         target = torch.ops.aten.reshape.default
@@ -150,6 +170,8 @@ def like_another(node: fx.Node, trace: Trace) -> Any:
 
 def picked(node: fx.Node, trace: Trace) -> Any:
     """select, unbind: the number of results is fixed, so the axis must not shrink."""
+    if views.cut(node, trace):
+        return None
     source: Any = node.args[0]
     ids = trace.of(source)
     axis = int(args_of(node, "dim")[0])
@@ -176,6 +198,8 @@ def triangle(node: fx.Node, trace: Trace) -> Any:
 
 def slice(node: fx.Node, trace: Trace) -> Any:
     """x[start:end:step]: x[0::2] and x[1::2] take the same places of every pair, so that whole pairs may leave."""
+    if views.cut(node, trace):
+        return None
     ids = trace.of(node.args[0])
     axis, start, end, step = args_of(node, "dim", "start", "end", "step")
     if step not in (None, 1):
@@ -191,6 +215,8 @@ def slice(node: fx.Node, trace: Trace) -> Any:
 
 def chunk(node: fx.Node, trace: Trace) -> Any:
     """chunk: pieces stay equal where that is affordable, because the user's code will cut into equal pieces again."""
+    if views.cut(node, trace):
+        return None
     ids = trace.of(node.args[0])
     parts, axis = args_of(node, "chunks", "dim")
     out = executed(node, trace)

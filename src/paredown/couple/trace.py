@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from paredown.couple import growing
 from paredown.couple.computed import Computed, find
 from paredown.couple.ids import FIXED, IdForest, along, compact, fixed, laid, tidy, varying
 from paredown.couple.space import Role
@@ -39,9 +40,18 @@ class Parameter:
     """As seen."""
     axes: tuple[int, ...]
     """Position i as seen is this axis of the stored tensor."""
+    starts: tuple[int, ...] = ()
+    """Where the part that is seen begins along each axis as seen; empty for all of it."""
+    picked: tuple[tuple[int, int], ...] = ()
+    """Axes of the stored tensor of which one position is seen, and which."""
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is not all of the stored tensor."""
+        return bool(self.starts or self.picked)
 
 
-_ONE_NUMBER = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"))
+_ONE_NUMBER = growing.ONE_NUMBER
 _SAME = frozenset(("to", "_to_copy", "clone", "detach", "contiguous"))
 
 _TRACES: weakref.WeakKeyDictionary[Program, Trace] = weakref.WeakKeyDictionary()
@@ -51,18 +61,29 @@ def trace(program: Program) -> Trace:
     """The trace of a program; made once, since both are immutable."""
     if program not in _TRACES:
         run = Trace(program)
-        if run.stiff:
-            run = max((run, Trace(program, grown=run.stiff)), key=_free_positions)  # of equals the first
+        if run.has_stacks:
+            run = max((run, Trace(program, stacks=True)), key=_free_positions)  # of equals the first
+        run = _grown_along(run)
         if run.keeps_tables:
-            run = max((run, Trace(program, whole_tables=False, grown=run.grown)), key=_free_positions)
+            run = max((run, run.again(whole_tables=False)), key=_free_positions)
         _TRACES[program] = run
     return _TRACES[program]
+
+
+def _grown_along(run: Trace) -> Trace:
+    """The best of this run and those in which constants that met channels leave with them: those that were met as they are
+    first, then those behind a view or an expand as well."""
+    first = run
+    for grown in (first.stiff, {**first.loose, **first.stiff}):
+        if grown and grown != run.grown:
+            run = max((run, run.again(grown=grown)), key=_free_positions)
+    return run
 
 
 def lockstep(program: Program) -> Trace | None:
     """The trace in which tables that several heads share leave with their channels, where `trace` is another."""
     run = trace(program)
-    return Trace(program, whole_tables=False, grown=run.grown) if run.keeps_tables else None
+    return run.again(whole_tables=False) if run.keeps_tables else None
 
 
 def _free_positions(run: Trace) -> int:
@@ -93,18 +114,29 @@ class Trace:
     """
 
     def __init__(
-        self, program: Program, *, whole_tables: bool = True, grown: Mapping[fx.Node, int] | None = None
+        self,
+        program: Program,
+        *,
+        whole_tables: bool = True,
+        grown: Mapping[fx.Node, int] | None = None,
+        stacks: bool = False,
     ) -> None:
+        self._program, self.stacks, self.has_stacks = program, stacks, False
+        """Whether matrices stacked in one parameter are weights, with one set of channels for all; whether there are any."""
         self.whole_tables, self.grown = whole_tables, dict(grown or {})
         """Whether a table that several heads share stays as it is, so that heads can leave; and constants of one number (the
         zeros that a recurrent state begins with) → the axis along which they have channels."""
         self.stiff: dict[fx.Node, int] = {}  # such constants that met channels as they are, and where
+        self.loose: dict[fx.Node, int] = {}
+        """And those from which what met channels was made, by views and sums of fixed values."""
         self.forest = IdForest()
         self.ids: dict[fx.Node, Any] = {}
         """Id tensor (or nested tuple of them, or int for sizes) of each node."""
         self.values: dict[fx.Node, Tensor] = {}
         """Constants computed for real."""
         self.parameters: dict[fx.Node, Parameter] = {}
+        self.pieces: dict[fx.Node, tuple[Parameter, ...]] = {}
+        """What split and chunk cut a weight into."""
         self.weights: dict[str, dict[int, Tensor]] = {}
         """Parameters used as weights: ids along an axis. Name is that of the storage."""
         self.raw: dict[str, Tensor] = {}
@@ -123,6 +155,8 @@ class Trace:
         """What lies between: ids of the channels that such a weight writes, and of those that it reads."""
         self.instead: dict[fx.Node, Tensor] = {}
         """Ids of parameters while a lane is run."""
+        self._learned: set[int] = set()
+        """Origins of the ids of parameters that are read element by element."""
         self._saved: set[int] = set()
         """Origins of the ids of buffers that are read element by element."""
         self._kept = False
@@ -133,6 +167,18 @@ class Trace:
         """Every name → the first name of the same storage."""
         self._state = program.state
         self.node: fx.Node | None = None
+        self._run_both(program)
+        self._conflicts()
+        self._settle()
+        self._after_ties()
+
+    def _after_ties(self) -> None:
+        self._equal_chunks()
+        self._check_fragile()
+        self._pin_unwritten()
+
+    def _run_both(self, program: Program) -> None:
+        """The eval graph, whose MACs are counted, then the train graph."""
         self._run(program.eval_graph)
         products, unknown, self.unknown = dict(self.products), self.unknown, Counter[str]()
         self.eval_names = frozenset(self.weights.keys() | self.raw.keys())
@@ -141,11 +187,15 @@ class Trace:
             self._run(program.train_graph)
         self.products = products  # MACs are counted on the eval graph
         self.unknown |= unknown
-        self._conflicts()
-        self._settle()
-        self._equal_chunks()
-        self._check_fragile()
-        self._pin_unwritten()
+
+    def again(self, *, whole_tables: bool | None = None, grown: Mapping[fx.Node, int] | None = None) -> Trace:
+        """Another run, of which one thing is different."""
+        return Trace(
+            self._program,
+            whole_tables=self.whole_tables if whole_tables is None else whole_tables,
+            grown=self.grown if grown is None else grown,
+            stacks=self.stacks,
+        )
 
     # ------------------------------------------------------------------------------------------------ what rules use
 
@@ -159,8 +209,13 @@ class Trace:
         if seen is None:
             value = self.ids[node]
             return value if isinstance(value, Tensor) else fixed(())
-        raw = self._raw(seen.name)
-        return raw.permute(seen.axes).reshape(seen.shape)
+        ids = self._raw(seen.name)
+        for axis, index in seen.picked:
+            ids = ids.narrow(axis, index, 1)
+        ids = ids.permute((*seen.axes, *(axis for axis, _ in seen.picked)))
+        for axis, start in enumerate(seen.starts):
+            ids = ids.narrow(axis, start, seen.shape[axis])
+        return ids.reshape(seen.shape)
 
     def tie(self, a: Tensor, b: Tensor, why: str) -> None:
         """a[i] and b[i] live or die together; beside a fixed one the other is pinned. Shapes broadcast."""
@@ -201,10 +256,17 @@ class Trace:
         name, stored = self.storage[seen.name], seen.axes[axis]
         axes = self.weights.setdefault(name, {})
         if stored not in axes:
-            axes[stored] = self.forest.fresh(seen.shape[axis])
+            axes[stored] = self.forest.fresh(self._state[name].shape[stored])
         key = (name, stored)
         self.roles[key] = "read" if "read" in (role, self.roles.get(key)) else "write"
-        return axes[stored]
+        return self.seen_part(seen, axis)
+
+    def seen_part(self, seen: Parameter, axis: int) -> Tensor:
+        """Ids along an axis of what is seen of a parameter that is used as a weight; fixed where nothing is known. Shape [length]."""
+        whole = self.weights.get(self.storage[seen.name], {}).get(seen.axes[axis])
+        if whole is None:
+            return fixed((seen.shape[axis],))
+        return whole.narrow(0, seen.starts[axis], seen.shape[axis]) if seen.starts else whole
 
     def read(self, node: fx.Node, axis: int, ids: Tensor, why: str) -> None:
         """A weight axis consumes these channels."""
@@ -213,8 +275,10 @@ class Trace:
         axes = self.weights.setdefault(name, {})
         if bool((ids == FIXED).all()):
             self.stiffen(1 - len(seen.shape), len(ids))  # channels lie before the kernel's axes, or last
+        if stored not in axes and seen.starts and self._state[name].shape[stored] != len(ids):
+            axes[stored] = self.forest.fresh(self._state[name].shape[stored])
         if stored in axes:
-            self.tie(axes[stored], ids, why)
+            self.tie(self.seen_part(seen, axis), ids, why)
         else:
             axes[stored] = ids
         self.roles[(name, stored)] = "read"
@@ -227,6 +291,8 @@ class Trace:
                 node = node.all_input_nodes[0]
             value = self.values.get(node)
             if value is None or op_name(node) not in _ONE_NUMBER or value.dim() < -axis or value.shape[axis] != length:
+                for made, along_axis in growing.candidates(self, source, length).items():
+                    self.loose.setdefault(made, along_axis)
                 continue
             if value.is_floating_point():  # whole numbers may be looked up by: as many are read as there are
                 self.stiff.setdefault(node, axis % value.dim())
@@ -246,6 +312,10 @@ class Trace:
     def is_saved(self, ids: Tensor) -> bool:
         """Whether all of these are elements of buffers to which no channel is tied (the oldest of a class is its root)."""
         return set(self.forest.origins(compact(self.forest.canon(ids))).unique().tolist()) <= self._saved
+
+    def are_elements(self, origins: Tensor) -> Tensor:
+        """Which of these origins are parameters read element by element: a learned token is no head. Same shape, bool."""
+        return torch.isin(origins, torch.tensor(sorted(self._learned), dtype=origins.dtype))
 
     def keep_table(self, ids: Tensor, reason: str) -> None:
         """A saved table of which nothing leaves."""
@@ -274,8 +344,8 @@ class Trace:
             tensor = self._state[name]
             shape = tuple(tensor.shape)
             floating = tensor.is_floating_point() and tensor.dim() > 0
-            if floating and not isinstance(tensor, torch.nn.Parameter):
-                self._saved.add(self.forest.next_origin)
+            if floating:
+                (self._learned if isinstance(tensor, torch.nn.Parameter) else self._saved).add(self.forest.next_origin)
             ids = self.forest.fresh(tensor.numel()).reshape(shape) if floating else fixed(shape)
             self.raw[stored] = ids
             self.table(ids)

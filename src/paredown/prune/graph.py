@@ -99,9 +99,9 @@ def _unflatten(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
 
 
 def _slice(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
-    ids = _ids(node.args[0], removal)
+    source: Any = node.args[0]
     axis, start, end, step = args_of(node, "dim", "start", "end", "step")
-    alive = removal.survivors(ids, int(axis or 0) % ids.dim())
+    alive = removal.positions(source, int(axis or 0) % source.meta["val"].dim())
     if bool(alive.all()) or step not in (None, 1):  # x[1::2]: whole pairs leave, the place in each stays
         return
     count = len(alive)
@@ -112,9 +112,9 @@ def _slice(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
 
 
 def _narrow(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
-    ids = _ids(node.args[0], removal)
+    source: Any = node.args[0]
     axis, start, length = (int(v) for v in args_of(node, "dim", "start", "length"))
-    alive = removal.survivors(ids, axis % ids.dim())
+    alive = removal.positions(source, axis % source.meta["val"].dim())
     if not bool(alive.all()):
         start = start % len(alive)
         _set(copied, "start", int(alive[:start].sum()))
@@ -123,10 +123,15 @@ def _narrow(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
 
 def _pieces(node: fx.Node, copied: fx.Node, removal: Removal) -> None:
     """split, chunk and their kin: the pieces' own surviving sizes."""
-    out: Any = removal.trace.ids[node]
-    axis = int(args_of(node, "dim")[0]) % out[0].dim()
-    old = [p.shape[axis] for p in out]
-    new = [removal.shape(p)[axis] for p in out]
+    values: Any = node.meta["val"]
+    axis = int(args_of(node, "dim")[0]) % values[0].dim()
+    old = [concrete(v.shape[axis]) for v in values]
+    if node in removal.trace.pieces:
+        source: Any = node.args[0]
+        new = [int(part.sum()) for part in removal.positions(source, axis).split(old)]
+    else:
+        out: Any = removal.trace.ids[node]
+        new = [removal.shape(p)[axis] for p in out]
     if new != old:
         copied.target = torch.ops.aten.split_with_sizes.default
         copied.args, copied.kwargs = (copied.args[0], new, axis), {}
@@ -143,7 +148,7 @@ def conv_groups(node: fx.Node, removal: Removal) -> int | None:
     source, weight, groups = args_of(node, "input", "weight", "groups")
     made = removal.trace.computed.get(weight)
     weight = weight if made is None else made.parameter
-    if int(groups) == 1 or weight not in removal.trace.parameters:
+    if weight not in removal.trace.parameters or int(groups) == 1:
         return None
     shape = removal.trace.parameters[weight].shape
     transposed = "transpose" in op_name(node)

@@ -342,7 +342,7 @@ def healthy(program: Program, seed: int, gain: float = 1.0) -> dict[str, Tensor]
     """The state with every parameter and norm statistic replaced by seeded random values of healthy scale.
 
     Matrices and kernels: variance gain²/fan_in; norm weights and running variances: U(0.5, 1.5); other vectors and
-    tables used element by element: variance 0.25. Buffers that are no statistics (masks, indices, positions) stay.
+    tables used element by element: variance 0.25. Buffers that are no statistics (masks, indices, positions, filters) stay.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = set(program.eval_graph.graph_signature.parameters) | (
@@ -355,7 +355,8 @@ def healthy(program: Program, seed: int, gain: float = 1.0) -> dict[str, Tensor]
     made: dict[int, Tensor] = {}
     for name, tensor in program.state.items():
         role = roles.get(id(tensor))
-        if not tensor.is_floating_point() or (id(tensor) not in learned and role is None):
+        # Saved matrices stay: behind a filter bank there may be a logarithm.
+        if not tensor.is_floating_point() or (id(tensor) not in learned and role not in ("scale", "shift")):
             out[name] = tensor
             continue
         if id(tensor) not in made:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from paredown.couple.assemble import Axis, parameter_axes, pinned_roots
 from paredown.couple.ids import FIXED, compact
@@ -52,6 +52,13 @@ class Removal:
             else:
                 out.append(ids.shape[axis])
         return out
+
+    def positions(self, node: fx.Node, axis: int) -> Tensor:
+        """Which positions along an axis of a node's value survive, of a weight or a part of one too. Shape [length], bool."""
+        seen = self.trace.parameters.get(node)
+        if seen is None or self.trace.storage[seen.name] not in self.trace.weights:
+            return self.survivors(self.trace.of(node), axis)
+        return self.survivors(self.trace.seen_part(seen, axis), 0)
 
     def survivors(self, ids: Tensor, axis: int) -> Tensor:
         """Which positions along an axis survive. Shape [length], bool."""
