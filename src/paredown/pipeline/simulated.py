@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from paredown.examine import examine
 from paredown.pipeline.ways import simulated
 from paredown.plan import Mask
-from paredown.prune import Pruned, mask_sizes
+from paredown.program import capture
+from paredown.prune import Pruned
+from paredown.prune.sizes import sizes_at
 
 CELLS = 24
 """Rows and columns of a recorded picture at most."""
@@ -23,8 +26,9 @@ def told(tuned: Pruned) -> dict[str, Any]:
     """
     if not tuned.plan.masks:
         return {}
-    found = simulated(tuned)
-    sizes = mask_sizes(tuned)
+    program = capture(tuned.module, tuned.program.inputs, train=False)
+    found = simulated(tuned, program)
+    sizes = sizes_at(tuned, examine(program))
     largest = sorted(sizes.layers, key=lambda layer: -layer.num_zeros)[:PICTURES]
     pictures = {layer.name: picture(tuned.plan.masks[layer.name]) for layer in largest}
     weights = {

@@ -14,7 +14,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from paredown.errors import must_be
-from paredown.examine import examine
+from paredown.examine import Cost, examine
 from paredown.granularity import Granularity
 from paredown.plan import Mask
 from paredown.program import capture
@@ -145,17 +145,23 @@ def mask_sizes(pruned: Pruned, *, measure_gzip: bool = True) -> Sizes:
     (16384, 4608, 4096, 1024)
     """
     must_be("pruned", pruned, Pruned, fix="Use paredown.prune(program, plan).")
+    cost = examine(capture(pruned.module, pruned.program.inputs, train=False))
+    return sizes_at(pruned, cost, measure_gzip=measure_gzip)
+
+
+def sizes_at(pruned: Pruned, cost: Cost, *, measure_gzip: bool = True) -> Sizes:
+    """`mask_sizes` of a module whose cost is counted already."""
     parameters = dict(pruned.module.named_parameters(remove_duplicate=False))
     kept = fitting(parameters, pruned.plan.masks)
     first = {id(parameters[name]): name for name in kept}
     macs: dict[str, int] = dict.fromkeys(kept, 0)
     other_macs = 0
-    for cost in examine(capture(pruned.module, pruned.program.inputs, train=False)).by_node:
-        names = {n for n in (first.get(id(parameters[w])) for w in cost.weights if w in parameters) if n is not None}
-        if names and len(cost.weights) == 1:
-            macs[names.pop()] += cost.macs
+    for node in cost.by_node:
+        names = {n for n in (first.get(id(parameters[w])) for w in node.weights if w in parameters) if n is not None}
+        if names and len(node.weights) == 1:
+            macs[names.pop()] += node.macs
         else:  # several weights in one node (recurrent cells): by their share
-            other_macs += _shared(cost.macs, cost.weights, parameters, first, macs)
+            other_macs += _shared(node.macs, node.weights, parameters, first, macs)
     state = {n: t.detach().cpu().contiguous() for n, t in pruned.module.state_dict().items()}
     # Tied names are one tensor here, under the name of the mask where there is one.
     one_name = {_storage(t): n for n, t in reversed(state.items())} | {_storage(state[n]): n for n in kept}

@@ -108,8 +108,9 @@ def _gram_bytes(weight: Tensor) -> int:
 class _Matrix:
     """One reader's weight [out, K] while units leave, and the inverse [K, K] of the damped Gram matrix of one group.
 
-    Rows of what has left are zeros, until so many have that the others move together: to move them in each step takes
-    longer than the arithmetic.
+    The weight is float32, in which its error stays what rounding made it; H⁻¹ in float32 would stop being positive
+    definite. Rows of what has left are zeros, until so many have that the others move together: to move them in each step
+    takes longer than the arithmetic.
     """
 
     def __init__(self, reader: Reader, weight: Tensor, total: float, inverse_gram: Tensor) -> None:
@@ -121,10 +122,9 @@ class _Matrix:
         """Columns of a unit lie side by side; those of no unit of the space come last."""
         self._here, self._there = torch.arange(units), torch.ones(units, dtype=torch.bool)
         """By place: which unit's columns are there, and whether it has not left."""
-        self._tried: tuple[Tensor, Tensor] | None = None
-        self._state = weight.T[self._order].contiguous()
-        """What changes when units leave, [K, …]; the first `out` numbers of each row are the column of the weight."""
-        self._out = len(weight)
+        self._tried: tuple[Tensor, Tensor, Tensor] | None = None
+        self._weights = weight.T.contiguous()[self._order]
+        """As the units that left have left it. Shape [K, out], float32."""
         self._total = max(total, 1e-30)
         if len(inverse_gram):
             inverse_gram = inverse_gram[self._order[:, None], self._order]
@@ -133,13 +133,13 @@ class _Matrix:
     def add_costs(self, costs: Tensor) -> None:
         """Add the cost of each unit that is still there, if it left alone, to costs [units] float64."""
         units = len(self._here)
-        state = self._state[: units * self._taps].view(units, self._taps, -1)
-        weights, blocks = state[..., : self._out], self._blocks(state)
+        weights, blocks = self._weights[: units * self._taps].view(units, self._taps, -1), self._blocks(units)
         if self._taps == 1:
             found = torch.linalg.vecdot(weights, weights).flatten() / blocks.flatten()
         else:
-            found = torch.linalg.solve(blocks, weights @ weights.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)
-        costs[self._here] += found.double() / self._total
+            products = (weights @ weights.transpose(1, 2)).double()
+            found = torch.linalg.solve(blocks, products).diagonal(dim1=1, dim2=2).sum(1)
+        costs[self._here] += found / self._total
 
     def given(self, units: Tensor) -> Tensor:
         """The cost of each of these units when those before it in the list have left. Shape [len(units)], float64.
@@ -150,46 +150,46 @@ class _Matrix:
         places[self._here] = torch.arange(len(self._here))
         at = (places[units][:, None] * self._taps + torch.arange(self._taps)).flatten()
         factor = _factor(self._corner(at))
-        self._tried = at, factor
-        lost = torch.linalg.solve_triangular(factor, self._state[at, : self._out], upper=False).square_().sum(1)
-        costs: Tensor = lost.view(len(units), self._taps).sum(1).double() / self._total
+        written = torch.linalg.solve_triangular(factor, self._weights[at].double(), upper=False)
+        self._tried = at, factor, written
+        costs: Tensor = written.square().sum(1).view(len(units), self._taps).sum(1) / self._total
         return costs
 
     def leave(self, count: int) -> None:
         """Fit what is left to what the first so many of the units of `given` wrote."""
         assert self._tried is not None  # `given` comes before
         columns = count * self._taps
-        at, factor = self._tried[0][:columns], self._tried[1][:columns, :columns]
-        self._answer(at, factor)
-        self._state[at] = 0.0
+        at, factor, written = self._tried  # of the first columns each is that of the first rows
+        at = at[:columns]
+        self._answer(at, factor[:columns, :columns], written[:columns])
+        self._weights[at] = 0.0
         self._there[at[:: self._taps] // self._taps] = False
         if len(self._there) - int(self._there.sum()) > _EMPTY * len(self._there):
-            stay = torch.ones(len(self._state), dtype=torch.bool)
+            stay = torch.ones(len(self._weights), dtype=torch.bool)
             stay[: len(self._there) * self._taps] = self._there.repeat_interleave(self._taps)
             self._move(torch.nonzero(stay).flatten())
             self._here, self._there = self._here[self._there], self._there[self._there]
 
-    def _blocks(self, state: Tensor) -> Tensor:
-        """[H⁻¹]_BB of each unit, whose rows of the state are given; regular where it left. Shape [units, columns, columns]."""
-        units, taps, _ = state.shape
-        at = torch.arange(units * taps).view(units, taps)
+    def _blocks(self, units: int) -> Tensor:
+        """[H⁻¹]_BB of the units of the first places; regular where one left. Shape [units, columns, columns], float64."""
+        at = torch.arange(units * self._taps).view(units, self._taps)
         return self._inverse[at[:, :, None], at[:, None, :]]
 
     def _corner(self, at: Tensor) -> Tensor:
         """[H⁻¹]_BB of these columns."""
         return self._inverse[at[:, None], at]
 
-    def _answer(self, at: Tensor, factor: Tensor) -> None:
-        """What changes when these columns leave, whose [H⁻¹]_BB = L Lᵀ."""
-        step = torch.cholesky_solve(self._inverse[at], factor)
-        self._state.addmm_(step.T, self._state[at], alpha=-1)
-        self._inverse.addmm_(self._inverse[:, at], step, alpha=-1)
+    def _answer(self, at: Tensor, factor: Tensor, written: Tensor) -> None:
+        """What changes when these columns leave, whose [H⁻¹]_BB = L Lᵀ, and L⁻¹ W_Bᵀ is written."""
+        step = torch.linalg.solve_triangular(factor, self._inverse[at], upper=False)
+        self._weights.addmm_(step.T.to(self._weights.dtype), written.to(self._weights.dtype), alpha=-1)
+        self._inverse.addmm_(step.T, step, alpha=-1)
         self._inverse[at] = self._inverse[:, at] = 0.0
         self._inverse[at, at] = 1.0  # the block of a unit that left stays regular
 
     def _move(self, left: Tensor) -> None:
         """Only these columns go on."""
-        self._state = self._state[left]
+        self._weights = self._weights[left]
         if len(self._inverse):
             self._inverse = self._inverse[left[:, None], left]
 
@@ -197,44 +197,50 @@ class _Matrix:
 class _FewPositions(_Matrix):
     """The same from fewer positions X than inputs: H⁻¹ = D - Xᵀ M X / λ, with M = (λ + X Xᵀ)⁻¹ and D = 1/λ.
 
-    M X changes as the weight does when columns leave, so both are one matrix, and no K × K matrix is made.
+    M X changes as the weight does when columns leave, and no K × K matrix is made.
     """
 
     def __init__(self, reader: Reader, weight: Tensor, total: float, rows: Tensor, damping: float) -> None:
+        super().__init__(reader, weight, total, rows[:0])
         self._amount = damping_of(rows, damping)
         held = rows @ rows.T + self._amount * torch.eye(len(rows), dtype=rows.dtype)
-        products = torch.cholesky_solve(rows, torch.linalg.cholesky(held))
-        super().__init__(reader, torch.cat([weight, products]), total, rows[:0])
-        self._out = len(weight)
-        self._x = rows.T[self._order]
+        self._x = rows.T.contiguous()[self._order]
+        self._products = self._x @ torch.cholesky_inverse(torch.linalg.cholesky(held))
+        """(M X)ᵀ. Shape [K, positions], float64."""
         alone = torch.where((rows == 0).all(0), 1 / (1 + self._amount), 1 / self._amount)
         self._alone = alone[self._order]
 
-    def _blocks(self, state: Tensor) -> Tensor:
+    def _blocks(self, units: int) -> Tensor:
         blocks: Tensor
-        units, taps, _ = state.shape
-        x, alone = self._x[: units * taps].view(units, taps, -1), self._alone[: units * taps].view(units, taps)
-        products = state[..., self._out :]
-        if taps == 1:
+        shape = units, self._taps
+        x, products = (m[: units * self._taps].view(*shape, -1) for m in (self._x, self._products))
+        alone = self._alone[: units * self._taps].view(shape)
+        if self._taps == 1:
             blocks = alone[:, :, None] - torch.linalg.vecdot(x, products)[:, :, None] / self._amount
         else:
             blocks = torch.diag_embed(alone) - x @ products.transpose(1, 2) / self._amount
         return blocks
 
     def _corner(self, at: Tensor) -> Tensor:
-        return torch.diag(self._alone[at]) - self._x[at] @ self._state[at, self._out :].T / self._amount
+        return torch.diag(self._alone[at]) - self._x[at] @ self._products[at].T / self._amount
 
-    def _answer(self, at: Tensor, factor: Tensor) -> None:
+    def _answer(self, at: Tensor, factor: Tensor, written: Tensor) -> None:
         # [H⁻¹]_B,: is -X_Bᵀ M X / λ, but for the columns B themselves, which leave: whichever order of the products is shorter.
-        x, products = self._x[at] / -self._amount, self._state[:, self._out :].clone()
+        both = torch.cat([self._x[at], self._products[at]], 1)
+        x, products = torch.linalg.solve_triangular(factor, both, upper=False).tensor_split(2, 1)
+        x, kind = x / self._amount, self._weights.dtype
         if x.shape[0] > x.shape[1]:
-            self._state.addmm_(products, x.T @ torch.cholesky_solve(self._state[at], factor), alpha=-1)
+            self._weights.addmm_(self._products.to(kind), (x.T @ written).to(kind))
+            self._products += self._products @ (x.T @ products)
         else:
-            self._state.addmm_(products @ torch.cholesky_solve(x, factor).T, self._state[at], alpha=-1)
+            step = self._products @ x.T
+            self._weights.addmm_(step.to(kind), written.to(kind))
+            self._products.addmm_(step, products)
+        self._products[at] = 0.0
 
     def _move(self, left: Tensor) -> None:
         super()._move(left)
-        self._x, self._alone = self._x[left], self._alone[left]
+        self._x, self._products, self._alone = self._x[left], self._products[left], self._alone[left]
 
 
 def _factor(corner: Tensor) -> Tensor:
@@ -279,15 +285,15 @@ def _eliminated(
 
 def _matrices(source: Source, reader: Reader, seen: InputStatistics, options: RefitOptions) -> Iterator[_Matrix]:
     groups = len(seen.squared_norms)
-    weight = source.weights[reader.parameter].detach().double()
+    weight = source.weights[reader.parameter].detach().float()
     weight = weight.reshape(groups, weight.shape[0] // groups, -1)
     alive = seen.squared_norms > 0  # what reads an input that is always 0 costs nothing, though damping says otherwise
-    scaled = weight * reader.row_scales.reshape(groups, -1)[:, :, None] * alive[:, None, :]
+    scaled = weight * reader.row_scales.float().reshape(groups, -1)[:, :, None] * alive[:, None, :]
     for g in range(groups):
         if seen.rows is not None:
-            total = float((scaled[g] @ seen.rows[g].T).square().sum())
+            total = float((scaled[g] @ seen.rows[g].T.float()).double().square().sum())
             yield _FewPositions(reader, scaled[g], total, seen.rows[g], options.damping)
         else:
             assert seen.gram is not None
-            total = float((scaled[g] @ seen.gram[g] * scaled[g]).sum())
+            total = float((scaled[g].double() @ seen.gram[g] * scaled[g]).sum())
             yield _Matrix(reader, scaled[g], total, inverse(seen.gram[g], options.damping))
