@@ -2,7 +2,8 @@
 
 A record of a trial: cell = {"kind", "method", "schedule", "amount", "seed", "digest"}; measured "held_out" and "metric" (the
 same on test data), "bytes", "parameters", "nonzero_parameters", "macs", "effective_macs", "latency_ms". Choices are made on
-held-out data alone; what a choice is worth is said on test data.
+held-out data alone; what a choice is worth is said on test data. A second file, in codes, is told by the same names with
+"quantized_" before them, against the dense model in float; it takes part in the choice where codes save something.
 
 Intervals are over seeds: bootstrap of the mean, percentiles expanded for small n (Hesterberg 2015, "What teachers should know
 about the bootstrap", section 4.4: α' = Φ(√(n/(n-1)) · t_{α, n-1})). Up to 6 seeds all resamples are enumerated, so nothing is drawn;
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +34,8 @@ AXES: dict[Axis, str] = {
 """Axis to the figure whose share that left is drawn."""
 _IN_TURNS = {"latency_ms": "baseline_latency_ms"}
 """The dense figure that was measured in turns with a trial's own: two files timed at other times, or elsewhere, do not compare."""
+_SAVED_BY_CODES = ("bytes", "latency")
+"""Axes on which a file in codes is another reduction; on the others it is its float file's."""
 CONTROLS = {
     "scratch": "the same shape from scratch",
     "thin": "a uniformly thinner dense network",
@@ -84,6 +87,8 @@ class Point:
     """Another control whose shape and training it has."""
     shapes: frozenset[str] = frozenset()
     """Digests of the shapes of its tensors, over seeds; empty in records from before."""
+    codes: str = ""
+    """Scheme of a file in codes, as "INT8"; empty in float."""
 
     @property
     def complete(self) -> bool:
@@ -100,6 +105,8 @@ class Line:
     method: str
     schedule: str
     points: tuple[Point, ...]
+    codes: str = ""
+    """As that of its points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,10 +174,33 @@ def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | No
 def lines(records: Sequence[Record], *, goal: str, failed: Sequence[Mapping[str, Any]] = ()) -> tuple[Line, ...]:
     """The lines of a sweep: those that prune in their order, then the controls; each begins with the dense model.
 
-    `failed` are the trials without a record, {kind, method, schedule, amount, seed, status, reason, tail}; they mark their
-    points. `goal` is "max" or "min" of the metric.
+    Where trials have a second file in codes, each line is followed by theirs. `failed` are the trials without a record, {kind,
+    method, schedule, amount, seed, status, reason, tail}; they mark their points. `goal` is "max" or "min" of the metric.
     """
     bases = {int(r.cell["seed"]): r for r in records if r.cell["kind"] == "base"}
+    found = _lines(records, failed, bases, goal)
+    coded = [(r, told) for r in records if isinstance(told := r.details.get("quantized"), Mapping)]
+    if coded:
+        without = [{**r.cell, "status": "refused", "reason": told["failed"]} for r, told in coded if "failed" in told]
+        files = [_second_file(r) for r, told in coded if "failed" not in told]
+        found += _lines(files, [*failed, *without], bases, goal, codes=str(coded[0][1]["scheme"]).upper())
+    place = [*CONTROLS].index
+    ways = list(dict.fromkeys((line.method, line.schedule) for line in found))  # a line, then its own in codes
+    return tuple(
+        sorted(found, key=lambda a: (place(a.kind) if a.kind in CONTROLS else -1, ways.index((a.method, a.schedule))))
+    )
+
+
+def _second_file(record: Record) -> Record:
+    """A trial as its file in codes has it: what is counted in the graph stays."""
+    own = {n.removeprefix("quantized_"): m for n, m in record.measured.items() if n.startswith("quantized_")}
+    timed = ("latency_ms", "baseline_latency_ms")
+    return replace(record, measured={**{n: m for n, m in record.measured.items() if n not in timed}, **own})
+
+
+def _lines(
+    records: Sequence[Record], failed: Sequence[Mapping[str, Any]], bases: Mapping[int, Record], goal: str, codes: str = ""
+) -> list[Line]:  # fmt: skip
     done: dict[_Place, list[Record]] = {}
     lost: dict[_Place, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -180,7 +210,7 @@ def lines(records: Sequence[Record], *, goal: str, failed: Sequence[Mapping[str,
     points: dict[tuple[str, str, str], list[Point]] = {}
     dense = None
     for place in dict.fromkeys((*done, *lost)):
-        point = _point(place, done.get(place, []), lost.get(place, []), bases, goal)
+        point = _point(place, done.get(place, []), lost.get(place, []), bases, goal, codes)
         if point.kind == "base":
             dense = point
         else:
@@ -188,10 +218,10 @@ def lines(records: Sequence[Record], *, goal: str, failed: Sequence[Mapping[str,
     found = []
     for (kind, method, schedule), own in points.items():
         own.sort(key=lambda p: (p.removed.get("sparsity", math.inf), -(p.amount or 0)))
-        name = CONTROLS.get(kind, f"{method} {schedule}")
+        name = CONTROLS.get(kind, f"{method} {schedule}") + (f", {codes}" if codes else "")
         whole = own if dense is None else [dense, *own]
-        found.append(Line(name=name, kind=kind, method=method, schedule=schedule, points=tuple(whole)))
-    return tuple(sorted(found, key=lambda line: [*CONTROLS].index(line.kind) if line.kind in CONTROLS else -1))
+        found.append(Line(name=name, kind=kind, method=method, schedule=schedule, points=tuple(whole), codes=codes))
+    return found
 
 
 _Place = tuple[str, str, str, float | None]
@@ -202,8 +232,8 @@ def _place(cell: Mapping[str, Any]) -> _Place:
 
 
 def _point(
-    place: _Place, records: list[Record], lost: list[Mapping[str, Any]], bases: Mapping[int, Record], goal: str
-) -> Point:
+    place: _Place, records: list[Record], lost: list[Mapping[str, Any]], bases: Mapping[int, Record], goal: str, codes: str
+) -> Point:  # fmt: skip
     records = sorted(records, key=lambda r: int(r.cell["seed"]))
     with_base = [(r, bases[int(r.cell["seed"])]) for r in records if int(r.cell["seed"]) in bases]
     sign = 1.0 if goal == "max" else -1.0
@@ -217,7 +247,7 @@ def _point(
     kind, method, schedule, amount = place
     steps = [sum(int(e) * int(s) for e, s in t.values()) for r in records if (t := r.details.get("training"))]
     return Point(
-        kind=kind, method=method, schedule=schedule, amount=amount, failed=tuple(lost), removed=removed, absolute=absolute,
+        kind=kind, method=method, schedule=schedule, amount=amount, failed=tuple(lost), removed=removed, absolute=absolute, codes=codes,
         seeds=tuple(int(r.cell["seed"]) for r in records), digests=tuple(str(r.cell["digest"]) for r in records),
         held_out=_by_seed(records, "held_out"), test=_by_seed(records, "metric"),
         loss={
@@ -249,7 +279,9 @@ def pareto(points: Sequence[Point], axis: Axis, *, goal: str) -> tuple[Point, ..
     Without held-out data the test data stand in: a front chooses nothing. In the order of what was removed.
     """
     sign = 1.0 if goal == "max" else -1.0
-    every = [(p.removed[axis], sign * quality(p), p) for p in points if p.complete and axis in p.removed]
+    every = [
+        (p.removed[axis], sign * quality(p), p) for p in points if p.complete and axis in p.removed and _counts(p, axis)
+    ]
     every.sort(key=lambda t: (-t[0], -t[1]))
     front: list[Point] = []
     best = -math.inf
@@ -258,6 +290,11 @@ def pareto(points: Sequence[Point], axis: Axis, *, goal: str) -> tuple[Point, ..
             front.append(point)
             best = good
     return tuple(reversed(front))
+
+
+def _counts(what: Point | Line, axis: Axis) -> bool:
+    """Whether it is a reduction of its own on this axis."""
+    return not what.codes or axis in _SAVED_BY_CODES
 
 
 def quality(point: Point) -> float:
@@ -281,10 +318,12 @@ def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: 
     dense, seen = None, 0
     for line in found:
         points = [p for p in line.points if p.complete and axis in p.removed and p.loss]
-        if line.kind in CONTROLS or len(points) < 2 or points[0].kind != "base":
+        if line.kind in CONTROLS or len(points) < 2 or points[0].kind != "base" or not _counts(line, axis):
             continue
-        dense, seen = points[0], seen + 1
-        own += [(line, p) for p in points[1:] if p.removed[axis] > 0]
+        dense, seen = dense if line.codes else points[0], seen + 1
+        own += [
+            (line, p) for p in points[not line.codes :] if p.removed[axis] > 0
+        ]  # in codes the dense model is a choice
     at = None
     if dense is not None and own:
         points = [dense, *(p for _, p in own)]
@@ -376,7 +415,7 @@ def _nothing(seen: int, found: Sequence[Line], axis: Axis, limit: float | None, 
     if not seen:
         return "Nothing was chosen: no point has a result for every seed."
     if slower:
-        return f"Nothing was chosen: no point takes anything off {_NOUNS[axis]}."
+        return f"Nothing was chosen: no point takes anything off {NOUNS[axis]}."
     if limit is not None:
         seeds = max(len(p.seeds) for line in prunes for p in line.points)
         if seeds < 2:
@@ -398,11 +437,10 @@ def _why(
     *,
     joint: bool,
 ) -> str:
-    assert point.amount is not None
     most = upper_bound([*map(float, loss)])
-    where = (
-        f"{line.name} with {point.removed[axis]:.1f} % of {_NOUNS[axis]} removed (the recipe's amount {point.amount:g})"
-    )
+    name = line.name if point.amount is not None else f"the dense network, {point.codes},"
+    of = "nothing pruned" if point.amount is None else f"the recipe's amount {point.amount:g}"
+    where = f"{name} with {point.removed[axis]:.1f} % of {NOUNS[axis]} removed ({of})"
     if spread[0] is None or spread[1] is None:
         interval_of = "no interval: one seed"
     elif spread[1] - spread[0] < 0.05:
@@ -416,13 +454,14 @@ def _why(
     return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {_points(most or 0.0, unit)}, is within {_points(limit, unit)}; {interval_of}; {lost} on held-out data."
 
 
-_NOUNS: dict[Axis, str] = {
+NOUNS: dict[Axis, str] = {
     "sparsity": "the weights",
     "parameters": "the parameters",
     "bytes": "the file's bytes",
     "macs": "the MACs",
     "latency": "the latency",
 }
+"""Axis to what a reduction takes from."""
 
 
 def _points(value: float, unit: str) -> str:
@@ -442,7 +481,11 @@ def _decimals(value: float, unit: str, count: int) -> int:
 def compared(found: Sequence[Line], *, goal: str, unit: str = "") -> tuple[Comparison, ...]:
     """Every complete pruned point against every control at its amount, seed by seed, on test data."""
     controls = {
-        (line.kind, p.amount): p for line in found if line.kind in CONTROLS for p in line.points if p.kind != "base"
+        (line.kind, p.amount, p.codes): p
+        for line in found
+        if line.kind in CONTROLS
+        for p in line.points
+        if p.kind != "base"
     }
     dense = next((p for line in found for p in line.points if p.kind == "base"), None)
     out = []
@@ -451,7 +494,7 @@ def compared(found: Sequence[Line], *, goal: str, unit: str = "") -> tuple[Compa
             continue
         for point in line.points:
             for kind in CONTROLS:
-                control = controls.get((kind, point.amount))
+                control = controls.get((kind, point.amount, point.codes))
                 if point.amount is not None and control is not None and point.complete and control.complete:
                     out.append(_comparison(line, point, control, dense, goal, unit))
     return tuple(out)
@@ -537,6 +580,8 @@ def dense_parts(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str
         why = "nothing was chosen" if at is None else f"no control stands at {at:g}"
         if spot.point is not None and spot.point.kind == "from-scratch":
             why = f"the sweet spot, {at:g} of {spot.line}, is itself trained from scratch"
+        if spot.point is not None and spot.point.kind == "base":
+            why = "the sweet spot prunes nothing"
         where = f"At {last.amount:g} of {last.line} ({why})"
     sign = 1.0 if goal == "max" else -1.0
     told = [c for c in own if not c.same_as]

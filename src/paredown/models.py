@@ -334,12 +334,14 @@ def _module_of_file(path: Path) -> ModuleType:
     loader, module = spec.loader, importlib.util.module_from_spec(spec)
     # classes can be pickled and inspected only while their module and its parent are found here
     sys.modules[parent] = ModuleType(parent)
+    sys.modules[parent].__path__ = [str(path.parent)]  # from .neighbour import …
     sys.modules[name] = module
     try:
         with _importable(path.parent):
             _beside_torchvision(lambda: loader.exec_module(module))
     except BaseException as error:
-        del sys.modules[name], sys.modules[parent]
+        for loaded in [n for n in sys.modules if n == parent or n.startswith(f"{parent}.")]:
+            del sys.modules[loaded]
         if isinstance(error, ParedownError) or not isinstance(error, Exception):
             raise
         raise _failed(error, str(path)) from error

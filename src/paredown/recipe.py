@@ -117,8 +117,10 @@ class Recipe(Strict):
         plain = self.model_dump(mode="json", by_alias=True)
         if self.curve is None:  # most recipes have none: theirs stay as they are
             del plain["curve"]
-        elif self.curve.spacing == "geometric":
-            del plain["curve"]["spacing"]
+        else:
+            for name, usual in (("spacing", "geometric"), ("quantized", False)):
+                if plain["curve"][name] == usual:
+                    del plain["curve"][name]
         if not self.given:
             del plain["given"]
         if self.recover.ranks == 1:

@@ -287,10 +287,10 @@ def clash_of(repair: Sequence[str]) -> str:
 class Quantize(Strict):
     """Codes instead of floats, after the last level."""
 
-    scheme: Literal["int8", "w4a8", "int8-dynamic", "w4", "w2", "ternary", "binary"] = "int8"
+    scheme: Literal["int8", "w4a8", "int8-dynamic", "w4", "w2", "ternary", "binary", "fp16"] = "int8"
     """int8: weights 8 bits per output channel, activations 8 bits per tensor, as the target wants them. w4a8: weights 4 bits.
-    int8-dynamic: activations by each tensor's own range at run time. w4, w2, ternary, binary: weights alone. All but int8
-    and w4a8 are for ONNX Runtime."""
+    int8-dynamic: activations by each tensor's own range at run time. w4, w2, ternary, binary: weights alone. fp16: weights in 16
+    bits. All but int8, w4a8 and fp16 are for ONNX Runtime."""
     observer: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "mse"
     """How the range of an activation is chosen: all values seen, moving averages of the batches' ranges, 99.99 % of the
     values, least squared error, or least KL divergence (not for outputs of sigmoid or softmax)."""
@@ -326,7 +326,7 @@ class Quantize(Strict):
 
     @model_validator(mode="after")
     def _can_be_done(self) -> Quantize:
-        if self.scheme in ("int8-dynamic", "w4"):
+        if self.scheme in ("int8-dynamic", "w4", "fp16"):
             asked = [n for n in ("repair", "spare", "epochs") if getattr(self, n)]
             if asked:
                 msg = f"quantize.{asked[0]} must be left out for the scheme {self.scheme}, which reads no samples. Got {getattr(self, asked[0])!r}."
@@ -389,7 +389,8 @@ class Bounds(Strict):
     peak_ram_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
     """Peak memory of the process that runs the file: bytes, or a text such as "200 MB"."""
     allocation: Literal["uniform", "global", "sensitivity", "greedy", "knapsack"] = "knapsack"
-    """How the searched level spreads over the spaces, as in prune.allocation."""
+    """How the searched level spreads over the spaces, as in prune.allocation. Beside greedy and knapsack, which add up what each space
+    costs alone, one share everywhere is tried too; of what holds the amounts the plan that moves the output less is taken."""
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(8, 6, 4, 3, 2), min_length=1)
     """Widths that a weight may have where size_bytes is among the amounts, for ONNX Runtime: pruning and bits are then searched
     together. [8] leaves it to pruning."""
@@ -406,7 +407,8 @@ class Bounds(Strict):
     trial_epochs: int = Field(default=0, ge=0)
     """Training of each trial; 0 fits the layers and measures batch norm anew, which is quick but harder on pruning than on bits."""
     rounds: int = Field(default=6, ge=0, le=50)
-    """Files that are exported and measured in a search at most; 0 turns the search off: the bounds are only looked at."""
+    """Files that are exported and measured in a search, for each allocation, at most; 0 turns the search off: the bounds are only
+    looked at."""
 
     @model_validator(mode="after")
     def _one_latency(self) -> Bounds:
@@ -526,6 +528,9 @@ class CurveGrid(Strict):
     """What a reduction is one of, for the choice; the report draws all that were measured."""
     latency: bool = False
     """Time every file, in turns with the dense one. Trials then run one at a time, unless --processes says otherwise."""
+    quantized: bool = False
+    """A second file of every model, dense and controls too, by the recipe's `quantize`: exported, checked and scored as the float
+    one, on lines of its own; on the axes bytes and latency it takes part in the choice."""
     controls: Controls = Controls()
     trial: Trial = Trial()
 

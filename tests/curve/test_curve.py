@@ -572,3 +572,84 @@ def test_ten_thousand_trials_take_seconds() -> None:
     for limit in (0.5, None):
         assert sweet_spot(found, "sparsity", limit=limit, unit="%").point is not None
     assert time.process_time() - start < 15
+
+
+# --------------------------------------------------------------------------------------------------- files in codes
+
+
+def with_codes(record: Record, less: float, *, size: float = 0.25, failed: str = "") -> Record:
+    """A trial with a second file that is worse by `less` and has `size` of the bytes."""
+    if failed:
+        return dataclasses.replace(
+            record, details={**record.details, "quantized": {"scheme": "int8", "failed": failed}}
+        )
+    own = {
+        f"quantized_{n}": dataclasses.replace(record.measured[n], value=record.measured[n].value - less)  # type: ignore[operator]
+        for n in ("held_out", "metric")
+    }
+    own["quantized_bytes"] = Measured(value=size * record.measured["bytes"].value, unit="B")  # type: ignore[operator]
+    details = {**record.details, "quantized": {"scheme": "int8"}}
+    return dataclasses.replace(record, measured={**record.measured, **own}, details=details)
+
+
+def in_codes(*, less: float = 0.3) -> list[Record]:
+    found = sweep({0.75: [98.9, 98.8], 0.5: [97.0, 97.2]}, [99.0, 98.8])
+    found += [trial("thin", 0.5, seed, 96.0, 96.0, steps=1000) for seed in (0, 1)]
+    return [with_codes(r, less) for r in found]
+
+
+def test_each_line_is_followed_by_that_of_its_files_in_codes_against_the_dense_model_in_float() -> None:
+    found = lines(in_codes(), goal="max")
+    thin = "a uniformly thinner dense network"
+    assert [line.name for line in found] == ["l1 one-shot", "l1 one-shot, INT8", thin, f"{thin}, INT8"]
+    codes = found[1]
+    assert [(p.kind, p.amount, p.codes) for p in codes.points] == [
+        ("base", None, "INT8"),
+        ("pruned", 0.75, "INT8"),
+        ("pruned", 0.5, "INT8"),
+    ]
+    assert codes.points[0].loss == pytest.approx({0: 0.3, 1: 0.3})
+    assert codes.points[2].loss == pytest.approx({0: 2.3, 1: 1.9})
+    assert codes.points[0].removed["bytes"] == pytest.approx(75.0)
+    assert codes.points[0].removed["parameters"] == 0.0
+    assert codes.points[2].removed["macs"] == found[0].points[2].removed["macs"] == pytest.approx(50.0)
+    plain = [dataclasses.replace(r, details={"training": r.details["training"]}) for r in in_codes()]
+    assert [line.name for line in lines(plain, goal="max")] == ["l1 one-shot", thin]
+
+
+def test_files_in_codes_are_chosen_where_they_save_something_and_dense_ones_too() -> None:
+    found = lines(in_codes(), goal="max")
+    by_weights = sweet_spot(found, "sparsity", limit=0.2, unit="%")
+    assert by_weights.point is not None and (by_weights.line, by_weights.point.codes) == ("l1 one-shot", "")
+    by_bytes = sweet_spot(found, "bytes", limit=0.5, unit="%")
+    assert by_bytes.point is not None and (by_bytes.point.codes, by_bytes.point.amount) == ("INT8", 0.75)
+    dense = sweet_spot(found, "bytes", limit=0.3, unit="%")
+    assert dense.point is not None and (dense.point.kind, dense.point.codes) == ("base", "INT8")
+    assert dense.sentence.startswith(
+        "the dense network, INT8, with 75.0 % of the file's bytes removed (nothing pruned): the largest"
+    )
+    told = dense_parts(dense, compared(found, goal="max", unit="%"), goal="max")[0][0]
+    assert told.startswith("At 0.5 of l1 one-shot (the sweet spot prunes nothing), pruning bought 1.10")
+    every = {id(p): p for line in found for p in line.points}.values()
+    assert not any(p.codes for p in pareto([*every], "sparsity", goal="max"))
+    assert any(p.codes for p in pareto([*every], "bytes", goal="max"))
+
+
+def test_controls_in_codes_are_compared_with_pruned_files_in_codes() -> None:
+    found = [with_codes(r, 1.0 if r.cell["kind"] == "thin" else 0.3) for r in in_codes()]
+    gains = {c.line: c.gain.mean for c in compared(lines(found, goal="max"), goal="max")}
+    assert gains == pytest.approx({"l1 one-shot": 1.1, "l1 one-shot, INT8": 1.8})
+
+
+def test_a_trial_whose_quantization_failed_has_no_number_in_codes_and_its_point_is_not_chosen() -> None:
+    found = [
+        with_codes(r, 0.0, failed="no") if r.cell["amount"] == 0.75 and r.cell["seed"] == 1 else r for r in in_codes()
+    ]
+    codes = lines(found, goal="max")[1]
+    assert [(p.seeds, len(p.failed), p.complete) for p in codes.points] == [
+        ((0, 1), 0, True),
+        ((0,), 1, False),
+        ((0, 1), 0, True),
+    ]
+    spot = sweet_spot(lines(found, goal="max"), "bytes", limit=0.5)
+    assert spot.point is not None and spot.point.amount is None

@@ -73,6 +73,16 @@ def test_a_file_relative_to_the_current_folder_and_changed_meanwhile(folder, mon
     assert (old.layer.out_features, new.layer.out_features) == (1, 9)
 
 
+def test_a_file_of_a_package_may_import_its_neighbours_relatively(folder):
+    (folder / "nets" / "width.py").write_text("WIDTH = 5\n")
+    own = "from torch import nn\nfrom .width import WIDTH\n\ndef make():\n    return nn.Linear(WIDTH, 1)\n"
+    (folder / "nets" / "relative.py").write_text(own)
+    assert load_model("nets/relative.py:make", base_dir=folder)[0].in_features == 5
+    (folder / "nets" / "relative.py").write_text(own.replace("WIDTH\n\n", "DEPTH\n\n"))
+    with pytest.raises(RejectedError, match=r"cannot import name 'DEPTH'.*relative\.py:2"):
+        load_model("nets/relative.py:make", base_dir=folder)
+
+
 def test_a_package_beside_the_recipe(folder):
     (folder / "own_package").mkdir()
     (folder / "own_package" / "__init__.py").touch()

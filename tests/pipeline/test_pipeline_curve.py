@@ -278,3 +278,65 @@ def test_a_cluster_shares_out_its_own_cores_and_gpus() -> None:
     assert machine_for(recipe(latency=True), None, ray="auto").processes == 1
     assert machine_for(recipe(), None, ray="auto").gpus == ()
     assert machine_for(recipe().model_copy(update={"device": "cuda"}), None, ray="auto").gpus == ("cuda",)
+
+
+def test_a_curve_of_quantized_files_scores_each_in_its_runtime_dense_and_controls_too(tmp_path: Path) -> None:
+    import onnxruntime
+
+    found = curve(
+        recipe(quantized=True, controls={"kinds": ["scratch"]}), out=tmp_path / "run", quiet=True, processes=1
+    )
+    task = load_task_module(str(TASK))
+    (images, labels) = task.test_batches()[0]
+    assert {kind for kind, _ in by_kind(found)} == {"base", "pruned", "scratch"}
+    for record in found.records[1:]:
+        told = record.details["quantized"]
+        place = tmp_path / "run" / Path(found.records[0].details["recipes"][record.cell["digest"]]).parent
+        session = onnxruntime.InferenceSession(place / told["file"], providers=["CPUExecutionProvider"])
+        answers = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+        by_hand = 100.0 * float((answers.argmax(1) == labels.numpy()).mean())
+        assert record.measured["quantized_metric"].value == pytest.approx(by_hand)
+        assert record.measured["quantized_bytes"].value == (place / told["file"]).stat().st_size
+        assert told["check"]["cosine"] > 0.99
+        assert (
+            sum(e * s for e, s in record.details["training"].values())
+            == {"base": 48, "pruned": 16, "scratch": 64}[record.cell["kind"]]
+        )
+    lines = {line["name"]: line for line in found.document["lines"]}
+    assert list(lines) == [
+        "l1 one-shot",
+        "l1 one-shot, INT8",
+        "the same shape from scratch",
+        "the same shape from scratch, INT8",
+    ]
+    dense = lines["l1 one-shot, INT8"]["points"][0]
+    assert (dense["kind"], dense["codes"]) == ("base", "INT8")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "dotted ones INT8 files" in page and "quantized files of these points" not in page
+    assert {c["line"] for c in found.document["comparisons"]} == {"l1 one-shot", "l1 one-shot, INT8"}
+
+
+def test_a_function_of_the_task_that_asks_for_more_than_it_is_given_is_told_before_any_work() -> None:
+    from paredown.pipeline.stages import accepted
+
+    def base(model: Any, seed: int = 0) -> None: ...
+
+    def scratch(net: Any, *, extra_epochs: int) -> None: ...
+
+    with pytest.raises(
+        UsageError, match=r"base must be callable as base\(seed=….*'model' without a default\. It makes the model"
+    ):
+        accepted(base, {"seed": 1})
+    assert accepted(scratch, {"extra_epochs": 2, "seed": 1}, first="model") == {"extra_epochs": 2}
+    with pytest.raises(UsageError, match=r"scratch\(model, seed=…\).*'extra_epochs' without a default"):
+        accepted(scratch, {"seed": 1}, first="model")
+
+
+def test_quantized_files_of_a_curve_are_refused_with_layers_that_each_file_spares() -> None:
+    from paredown.sweep import grid
+
+    asked = recipe(quantized=True)
+    assert {c.digest for c in grid(asked)}.isdisjoint(c.digest for c in grid(recipe()))
+    spared = asked.model_copy(update={"quantize": asked.quantize.model_copy(update={"spare": True})})
+    with pytest.raises(UsageError, match=r"curve\.quantized must go without quantize\.spare"):
+        grid(spared)

@@ -10,11 +10,13 @@ import torch
 import paredown as pare
 from paredown.errors import UsageError
 from paredown.export import predictor
+from paredown.export.session import has_exact_products
 from paredown.pipeline.folder import RunFolder
 from paredown.pipeline.run import Run
-from paredown.pipeline.stages import _quantized
+from paredown.pipeline.stages import quantized_of
 from paredown.pipeline.ways import check_ways
 from paredown.recipe import parse_recipe
+from paredown.records import read
 from paredown.train import Task
 
 pytest.importorskip("torchao")
@@ -33,7 +35,7 @@ def quantized(
         recipe=recipe, task=task, folder=folder, say=lambda _: None, on_training=lambda *a: told.append(a), weights_given=True,
         model=lambda: dense, environment={"versions": {}},
     )  # fmt: skip
-    return _quantized(run, pare.capture(dense, task.inputs()), dense), dense, told
+    return quantized_of(run, pare.capture(dense, task.inputs()), dense), dense, told
 
 
 def test_training_with_rounding_starts_where_calibration_ends_and_moves_on(task: Task, tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_spare_needs_a_bound_and_data_to_choose_on(task: Task, tmp_path: Path) -
         quantized(held, tmp_path / "c", budget={"metric_loss": 1.0}, spare=True, epochs=1)
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("w4a8", marks=pytest.mark.slow), "int8-dynamic"])
+@pytest.mark.parametrize("scheme", [pytest.param("w4a8", marks=pytest.mark.slow), "int8-dynamic", "fp16"])
 def test_another_scheme_has_a_stage_a_file_and_a_verdict_of_its_name(task: Task, tmp_path: Path, scheme: str) -> None:
     import onnx
 
@@ -124,14 +126,25 @@ def test_another_scheme_has_a_stage_a_file_and_a_verdict_of_its_name(task: Task,
     assert f"InferenceSession('{scheme}.onnx'" in done.verdict["snippet"]
     assert f"InferenceSession('{done.verdict['otherwise']}.onnx'" in done.verdict["otherwise_snippet"]
     kinds = {t.data_type for t in onnx.load(done.artifact.path).graph.initializer}
-    assert onnx.TensorProto.UINT8 in kinds  # of w4a8 two codes to a byte
+    assert (
+        onnx.TensorProto.FLOAT16 if scheme == "fp16" else onnx.TensorProto.UINT8
+    ) in kinds  # of w4a8 two codes to a byte
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert {"w4a8": "W4A8", "int8-dynamic": "dynamic INT8"}[scheme] in page
+    assert {"w4a8": "W4A8", "int8-dynamic": "dynamic INT8", "fp16": "FP16"}[scheme] in page
+    assert ("exact int8 sums" in done.verdict["snippet"]) == (
+        scheme != "fp16" and not has_exact_products(done.artifact.path)
+    )
+    if scheme == "fp16":
+        bits = next(r for r in read(tmp_path / "run" / "records.jsonl") if r.cell["stage"] == "insight").details["bits"]
+        assert (
+            all(row["bits"] == 16 and 60 < row["weight_db"] < 90 for row in bits["layers"])
+            and "weights in 16 bits" in page
+        )
 
 
 def test_schemes_without_samples_or_for_other_targets_are_refused_before_any_work(task: Task) -> None:
     with pytest.raises(UsageError, match="reads no samples"):
         parse_recipe({"schema": 1, "task": "small", "quantize": {"scheme": "w4", "repair": ["gptq"]}})
     recipe = parse_recipe({"schema": 1, "task": "small", "target": "openvino-x86", "quantize": {"scheme": "w2"}})
-    with pytest.raises(UsageError, match=r"ONNX Runtime for quantize\.scheme w2"):
+    with pytest.raises(UsageError, match="onnxruntime-x86, onnxruntime-arm for the scheme w2"):
         check_ways(recipe, task)

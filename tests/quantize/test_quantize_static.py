@@ -299,8 +299,8 @@ def test_wrong_requests_say_what_is_right(residual: tuple[nn.Module, programs.Pr
     x = [torch.randn(4, 1, 8, 8)]
     with pytest.raises(UsageError, match="target must be one of"):
         quantize(program, calibrate=x, target="tflite")
-    with pytest.raises(UsageError, match=r"fp16.*cannot produce it yet"):
-        quantize(program, calibrate=x, scheme="fp16")
+    with pytest.raises(UsageError, match=r"fp32.*cannot produce it yet"):
+        quantize(program, calibrate=x, scheme="fp32")
     with pytest.raises(UsageError, match="bits must be integers from 1 to 8"):
         quantize(program, calibrate=x, bits={"head.weight": 9})
     with pytest.raises(UsageError, match=r"bits must match.*'nothing'"):

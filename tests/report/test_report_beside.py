@@ -23,6 +23,7 @@ def written(folder: Path, records: list[Record]) -> Path:
     folder.mkdir(parents=True)
     for one in records:
         append(folder / "records.jsonl", one)
+    (folder / "report.html").write_text("its page")
     return folder
 
 
@@ -103,6 +104,16 @@ def test_the_report_of_a_run_holds_its_curve_and_its_sensitivity(runs: Path) -> 
     assert "Cut space0 first" in top and "1.00 points" in top, "the answers of both stand at the top"
     assert top.index("Target met") < top.index("Cut space0 first") < top.index("latency on the phone")
     assert "From digits-curve , recipe abc" in text_of(page)
+
+
+def test_a_neighbour_without_a_page_is_named_and_not_linked(runs: Path) -> None:
+    (runs / "digits-curve" / "report.html").unlink()
+    written(runs / "other", curve(digest="f" * 64))
+    (runs / "other" / "report.html").unlink()
+    page = write_report(runs / "digits").read_text(encoding="utf-8")
+    assert set(re.findall(r'href="(\.\./[^"]+)"', page)) == {"../digits-sensitivity/report.html"}
+    assert "It has no page of its own yet" in text_of(page)
+    assert "other no page yet" in text_of(page)
 
 
 def test_pages_of_one_task_link_each_other(runs: Path) -> None:

@@ -21,6 +21,7 @@ from paredown.records import Measured, Record, append
 from paredown.report import page, render, write_report
 from paredown.report.insight import roofline
 from paredown.report.reading import stage_of_device, view
+from paredown.report.wording import mebibytes, megabytes
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 ALLOWED = set(
@@ -147,8 +148,8 @@ def test_page_says_what_the_records_say() -> None:
     for said in (
         "Target met",
         f"{size:,} B",
-        f"{size / 1e6:.4f} MB",
-        f"{size / 2**20:.4f} MiB",
+        megabytes(size),
+        mebibytes(size),
         "98.52 %",
         "−0.37 points against dense",
         "inside the noise",

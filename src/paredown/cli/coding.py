@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from paredown.quantize import Quantized
     from paredown.train import Progress, Task
 
-NO_DATA = ("int8-dynamic", "w4")
-"""Schemes that read no samples (quantize.schemes.DYNAMIC, which would load torch); samples that are given check the file."""
+NO_DATA = ("int8-dynamic", "w4", "fp16")
+"""Schemes that read no samples (quantize.schemes.DYNAMIC and HALF, which would load torch); samples that are given check the file."""
 WEIGHTS = ("w2", "ternary", "binary")
 """Schemes that need samples for a repair only (quantize.schemes.WEIGHTS)."""
 SIMULATED = ("w4a4",)
@@ -184,10 +184,12 @@ class Work:
         """The network in codes, by whichever way was asked for. Raises what `quantize`, `train_quantized` and `spare` raise."""
         import paredown
         from paredown.environments import python_of
+        from paredown.quantize.static import refuse_target
         from paredown.target import named
         from paredown.train.task import seed_all
 
         asked = self.asked
+        refuse_target(asked.scheme, named(asked.target))  # nobody should make an environment for what it does not have
         if asked.scheme not in SIMULATED and named(asked.target).environment:
             python_of(named(asked.target))  # now, not after a training
         seed_all(self.seed)

@@ -92,12 +92,14 @@ def told(document: dict[str, Any]) -> list[Any]:
     """The lines as a table, then what was chosen and the dense verdict."""
     unit = document["metric"]["unit"]
     rows: list[tuple[str, ...]] = []
+    dense = set()
     for line in document["lines"]:
         for point in line["points"]:
-            if point["kind"] == "base" and rows:
+            if point["kind"] == "base" and line["codes"] in dense:
                 continue
+            dense |= {line["codes"]} if point["kind"] == "base" else set()
             removed = point["removed"].get(document["axis"])
-            name = "dense" if point["kind"] == "base" else line["name"]
+            name = f"dense{', ' + line['codes'] if line['codes'] else ''}" if point["kind"] == "base" else line["name"]
             rows.append(
                 (
                     name,

@@ -44,10 +44,10 @@ _Calibrate = Annotated[
     ),
 ]
 _Scheme = Annotated[
-    Literal["int8", "w4a8", "w4a4", "int8-dynamic", "w4", "w2", "ternary", "binary"],
+    Literal["int8", "w4a8", "w4a4", "int8-dynamic", "w4", "w2", "ternary", "binary", "fp16"],
     Parameter(
-        help="Bits of weights and activations; int8-dynamic, w4 and, without --repair, w2, ternary and binary (weights alone) "
-        "need no --calibrate. w4a4 is simulated: no runtime multiplies 4-bit codes, and --out takes the packed weights."
+        help="Bits of weights and activations; int8-dynamic, w4, fp16 and, without --repair, w2, ternary and binary (weights alone) "
+        "need no --calibrate. fp16 halves the file, computed in float32. w4a4 is simulated: no runtime multiplies 4-bit codes, and --out takes the packed weights."
     ),
 ]
 _Observer = Annotated[
@@ -326,7 +326,7 @@ def export(
     out: Annotated[Path, _OUT],
     target: options.Target = "onnxruntime-x86",
     scheme: Annotated[
-        Literal["fp32", "fp16"], Parameter(help="fp16 halves the weights, for openvino-x86 and litert.")
+        Literal["fp32", "fp16"], Parameter(help="fp16 halves the weights, not the time; not for executorch-xnnpack.")
     ] = "fp32",
     opset: Annotated[int, Parameter(help="ONNX opset; older runtimes need a lower one.")] = 18,
     weights: options.Weights = None,

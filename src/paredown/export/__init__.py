@@ -18,8 +18,9 @@ from paredown.export.session import Predict, predictor, products_of
 from paredown.program import Program, capture
 from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches
+from paredown.quantize.half import quantize_half
 from paredown.quantize.nouns import Quantized
-from paredown.quantize.schemes import SCHEMES, scheme_named
+from paredown.quantize.schemes import HALF, SCHEMES, scheme_named
 from paredown.target import TARGETS, named, why_float
 
 RUNTIMES: Mapping[str, str] = {
@@ -45,7 +46,8 @@ def export(
 
     For OpenVINO a .xml file with a .bin beside it, made of the same graph; for ExecuTorch a .pte and for LiteRT a .tflite file,
     whose batch is fixed at 1 and whose converters need an environment of their own (`paredown setup TARGET`). `scheme`
-    "fp16" halves the weights of a float network for OpenVINO and LiteRT.
+    "fp16" halves the weights of a float network (for ONNX Runtime, OpenVINO and LiteRT), and with them the file; x86 computes in float32 all the
+    same, no faster. What float16 cannot hold stays float32: `quantize(…, scheme="fp16")` gives the same file, and says which weights.
 
     `thing` is a Program, a Pruned, a Quantized, or (module, inputs). Integer codes are written as they are in
     `Quantized.weights`, never computed again. The bytes depend on nothing but `thing` and the versions of torch and
@@ -75,12 +77,10 @@ def export(
         msg = f"path must be a file to write. Got the folder {path}. Add a name such as model.onnx."
         raise UsageError(msg)
     more: dict[str, Any] = {}
-    if scheme != "fp32":
-        if scheme != "fp16" or isinstance(thing, Quantized) or "float16" not in table.dtypes:
-            able = ", ".join(t.name for t in TARGETS.values() if "float16" in t.dtypes)
-            msg = f"scheme must be 'fp32', or 'fp16' for a float network and {able}. Got {scheme!r} for {table.name}."
-            raise UsageError(msg)
-        more = {"scheme": scheme}
+    if scheme != "fp32" and (scheme != HALF or isinstance(thing, Quantized) or "float16" not in table.dtypes):
+        able = ", ".join(t.name for t in TARGETS.values() if "float16" in t.dtypes)
+        msg = f"scheme must be 'fp32', or 'fp16' for a float network and {able}. Got {scheme!r} for {table.name}."
+        raise UsageError(msg)
     if accuracy_level:
         if accuracy_level != 4 or not isinstance(thing, Quantized) or thing.scheme != "w4":
             msg = f"accuracy_level must be 0, or 4 for a network that is w4. Got {accuracy_level!r}."
@@ -88,6 +88,8 @@ def export(
         more = {"accuracy_level": accuracy_level}
     found = _floating(thing)
     _refuse_other_floats(found.program if isinstance(found, Quantized) else found)
+    if scheme == HALF and isinstance(found, Program):
+        found = quantize_half(found, target=table.name)
     return runtime.write(found, path, target=table, opset=opset, **more)  # type: ignore[no-any-return]
 
 

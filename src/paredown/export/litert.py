@@ -9,31 +9,42 @@ from __future__ import annotations
 
 import collections
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from paredown.errors import RejectedError
 from paredown.export import phone
 from paredown.export.artifact import Artifact, Check
 from paredown.export.child import child_of
 from paredown.program import Program
 from paredown.quantize.batches import Batches
+from paredown.quantize.half import why_whole
 from paredown.quantize.nouns import Quantized
+from paredown.quantize.schemes import HALF
 from paredown.target import Target
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
 """Scheme → largest error, in parts of the output scale. fp16 rounds weights to 11 bits, which is 5e-4 each."""
 
 
-def write(
-    thing: Program | Quantized, path: Path, *, target: Target, opset: int, scheme: Literal["fp32", "fp16"] = "fp32"
-) -> Artifact:
+def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int) -> Artifact:
     """Convert and write. `opset` is ONNX's."""
     del opset
-    rounded = isinstance(thing, Quantized)
-    return phone.convert(thing, path, target, _unfold, scheme=scheme, int8=rounded, half=scheme == "fp16")
+    half = isinstance(thing, Quantized) and thing.scheme == HALF
+    if half:
+        _refuse_whole(thing)  # type: ignore[arg-type]
+    return phone.convert(thing, path, target, _unfold, int8=isinstance(thing, Quantized) and not half, half=half)
+
+
+def _refuse_whole(thing: Quantized) -> None:
+    """The converter makes halves of all constants, also of what float16 cannot hold."""
+    for name, tensor in thing.program.state.items():
+        why = why_whole(tensor) if tensor.dim() > 1 and tensor.is_floating_point() and tensor.numel() else ""
+        if why:
+            msg = f"every weight must be held by float16 for {thing.target}, whose converter has no other. Got {name}: {why}. Take fp32 or int8, or onnxruntime-x86, where it stays float32."
+            raise RejectedError(msg)
 
 
 def _unfold(program: ExportedProgram) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 import inspect
 import io
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
@@ -25,16 +26,17 @@ from paredown.export.conditioning import excuse
 from paredown.export.distance import Distance
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
+from paredown.quantize.bags import has_bags, plain_bags
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
 from paredown.quantize.nouns import Packed, Quantized
-from paredown.quantize.schemes import DYNAMIC
+from paredown.quantize.schemes import DYNAMIC, HALF
 from paredown.records import whole_file
 from paredown.target import Target
 
 SPLIT_BYTES = 1_900_000_000
 """Above this many bytes of weights they go to a side file: one protobuf message holds 2 GiB at most."""
-TOLERANCES = {"fp32": 1e-4, "w4": 1e-3, "w2": 1e-4, "ternary": 1e-4, "binary": 1e-4}
-"""Scheme → largest error, in parts of the output scale. Where activations are rounded, the cosine decides instead."""
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "w4": 1e-3, "w2": 1e-4, "ternary": 1e-4, "binary": 1e-4}
+"""Scheme → largest error, in parts of the output scale; of fp16 against a network that is not rounded. Where activations are rounded, the cosine decides instead."""
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 """Opset → the version of the file format that came with it. A newer one, as the exporter writes, would shut out the older
 runtimes that a lower opset is asked for."""
@@ -58,36 +60,45 @@ def onnx_model(
 
     `packed`: codes of fewer than 8 bits are bytes that hold several (see onnx_packed).
     """
-    quantized = isinstance(thing, Quantized)
+    quantized = isinstance(thing, Quantized) and thing.scheme != HALF
     with quiet("onnxscript", "onnx_ir"):
-        program = _exported(thing) if isinstance(thing, Quantized) else thing.eval_graph
+        again = isinstance(thing, Quantized) or has_bags(thing.eval_graph.graph)
+        program = _exported(thing) if again else thing.eval_graph  # type: ignore[union-attr]
         model = _converted(program, opset)
         names = _parameter_names(thing, model)
         if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
             names = _onnx_dynamic().lower(model, names, accuracy_level)
         coded = thing.weights if packed and isinstance(thing, Quantized) else {}
         _polish(model, program, names, quantized, on_codes, coded)
+        if isinstance(thing, Quantized) and thing.scheme == HALF:
+            from paredown.export.onnx_half import WORTH_BYTES, halve
+
+            halve(model, 700 if "openvino" in thing.target else WORTH_BYTES)
         if isinstance(thing, Quantized):
             model.metadata_props[SCHEME] = thing.scheme
     model.ir_version = IR_VERSIONS[opset]
     return model
 
 
-def _exported(quantized: Quantized) -> ExportedProgram:
-    """The quantized graph as an exported program, with the batch free where that of the float network is."""
-    args, kwargs = quantized.inputs
+def _exported(thing: Program | Quantized) -> ExportedProgram:
+    """The graph that is written, as an exported program, with the batch free where that of the float network is."""
+    args, kwargs = thing.inputs
+    module = thing.module if isinstance(thing, Quantized) else thing.eval_graph.module(check_guards=False)
+    if has_bags(module.graph):
+        module = copy.deepcopy(module) if isinstance(thing, Quantized) else module
+        plain_bags(module)
     shapes = None
-    if quantized.program.batch == "dynamic":
+    if (thing.program if isinstance(thing, Quantized) else thing).batch == "dynamic":
         size = length((args, kwargs))
 
         def free(value: Any) -> Any:
             return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else None
 
-        names = _argument_names(quantized)
+        names = _argument_names(module)
         shapes = {**dict(zip(names, pytree.tree_map(free, args), strict=False)), **pytree.tree_map(free, kwargs)}
     with torch.no_grad():
-        program = torch.export.export(quantized.module, args, kwargs, dynamic_shapes=shapes, strict=False)
-    return _onnx_dynamic().marked(program) if quantized.scheme in DYNAMIC else program
+        program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return _onnx_dynamic().marked(program) if isinstance(thing, Quantized) and thing.scheme in DYNAMIC else program
 
 
 def _onnx_dynamic() -> Any:
@@ -96,8 +107,8 @@ def _onnx_dynamic() -> Any:
     return onnx_dynamic
 
 
-def _argument_names(quantized: Quantized) -> list[str]:
-    parameters = inspect.signature(quantized.module.forward).parameters.values()
+def _argument_names(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
     return [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
 
 
@@ -197,6 +208,8 @@ def _translations(opset: int, num_ops: int) -> Any:
 
 def _parameter_names(thing: Program | Quantized, model: Any) -> dict[str, str]:
     """Initializer → parameter it holds."""
+    if isinstance(thing, Quantized) and thing.scheme == HALF:
+        thing = thing.program
     if isinstance(thing, Program):
         return {name: name for name in model.graph.initializers if name in thing.state}
     held = {p.codes.data_ptr(): name for name, p in thing.weights.items()}

@@ -12,7 +12,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from paredown.export.session import answering, as_feed, has_int8_sums
 from paredown.program import Inputs, Program
 from paredown.quantize.batches import Batches, each
 from paredown.quantize.nouns import Quantized
-from paredown.quantize.schemes import DYNAMIC
+from paredown.quantize.schemes import DYNAMIC, HALF
 from paredown.records import whole_file
 from paredown.target import Target
 
@@ -36,9 +36,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
 Array = NDArray[Any]
 
 
-def write(
-    thing: Program | Quantized, path: Path, *, target: Target, opset: int, scheme: Literal["fp32", "fp16"] = "fp32"
-) -> Artifact:
+def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int) -> Artifact:
     """Convert, tidy, name and write; both files appear whole or not at all."""
     if path.suffix.lower() != target.suffix:
         msg = f"a file for {target.name} must have a name that ends in {target.suffix}. Got {path.name!r}."
@@ -61,8 +59,8 @@ def write(
         tidy(model, kept)
         if isinstance(thing, Quantized):
             model.set_rt_info(thing.scheme, SCHEME)
-        files = _write(model, path, half=scheme == "fp16")
-    return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else scheme)
+        files = _write(model, path)
+    return Artifact(files=files, target=target.name, scheme=thing.scheme if isinstance(thing, Quantized) else "fp32")
 
 
 def _untranslated(said: str, graph: Any, opset: int) -> str:
@@ -82,10 +80,12 @@ def _untranslated(said: str, graph: Any, opset: int) -> str:
 
 
 def _parameters(thing: Program | Quantized) -> set[str]:
-    return set(thing.state) if isinstance(thing, Program) else set()
+    if isinstance(thing, Quantized):
+        return set(thing.program.state) if thing.scheme == HALF else set()
+    return set(thing.state)
 
 
-def _write(model: Any, path: Path, *, half: bool) -> tuple[Path, ...]:
+def _write(model: Any, path: Path) -> tuple[Path, ...]:
     """Save beside `path`, take the converter's version and the indentation out, and move both files into place."""
     import openvino
 
@@ -93,7 +93,7 @@ def _write(model: Any, path: Path, *, half: bool) -> tuple[Path, ...]:
     side = path.with_suffix(".bin")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
         saved = Path(folder) / "model.xml"
-        openvino.save_model(model, str(saved), compress_to_fp16=half)
+        openvino.save_model(model, str(saved), compress_to_fp16=False)
         text = _compact(saved)
         with whole_file(side) as temporary:
             saved.with_suffix(".bin").replace(temporary)

@@ -57,9 +57,7 @@ def about(program: ExportedProgram, scheme: str) -> str:
     return json.dumps({"scheme": scheme, "inputs": names, "outputs": structure}, separators=(",", ":"))
 
 
-def convert(
-    thing: Program | Quantized, path: Path, target: Target, prepare: Prepare, *, scheme: str = "fp32", **more: Any
-) -> Artifact:
+def convert(thing: Program | Quantized, path: Path, target: Target, prepare: Prepare, **more: Any) -> Artifact:
     """Write the file through the converter in the target's environment; whole or not at all.
 
     `prepare` changes the program in place before it goes there; `more` goes with it.
@@ -73,7 +71,7 @@ def convert(
     if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
         msg = f"scheme must be one with static activations for {target.name}. Got {thing.scheme!r}. Quantize with scheme='int8'."
         raise UsageError(msg)
-    scheme = thing.scheme if isinstance(thing, Quantized) else scheme
+    scheme = thing.scheme if isinstance(thing, Quantized) else "fp32"
     program = exported(thing)
     told = about(program, scheme)
     prepare(program)

@@ -26,7 +26,9 @@ from paredown.pipeline.run import Run
 from paredown.program import Program
 from paredown.quantize import Quantized
 from paredown.quantize.culprits import some
+from paredown.quantize.half import in_halves
 from paredown.quantize.noise import activation_noise, folded_weights, sqnr
+from paredown.quantize.schemes import HALF
 from paredown.records import Record
 
 Values = NDArray[np.float64]
@@ -228,10 +230,12 @@ def layer_bits(run: Run, quantized: Quantized) -> dict[str, Any]:
     for name, kind, weight, _ in folded_weights(quantized.program):
         packed = quantized.weights.get(name)
         fits = packed is not None and not moved and packed.codes.shape == weight.shape
+        half = quantized.scheme == HALF and in_halves(quantized, name)
+        back = weight.half().float() if half else packed.unpack() if fits and packed is not None else None
         rows.append(
             {
-                "name": name, "kind": kind, "parameters": int(weight.numel()), "bits": None if packed is None else packed.bits,
-                "weight_db": _finite(sqnr(weight, packed.unpack())) if fits and packed is not None else None,
+                "name": name, "kind": kind, "parameters": int(weight.numel()), "bits": 16 if half else None if packed is None else packed.bits,
+                "weight_db": None if back is None else _finite(sqnr(weight, back)),
                 "input_db": _finite(entering.get(name)),
             }
         )  # fmt: skip

@@ -39,7 +39,7 @@ from paredown.pipeline.spared import quantized_but_few
 from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, save
-from paredown.quantize import Quantized, quantize
+from paredown.quantize import SCHEMES, Quantized, quantize
 from paredown.recipe import Recipe
 from paredown.recipe_fields import STREAMS
 from paredown.records import Measured, Record, whole_file
@@ -51,7 +51,7 @@ from paredown.train.task import seed_all
 BASE = "base-trained.safetensors"
 """The dense network that a run has trained itself, under its steps."""
 TITLES = {
-    "int8": "INT8", "w4a8": "W4A8", "int8-dynamic": "dynamic INT8", "w4": "W4", "w2": "W2", "ternary": "ternary", "binary": "binary",
+    "int8": "INT8", "w4a8": "W4A8", "int8-dynamic": "dynamic INT8", "w4": "W4", "w2": "W2", "ternary": "ternary", "binary": "binary", "fp16": "FP16",
 }  # fmt: skip
 """Scheme to what its stage is called."""
 PARITY, AT_MOST = 0.2, 1.0
@@ -100,7 +100,7 @@ def run_stages(run: Run) -> Compressed:
             _stage_float(run, 10 + number, f"level-{number}", title, tuned, tuned.plan, details)
     tuned = _for_the_budget(run, program, tuned, dense)
     last: Program | Pruned = tuned or program
-    quantized = _quantized(run, last, dense)
+    quantized = quantized_of(run, last, dense)
     run.dense["quantized"] = quantized
     scheme = recipe.quantize.scheme
     _stage_int8(run, 50, scheme, TITLES[scheme], quantized, tuned)
@@ -177,7 +177,8 @@ def base_of(run: Run) -> nn.Module:
         "progress": lambda p: run.on_training("train the base", p),
     }
     asked = run.recipe.base.model_dump(exclude_none=True)
-    refused = asked.keys() - accepted(run.task.base, asked).keys()
+    taken = accepted(run.task.base, {**options, **asked})
+    refused = asked.keys() - taken.keys()
     if refused:
         msg = f"base.{min(refused)} must be an option of the task's base function. Got {asked[min(refused)]!r}, which it does not take."
         raise UsageError(msg)
@@ -188,7 +189,7 @@ def base_of(run: Run) -> nn.Module:
     kept = _kept_base(run, key)
     if kept is not None:
         return kept
-    trained = run.task.base(**accepted(run.task.base, options), **asked)
+    trained = run.task.base(**taken)
     state = {n: t.detach().contiguous().clone() for n, t in trained.state_dict().items()}
     with whole_file(run.folder.steps / BASE) as temporary:
         save_file(state, temporary, metadata={"key": key})
@@ -210,9 +211,18 @@ def _kept_base(run: Run, key: str) -> nn.Module | None:
     return model.eval()
 
 
-def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a user's function takes."""
+def accepted(function: Callable[..., Any], options: Mapping[str, Any], *, first: str = "") -> dict[str, Any]:
+    """The options that a user's function takes, besides what it is given `first`; UsageError where it must have others."""
     parameters = inspect.signature(function).parameters
+    needed = [
+        p.name for p in parameters.values() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    missing = [n for n in needed[bool(first) :] if n not in options]
+    if missing:
+        name, takes = function.__name__, ", ".join(filter(None, (first, *(f"{n}=…" for n in options))))
+        hint = " It makes the model that it trains." if name == "base" else ""
+        msg = f"the task's {name} must be callable as {name}({takes}), options it does not name left out. Got {missing[0]!r} without a default.{hint}"
+        raise UsageError(msg)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(options)
     return {k: v for k, v in options.items() if k in parameters}
@@ -425,7 +435,8 @@ def _key(run: Run, artifact: Artifact) -> str:
 # -------------------------------------------------------------------------------------------------- quantize, the twin
 
 
-def _quantized(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> Quantized:
+def quantized_of(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -> Quantized:
+    """In codes, by the recipe's `quantize`; with epochs trained with rounding, taught by `teacher` where there is one."""
     run.say("quantize")
     options = run.recipe.quantize
     seed_all(run.recipe.seed)
@@ -483,8 +494,10 @@ def _twin(run: Run, last: Program | Pruned) -> None:
         "progress": lambda p: run.on_training("train the dense twin", p),
         **run.recipe.base.model_dump(exclude_none=True),  # else a base of other length has no equal
     }
-    twin = run.task.twin(sum(p.numel() for p in module.parameters()), **accepted(run.task.twin, options))
-    quantized = _quantized(run, capture(twin, run.task.inputs(), train=False), None)
+    twin = run.task.twin(
+        sum(p.numel() for p in module.parameters()), **accepted(run.task.twin, options, first="parameters")
+    )
+    quantized = quantized_of(run, capture(twin, run.task.inputs(), train=False), None)
     scheme = run.recipe.quantize.scheme
     _stage_int8(run, 60, f"twin-{scheme}", f"Equal-size dense network, {TITLES[scheme]}", quantized, None)
 
@@ -507,9 +520,9 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
 
     def example(stage: str) -> str:
         file = str(by_stage[stage].details["file"])
-        exact = stage != run.recipe.quantize.scheme or has_exact_products(
-            run.folder.path / file
-        )  # a float file has no codes
+        # a file that computes in float has no products of codes
+        in_float = stage != run.recipe.quantize.scheme or SCHEMES[stage].activations == "float"
+        exact = in_float or has_exact_products(run.folder.path / file)
         return snippet(file, run.task.normalisation, program, exact=exact)
 
     details = {

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from paredown.allocate import allocate
 from paredown.budget import Budget
 from paredown.couple import couple
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import InfeasibleError, RejectedError, UsageError, VerificationError
 from paredown.examine import examine
 from paredown.export import Artifact, check, export, predictor
 from paredown.export.onnxruntime import load_translations
@@ -33,7 +33,7 @@ from paredown.pipeline.compress import task_of, versions
 from paredown.pipeline.folder import LOCK, RunFolder, files_digest
 from paredown.pipeline.levels import Start, one_level, started, without_random_teacher
 from paredown.pipeline.run import Run, device_told
-from paredown.pipeline.stages import accepted, base_of, metric_of, trains_base
+from paredown.pipeline.stages import accepted, base_of, metric_of, quantized_of, trains_base
 from paredown.pipeline.ways import Here, Way, simulated
 from paredown.plan import Mask
 from paredown.program import GraphModel, Program, capture
@@ -74,6 +74,7 @@ class Asked:
     epochs: int | None
     """Training of a control whose base cannot be trained again."""
     latency: bool
+    quantized: bool
     needs: Mapping[str, Path]
 
 
@@ -98,7 +99,7 @@ def main(request: Mapping[str, Any], emit: Emit) -> None:
         asked = _asked(request, recipe, place, emit)
         record = _TRIALS[asked.kind](asked)
         spent = Measured(value=time.perf_counter() - started, unit="s", timing=True, protocol="since it was last begun")
-        told = {k: v for k, v in request["cell"].items() if k not in ("recipe", "epochs", "latency")}
+        told = {k: v for k, v in request["cell"].items() if k not in ("recipe", "epochs", "latency", "quantized")}
         cell = {**record.cell, **told, "recipe_digest": recipe.digest}
         measured = {**record.measured, "seconds": spent}
         write_result(place, dataclasses.replace(record, cell=cell, measured=measured))
@@ -139,7 +140,9 @@ def _asked(request: Mapping[str, Any], recipe: Recipe, place: Path, emit: Emit) 
     )  # fmt: skip
     cell = request["cell"]
     needs = {role: Path(folder) for role, folder in request["needs"].items()}
-    return Asked(run=run, kind=cell["kind"], epochs=cell["epochs"], latency=cell["latency"], needs=needs)
+    return Asked(
+        run=run, kind=cell["kind"], epochs=cell["epochs"], latency=cell["latency"], quantized=cell["quantized"], needs=needs
+    )  # fmt: skip
 
 
 def _note_training(file: Path, name: str, epochs: int, steps: int) -> None:
@@ -183,7 +186,7 @@ def _pruned(asked: Asked) -> Record:
     save(tuned, run.folder.path)
     details["notes"] = [*start.notes, *untaught, *details["notes"]]
     told = ("proof", "realiser", "reached", "notes")
-    return _recorded(asked, tuned, tuned, {k: v for k, v in details.items() if k in told})
+    return _recorded(asked, tuned, tuned, {k: v for k, v in details.items() if k in told}, teacher=start.dense)
 
 
 def _from_scratch(asked: Asked) -> Record:
@@ -329,7 +332,7 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
         options = {"seed": recipe.seed, "device": recipe.device, "extra_epochs": extra_epochs, **progress, **checkpoint}
         options |= recipe.base.model_dump(exclude_none=True)
         options |= {"epochs": asked.epochs, "extra_epochs": 0} if why and asked.epochs else {}
-        given = accepted(scratch, options)
+        given = accepted(scratch, options, first="model")
         tuned = recover(
             small,
             task.train_batches,
@@ -352,8 +355,15 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
     return _recorded(asked, tuned, tuned, {"not_comparable": why, "proof": dataclasses.asdict(tuned.proof)})
 
 
-def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, details: Mapping[str, Any]) -> Record:
-    """Export in float32, check in the runtime, measure on held-out and on test data."""
+def _recorded(
+    asked: Asked,
+    thing: Program | Pruned,
+    tuned: Pruned | None,
+    details: Mapping[str, Any],
+    *,
+    teacher: nn.Module | None = None,
+) -> Record:
+    """Export in float32, check in the runtime, measure on held-out and on test data; the same in codes where the curve asks."""
     run = asked.run
     run.say("export and check")
     path = run.folder.path / f"model{named(run.recipe.target).suffix}"
@@ -361,20 +371,15 @@ def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, detai
     program = thing if isinstance(thing, Program) else capture(thing.module, thing.program.inputs, train=False)
     checked = check(artifact, program, run.task.calibration_batches)
     run.say("measure")
-    where, cost, unit = machine_text(), examine(program), run.task.metric.unit
+    where, cost = machine_text(), examine(program)
     counted = "counted in the exported graph"
-    predict = predictor(artifact)
     found = {
         **sizes(artifact.files, where),
         **_with_zeros(cost.parameters, cost.macs, tuned),
         "parameters": Measured(value=cost.parameters, unit="", protocol=counted),
         "macs": Measured(value=cost.macs, unit="MAC", protocol=f"{counted}, one sample"),
-        "metric": summarize(metric_of(run, predict), unit, where),
-        "held_out": Measured(value=None, unit=unit, badge="not tested", protocol="the task has no choose_batches"),
-        **(_timed(run, asked, artifact) if asked.latency else {}),
+        **_scored(asked, artifact),
     }
-    if run.task.choose is not None:
-        found["held_out"] = summarize(evaluated(run.task.choose, predict)[run.task.metric.name], unit, where)
     training = run.folder.steps / TRAINING
     kept = {
         "file": path.name,
@@ -384,8 +389,56 @@ def _recorded(asked: Asked, thing: Program | Pruned, tuned: Pruned | None, detai
         "training": json.loads(training.read_text(encoding="utf-8")) if training.exists() else {},
         **details,
     }
+    if asked.quantized:
+        codes, kept["quantized"] = _in_codes(asked, thing, teacher, artifact)
+        found |= {f"quantized_{name}": value for name, value in codes.items()}
     plan = None if tuned is None else tuned.plan.digest
     return run.record("trial", "", plan_digest=plan, measured=found, details=kept)
+
+
+def _scored(asked: Asked, artifact: Artifact, dense: Artifact | None = None) -> dict[str, Measured]:
+    """A file's metric on test and on held-out data, and its latency where it is asked for, in turns with the dense file."""
+    run, where, predict = asked.run, machine_text(), predictor(artifact)
+    name, unit = run.task.metric.name, run.task.metric.unit
+    found = {
+        "metric": summarize(metric_of(run, predict), unit, where),
+        "held_out": Measured(value=None, unit=unit, badge="not tested", protocol="the task has no choose_batches"),
+        **(_timed(run, asked, artifact, dense) if asked.latency else {}),
+    }
+    if run.task.choose is not None:
+        found["held_out"] = summarize(evaluated(run.task.choose, predict)[name], unit, where)
+    return found
+
+
+def _in_codes(
+    asked: Asked, thing: Program | Pruned, teacher: nn.Module | None, plain: Artifact
+) -> tuple[dict[str, Measured], dict[str, Any]]:
+    """(figures, details) of a second file by the recipe's `quantize`; where none comes about, none and why: the float file's stay."""
+    # Its training is none of the recovery's, whose length that of the controls follows: it is not noted.
+    run = dataclasses.replace(asked.run, on_training=lambda *_: None)
+    scheme, path = (
+        run.recipe.quantize.scheme,
+        plain.path.with_name(f"model.{asked.run.recipe.quantize.scheme}{plain.path.suffix}"),
+    )
+    try:
+        quantized = quantized_of(run, thing, teacher)
+        run.say(f"{scheme}: export, check and measure")
+        artifact = export(quantized, path, target=run.recipe.target)
+        checked = check(artifact, quantized, run.task.calibration_batches)
+    except (RejectedError, VerificationError, InfeasibleError) as error:
+        return {}, {"scheme": scheme, "failed": str(error)}
+    found = {
+        **sizes(artifact.files, machine_text()),
+        **_scored(asked, artifact, plain if asked.kind == "base" else None),
+    }
+    told = {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine}
+    return found, {
+        "scheme": scheme,
+        "file": path.name,
+        "digest": files_digest(artifact.files),
+        "check": told,
+        "notes": [*quantized.notes],
+    }
 
 
 def _shapes(module: nn.Module, masks: Mapping[str, Mask]) -> str:
@@ -411,9 +464,9 @@ def _with_zeros(parameters: int, macs: int, tuned: Pruned | None) -> dict[str, M
     }
 
 
-def _timed(run: Run, asked: Asked, artifact: Artifact) -> dict[str, Measured]:
+def _timed(run: Run, asked: Asked, artifact: Artifact, baseline: Artifact | None) -> dict[str, Measured]:
     """Latency and memory, in turns with the dense file of the seed."""
-    options, baseline = run.recipe.measure, None
+    options = run.recipe.measure
     if "base" in asked.needs:
         dense = asked.needs["base"] / artifact.path.name
         files = (dense, dense.with_suffix(".bin")) if dense.suffix == ".xml" else (dense,)

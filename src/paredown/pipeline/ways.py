@@ -37,11 +37,13 @@ from paredown.prune.obs import check_obs, obs_on_plan
 from paredown.prune.regularize import Growing, Regularize, Slimming
 from paredown.prune.schedule import OneShot, Regrowth, Schedule, named_schedule
 from paredown.prune.sparsify import check_sparsify
+from paredown.quantize.static import refuse_target
 from paredown.recipe import Recipe, level_of
 from paredown.recipe_fields import IN_TRAINING, Level, Prune
 from paredown.score import TABLE, Scores, score
 from paredown.score.patterns import maskable
 from paredown.search import sensitivity
+from paredown.target import named
 from paredown.train import Task
 from paredown.train.loop import Hook, Training, private_copy
 from paredown.train.task import seed_all, stream
@@ -460,9 +462,7 @@ def zeros_held(names: frozenset[str]) -> Hook:
 def check_ways(recipe: Recipe, task: Task) -> None:
     """Criterion, schedule and their options known, and every level able to run; raises UsageError before any work."""
     asked, scheme = recipe.prune, recipe.quantize.scheme
-    if scheme not in ("int8", "w4a8") and not recipe.target.startswith("onnxruntime"):
-        msg = f"target must be one of ONNX Runtime for quantize.scheme {scheme}. Got {recipe.target!r}. Take int8, or another target."
-        raise UsageError(msg)
+    refuse_target(scheme, named(recipe.target))
     known = (*TABLE, *IN_TRAINING)
     if asked.criterion not in known:
         near = difflib.get_close_matches(asked.criterion, known, n=1)
@@ -520,9 +520,12 @@ def check_ways(recipe: Recipe, task: Task) -> None:
         raise UsageError(msg)
 
 
-def simulated(tuned: Pruned) -> dict[str, Any]:
-    """What masks would save on a runtime that skips zeros, estimated, beside what a dense runtime stores and executes."""
-    here = Here.of(capture(tuned.module, tuned.program.inputs), None)
+def simulated(tuned: Pruned, program: Program | None = None) -> dict[str, Any]:
+    """What masks would save on a runtime that skips zeros, estimated, beside what a dense runtime stores and executes.
+
+    `program` is the capture of the module, where there is one already; its eval graph is enough.
+    """
+    here = Here.of(program or capture(tuned.module, tuned.program.inputs, train=False), None)
     masks = {n: m for n, m in tuned.plan.masks.items() if n in here.program.state}
     if not masks:
         return {}

@@ -147,21 +147,22 @@ def free_batch_norms(graph: fx.GraphModule) -> None:
             continue
         layer = node.args[0]
         flat = layer.target is aten.linear.default and layer.meta["val"].dim() == 2
-        if (flat or _folds(layer)) and len(layer.users) == 1:
-            _own_weights(graph, layer)
+        if (flat or folds(layer)) and len(layer.users) == 1:
+            own_weights(graph, layer)
         else:
             _as_affine(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
-def _folds(layer: fx.Node) -> bool:
+def folds(layer: fx.Node) -> bool:
     """A convolution that prepare_pt2e folds rightly: of transposed ones it mistakes the channels where there are groups."""
     transposed = layer.target in _TRANSPOSED
     return layer.target in CONVS and not (transposed and len(layer.args) > 6 and layer.args[6] != 1)
 
 
-def _own_weights(graph: fx.GraphModule, layer: fx.Node) -> None:
+def own_weights(graph: fx.GraphModule, layer: fx.Node) -> None:
+    """Weight and bias of a layer as parameters that nothing else reads, by copies where they are shared."""
     holders = [n for n in graph.graph.nodes if n.op == "get_attr"]
     for position in (1, 2):
         arg = layer.args[position] if len(layer.args) > position else None

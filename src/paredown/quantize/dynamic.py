@@ -18,6 +18,7 @@ from paredown.examine.count import op_name as counted_name
 from paredown.examine.walk import examine
 from paredown.program import Program, source_line
 from paredown.quantize import simulate  # noqa: F401  (registers torch.ops.paredown)
+from paredown.quantize.bags import has_bags, plain_bags
 from paredown.quantize.decompose import attach, call, fetch, op_name
 from paredown.quantize.nouns import Coverage, Packed, Quantized
 from paredown.quantize.numerics import quantize_codes, symmetric, symmetric_of_least_error
@@ -42,6 +43,8 @@ def quantize_dynamic(program: Program, *, target: str, scheme: Scheme, float_lay
     pattern in `float_layers` that matches none.
     """
     graph = program.eval_graph.module(check_guards=False)
+    if has_bags(graph.graph):
+        plain_bags(graph)
     float_layers = as_patterns(float_layers)
     _refuse_unknown(graph, float_layers)
     work = _Work(graph=graph, scheme=scheme)

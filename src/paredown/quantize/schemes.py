@@ -72,6 +72,8 @@ _TABLE = (
 SCHEMES: Mapping[str, Scheme] = {s.name: s for s in _TABLE}
 DYNAMIC = tuple(s.name for s in _TABLE if s.activations == "dynamic" or s.group)
 """Schemes that need no calibration data (see quantize.dynamic)."""
+HALF = "fp16"
+"""The scheme of weights in 16 bits (see quantize.half); it needs no calibration data either."""
 WEIGHTS = tuple(s.name for s in _TABLE if s.activations == "float" and s.weight_bits < 8 and not s.group)
 """Schemes of weights alone, per output channel; what computes is float32."""
 

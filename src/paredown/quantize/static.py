@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from paredown.errors import MissingError, NothingToDo, RejectedError, UsageError, VerificationError
 from paredown.program import Inputs, Program, capture, quiet, source_line
 from paredown.prune.nouns import Pruned
+from paredown.quantize.bags import has_bags, plain_bags
 from paredown.quantize.batches import Batches, tensors_of
 from paredown.quantize.calibration import run_samples
 from paredown.quantize.computed import hold_computed, scales_into_layers
@@ -23,9 +24,9 @@ from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_n
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
 from paredown.quantize.products import FROM, OF, products_as_layers
-from paredown.quantize.schemes import DYNAMIC, SCHEMES, WEIGHTS, Levels, scheme_named
+from paredown.quantize.schemes import DYNAMIC, HALF, SCHEMES, WEIGHTS, Levels, scheme_named
 from paredown.score.patterns import matches
-from paredown.target import Target, named
+from paredown.target import TARGETS, Target, named
 
 if TYPE_CHECKING:
     from paredown.quantize.annotate import TableQuantizer
@@ -82,7 +83,7 @@ def quantize(
     `bits` gives layers a number of bits of their own, 1 to 8, by patterns (fnmatch) of parameters or modules, the first that
     matches; 2 are balanced, 1 is binary. See `paredown.quantize.mixed.allot` for how to choose them.
 
-    "int8-dynamic" and "w4" need no samples and leave no range to choose: see quantize.dynamic.
+    "int8-dynamic" and "w4" need no samples and leave no range to choose: see quantize.dynamic. "fp16" rounds weights to 16 bits: see quantize.half.
 
     `calibrate` holds inputs (no labels): an iterable, or a function that returns one, of tensors, tuples of arguments
     or {"args": …, "kwargs": …}; at most `num_samples` of them are read. Samples with NaN or infinity are left out.
@@ -106,8 +107,8 @@ def quantize(
     >>> sorted(small.weights), small.weights["0.weight"].codes.dtype
     (['0.weight', '3.weight'], torch.int8)
     """
-    _refuse_other(scheme, (*STATIC, *DYNAMIC))
-    if scheme in DYNAMIC:
+    _refuse_other(scheme, (*STATIC, *DYNAMIC, HALF))
+    if scheme in (*DYNAMIC, HALF):
         return _without_data(tuned, target, scheme, calibrate, repair, weights, float_layers, bits)
     if calibrate is None and (scheme not in WEIGHTS or repair):
         msg = f"quantize must be given calibrate=…, inputs like those the network will see, for the scheme {scheme_named(scheme).name}. Got none."
@@ -129,8 +130,9 @@ def _without_data(
     float_layers: Sequence[str],
     bits: Mapping[str, int] | None,
 ) -> Quantized:
-    """The schemes that need no samples (see quantize.dynamic)."""
+    """The schemes that need no samples (see quantize.dynamic and quantize.half)."""
     from paredown.quantize.dynamic import quantize_dynamic
+    from paredown.quantize.half import quantize_half
 
     if repair or weights != "channel":
         msg = f"repair must be empty and weights 'channel' for the scheme {scheme}, which reads no samples. Got repair={list(repair)}, weights={weights!r}."
@@ -138,12 +140,13 @@ def _without_data(
     if bits:
         msg = f"bits must be left out for the scheme {scheme}, whose kernels have one width. Got {dict(bits)}."
         raise UsageError(msg)
-    if not named(target).name.startswith("onnxruntime"):
-        msg = f"target must be one of ONNX Runtime for the scheme {scheme}. Got {target!r}."
-        raise UsageError(msg)
-    quantized = quantize_dynamic(
-        _recaptured(tuned), target=target, scheme=scheme_named(scheme), float_layers=float_layers
-    )
+    refuse_target(scheme, named(target))
+    if scheme == HALF:
+        quantized = quantize_half(_recaptured(tuned), target=target, float_layers=float_layers)
+    else:
+        quantized = quantize_dynamic(
+            _recaptured(tuned), target=target, scheme=scheme_named(scheme), float_layers=float_layers
+        )
     unread = () if calibrate is None else (f"calibration: {scheme} reads no samples, those given were not used",)
     return replace(quantized, notes=(*quantized.notes, *unread))
 
@@ -392,9 +395,7 @@ def _checked(
         if isinstance(own, bool) or not isinstance(own, int) or not 1 <= own <= 8:
             msg = f"bits must be integers from 1 to 8. Got {own!r} for {pattern!r}."
             raise UsageError(msg)
-    if scheme in WEIGHTS and not table.name.startswith("onnxruntime"):
-        msg = f"target must be one of ONNX Runtime for the scheme {scheme}. Got {target!r}."
-        raise UsageError(msg)
+    refuse_target(scheme, table)
     require_torchao()
     from paredown.quantize.observe import observer_named
 
@@ -402,11 +403,24 @@ def _checked(
     return table
 
 
+def refuse_target(scheme: str, table: Target) -> None:
+    """Raises UsageError where the target has no file for the scheme: weights alone, and ranges at run time, are ONNX Runtime's."""
+    if scheme == HALF:
+        able = [t.name for t in TARGETS.values() if "float16" in t.dtypes]
+    elif scheme in (*DYNAMIC, *WEIGHTS):
+        able = [name for name in TARGETS if name.startswith("onnxruntime")]
+    else:
+        return
+    if table.name not in able:
+        msg = f"target must be one of {', '.join(able)} for the scheme {scheme}. Got {table.name!r}. Take int8, or one of these."
+        raise UsageError(msg)
+
+
 def _refuse_other(scheme: str, offered: Sequence[str]) -> None:
     if scheme in offered:
         return
     hint = ""
-    if scheme in DYNAMIC:
+    if scheme in (*DYNAMIC, HALF):
         hint = " It reads no samples and leaves nothing to choose: use paredown.quantize."
     elif scheme in SCHEMES:
         hint = " It is a scheme of paredown, but this version cannot produce it yet."
@@ -455,6 +469,8 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
 
     before = _outputs(graph, program.inputs)
     with quiet("torchao"):
+        if has_bags(graph.graph):
+            plain_bags(graph)
         scales_into_layers(graph)
         hold_computed(graph)
         if quantizer.target.ops.get("linear") == "weighted":

@@ -33,7 +33,7 @@ class Beside:
     name: str
     folder: Path
     link: str
-    """Relative address of its page."""
+    """Relative address of its page; "" where it has none."""
     records: tuple[Record, ...]
     differs: tuple[str, ...]
     """What is not the same, or not on record; empty where network, data, metric and target are the same."""
@@ -78,12 +78,17 @@ def found_beside(folder: Path, records: Sequence[Record]) -> tuple[Beside, ...]:
             found.append(
                 Beside(
                     kind=other.kind, name=place.name, folder=place, records=there, differs=_differences(own, other),
-                    link=quote(Path(os.path.relpath(place, folder.resolve())).as_posix()) + "/report.html", said=said, brief=brief,
+                    link=_link(folder.resolve(), place), said=said, brief=brief,
                 )
             )  # fmt: skip
         except BROKEN:
             continue
     return tuple(sorted(found, key=lambda b: (bool(b.differs), b.kind)))  # else in the order of _neighbours
+
+
+def _link(folder: Path, place: Path) -> str:
+    there = place / "report.html"
+    return quote(Path(os.path.relpath(there, folder)).as_posix()) if there.is_file() else ""
 
 
 def _neighbours(folder: Path, own: _About) -> Iterator[Path]:
@@ -155,7 +160,7 @@ def _differences(own: _About, other: _About) -> tuple[str, ...]:
 def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
     """A page's answer, whole and in a line or two."""
     if kind == "curve":
-        from paredown.curve import dense_parts  # computes: the page of a lone run needs no numpy
+        from paredown.curve import NOUNS, dense_parts  # computes: the page of a lone run needs no numpy
         from paredown.report.curve_document import curve_view
 
         seen = curve_view(records)
@@ -163,7 +168,7 @@ def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
         place = (
             "no sweet spot"
             if seen.spot.removed is None
-            else f"the sweet spot is {seen.spot.line} with {seen.spot.removed:.1f} % of the {seen.axis} removed"
+            else f"the sweet spot is {seen.spot.line} with {seen.spot.removed:.1f} % of {NOUNS[seen.axis]} removed"
         )
         return text(f"{seen.spot.sentence} {seen.verdict}", 700), text(f"{place}. {parts[0][0] if parts else ''}", 300)
     if kind == "sensitivity":

@@ -89,8 +89,8 @@ def curve_document(records: Sequence[Record]) -> dict[str, Any]:
     """A curve as one JSON-ready document, schema 1.
 
     {"schema", "metric", "axis", "limit", "trials": {"cells", "done", "failed"}, "sweet_spot": {"rule", "line", "amount", "removed",
-    "low", "high", "sentence"}, "dense_verdict", "comparisons": [...], "pareto": [...], "lines": [{"name", "kind", "points": [...]}],
-    "failed": [...]}. Amounts are what remains, "removed" is in % of the dense model; intervals are over seeds, null with one.
+    "low", "high", "sentence"}, "dense_verdict", "comparisons": [...], "pareto": [...], "lines": [{"name", "kind", "codes", "points":
+    [...]}], "failed": [...]}. "codes" is the scheme of quantized files, else null. Amounts are what remains, "removed" is in % of the dense model; intervals are over seeds, null with one.
     """
     seen = curve_view(records)
     spot = seen.spot
@@ -104,6 +104,7 @@ def curve_document(records: Sequence[Record]) -> dict[str, Any]:
             "rule": spot.rule,
             "line": spot.line or None,
             "amount": None if spot.point is None else spot.point.amount,
+            "codes": None if spot.point is None else spot.point.codes or None,
             "removed": spot.removed,
             "low": spot.low,
             "high": spot.high,
@@ -113,7 +114,12 @@ def curve_document(records: Sequence[Record]) -> dict[str, Any]:
         "comparisons": [_comparison(c) for c in seen.comparisons],
         "pareto": [_point(seen, p) for p in seen.front],
         "lines": [
-            {"name": line.name, "kind": line.kind, "points": [_point(seen, p) for p in line.points]}
+            {
+                "name": line.name,
+                "kind": line.kind,
+                "codes": line.codes or None,
+                "points": [_point(seen, p) for p in line.points],
+            }
             for line in seen.lines
         ],
         "failed": [dict(f) for f in seen.failed],
@@ -139,6 +145,7 @@ def _point(seen: CurveView, point: Point) -> dict[str, Any]:
         "method": point.method or None,
         "schedule": point.schedule or None,
         "amount": point.amount,
+        "codes": point.codes or None,
         "seeds": list(point.seeds),
         "removed": dict(point.removed),
         "absolute": dict(point.absolute),

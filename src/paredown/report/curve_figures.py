@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paredown.report.figures import Svg
 
@@ -36,6 +36,8 @@ class Series:
     name: str
     dots: tuple[Dot, ...]
     control: bool = False
+    codes: bool = False
+    """Of files in codes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +70,10 @@ def chart(series: Sequence[Series], *, x_title: str, y_title: str, alt: str, mar
     return Svg(markup=f"{head}{''.join(body)}</svg>")
 
 
-def key(index: int, *, control: bool) -> Svg:
+def key(index: int, *, control: bool, codes: bool = False) -> Svg:
     """The sign of a line in the legend."""
     mid = _shape(_SHAPES[index % len(_SHAPES)], 14, 7, hollow=False)
-    dash = " control" if control else ""
+    dash = _dash(control=control, codes=codes)
     return Svg(
         markup=f'<svg class="sign" viewBox="0 0 28 14" width="28" height="14" aria-hidden="true"><g class="s{index % LINES}{dash}">'
         f'<path class="run" d="M1 7H27"/>{mid}</g></svg>'
@@ -95,7 +97,7 @@ def _thinned(series: Series) -> Series:
     if n <= POINTS:
         return series
     picks = sorted({round(i * (n - 1) / (POINTS - 1)) for i in range(POINTS)})
-    return Series(name=series.name, control=series.control, dots=tuple(series.dots[i] for i in picks))
+    return replace(series, dots=tuple(series.dots[i] for i in picks))
 
 
 def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
@@ -172,8 +174,12 @@ def _line(frame: _Frame, series: Series, index: int, count: int) -> str:
             at = x + shift
             bar = f'<path class="bar" d="M{at:.1f} {top:.1f}V{bottom:.1f}M{at - 3:.1f} {top:.1f}h6M{at - 3:.1f} {bottom:.1f}h6"/>'
         parts.append(f"<g>{told}{bar}{_shape(_SHAPES[index % len(_SHAPES)], x + shift, y, hollow=dot.hollow)}</g>")
-    dash = " control" if series.control else ""
+    dash = _dash(control=series.control, codes=series.codes)
     return f'<g class="s{index % LINES}{dash}">{"".join(parts)}</g>'
+
+
+def _dash(*, control: bool, codes: bool) -> str:
+    return (" control" if control else "") + (" codes" if codes else "")
 
 
 def _shape(kind: str, x: float, y: float, *, hollow: bool) -> str:

@@ -17,7 +17,7 @@ from paredown.report.curve_figures import LINES, POINTS, Dot, Mark, Series, char
 from paredown.report.layers import csv_link
 from paredown.report.page import _template
 from paredown.report.reading import entry, items, mapping, number, text
-from paredown.report.wording import difference, digits, large, quantity
+from paredown.report.wording import difference, digits, large, megabytes, quantity
 from paredown.report.wording import interval as said_interval
 
 ROWS = 300
@@ -61,7 +61,8 @@ def _content(seen: CurveView) -> dict[str, Any]:
         "spot": _spot(seen),
         "verdict": dense_parts(seen.spot, seen.comparisons, goal=seen.metric["goal"]),
         "legend": [
-            {"name": line.name, "key": key(i, control=line.kind in CONTROLS)} for i, line in enumerate(drawn[:LINES])
+            {"name": line.name, "key": key(i, control=line.kind in CONTROLS, codes=bool(line.codes))}
+            for i, line in enumerate(drawn[:LINES])
         ],
         "unseen": max(0, len(drawn) - LINES),
         "thinned": any(len(line.points) > POINTS for line in seen.lines),
@@ -72,6 +73,7 @@ def _content(seen: CurveView) -> dict[str, Any]:
         "failed": _failed(seen),
         "seeds": [text(s, 12) for s in items(entry(seen.head, "seeds"))],
         "counts": {"cells": number(entry(seen.head, "cells")) or 0, "done": len(seen.trials)},
+        "codes": next((line.codes for line in seen.lines if line.codes), ""),
         "has_held_out": any(p.held_out for p in seen.points),
         "warnings": _warnings(seen),
         "provenance": _provenance(seen),
@@ -84,7 +86,12 @@ def _drawn(seen: CurveView) -> tuple[Line, ...]:
     if "thin" not in alike:
         return seen.lines
     both = "from scratch: the same shape, which is also the uniformly thinner network"
-    named = [dataclasses.replace(line, name=both) if line.kind == "scratch" else line for line in seen.lines]
+    named = [
+        dataclasses.replace(line, name=f"{both}{f', {line.codes}' if line.codes else ''}")
+        if line.kind == "scratch"
+        else line
+        for line in seen.lines
+    ]
     return tuple(line for line in named if line.kind != "thin")
 
 
@@ -101,13 +108,14 @@ def _spot(seen: CurveView) -> dict[str, Any]:
     point = spot.point
     spread = "no interval: one seed" if spot.low is None else f"95 % interval {spot.low:.1f} to {spot.high:.1f} %"
     noun = TITLES[seen.axis]
-    found["headline"] = f"Take {spot.removed:.1f} % of the {noun} out: {spot.line}"
+    name = spot.line if point.amount is not None else f"the dense network in {point.codes}"
+    found["headline"] = f"Take {spot.removed:.1f} % of the {noun} out: {name}"
     dense = next((p for p in seen.points if p.kind == "base"), None)
     cards = [
         {
             "title": f"Removed of the {noun}",
             "value": f"{spot.removed:.1f} %",
-            "notes": [spread, f"amount {point.amount:g} in the recipe"],
+            "notes": [spread, "nothing pruned" if point.amount is None else f"amount {point.amount:g} in the recipe"],
         }
     ]
     loss = interval([*point.loss.values()])
@@ -129,12 +137,31 @@ def _spot(seen: CurveView) -> dict[str, Any]:
         cards.append(
             {
                 "title": "File",
-                "value": f"{point.absolute['bytes'] / 1e6:.3g} MB",
-                "notes": [f"{point.removed['bytes']:.1f} % smaller, float32"],
+                "value": megabytes(point.absolute["bytes"]),
+                "notes": [f"{point.removed['bytes']:.1f} % smaller, {point.codes or 'float32'}"],
             }
         )
+    cards += [_other_file(seen, other) for other in seen.points if _same_trial(other, point)]
     found["cards"] = cards
     return found
+
+
+def _same_trial(other: Point, point: Point) -> bool:
+    """Whether it is the other file, in float or in codes, of the same network."""
+    where = [(p.kind, p.method, p.schedule, p.amount) for p in (other, point)]
+    return where[0] == where[1] and other.codes != point.codes
+
+
+def _other_file(seen: CurveView, other: Point) -> dict[str, Any]:
+    """The card of the same network's other file."""
+    title = f"{_capital(seen.metric['name'])} of the same in {other.codes or 'float32'}"
+    if not other.test:
+        return {"title": title, "value": "no file", "notes": ["see “Before you rely on this”"]}
+    unit, tested = seen.metric["unit"], interval([*other.test.values()])
+    notes = [f"on test data; {_spread(tested, unit)}"]
+    if "bytes" in other.absolute:
+        notes.append(f"{megabytes(other.absolute['bytes'])}, {other.removed['bytes']:.1f} % smaller than dense float32")
+    return {"title": title, "value": quantity(tested.mean, unit), "notes": notes}
 
 
 def _loss_notes(point: Point, unit: str) -> list[str]:
@@ -201,7 +228,7 @@ def _series(line: Line, axis: Axis, data: str, unit: str) -> Series:
         if axis not in point.removed or not values:
             continue
         found = interval([*values.values()])
-        what = "dense" if point.amount is None else f"{point.amount:g} remains"
+        what = "nothing pruned" if point.amount is None else f"{point.amount:g} remains"
         lost = f", {len(point.failed)} without a result" if point.failed else ""
         told = f"{line.name}, {what}: {quantity(found.mean, unit)} ({_spread(found, unit)}{lost}), {point.removed[axis]:.1f} % removed"
         dots.append(
@@ -215,7 +242,7 @@ def _series(line: Line, axis: Axis, data: str, unit: str) -> Series:
             )
         )
     dots.sort(key=lambda d: d.x)
-    return Series(name=line.name, dots=tuple(dots), control=line.kind in CONTROLS)
+    return Series(name=line.name, dots=tuple(dots), control=line.kind in CONTROLS, codes=bool(line.codes))
 
 
 def _chart_csv(seen: CurveView, axis: Axis, data: str) -> tuple[tuple[str, ...], list[list[Any]]]:
@@ -307,7 +334,7 @@ def _row(seen: CurveView, point: Point) -> dict[str, Any]:
         "test": None if tested is None else (quantity(tested.mean, unit), _spread(tested, unit)),
         "parameters": large(round(point.absolute["parameters"])) if "parameters" in point.absolute else "",
         "macs": large(round(point.absolute["macs"])) if "macs" in point.absolute else "",
-        "bytes": f"{point.absolute['bytes'] / 1e6:.3g} MB" if "bytes" in point.absolute else "",
+        "bytes": megabytes(point.absolute["bytes"]) if "bytes" in point.absolute else "",
         "latency": f"{digits(point.absolute['latency'])} ms" if "latency" in point.absolute else "",
         "steps": "" if point.steps is None else f"{point.steps:,.0f}",
         "seeds": len(point.seeds),
@@ -319,9 +346,8 @@ def _row(seen: CurveView, point: Point) -> dict[str, Any]:
 
 
 def _name(point: Point) -> str:
-    if point.kind == "base":
-        return "dense"
-    return CONTROLS.get(point.kind, f"{point.method} {point.schedule}")
+    name = "dense" if point.kind == "base" else CONTROLS.get(point.kind, f"{point.method} {point.schedule}")
+    return f"{name}, {point.codes}" if point.codes else name
 
 
 def _rows_csv(seen: CurveView, points: Sequence[Point]) -> tuple[tuple[str, ...], list[list[Any]]]:
@@ -369,6 +395,11 @@ def _warnings(seen: CurveView) -> list[str]:
     found = [text(w, 400) for r in seen.trials if r.cell["kind"] == "base" for w in items(entry(r, "warnings"))]
     if seen.failed:
         found.append(f"{len(seen.failed)} trials have no result. Their points are drawn hollow and are not chosen.")
+    found += [
+        f"{text(r.details['quantized'].get('scheme')).upper()}: no file of {_told_name(r)}: {text(why, 300)}"
+        for r in seen.trials
+        if (why := mapping(entry(r, "quantized")).get("failed"))
+    ]
     pruning = {
         p.steps for line in seen.lines if line.kind == "pruned" for p in line.points if p.kind != "base" and p.steps
     }
@@ -377,6 +408,12 @@ def _warnings(seen: CurveView) -> list[str]:
             f"Recoveries differ in length: {min(pruning):,.0f} to {max(pruning):,.0f} steps (see the table of all points)."
         )
     return list(dict.fromkeys(found))[:20]
+
+
+def _told_name(record: Record) -> str:
+    cell = mapping(record.cell)
+    what = [text(cell.get(k)) for k in ("kind", "method", "schedule", "amount") if cell.get(k) not in (None, "")]
+    return f"{' '.join(what)}, seed {text(cell.get('seed'), 12)}"
 
 
 def _provenance(seen: CurveView) -> list[tuple[str, str]]:

@@ -40,20 +40,24 @@ def large(value: float) -> str:
 
 
 def megabytes(value: float) -> str:
-    """Bytes in MB (10^6)."""
-    return f"{digits(value / 1e6)} MB"
+    """Bytes in MB (10^6), or in kB (10^3) below a tenth of one.
+
+    >>> megabytes(2_530_000), megabytes(9_188)
+    ('2.53 MB', '9.19 kB')
+    """
+    return f"{digits(value / 1e6)} MB" if value >= 1e5 else f"{digits(value / 1e3)} kB"
 
 
 def mebibytes(value: float) -> str:
-    """Bytes in MiB (2^20)."""
-    return f"{digits(value / 2**20)} MiB"
+    """Bytes in MiB (2^20), or in KiB (2^10) where MB would be kB."""
+    return f"{digits(value / 2**20)} MiB" if value >= 1e5 else f"{digits(value / 2**10)} KiB"
 
 
 def quantity(value: float, unit: str) -> str:
     """A value with its unit; percentages with two decimals.
 
     >>> quantity(98.519, "%"), quantity(212.4, "g"), quantity(91324, "B")
-    ('98.52 %', '212.4 g', '0.0913 MB')
+    ('98.52 %', '212.4 g', '91.3 kB')
     """
     if unit == "%":
         return f"{value:.2f} %".replace("-", "−")

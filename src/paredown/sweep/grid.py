@@ -43,6 +43,8 @@ class Cell:
     """Training of a control whose base cannot be trained again."""
     latency: bool = False
     """Whether its file is timed."""
+    quantized: bool = False
+    """Whether it has a second file, in codes."""
     digest: str
     """SHA-256 of kind, recipe and needs: two cells that would do the same are one."""
 
@@ -90,10 +92,13 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
         for schedule in curve.schedules
     ]
     _refuse_idle(recipe, [prune for *_, (prune, _) in ways])
+    if curve.quantized and recipe.quantize.spare:
+        msg = "curve.quantized must go without quantize.spare, whose layers in float differ from file to file: controls would not compare. Got both. Name layers in quantize.float_layers."
+        raise UsageError(msg)
     files = _files(recipe)
     for seed in curve.seeds:
         own = _changed(recipe, seed, prune=Prune(), recover=Recover())
-        base = _cell("base", seed=seed, recipe=own, latency=curve.latency, files=files)
+        base = _cell("base", seed=seed, recipe=own, latency=curve.latency, quantized=curve.quantized, files=files)
         cells[base.digest] = base
         for cell in _of_seed(recipe, curve, ways, seed, base):
             twin = cells.setdefault(cell.digest, cell)
@@ -125,7 +130,7 @@ def _of_seed(recipe: Recipe, curve: CurveGrid, ways: Sequence[_Way], seed: int, 
         own = _changed(recipe, seed, prune=prune, recover=recover)
         cell = _cell(
             kind, seed=seed, recipe=own, method=_label(recipe, method), schedule=schedule, amount=amount,
-            latency=curve.latency, needs=(("base", base.digest),),
+            latency=curve.latency, quantized=curve.quantized, needs=(("base", base.digest),),
         )  # fmt: skip
         yield cell
         if (method, schedule) == trained and amount in controlled:
@@ -151,7 +156,8 @@ def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
             recipe, needs = _copy(first.recipe, prune=plain), both[:1]
         cell = _cell(
             kind, seed=first.seed, recipe=recipe, method=first.method, schedule=first.schedule, amount=first.amount,
-            latency=curve.latency, needs=needs, epochs=None if kind == "random" else curve.controls.epochs,
+            latency=curve.latency, quantized=curve.quantized, needs=needs,
+            epochs=None if kind == "random" else curve.controls.epochs,
         )  # fmt: skip
         if kind == "scratch":
             scratch = (("scratch", cell.digest),)  # thin is the same where its shape is
@@ -174,7 +180,9 @@ def _files(recipe: Recipe) -> list[str]:
 def _cell(
     kind: Kind, *, recipe: Recipe, needs: tuple[tuple[str, str], ...] = (), files: Sequence[str] = (), **more: Any
 ) -> Cell:
-    text = json.dumps([kind, recipe.digest, needs, more.get("epochs"), more.get("latency", False), STREAMS, *files])
+    codes = ["quantized"] if more.get("quantized") else []
+    asked = [kind, recipe.digest, needs, more.get("epochs"), more.get("latency", False), STREAMS, *codes, *files]
+    text = json.dumps(asked)
     return Cell(kind=kind, recipe=recipe, needs=needs, digest=hashlib.sha256(text.encode()).hexdigest(), **more)
 
 

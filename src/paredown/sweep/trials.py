@@ -147,6 +147,7 @@ class Order:
                 **cell.told(),
                 "epochs": cell.epochs,
                 "latency": cell.latency,
+                "quantized": cell.quantized,
                 "recipe": cell.recipe.to_yaml(),
             },
             "folder": str(place),

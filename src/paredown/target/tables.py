@@ -21,6 +21,7 @@ class Target:
     weighted: int8 weight per output channel, quantized input and output. binary, matmul: both inputs and the output.
     lookup: one input, an output with a scale of its own. shared: moves or selects values, output has the input's scale."""
     dtypes: tuple[str, ...]
+    """What a file may hold. float16 stands for weights alone; what is computed is float32."""
     fusions: tuple[str, ...]
     """Activations that the runtime fuses into the op before it: quantize after them."""
     decompositions: tuple[str, ...]
@@ -114,7 +115,7 @@ _ORT = Target(
     name="onnxruntime-x86",
     activation_dtype="uint8",
     ops=_ORT_X86,
-    dtypes=("float32", "uint8", "int8"),
+    dtypes=("float32", "float16", "uint8", "int8"),
     fusions=_CLAMPS,
     decompositions=(
         *_IDENTITIES,
