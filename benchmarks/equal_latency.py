@@ -42,7 +42,7 @@ from paredown.train import predictor, recover, task_from_module
 WAYS = ("latency", "MACs", "uniform")
 TARGET = "onnxruntime-x86"
 AMOUNTS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
-SHARES = [round(0.9 - 0.05 * i, 2) for i in range(15)]
+SHARES = [*(round(0.9 - 0.05 * i, 2) for i in range(9)), *(round(0.49 - 0.01 * i, 2) for i in range(35))]
 SCHEDULES = 5
 
 

@@ -123,6 +123,11 @@ class SweetSpot:
     """95 % interval of `removed`: the rule applied to resampled seeds."""
     sentence: str
 
+    @property
+    def name(self) -> str:
+        """Of its line; of the dense network, which stands in every line, where nothing is pruned."""
+        return self.line if self.point is None or self.point.amount is not None else f"the dense network in {self.point.codes}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -318,12 +323,14 @@ def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: 
     dense, seen = None, 0
     for line in found:
         points = [p for p in line.points if p.complete and axis in p.removed and p.loss]
-        if line.kind in CONTROLS or len(points) < 2 or points[0].kind != "base" or not _counts(line, axis):
+        if line.kind in CONTROLS or not _counts(line, axis):
             continue
-        dense, seen = dense if line.codes else points[0], seen + 1
-        own += [
-            (line, p) for p in points[not line.codes :] if p.removed[axis] > 0
-        ]  # in codes the dense model is a choice
+        if not line.codes:
+            if len(points) < 2 or points[0].kind != "base":
+                continue
+            dense, *points = points  # in codes it is a choice
+        seen += bool(points)
+        own += [(line, p) for p in points if p.removed[axis] > 0]
     at = None
     if dense is not None and own:
         points = [dense, *(p for _, p in own)]

@@ -389,8 +389,9 @@ class Bounds(Strict):
     peak_ram_bytes: Annotated[float | int | None, BeforeValidator(_amount)] = None
     """Peak memory of the process that runs the file: bytes, or a text such as "200 MB"."""
     allocation: Literal["uniform", "global", "sensitivity", "greedy", "knapsack"] = "knapsack"
-    """How the searched level spreads over the spaces, as in prune.allocation. Beside greedy and knapsack, which add up what each space
-    costs alone, one share everywhere is tried too; of what holds the amounts the plan that moves the output less is taken."""
+    """How the searched level spreads over the spaces, as in prune.allocation. Beside sensitivity, greedy and knapsack, which take each
+    space alone, one share everywhere is tried too, but not where bits are searched together; of what holds the amounts the plan that moves
+    the output less is taken."""
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(8, 6, 4, 3, 2), min_length=1)
     """Widths that a weight may have where size_bytes is among the amounts, for ONNX Runtime: pruning and bits are then searched
     together. [8] leaves it to pruning."""

@@ -653,3 +653,10 @@ def test_a_trial_whose_quantization_failed_has_no_number_in_codes_and_its_point_
     ]
     spot = sweet_spot(lines(found, goal="max"), "bytes", limit=0.5)
     assert spot.point is not None and spot.point.amount is None
+
+
+def test_a_dense_model_without_a_file_in_codes_keeps_no_pruned_one_from_being_chosen() -> None:
+    found = [with_codes(r, 0.0, failed="no") if r.cell["kind"] == "base" else r for r in in_codes()]
+    assert lines(found, goal="max")[1].points[0].test == {}
+    spot = sweet_spot(lines(found, goal="max"), "bytes", limit=0.5)
+    assert spot.point is not None and (spot.point.codes, spot.point.amount) == ("INT8", 0.75)

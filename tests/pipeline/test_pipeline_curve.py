@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -14,11 +15,12 @@ pytest.importorskip("onnxruntime")
 
 from paredown.errors import RejectedError, UsageError
 from paredown.models import load_task_module
-from paredown.pipeline.compress import versions
-from paredown.pipeline.curves import Curved, curve, machine_for
+from paredown.pipeline.compress import compress, versions
+from paredown.pipeline.curves import Curved, check_cells, curve, machine_for
 from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Record, read
 from paredown.report import write_report
+from paredown.sweep import grid
 
 TASK = Path(__file__).with_name("curve_task.py")
 
@@ -328,15 +330,57 @@ def test_a_function_of_the_task_that_asks_for_more_than_it_is_given_is_told_befo
     ):
         accepted(base, {"seed": 1})
     assert accepted(scratch, {"extra_epochs": 2, "seed": 1}, first="model") == {"extra_epochs": 2}
+    with pytest.raises(UsageError, match="'model' without a default"):
+        accepted(functools.partial(base, seed=1), {})
     with pytest.raises(UsageError, match=r"scratch\(model, seed=…\).*'extra_epochs' without a default"):
         accepted(scratch, {"seed": 1}, first="model")
 
 
 def test_quantized_files_of_a_curve_are_refused_with_layers_that_each_file_spares() -> None:
-    from paredown.sweep import grid
-
     asked = recipe(quantized=True)
     assert {c.digest for c in grid(asked)}.isdisjoint(c.digest for c in grid(recipe()))
     spared = asked.model_copy(update={"quantize": asked.quantize.model_copy(update={"spare": True})})
     with pytest.raises(UsageError, match=r"curve\.quantized must go without quantize\.spare"):
         grid(spared)
+
+
+def test_rounding_that_a_task_cannot_train_is_refused_before_any_work(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(TASK.read_text() + "\n\ndef train(model):\n    return model\n\n\ndel step, train_batches\n")
+    for quantized in (True, False):
+        asked = recipe(own, quantized=quantized)
+        asked = asked.model_copy(update={"quantize": asked.quantize.model_copy(update={"epochs": 1})})
+        if quantized:
+            with pytest.raises(UsageError, match=r"quantize\.epochs must have a step"):
+                check_cells(grid(asked), load_task_module(str(own)))
+        else:
+            check_cells(grid(asked), load_task_module(str(own)))
+    with pytest.raises(UsageError, match=r"quantize\.epochs must have a step"):
+        compress(asked.model_copy(update={"curve": None}), out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_codes_takes_turns_with_the_dense_file_in_float(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    import paredown as pare
+    from paredown.measure import artifact_at
+    from paredown.pipeline.folder import RunFolder
+    from paredown.pipeline.run import Run
+    from paredown.pipeline.trial import Asked, _timed
+
+    base, own, asked = tmp_path / "base", tmp_path / "own", recipe(quantized=True, latency=True)
+    base.mkdir(), own.mkdir()
+    wide = nn.Sequential(nn.Linear(8, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2))
+    pare.export((wide, torch.zeros(2, 8)), base / "model.onnx")  # slow enough to be told apart
+    for folder in (base, own):
+        pare.export((nn.Linear(8, 2), torch.zeros(2, 8)), folder / "model.int8.onnx")
+    run = Run(
+        recipe=asked.model_copy(update={"measure": asked.measure.model_copy(update={"runs": 20, "seconds": 0.2})}),
+        task=load_task_module(str(TASK)), folder=RunFolder(path=own), say=lambda _: None, on_training=lambda *_: None,
+        weights_given=True, model=None, environment={},  # type: ignore[arg-type]
+    )  # fmt: skip
+    cell = Asked(run=run, kind="pruned", epochs=None, latency=True, quantized=True, needs={"base": base})
+    found = _timed(run, cell, artifact_at(own / "model.int8.onnx"), None)
+    assert found["baseline_latency_ms"].value > 10 * found["latency_ms"].value

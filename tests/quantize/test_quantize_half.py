@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from paredown.cli.main import main
-from paredown.errors import NothingToDo, UsageError
+from paredown.errors import NothingToDo, RejectedError, UsageError
 from paredown.export import check, export
 from paredown.measure import artifact_at
 from paredown.program import Program, capture
@@ -97,6 +97,60 @@ def test_what_float16_cannot_hold_stays_float32_and_is_told(tmp_path: Path) -> N
     held = onnx.load(tmp_path / "a.onnx").graph.initializer
     kinds = {t.name: numpy_helper.to_array(t).dtype.name for t in held if len(t.dims) == 2}
     assert sorted(kinds.values()) == ["float16", "float32", "float32", "float32"]
+
+
+def test_weights_too_small_for_sums_of_their_squares_are_told() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        net[0].weight.fill_(1e-25)
+    small = quantize(capture(net, torch.randn(2, 4), train=False), scheme="fp16")
+    assert any(n.startswith("0.weight stays float32: a channel of values of 1e-25") for n in small.notes)
+
+
+class Computed(nn.Module):
+    """Batch norms whose factors, or whose layer's bias, are worked out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(16, 16, 3)
+        self.scale, self.shift = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16))
+        self.register_buffer("mean", torch.randn(16))
+        self.register_buffer("var", torch.rand(16) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(x, self.first.weight, self.shift.exp())
+        x = nn.functional.batch_norm(x, self.mean, self.var, self.scale, self.shift)
+        return nn.functional.batch_norm(self.second(x), self.mean, self.var, self.scale.exp(), self.shift)
+
+
+def test_batch_norms_with_computed_factors_stay_where_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Computed().eval(), torch.randn(2, 3, 8, 8)
+    small = quantize(capture(net, x, train=False), scheme="fp16")
+    artifact = export(small, tmp_path / "a.onnx")
+    with torch.no_grad():
+        for layer in (net.first, net.second):
+            layer.weight.copy_(layer.weight.half().float())
+    assert check(artifact, net, [x]).max_error <= 1e-5 * check(artifact, small, [x]).scale
+
+
+def test_litert_whose_converter_makes_halves_of_all_is_refused_what_is_to_stay_float32() -> None:
+    from paredown.export.litert import _refuse_whole
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval()
+
+    def half(**asked: Any) -> Any:
+        return quantize(capture(net, x, train=False), scheme="fp16", target="litert", **asked)
+
+    _refuse_whole(half())
+    with pytest.raises(RejectedError, match=r"2\.weight: asked for"):
+        _refuse_whole(half(float_layers=["2"]))
+    with torch.no_grad():
+        net[1].weight.fill_(1e6)  # held by float16 before batch norm is folded into it, not after
+    with pytest.raises(RejectedError, match=r"0\.weight: values up to"):
+        _refuse_whole(half())
 
 
 def test_requests_that_cannot_be_met() -> None:

@@ -208,3 +208,21 @@ def test_a_page_that_would_pass_a_megabyte_links_what_it_cannot_hold(tmp_path: P
     assert 'id="curve-spot"' in page and 'id="sensitivity-spaces"' not in page
     assert "not in this file, which it would take beyond a megabyte" in page
     assert 'href="../sensitivity/report.html"' in page
+
+
+def test_a_dense_network_in_codes_that_is_chosen_goes_by_no_line_that_prunes(tmp_path: Path) -> None:
+    found = curve(amounts=1)
+    found[0] = dataclasses.replace(found[0], details={**found[0].details, "axis": "bytes", "limit": 0.5})
+    for i, one in enumerate(found[1:], start=1):
+        less = 0.1 if one.cell["kind"] == "base" else 5.0
+        own = {
+            f"quantized_{n}": dataclasses.replace(one.measured[n], value=one.measured[n].value - less)
+            for n in ("held_out", "metric")
+        }
+        own["quantized_bytes"] = Measured(value=0.25 * one.measured["bytes"].value, unit="B")
+        told = {**one.details, "quantized": {"scheme": "int8"}}
+        found[i] = dataclasses.replace(one, measured={**one.measured, **own}, details=told)
+    written(tmp_path / "digits", run())
+    written(tmp_path / "digits-curve", found)
+    (beside,) = found_beside(tmp_path / "digits", run())
+    assert beside.brief.startswith("the sweet spot is the dense network in INT8 with 75.0 % of the file's bytes removed")

@@ -11,7 +11,7 @@ import collections
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from paredown.errors import RejectedError
@@ -20,7 +20,8 @@ from paredown.export.artifact import Artifact, Check
 from paredown.export.child import child_of
 from paredown.program import Program
 from paredown.quantize.batches import Batches
-from paredown.quantize.half import why_whole
+from paredown.quantize.decompose import fetch
+from paredown.quantize.half import in_halves, why_whole
 from paredown.quantize.nouns import Quantized
 from paredown.quantize.schemes import HALF
 from paredown.target import Target
@@ -39,9 +40,13 @@ def write(thing: Program | Quantized, path: Path, *, target: Target, opset: int)
 
 
 def _refuse_whole(thing: Quantized) -> None:
-    """The converter makes halves of all constants, also of what float16 cannot hold."""
-    for name, tensor in thing.program.state.items():
-        why = why_whole(tensor) if tensor.dim() > 1 and tensor.is_floating_point() and tensor.numel() else ""
+    """The converter makes halves of all constants, also of what float16 cannot hold and of what was to stay float32."""
+    for name in dict.fromkeys(str(n.target) for n in thing.module.graph.nodes if n.op == "get_attr"):
+        tensor = fetch(thing.module, name)
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2 or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        asked = isinstance(tensor, nn.Parameter) and not in_halves(thing, name)
+        why = why_whole(tensor) or ("asked for in float32" if asked else "")
         if why:
             msg = f"every weight must be held by float16 for {thing.target}, whose converter has no other. Got {name}: {why}. Take fp32 or int8, or onnxruntime-x86, where it stays float32."
             raise RejectedError(msg)

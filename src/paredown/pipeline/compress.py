@@ -20,7 +20,7 @@ from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
 from paredown.pipeline.run import Run, device_told
 from paredown.pipeline.stages import Compressed, run_stages
-from paredown.pipeline.ways import check_ways
+from paredown.pipeline.ways import check_rounding, check_ways
 from paredown.recipe import Recipe, diff, load_recipe, parse_recipe
 from paredown.statistics.batches import Given, batches_of
 from paredown.target import named
@@ -180,6 +180,7 @@ def _run(
     if target.environment:
         python_of(target)  # now, not after hours of training
     check_ways(recipe, task)
+    check_rounding(recipe, task)
     check_budget(recipe)
     settle(task, recipe.data_path)
     threads = torch.get_num_threads()

@@ -16,7 +16,7 @@ from paredown.pipeline.compress import difference, task_of, versions
 from paredown.pipeline.data import remember, settle
 from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.sweep_display import Shown, sweep_display
-from paredown.pipeline.ways import check_ways
+from paredown.pipeline.ways import check_rounding, check_ways
 from paredown.recipe import Recipe, load_recipe
 from paredown.records import Record, read, write_text
 from paredown.report.curves import curve_document, write_curve_report
@@ -80,6 +80,8 @@ def check_cells(cells: Sequence[Cell], task: Task) -> None:
     target = named(cells[0].recipe.target)
     if target.environment:
         python_of(target)
+    if cells[0].quantized:
+        check_rounding(cells[0].recipe, task)
     seed = cells[0].seed
     for cell in cells:
         if cell.seed == seed and cell.kind in ("pruned", "from-scratch"):

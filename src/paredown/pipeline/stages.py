@@ -36,6 +36,7 @@ from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
 from paredown.pipeline.snippet import input_of, snippet
 from paredown.pipeline.spared import quantized_but_few
+from paredown.pipeline.ways import check_rounding
 from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, save
@@ -219,7 +220,7 @@ def accepted(function: Callable[..., Any], options: Mapping[str, Any], *, first:
     ]
     missing = [n for n in needed[bool(first) :] if n not in options]
     if missing:
-        name, takes = function.__name__, ", ".join(filter(None, (first, *(f"{n}=…" for n in options))))
+        name, takes = getattr(function, "__name__", "function"), ", ".join(filter(None, (first, *(f"{n}=…" for n in options))))
         hint = " It makes the model that it trains." if name == "base" else ""
         msg = f"the task's {name} must be callable as {name}({takes}), options it does not name left out. Got {missing[0]!r} without a default.{hint}"
         raise UsageError(msg)
@@ -456,9 +457,8 @@ def quantized_of(run: Run, thing: Program | Pruned, teacher: nn.Module | None) -
         return quantized_but_few(run, thing, teacher, shared)
     if not options.epochs:
         return quantize(thing, **shared)
-    if run.task.step is None or run.task.train_batches is None:
-        msg = "quantize.epochs must have a step(model, batch) in the task module. Got a task that trains by itself. Set quantize.epochs to 0, or add step."
-        raise UsageError(msg)
+    check_rounding(run.recipe, run.task)
+    assert run.task.train_batches is not None and run.task.step is not None
     from paredown.quantize.qat import train_quantized
 
     name = "qat" if teacher is not None else "qat-twin"

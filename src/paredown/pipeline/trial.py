@@ -416,10 +416,8 @@ def _in_codes(
     """(figures, details) of a second file by the recipe's `quantize`; where none comes about, none and why: the float file's stay."""
     # Its training is none of the recovery's, whose length that of the controls follows: it is not noted.
     run = dataclasses.replace(asked.run, on_training=lambda *_: None)
-    scheme, path = (
-        run.recipe.quantize.scheme,
-        plain.path.with_name(f"model.{asked.run.recipe.quantize.scheme}{plain.path.suffix}"),
-    )
+    scheme = run.recipe.quantize.scheme
+    path = plain.path.with_name(f"model.{scheme}{plain.path.suffix}")
     try:
         quantized = quantized_of(run, thing, teacher)
         run.say(f"{scheme}: export, check and measure")
@@ -468,7 +466,7 @@ def _timed(run: Run, asked: Asked, artifact: Artifact, baseline: Artifact | None
     """Latency and memory, in turns with the dense file of the seed."""
     options = run.recipe.measure
     if "base" in asked.needs:
-        dense = asked.needs["base"] / artifact.path.name
+        dense = asked.needs["base"] / f"model{artifact.path.suffix}"  # in float, whichever file this is
         files = (dense, dense.with_suffix(".bin")) if dense.suffix == ".xml" else (dense,)
         baseline = Artifact(files=files, target=run.recipe.target, scheme="fp32")
     return measure(

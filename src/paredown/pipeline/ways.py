@@ -520,6 +520,13 @@ def check_ways(recipe: Recipe, task: Task) -> None:
         raise UsageError(msg)
 
 
+def check_rounding(recipe: Recipe, task: Task) -> None:
+    """Raises UsageError where the task has nothing to train with rounding by."""
+    if recipe.quantize.epochs and (task.step is None or task.train_batches is None):
+        msg = "quantize.epochs must have a step(model, batch) in the task module. Got a task that trains by itself. Set quantize.epochs to 0, or add step."
+        raise UsageError(msg)
+
+
 def simulated(tuned: Pruned, program: Program | None = None) -> dict[str, Any]:
     """What masks would save on a runtime that skips zeros, estimated, beside what a dense runtime stores and executes.
 
@@ -559,4 +566,4 @@ def _refuse_unknown(options: Mapping[str, Any], known: list[str], where: str) ->
             raise UsageError(msg)
 
 
-__all__ = ["IN_TRAINING", "Here", "Way", "check_ways", "level_of", "made", "simulated"]
+__all__ = ["IN_TRAINING", "Here", "Way", "check_rounding", "check_ways", "level_of", "made", "simulated"]

@@ -56,11 +56,11 @@ def _plain(node: fx.Node) -> fx.Node | None:
         return None
     if mode == _MAX and (padding is not None or factors is not None):
         return None
+    weights = _matrix(factors)
+    if factors is not None and (weights is None or weights.meta["val"].shape != ids.meta["val"].shape):
+        return None
     rows = call(node, aten.embedding.default, given["weight"], ids)
-    if factors is not None:
-        weights = _matrix(factors)
-        if weights is None:
-            return None
+    if weights is not None:
         rows = call(node, aten.mul.Tensor, rows, call(node, aten.unsqueeze.default, weights, -1))
     if mode == _MAX:
         return call(node, aten.amax.default, rows, [1])

@@ -77,8 +77,10 @@ def fold_batch_norms(graph: fx.GraphModule) -> None:
         if not isinstance(layer, fx.Node) or len(layer.users) > 1:
             continue
         flat = layer.target is aten.linear.default and layer.meta["val"].dim() == 2
-        weight = layer.args[1] if flat or folds(layer) else None
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or node.args[5]:
+        if not (flat or folds(layer)) or node.args[5]:
+            continue
+        factors = [n for n in (*layer.args[1:3], *node.args[1:5]) if isinstance(n, fx.Node)]
+        if any(n.op != "get_attr" for n in factors):  # worked out: there is nothing to write them to
             continue
         scale, shift, mean, variance = (
             fetch(graph, str(n.target)).detach() if isinstance(n, fx.Node) else None for n in node.args[1:5]
@@ -133,7 +135,8 @@ def why_whole(weight: Tensor) -> str:
     if not largest <= LARGEST:
         return f"values up to {largest:.3g} are beyond 65504, the largest of float16"
     rows = weight.reshape(weight.shape[0], -1)
-    lost, size = (rows - rows.half().float()).norm(dim=1), rows.norm(dim=1)
+    of_rows = {"dim": 1, "dtype": torch.float64}  # squares of small numbers are none in float32
+    lost, size = (rows - rows.half().float()).norm(**of_rows), rows.norm(**of_rows)
     if bool((lost > _ROUGH * size).any()):
         return f"a channel of values of {float(rows.abs().amax(dim=1)[lost > _ROUGH * size].min()):.2g} and less would lose bits in float16"
     return ""

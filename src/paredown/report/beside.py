@@ -168,7 +168,7 @@ def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
         place = (
             "no sweet spot"
             if seen.spot.removed is None
-            else f"the sweet spot is {seen.spot.line} with {seen.spot.removed:.1f} % of {NOUNS[seen.axis]} removed"
+            else f"the sweet spot is {seen.spot.name} with {seen.spot.removed:.1f} % of {NOUNS[seen.axis]} removed"
         )
         return text(f"{seen.spot.sentence} {seen.verdict}", 700), text(f"{place}. {parts[0][0] if parts else ''}", 300)
     if kind == "sensitivity":

@@ -88,7 +88,7 @@ def curve_view(records: Sequence[Record]) -> CurveView:
 def curve_document(records: Sequence[Record]) -> dict[str, Any]:
     """A curve as one JSON-ready document, schema 1.
 
-    {"schema", "metric", "axis", "limit", "trials": {"cells", "done", "failed"}, "sweet_spot": {"rule", "line", "amount", "removed",
+    {"schema", "metric", "axis", "limit", "trials": {"cells", "done", "failed"}, "sweet_spot": {"rule", "line", "amount", "codes", "removed",
     "low", "high", "sentence"}, "dense_verdict", "comparisons": [...], "pareto": [...], "lines": [{"name", "kind", "codes", "points":
     [...]}], "failed": [...]}. "codes" is the scheme of quantized files, else null. Amounts are what remains, "removed" is in % of the dense model; intervals are over seeds, null with one.
     """

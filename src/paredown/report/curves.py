@@ -108,8 +108,7 @@ def _spot(seen: CurveView) -> dict[str, Any]:
     point = spot.point
     spread = "no interval: one seed" if spot.low is None else f"95 % interval {spot.low:.1f} to {spot.high:.1f} %"
     noun = TITLES[seen.axis]
-    name = spot.line if point.amount is not None else f"the dense network in {point.codes}"
-    found["headline"] = f"Take {spot.removed:.1f} % of the {noun} out: {name}"
+    found["headline"] = f"Take {spot.removed:.1f} % of the {noun} out: {spot.name}"
     dense = next((p for p in seen.points if p.kind == "base"), None)
     cards = [
         {

@@ -42,15 +42,15 @@ def large(value: float) -> str:
 def megabytes(value: float) -> str:
     """Bytes in MB (10^6), or in kB (10^3) below a tenth of one.
 
-    >>> megabytes(2_530_000), megabytes(9_188)
-    ('2.53 MB', '9.19 kB')
+    >>> megabytes(2_530_000), megabytes(9_188), megabytes(-2_530_000)
+    ('2.53 MB', '9.19 kB', '−2.53 MB')
     """
-    return f"{digits(value / 1e6)} MB" if value >= 1e5 else f"{digits(value / 1e3)} kB"
+    return f"{digits(value / 1e6)} MB" if abs(value) >= 1e5 else f"{digits(value / 1e3)} kB"
 
 
 def mebibytes(value: float) -> str:
     """Bytes in MiB (2^20), or in KiB (2^10) where MB would be kB."""
-    return f"{digits(value / 2**20)} MiB" if value >= 1e5 else f"{digits(value / 2**10)} KiB"
+    return f"{digits(value / 2**20)} MiB" if abs(value) >= 1e5 else f"{digits(value / 2**10)} KiB"
 
 
 def quantity(value: float, unit: str) -> str:
