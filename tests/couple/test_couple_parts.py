@@ -248,6 +248,61 @@ def _windows() -> nn.Module:
     return Net(forward, a=nn.Conv2d(1, 4, 1), b=nn.Linear(16, 12), head=nn.Conv2d(3, 2, 1))
 
 
+def _as_many_states() -> nn.Module:
+    """As many of these channels as of those, and every one meets every other: one of the two layers stays."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head((m.a(x).unsqueeze(-1) * m.b(x).unsqueeze(-2)).sum(-2))
+
+    return Net(forward, a=nn.Linear(11, 4), b=nn.Linear(11, 4), head=nn.Linear(4, 3))
+
+
+def _far_ends() -> nn.Module:
+    """Cut from further back than the axis is long: Python takes all there is."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.linear(m.a(x).relu(), m.w[-100:, -5:]).relu())
+
+    return Net(forward, a=nn.Linear(11, 5), w=nn.Parameter(random(4, 5)), head=nn.Linear(4, 3))
+
+
+def _turned_stack() -> nn.Module:
+    """Stacked matrices as they are, and others with all three axes turned round."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = (m.a(x) @ m.up).mean(0).relu()
+        return m.head((x @ m.down.T).mean(0))
+
+    return Net(
+        forward, a=nn.Linear(11, 4), up=nn.Parameter(random(3, 4, 6)), down=nn.Parameter(random(5, 6, 2)), head=nn.Linear(5, 3)
+    )  # fmt: skip
+
+
+def _stack_in_parts() -> nn.Module:
+    """Gates and values of all experts lie side by side in one stack, which the forward cuts."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x).relu().unsqueeze(0).expand(3, -1, -1)
+        hidden = F.silu(torch.bmm(x, m.up[:, :, :5])) * torch.bmm(x, m.up[:, :, 5:])
+        return m.head(torch.bmm(hidden, m.down).sum(0))
+
+    return Net(
+        forward, a=nn.Linear(11, 4), up=nn.Parameter(random(3, 4, 10)), down=nn.Parameter(random(3, 5, 6)), head=nn.Linear(6, 3)
+    )  # fmt: skip
+
+
+def _normed_heads() -> nn.Module:
+    """Queries and keys go through a norm that all heads share: in the train graph as in the eval graph heads leave whole."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(x.shape[0], 4, 3, 4).transpose(1, 2) for part in (m.q, m.k, m.v))
+        return m.head(F.scaled_dot_product_attention(m.norm(q), m.norm(k), v).transpose(1, 2).flatten(2))
+
+    return Net(
+        forward, q=nn.Linear(5, 12), k=nn.Linear(5, 12), v=nn.Linear(5, 12), norm=nn.LayerNorm(4), head=nn.Linear(12, 3)
+    )
+
+
 CASES = {
     "decoder": Case(build=_decoder, inputs=_tokens, free=8 + 12 + 2 + 2, realiser="graph"),
     "gates": Case(build=_gates, inputs=_tokens, free=4, realiser="graph"),
@@ -263,6 +318,11 @@ CASES = {
     "spectrum": Case(build=_spectrum, inputs=_tokens, free=6, realiser="module"),
     "complex_rotary": Case(build=_complex_rotary, inputs=_tokens, free=2, realiser="graph", zero_writes=True),
     "windows": Case(build=_windows, inputs=_tokens, free=4 + 3, realiser="module"),
+    "as_many_states": Case(build=_as_many_states, inputs=_features, free=4, realiser="module"),
+    "far_ends": Case(build=_far_ends, inputs=_features, free=5 + 4, realiser="module"),
+    "turned_stack": Case(build=_turned_stack, inputs=_features, free=4 + 6 + 5, realiser="module"),
+    "stack_in_parts": Case(build=_stack_in_parts, inputs=_features, free=4 + 5 + 6, realiser="graph"),
+    "normed_heads": Case(build=_normed_heads, inputs=_tokens, free=3, realiser="graph"),
     "spread_zeros": Case(build=_zeros(_spread_zeros), inputs=_tokens, free=4, realiser="graph"),
 }
 

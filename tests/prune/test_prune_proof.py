@@ -18,7 +18,7 @@ from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, prune
 from paredown.prune.graph import realise_graph
-from paredown.prune.prove import prove, reference
+from paredown.prune.prove import distance, prove, reference, scale_of
 from paredown.prune.removal import removal
 
 
@@ -130,6 +130,12 @@ def test_an_output_of_integers_is_compared_as_well() -> None:
     model = net(lambda m, x: m.b(m.a(x)).flatten(1).argmax(1), a=conv(3, 6), b=conv(6, 3))
     result = pruned_or_refused(model, random(2, 3, 8, 8))
     assert isinstance(result, ParedownError) or result.proof.scale > 0
+
+
+def test_both_parts_of_a_complex_output_are_compared() -> None:
+    one, other = torch.tensor([1 + 2j, 3 - 4j]), torch.tensor([1 + 2j, 3 - 1j])
+    assert distance([one], [other]) == 3.0
+    assert scale_of([one]) == 4.0
 
 
 def test_a_net_that_is_not_finite_on_random_weights_is_not_passed() -> None:

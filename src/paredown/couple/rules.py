@@ -186,6 +186,10 @@ def _last_norm(node: fx.Node, trace: Trace) -> Any:
         for operand in operands:
             trace.pin(operand, "a norm shared by all heads")
         return reduce_rows(ids, list(range(first, ids.dim())), "norm over the channels", trace)
+    if varying(ids) and varying(ids)[-1] < first:  # rows that leave whole, each normalised by itself: nothing ties them
+        for operand in operands:
+            trace.pin(operand, "a norm shared by all rows")
+        return ids
     leading = ids
     for axis in range(first):
         if axis in varying(ids):

@@ -121,6 +121,8 @@ def _order(node: fx.Node, dims: int) -> list[int]:
     if name == "permute":
         asked: Any = node.args[1]
         return [int(a) % dims for a in asked]
+    if name == "numpy_T":
+        return order[::-1]
     axes: Any = node.args[1:3] if len(node.args) == 3 else (dims - 2, dims - 1)
     first, second = (int(a) % dims for a in axes)
     order[first], order[second] = order[second], order[first]

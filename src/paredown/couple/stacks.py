@@ -26,8 +26,12 @@ def product(trace: Trace, a: Any, b: Any, shape: Any) -> Tensor | None:
         axis = ids.dim() - from_end
         if axis < 0 or {*varying(ids)} - {axis}:
             return None
-        trace.read(stack, read_axis, along(ids, axis), "read by a stack of matrices")
-        return laid(trace.weight(stack, write_axis, "write"), len(shape) - (3 - write_axis), shape)
+        read = along(ids, axis)
+        trace.read(stack, read_axis, read, "read by a stack of matrices")
+        wrote = trace.weight(stack, write_axis, "write")
+        if trace.parameters[stack].is_part and trace.node is not None:
+            trace.products[trace.node.name] = [read, wrote]  # MACs are not counted by elements of a part
+        return laid(wrote, len(shape) - (3 - write_axis), shape)
     return None
 
 

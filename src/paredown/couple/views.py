@@ -78,7 +78,7 @@ def _start(node: fx.Node, trace: Trace, length: int) -> int:
 
     given: Any = args_of(node, "index" if op_name(node) == "select" else "start")[0] or 0
     start = int(trace.ids[given] if isinstance(given, fx.Node) else given)
-    return start + length if start < 0 else min(start, length)
+    return max(start + length, 0) if start < 0 else min(start, length)
 
 
 def _weights_only(node: fx.Node, source: fx.Node) -> bool:

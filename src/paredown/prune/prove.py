@@ -410,9 +410,14 @@ def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def _real(value: Tensor) -> Tensor:
+    """In float64; complex numbers as pairs, whose second part a cast would drop."""
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double()
+
+
 def scale_of(outputs: list[Any]) -> float:
     """Largest magnitude over all outputs."""
-    return max((float(o.double().abs().max()) for o in outputs if isinstance(o, Tensor) and o.numel()), default=0.0)
+    return max((float(_real(o).abs().max()) for o in outputs if isinstance(o, Tensor) and o.numel()), default=0.0)
 
 
 def distance(left: list[Any], right: list[Any]) -> float:
@@ -423,6 +428,6 @@ def distance(left: list[Any], right: list[Any]) -> float:
     worst = 0.0
     for a, b in zip(left, right, strict=True):
         if a.numel():
-            gap = float((a.double() - b.double()).abs().max())
+            gap = float((_real(a) - _real(b)).abs().max())
             worst = max(worst, gap if math.isfinite(gap) else math.inf)
     return worst

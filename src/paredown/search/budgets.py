@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,7 +298,7 @@ def _chosen(search: Search, rounds: list[Round]) -> Round:
         seen.append(dataclasses.replace(found, error=error))
         rounds[found.number] = seen[-1]
         search.say(f"search {found.number}: by {found.by} the output moves by {error:.4g}")
-    return min(seen, key=lambda r: r.error if r.error is not None else float("inf"))
+    return min(seen, key=lambda r: r.error if r.error is not None and math.isfinite(r.error) else math.inf)
 
 
 def layer_shares(search: Search, plan: Plan | None) -> dict[str, float]:
@@ -332,7 +333,7 @@ def _next(search: Search, rounds: Sequence[Round], aims: dict[str, float]) -> Ro
     """One more file; None where no other plan comes out."""
     seen = {r.plan.digest if r.plan is not None else "" for r in rounds}
     kept = {_kept(r.plan) for r in rounds}
-    lines = search.lines(rounds)
+    lines, own = search.lines(rounds), rounds[-1] if rounds[-1].by == search.allocation else None
     for _ in range(8):
         plan, floored = search.allocated(lines, aims)
         foreseen = {n: lines[n].of(search.x(n, plan)) for n in search.asked}
@@ -343,7 +344,7 @@ def _next(search: Search, rounds: Sequence[Round], aims: dict[str, float]) -> Ro
             return search.measured(len(rounds), plan, foreseen)
         if floored:
             return None
-        if rounds[-1].holds:
+        if any(r.holds and (r is own or _kept(r.plan) == _kept(plan)) for r in rounds):
             return None  # the same answer again: there is none nearer to the limit
         for name in aims:
             aims[name] *= 0.97
