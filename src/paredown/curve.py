@@ -126,7 +126,11 @@ class SweetSpot:
     @property
     def name(self) -> str:
         """Of its line; of the dense network, which stands in every line, where nothing is pruned."""
-        return self.line if self.point is None or self.point.amount is not None else f"the dense network in {self.point.codes}"
+        return (
+            self.line
+            if self.point is None or self.point.amount is not None
+            else f"the dense network in {self.point.codes}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -434,16 +438,8 @@ def _nothing(seen: int, found: Sequence[Line], axis: Axis, limit: float | None, 
 
 
 def _why(
-    line: Line,
-    point: Point,
-    axis: Axis,
-    loss: Floats,
-    spread: tuple[float | None, float | None],
-    limit: float | None,
-    unit: str,
-    *,
-    joint: bool,
-) -> str:
+    line: Line, point: Point, axis: Axis, loss: Floats, spread: tuple[float | None, float | None], limit: float | None, unit: str, *, joint: bool
+) -> str:  # fmt: skip
     most = upper_bound([*map(float, loss)])
     name = line.name if point.amount is not None else f"the dense network, {point.codes},"
     of = "nothing pruned" if point.amount is None else f"the recipe's amount {point.amount:g}"
@@ -487,13 +483,8 @@ def _decimals(value: float, unit: str, count: int) -> int:
 
 def compared(found: Sequence[Line], *, goal: str, unit: str = "") -> tuple[Comparison, ...]:
     """Every complete pruned point against every control at its amount, seed by seed, on test data."""
-    controls = {
-        (line.kind, p.amount, p.codes): p
-        for line in found
-        if line.kind in CONTROLS
-        for p in line.points
-        if p.kind != "base"
-    }
+    points = [p for line in found if line.kind in CONTROLS for p in line.points if p.kind != "base"]
+    controls = {(p.kind, p.amount, p.codes): p for p in points}
     dense = next((p for line in found for p in line.points if p.kind == "base"), None)
     out = []
     for line in found:

@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 
 from paredown.errors import RejectedError, UsageError
 from paredown.models import load_task_module
-from paredown.pipeline.compress import compress, versions
+from paredown.pipeline.compress import compress, task_of, versions
 from paredown.pipeline.curves import Curved, check_cells, curve, machine_for
 from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Record, read
@@ -352,9 +352,9 @@ def test_rounding_that_a_task_cannot_train_is_refused_before_any_work(tmp_path: 
         asked = asked.model_copy(update={"quantize": asked.quantize.model_copy(update={"epochs": 1})})
         if quantized:
             with pytest.raises(UsageError, match=r"quantize\.epochs must have a step"):
-                check_cells(grid(asked), load_task_module(str(own)))
+                check_cells(grid(asked), task_of(asked)[0])
         else:
-            check_cells(grid(asked), load_task_module(str(own)))
+            check_cells(grid(asked), task_of(asked)[0])
     with pytest.raises(UsageError, match=r"quantize\.epochs must have a step"):
         compress(asked.model_copy(update={"curve": None}), out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

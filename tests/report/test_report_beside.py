@@ -225,4 +225,6 @@ def test_a_dense_network_in_codes_that_is_chosen_goes_by_no_line_that_prunes(tmp
     written(tmp_path / "digits", run())
     written(tmp_path / "digits-curve", found)
     (beside,) = found_beside(tmp_path / "digits", run())
-    assert beside.brief.startswith("the sweet spot is the dense network in INT8 with 75.0 % of the file's bytes removed")
+    assert beside.brief.startswith(
+        "the sweet spot is the dense network in INT8 with 75.0 % of the file's bytes removed"
+    )

@@ -56,7 +56,7 @@ def export(
     float32, 4 in int8 with a range per row and 32 inputs, which is faster on some machines and less exact.
 
     Raises UsageError (target, opset), RejectedError (weights that are not float32, ops without a translation, listed before conversion), MissingError
-    (onnx, onnxscript, the environment), ResourceError (the path cannot be written).
+    (onnx, onnxscript, the environment), ResourceError (the path cannot be written), NothingToDo (fp16, where no weight can be halved).
 
     >>> import tempfile, torch
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())

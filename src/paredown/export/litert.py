@@ -46,7 +46,7 @@ def _refuse_whole(thing: Quantized) -> None:
         if not isinstance(tensor, Tensor) or tensor.dim() < 2 or not tensor.is_floating_point() or not tensor.numel():
             continue
         asked = isinstance(tensor, nn.Parameter) and not in_halves(thing, name)
-        why = why_whole(tensor) or ("asked for in float32" if asked else "")
+        why = why_whole(tensor.detach()) or ("asked for in float32" if asked else "")
         if why:
             msg = f"every weight must be held by float16 for {thing.target}, whose converter has no other. Got {name}: {why}. Take fp32 or int8, or onnxruntime-x86, where it stays float32."
             raise RejectedError(msg)

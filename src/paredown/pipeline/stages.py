@@ -220,7 +220,10 @@ def accepted(function: Callable[..., Any], options: Mapping[str, Any], *, first:
     ]
     missing = [n for n in needed[bool(first) :] if n not in options]
     if missing:
-        name, takes = getattr(function, "__name__", "function"), ", ".join(filter(None, (first, *(f"{n}=…" for n in options))))
+        name, takes = (
+            getattr(function, "__name__", "function"),
+            ", ".join(filter(None, (first, *(f"{n}=…" for n in options)))),
+        )
         hint = " It makes the model that it trains." if name == "base" else ""
         msg = f"the task's {name} must be callable as {name}({takes}), options it does not name left out. Got {missing[0]!r} without a default.{hint}"
         raise UsageError(msg)

@@ -135,8 +135,8 @@ def why_whole(weight: Tensor) -> str:
     if not largest <= LARGEST:
         return f"values up to {largest:.3g} are beyond 65504, the largest of float16"
     rows = weight.reshape(weight.shape[0], -1)
-    of_rows = {"dim": 1, "dtype": torch.float64}  # squares of small numbers are none in float32
-    lost, size = (rows - rows.half().float()).norm(**of_rows), rows.norm(**of_rows)
+    # in float64: squares of small numbers are zeros in float32
+    lost, size = (t.norm(dim=1, dtype=torch.float64) for t in (rows - rows.half().float(), rows))
     if bool((lost > _ROUGH * size).any()):
         return f"a channel of values of {float(rows.abs().amax(dim=1)[lost > _ROUGH * size].min()):.2g} and less would lose bits in float16"
     return ""
