@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paredown.cli.coding import NO_DATA, SIMULATED, WEIGHTS
-from paredown.quantize.schemes import DYNAMIC, SCHEMES
+from paredown.quantize.schemes import DYNAMIC, HALF, SCHEMES
 from paredown.quantize.schemes import WEIGHTS as TABLE_WEIGHTS
 
 pytest.importorskip("onnx")
@@ -36,7 +36,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_schemes_that_need_no_samples_are_those_of_the_table():
-    assert set(NO_DATA) == set(DYNAMIC) and set(WEIGHTS) == set(TABLE_WEIGHTS)
+    assert set(NO_DATA) == {*DYNAMIC, HALF} and set(WEIGHTS) == set(TABLE_WEIGHTS)
     assert set(SIMULATED) == {s.name for s in SCHEMES.values() if s.activations == "static" and s.activation_bits < 8}
 
 
@@ -46,9 +46,12 @@ def test_no_samples_are_needed(call, own, tmp_path, scheme):
     assert done.code == 0
     found = done.json
     assert (found["scheme"], found["calibrated_on"]) == (scheme, "none")
-    assert found["coverage"] == {"macs": 1.0, "weights": 1.0}
     assert found["check"]["holds"]
-    assert len(found["int8_nodes"]) == 2
+    if scheme == HALF:
+        assert any("100.0% of the weights are in 16 bits" in n for n in found["notes"])
+    else:
+        assert found["coverage"] == {"macs": 1.0, "weights": 1.0}
+        assert len(found["int8_nodes"]) == 2
     assert not any("RANDOM" in n for n in found["notes"])
     assert (tmp_path / "q.onnx").stat().st_size == found["file_bytes"]
 

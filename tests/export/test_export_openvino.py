@@ -185,7 +185,8 @@ def test_fp16_halves_the_weights(
     net, program, codes, fp32, _ = concat
     half = export(program, tmp_path / "half.xml", target=OPENVINO, scheme="fp16")
     assert half.scheme == "fp16"
-    assert half.files[1].stat().st_size <= 0.55 * fp32.files[1].stat().st_size
+    # the first layer has so few weights that a cast behind them would take more bytes than they give
+    assert half.files[1].stat().st_size <= 0.65 * fp32.files[1].stat().st_size
     result = check(half, net, [deploy_nets.NETS["concat"][1](4)])
     assert 0 < result.max_error <= 1e-2 * result.scale
     with pytest.raises(UsageError, match="'fp16' for a float network"):

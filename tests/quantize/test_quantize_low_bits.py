@@ -194,7 +194,7 @@ def test_masks_need_a_zero(case: tuple[Program, Tensor]) -> None:
 
 def test_weights_alone_are_for_onnx_runtime_and_need_samples_for_repairs(case: tuple[Program, Tensor]) -> None:
     program, _ = case
-    with pytest.raises(UsageError, match="one of ONNX Runtime"):
+    with pytest.raises(UsageError, match="one of onnxruntime-x86, onnxruntime-arm"):
         quantize(program, scheme="w2", target="openvino-x86")
     with pytest.raises(UsageError, match="calibrate"):
         quantize(program, scheme="w2", repair=["gptq"])
