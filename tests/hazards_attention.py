@@ -208,7 +208,7 @@ def head_norms() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         b, n, _ = x.shape
         q, k, v = (p(x).view(b, n, 3, 4).transpose(1, 2) for p in (m.q, m.k, m.v))
-        angle = torch.arange(n, dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=x.dtype)
+        angle = torch.arange(n, dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.125], dtype=x.dtype)
         cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
         q, k = (t * cos + torch.cat([-t[..., 2:], t[..., :2]], -1) * sin for t in (m.nq(q), m.nk(k)))
         return m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
