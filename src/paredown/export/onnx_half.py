@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-WORTH_BYTES = 150
-"""What a Cast and its names take in the file; in one of OpenVINO, whose graph is text, 700."""
+WORTH_BYTES, WORTH_BYTES_AS_TEXT = 150, 700
+"""What a Cast and its names take in the file; and in one of OpenVINO, whose graph is text."""
 
 
 def halve(model: ir.Model, worth_bytes: int = WORTH_BYTES) -> int:

@@ -71,9 +71,9 @@ def onnx_model(
         coded = thing.weights if packed and isinstance(thing, Quantized) else {}
         _polish(model, program, names, quantized, on_codes, coded)
         if isinstance(thing, Quantized) and thing.scheme == HALF:
-            from paredown.export.onnx_half import WORTH_BYTES, halve
+            from paredown.export.onnx_half import WORTH_BYTES, WORTH_BYTES_AS_TEXT, halve
 
-            halve(model, 700 if "openvino" in thing.target else WORTH_BYTES)
+            halve(model, WORTH_BYTES_AS_TEXT if "openvino" in thing.target else WORTH_BYTES)
         if isinstance(thing, Quantized):
             model.metadata_props[SCHEME] = thing.scheme
     model.ir_version = IR_VERSIONS[opset]

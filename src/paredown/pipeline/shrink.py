@@ -73,24 +73,22 @@ def joint_error(run: Run, way: Way, here: Here, plan: Plan) -> float:
     Σ‖y - y⁰‖² / Σ‖y⁰‖², y⁰ of the network that the plan starts from.
     """
     variant = recovered(run, here.program, prepared(run, way, here, plan))
-    away = whole = 0.0
-    with torch.no_grad():
-        for args, kwargs in some(run.task.calibration_batches):
-            wanted = [t.double() for t in _tensors(here.program.module(*args, **kwargs))]
-            found = [t.double() for t in _tensors(variant.module(*args, **kwargs))]
-            away += sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True))
-            whole += sum(float(b.square().sum()) for b in wanted)
-    return away / max(whole, 1e-30)
+    calls = some(run.task.calibration_batches)
+    return error_of(variant, calls, _outputs(here.program.module, calls))
 
 
 def error_on(run: Run, dense: Program, variant: Thing, bits: Mapping[str, int], repair: Sequence[str]) -> float:
     """How far the quantized variant's output is from the dense one's, on calibration data."""
     calls = some(run.task.calibration_batches)
-    with torch.no_grad():
-        wanted = [t.double() for args, kwargs in calls for t in _tensors(dense.module(*args, **kwargs))]
+    wanted = _outputs(dense.module, calls)
     given: dict[str, Any] = {"bits": dict(bits)} if bits else {}
     quantized = quantize(variant, **{**plain_options(run), "repair": [*repair]}, **given)
     return error_of(quantized, calls, wanted)
+
+
+def _outputs(module: torch.nn.Module, calls: Sequence[Any]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [t.double() for args, kwargs in calls for t in _tensors(module(*args, **kwargs))]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -327,9 +327,9 @@ def _outputs(predict: Any, calls: Sequence[Inputs]) -> list[Tensor]:
         ]
 
 
-def error_of(quantized: Quantized, calls: Sequence[Inputs], wanted: Sequence[Tensor]) -> float:
-    """Mean squared error of the quantized network's output over the mean square of the wanted one."""
-    return _relative(_outputs(quantized.module, calls), wanted)
+def error_of(thing: Quantized | Pruned, calls: Sequence[Inputs], wanted: Sequence[Tensor]) -> float:
+    """Mean squared error of the network's output over the mean square of the wanted one."""
+    return _relative(_outputs(thing.module, calls), wanted)
 
 
 def _relative(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
