@@ -55,6 +55,7 @@ _ONE_NUMBER = growing.ONE_NUMBER
 _SAME = frozenset(("to", "_to_copy", "clone", "detach", "contiguous"))
 
 _TRACES: weakref.WeakKeyDictionary[Program, Trace] = weakref.WeakKeyDictionary()
+"""A trace must not refer to its program: as a value here it would keep it, and the weights, for ever."""
 
 
 def trace(program: Program) -> Trace:
@@ -63,27 +64,27 @@ def trace(program: Program) -> Trace:
         run = Trace(program)
         if run.has_stacks:
             run = max((run, Trace(program, stacks=True)), key=_free_positions)  # of equals the first
-        run = _grown_along(run)
+        run = _grown_along(program, run)
         if run.keeps_tables:
-            run = max((run, run.again(whole_tables=False)), key=_free_positions)
+            run = max((run, run.again(program, whole_tables=False)), key=_free_positions)
         _TRACES[program] = run
     return _TRACES[program]
 
 
-def _grown_along(run: Trace) -> Trace:
+def _grown_along(program: Program, run: Trace) -> Trace:
     """The best of this run and those in which constants that met channels leave with them: those that were met as they are
     first, then those behind a view or an expand as well."""
     first = run
     for grown in (first.stiff, {**first.loose, **first.stiff}):
         if grown and grown != run.grown:
-            run = max((run, run.again(grown=grown)), key=_free_positions)
+            run = max((run, run.again(program, grown=grown)), key=_free_positions)
     return run
 
 
 def lockstep(program: Program) -> Trace | None:
     """The trace in which tables that several heads share leave with their channels, where `trace` is another."""
     run = trace(program)
-    return run.again(whole_tables=False) if run.keeps_tables else None
+    return run.again(program, whole_tables=False) if run.keeps_tables else None
 
 
 def _free_positions(run: Trace) -> int:
@@ -121,7 +122,7 @@ class Trace:
         grown: Mapping[fx.Node, int] | None = None,
         stacks: bool = False,
     ) -> None:
-        self._program, self.stacks, self.has_stacks = program, stacks, False
+        self.stacks, self.has_stacks = stacks, False
         """Whether matrices stacked in one parameter are weights, with one set of channels for all; whether there are any."""
         self.whole_tables, self.grown = whole_tables, dict(grown or {})
         """Whether a table that several heads share stays as it is, so that heads can leave; and constants of one number (the
@@ -188,10 +189,12 @@ class Trace:
         self.products = products  # MACs are counted on the eval graph
         self.unknown |= unknown
 
-    def again(self, *, whole_tables: bool | None = None, grown: Mapping[fx.Node, int] | None = None) -> Trace:
-        """Another run, of which one thing is different."""
+    def again(
+        self, program: Program, *, whole_tables: bool | None = None, grown: Mapping[fx.Node, int] | None = None
+    ) -> Trace:
+        """Another run of the same program, of which one thing is different."""
         return Trace(
-            self._program,
+            program,
             whole_tables=self.whole_tables if whole_tables is None else whole_tables,
             grown=self.grown if grown is None else grown,
             stacks=self.stacks,

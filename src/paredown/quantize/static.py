@@ -24,6 +24,7 @@ from paredown.quantize.decompose import decompose, fetch, free_batch_norms, op_n
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
 from paredown.quantize.products import FROM, OF, products_as_layers
+from paredown.quantize.pt2e import pt2e
 from paredown.quantize.schemes import DYNAMIC, HALF, SCHEMES, WEIGHTS, Levels, scheme_named
 from paredown.score.patterns import matches
 from paredown.target import TARGETS, Target, named
@@ -257,7 +258,7 @@ def converted(base: Calibrated, prepared: fx.GraphModule) -> Quantized:
     """The second half: codes in place of observers. `prepared`, the graph of `base` or what training made of it, is used up."""
     formats = base.formats(prepared)
     _settle(prepared)
-    with quiet("torchao"):
+    with pt2e():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         module = convert_pt2e(prepared)
@@ -468,7 +469,7 @@ def _prepared(graph: fx.GraphModule, quantizer: TableQuantizer, program: Program
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     before = _outputs(graph, program.inputs)
-    with quiet("torchao"):
+    with pt2e():
         if has_bags(graph.graph):
             plain_bags(graph)
         scales_into_layers(graph)
