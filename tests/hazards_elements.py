@@ -531,7 +531,7 @@ def norm_over_feature_map() -> nn.Module:
     return nn.Sequential(conv(3, 6), nn.LayerNorm([6, 8, 8]), nn.ReLU(), conv(6, 3))
 
 
-@hazard(norms={"mean": ("head.weight", 0)})
+@hazard(free=6 + 5 + 3, norms={"mean": ("head.weight", 0)}, zero_writes=True)
 def cosine_similarity() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         return F.cosine_similarity(m.a(x), m.b(x), dim=1) + m.mean(m.head(m.c(x)))

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import math
 import runpy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,8 @@ CENTRE, SPREAD = 3000.0, 500.0
 """The network answers in spreads from the centre, g: so its numbers are of order 1, which training and 8 bits both want."""
 BATCH, EPOCHS, LR, WEIGHT_DECAY = 64, 24, 2e-3, 1e-2
 WIDTH = 16
+DAMAGED = 0.01
+"""Share of one's own pictures that may be damaged; they are named and left out."""
 BANDS = {2500: "below 2500 g", 3000: "2500 to 3000 g", 3500: "3000 to 3500 g", 4000: "3500 to 4000 g", math.inf: "4000 g and more"}  # fmt: skip
 """Weights below the number have this name. Below 2500 g is called a low birth weight, from 4000 g on a high one."""
 READ = ("file", "weight", "subject", "split")
@@ -281,15 +284,20 @@ def _own(folder: Path) -> dict[str, Split]:
     roles: dict[str, tuple[list[np.ndarray], list[float], list[dict[str, str | None]]]]
     roles = {r: ([], [], []) for r in COUNTS}
     seen: dict[str, tuple[str, str]] = {}
+    damaged: list[str] = []
     for number, row in enumerate(rows, start=2):
         where, subject = f"{table}:{number}", (row.get("subject") or "").strip()
         role, weight, picture = _role(row, where), _grams(row["weight"], where), _read(folder, row["file"], where)
+        if picture is None:
+            damaged.append(f"{row['file']} (line {number})")
+            continue
         if subject:
             _in_one_role(f"the subject {subject!r}", role, where, seen)
         _in_one_role(f"the picture {hashlib.sha256(picture.tobytes()).hexdigest()[:16]}", role, where, seen)
         roles[role][0].append(picture)
         roles[role][1].append(weight)
         roles[role][2].append(row)
+    _tell_damaged(damaged, len(rows), table)
     empty = [r for r, (p, *_) in roles.items() if not p]
     if empty:
         msg = f"every split must have pictures. Got none for {', '.join(empty)} of {len(rows)} rows at {table}."
@@ -348,7 +356,19 @@ def _grams(text: str | None, where: str) -> float:
     return grams
 
 
-def _read(folder: Path, name: str | None, where: str) -> np.ndarray:
+def _tell_damaged(damaged: Sequence[str], num_rows: int, table: Path) -> None:
+    """Pictures that are there and cannot be read: named, and left out, up to DAMAGED of them; more are refused."""
+    if not damaged:
+        return
+    shown = ", ".join(damaged[:20]) + (f" and {len(damaged) - 20} more" if len(damaged) > 20 else "")
+    if len(damaged) > DAMAGED * num_rows:
+        msg = f"file must be a picture; {DAMAGED:.0%} of them may be damaged. Got {len(damaged)} of {num_rows} that cannot be read at {table}: {shown}."
+        raise RejectedError(msg)
+    warnings.warn(f"{len(damaged)} of {num_rows} pictures cannot be read and were left out: {shown}", stacklevel=2)
+
+
+def _read(folder: Path, name: str | None, where: str) -> np.ndarray | None:
+    """The picture at SIZE; None where it is damaged."""
     from PIL import Image, ImageOps
 
     if not name:
@@ -362,6 +382,8 @@ def _read(folder: Path, name: str | None, where: str) -> np.ndarray:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)  # a phone held upright says so beside the pixels
             return np.asarray(upright.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-    except (OSError, Image.DecompressionBombError) as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError, Image.DecompressionBombError) as error:
         msg = f"file must be a picture. Got {type(error).__name__}: {error} at {where}."
         raise RejectedError(msg) from error
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files, by their kind
+        return None

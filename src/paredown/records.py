@@ -104,6 +104,16 @@ def read(path: Path) -> list[Record]:
     return [Record.from_json(line) for line in lines if line]
 
 
+def read_whole_lines(path: Path) -> list[Record]:
+    """As `read`, without the lines that are no record: what they were of is measured again."""
+    found: list[Record] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                found.append(Record.from_json(line))
+    return found
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends without an error; nothing half-written stays.

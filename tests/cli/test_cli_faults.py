@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,17 @@ def test_the_users_own_code_is_named(call, nets):
     assert done.code == 3
     assert "no such thing" in done.err
     assert "nets.py" in done.err
+
+
+@pytest.mark.parametrize("code", ["", "0", "'bye'"])
+def test_code_of_ones_own_that_ends_the_process_is_no_success(call, tmp_path, code):
+    (tmp_path / "ends.py").write_text(f"import sys\n\n\ndef net():\n    sys.exit({code})\n", encoding="utf-8")
+    done = call("examine", f"{tmp_path / 'ends.py'}:net", *INPUT)
+    assert (done.code, "ended the process with sys.exit" in done.err, "ends.py:5 in net" in done.err) == (
+        3,
+        True,
+        True,
+    ), done.err
 
 
 def test_fault_46_inputs_that_do_not_fit(call, nets):
@@ -302,6 +314,24 @@ def test_calibration_data_of_the_wrong_kind(call, nets, tmp_path):
     ):
         done = call(*ask, name)
         assert (done.code, says in done.err) == (3, True), (name, done.err)
+    assert not Path("q.onnx").exists()
+
+
+def test_fault_16_samples_that_unpack_to_more_than_there_is_memory_for(call, nets, tmp_path, monkeypatch):
+    """The size that the archive declares is looked at before anything is unpacked; so is the number of its entries."""
+    np.savez_compressed("bomb.npz", x=np.zeros((4000, 3, 12, 12), np.float32))
+    assert Path("bomb.npz").stat().st_size < 20_000
+    with zipfile.ZipFile("many.npz", "w") as archive:
+        for number in range(1001):
+            archive.writestr(f"{number}.npy", b"")
+    monkeypatch.setattr("paredown.machine_memory.available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr("numpy.load", lambda *args, **kwargs: pytest.fail("it was unpacked"))
+    ask = ("quantize", f"{nets}:net", *INPUT, "--out", "q.onnx", "--calibrate")
+    done = call(*ask, "bomb.npz")
+    assert (done.code, "must fit in memory" in done.err, "bomb.npz" in done.err) == (7, True, True), done.err
+    assert "6,912,1" in done.err  # bytes: 4 × 4000 × 3 × 12 × 12 and a header
+    done = call(*ask, "many.npz")
+    assert (done.code, "at most 1,000 arrays" in done.err) == (3, True), done.err
     assert not Path("q.onnx").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paredown.cli.coding import NO_DATA, SIMULATED, WEIGHTS
+from paredown.cli.coding import ALONE, NO_DATA, WEIGHTS
 from paredown.quantize.schemes import DYNAMIC, HALF, SCHEMES
 from paredown.quantize.schemes import WEIGHTS as TABLE_WEIGHTS
 
@@ -37,7 +37,7 @@ def own(tmp_path: Path) -> Path:
 
 def test_schemes_that_need_no_samples_are_those_of_the_table():
     assert set(NO_DATA) == {*DYNAMIC, HALF} and set(WEIGHTS) == set(TABLE_WEIGHTS)
-    assert set(SIMULATED) == {s.name for s in SCHEMES.values() if s.activations == "static" and s.activation_bits < 8}
+    assert set(ALONE) == {s.name for s in SCHEMES.values() if s.activations == "static" and s.activation_bits < 8}
 
 
 @pytest.mark.parametrize("scheme", NO_DATA)

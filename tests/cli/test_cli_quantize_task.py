@@ -239,6 +239,63 @@ def test_a_file_that_was_not_compared_does_not_stay(call, folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["any.py"]
 
 
+def variant(folder: Path, place: Path, **functions: str) -> tuple[str, ...]:
+    """The same task with other functions, as a request."""
+    more = "".join(f"\n\ndef {name}{rest}\n" for name, rest in functions.items())
+    (place / "variant.py").write_text(SOURCE + more, encoding="utf-8")
+    return (
+        "quantize",
+        f"{folder / 'own.py'}:net",
+        "--input",
+        "2x8",
+        "--task",
+        str(place / "variant.py"),
+        "--out",
+        "a.onnx",
+    )
+
+
+def test_fault_49_test_data_calibrate_nothing(call, folder, tmp_path):
+    on_test = "():\n    return [x for x, _ in test_batches()]"
+    done = call(*variant(folder, tmp_path, calibration_batches=on_test))
+    assert (done.code, "must not share samples with test_batches. Got 256 of 256" in done.err) == (3, True), done.err
+    assert "quantize\n" not in done.err, "before any work"
+    np.save("x.npy", torch.cat([x for x, _ in own(folder)["test_batches"]()])[:40].numpy())
+    done = call(*variant(folder, tmp_path), "--calibrate", "x.npy")
+    assert (done.code, "--calibrate must not share samples with test_batches. Got 40 of 40" in done.err) == (3, True), (
+        done.err
+    )
+    own_data = "(predict):\n    return {'accuracy': torch.cat([100.0 * (predict(x).argmax(1) == y) for x, y in _split(64, 2)])}"
+    done = call(*variant(folder, tmp_path, evaluate=own_data))
+    assert (done.code, "with what evaluate gives the network. Got 64 of 64" in done.err) == (3, True), done.err
+    done = call(
+        *variant(folder, tmp_path, calibration_batches="():\n    return [x for x, _ in choose_batches()][:1]"), "--json"
+    )
+    assert done.code == 0, done.err
+    assert (
+        "32 of 256 held-out samples are also calibration samples: the held-out figures are too good."
+        in done.json["notes"]
+    )
+
+
+def test_a_loader_without_end_calibrates_with_a_number_of_samples(call, folder, tmp_path):
+    endless = "():\n    return (torch.randn(16, 8) * WIDE for _ in iter(int, 1))"
+    done = call(*variant(folder, tmp_path, calibration_batches=endless), "--samples", "40", "--json")
+    assert done.code == 0, done.err
+    assert not any("samples; below" in n for n in done.json["notes"])
+
+
+def test_fault_48_nothing_is_written_where_the_metric_has_no_data_or_fails(call, folder, tmp_path):
+    for changes, says in (
+        ({"choose_batches": "():\n    return []"}, "choose_batches must yield at least one batch"),
+        ({"calibration_batches": "():\n    return []"}, "calibration_batches must yield at least one batch"),
+        ({"evaluate": "(predict, batches):\n    return {'accuracy': float('nan')}"}, "must be a finite number"),
+    ):
+        done = call(*variant(folder, tmp_path, **changes))
+        assert (done.code, says in done.err) == (3, True), done.err
+        assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["variant.py"]
+
+
 def test_the_fewest_layers_go_back_to_float(call, asked, folder):
     ask = (*asked, "--scheme", "ternary")
     lost = call(*ask, "--out", "a.onnx", "--json").json["metric"]
@@ -291,7 +348,7 @@ def test_bits_are_chosen_for_a_size(call, asked):
     assert not Path("d.onnx").exists()
 
 
-def test_four_bit_activations_are_simulated_and_the_weights_are_packed(call, asked, folder):
+def test_four_bit_activations_are_simulated_beside_packed_weights_and_run_in_a_file(call, asked, folder):
     done = call(*asked, "--scheme", "w4a4", "--out", "a.safetensors", "--json")
     assert done.code == 0, done.err
     found = done.json
@@ -313,6 +370,12 @@ def test_four_bit_activations_are_simulated_and_the_weights_are_packed(call, ask
     assert not torch.equal(load_packed("b.safetensors")["2.weight"].codes, weights["2.weight"].codes)
     said = " ".join(call(*asked, "--scheme", "w4a4", "--out", "c.safetensors").out.split())
     assert "simulated" in said and "no runtime multiplies" in said
+    run = call(*asked, "--scheme", "w4a4", "--out", "d.onnx", "--json")
+    assert run.code == 0 and run.json["check"]["holds"], run.err
+    assert run.json["metric"]["badge"] == "measured" and run.json["metric"]["codes"] == pytest.approx(
+        found["metric"]["codes"]
+    )
+    assert any("kernels of 8 bits" in note for note in run.json["notes"])
 
 
 @pytest.mark.parametrize(
@@ -333,7 +396,6 @@ def test_four_bit_activations_are_simulated_and_the_weights_are_packed(call, ask
         (["--size-bytes", "1 kB", "--target", "openvino-x86"], "--size-bytes must be met by bits per layer"),
         (["--epochs", "1", "--scheme", "w4"], "--epochs must be left out for the scheme w4"),
         (["--spare", "--metric-loss", "1", "--scheme", "int8-dynamic"], "--spare must be left out"),
-        (["--scheme", "w4a4"], "--out must be a file of packed weights"),
         (["--teacher", "own.py"], "--teacher must come with --epochs"),
         (["--device", "cuda"], "--device must be cpu"),
     ],
@@ -426,6 +488,19 @@ def test_calibration_of_another_range_than_the_evaluation_is_told(call, asked, f
         assert done.code == 0, done.err
         assert done.json["calibrated_on"] == "given"
         assert any("calibration inputs lie in" in n and "evaluate gives in" in n for n in done.json["notes"]) == odd
+
+
+def test_fault_51_samples_that_are_not_finite_are_counted_and_left_out(call, asked, folder):
+    x = torch.cat(own(folder)["calibration_batches"]()).numpy()
+    x[[3, 40]] = np.nan
+    np.save("x.npy", x)
+    done = call(*asked, "--calibrate", "x.npy", "--out", "a.onnx", "--json")
+    assert done.code == 0, done.err
+    assert "calibration: 2 samples with NaN or infinity were left out" in done.json["notes"]
+    x[:] = np.nan
+    np.save("x.npy", x)
+    done = call(*asked, "--calibrate", "x.npy", "--out", "b.onnx")
+    assert (done.code, "Got 64 samples, all with NaN or infinity" in done.err) == (3, True), done.err
 
 
 def test_a_layer_of_zeros_is_flagged_and_not_trained(call, asked, folder):

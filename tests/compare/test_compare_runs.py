@@ -194,6 +194,27 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
         compare(good, good, recorded=True)
 
 
+@pytest.mark.parametrize("kind", ["curve", "sensitivity"])
+def test_a_folder_of_a_curve_or_a_sensitivity_is_no_run_to_go_on_with(kind: str, tmp_path: Path) -> None:
+    good = run(tmp_path / "a", DENSE)
+    (tmp_path / "other").mkdir()
+    append(tmp_path / "other/records.jsonl", Record(cell={"stage": kind}))
+    append(tmp_path / "other/records.jsonl", Record(cell={"stage": "trial", "kind": "pruned"}))
+    with pytest.raises(RejectedError, match=rf"Got a {kind} in 'other'. `paredown compress` of a recipe makes a run"):
+        compare(good, tmp_path / "other", recorded=True)
+
+
+def test_a_table_of_runs_has_the_metric_in_its_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from paredown.cli.compare import compare as told
+
+    prices = {"unit": "EUR", "metric": {"name": "mae", "unit": "EUR", "goal": "min"}}
+    rng = np.random.default_rng(0)
+    one, other = (run(tmp_path / n, 10_000 + 900 * rng.normal(size=200), **prices) for n in "ab")
+    assert told(one, other, recorded=True) == 0
+    said = capsys.readouterr().out
+    assert "EUR" in said.partition("against")[0] and "e+0" not in said
+
+
 def test_files_that_are_gone_are_not_timed(tmp_path: Path) -> None:
     found = compare(run(tmp_path / "a", DENSE), run(tmp_path / "b", DENSE, size=900))
     assert found.timings == ()

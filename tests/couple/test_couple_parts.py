@@ -303,7 +303,85 @@ def _normed_heads() -> nn.Module:
     )
 
 
+def _equalised() -> nn.Module:
+    """Learning rates made equal: weights and biases are scaled at every call."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = F.leaky_relu(F.linear(x, m.one * 0.4, m.bias * 0.1), 0.2)
+        return m.head(F.linear(x, m.two / 2.0).relu())
+
+    one, two, bias = (nn.Parameter(random(*shape)) for shape in ((6, 11), (7, 6), (6,)))
+    return Net(forward, one=one, two=two, bias=bias, head=nn.Linear(7, 3))
+
+
+def _unit_rows() -> nn.Module:
+    """Classes as directions: features and rows are divided by their lengths, over the features that are left; and a weight norm
+    by hand, whose lengths are one for each row."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = F.linear(m.inner(x).relu(), m.v * (m.g / m.v.norm(dim=1).clamp_min(0.1))[:, None])
+        return F.linear(F.normalize(x), F.normalize(m.classes)) * 8.0
+
+    v, g, classes = (nn.Parameter(random(*shape)) for shape in ((6, 5), (6,), (3, 6)))
+    return Net(forward, inner=nn.Linear(11, 5), v=v, g=g, classes=classes)
+
+
+def _distances() -> nn.Module:
+    """Two vectors compared by their angle and their distance; and with learned prototypes."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        one, other = m.a(x).relu(), m.b(x).relu()
+        angle, gap = F.cosine_similarity(one, other, dim=-1), F.pairwise_distance(one, other)
+        return torch.cat([angle[:, None], gap[:, None], torch.cdist(m.c(one), m.prototypes)], 1)
+
+    return Net(
+        forward, a=nn.Linear(11, 6), b=nn.Linear(11, 6), c=nn.Linear(6, 5), prototypes=nn.Parameter(random(4, 5))
+    )
+
+
+def _made_matrix() -> nn.Module:
+    """A matrix of 6 rows made for every sample, which reads what comes in: rows leave whole."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        made = m.rows(m.inner(x[:, 5:]).relu()).view(-1, 6, 5)
+        return m.head((torch.bmm(made, x[:, :5].unsqueeze(2)).squeeze(2) + m.shift(x)).relu())
+
+    return Net(forward, inner=nn.Linear(6, 4), rows=nn.Linear(4, 30), shift=nn.Linear(11, 6), head=nn.Linear(6, 3))
+
+
+def _fields() -> nn.Module:
+    """A factorisation machine: fields are summed, then their features; the same ones leave all fields."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        fields = torch.stack([m.a(x[:, :4]), m.b(x[:, 4:8]), m.c(x[:, 8:])], 1)
+        pairs = 0.5 * (fields.sum(1).square() - fields.square().sum(1)).sum(1, keepdim=True)
+        return pairs + m.head(fields.flatten(1))
+
+    return Net(forward, a=nn.Linear(4, 6), b=nn.Linear(4, 6), c=nn.Linear(3, 6), head=nn.Linear(18, 3))
+
+
+def _splines() -> nn.Module:
+    """A layer of learned curves: each feature as four bumps, and all coefficients of one output in a row of [out, in · 4]."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.inner(x)
+        bumps = torch.exp(-(x.unsqueeze(-1) - m.grid).square()).view(x.size(0), -1)
+        curves = (m.curves * m.scale.unsqueeze(-1)).view(6, -1)
+        return m.head(F.linear(F.silu(x), m.base) + F.linear(bumps, curves))
+
+    curves, scale, base = (nn.Parameter(random(*shape)) for shape in ((6, 5, 4), (6, 5), (6, 5)))
+    net = Net(forward, inner=nn.Linear(11, 5), curves=curves, scale=scale, base=base, head=nn.Linear(6, 3))
+    net.register_buffer("grid", torch.linspace(-1, 1, 4))
+    return net
+
+
 CASES = {
+    "splines": Case(build=_splines, inputs=_features, free=5 + 6, realiser="graph"),
+    "distances": Case(build=_distances, inputs=_features, free=6 + 5, realiser="module", zero_writes=True),
+    "made_matrix": Case(build=_made_matrix, inputs=_features, free=4 + 6, realiser="graph"),
+    "fields": Case(build=_fields, inputs=_features, free=6, realiser="module", zero_writes=True),
+    "equalised": Case(build=_equalised, inputs=_features, free=6 + 7, realiser="module"),
+    "unit_rows": Case(build=_unit_rows, inputs=_features, free=5 + 6, realiser="module", zero_writes=True),
     "decoder": Case(build=_decoder, inputs=_tokens, free=8 + 12 + 2 + 2, realiser="graph"),
     "gates": Case(build=_gates, inputs=_tokens, free=4, realiser="graph"),
     "columns": Case(build=_columns, inputs=_features, free=4 + 3 + 6, realiser="graph"),

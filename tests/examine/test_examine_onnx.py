@@ -291,6 +291,43 @@ def test_fault_14_side_files_hold_what_tensors_declare(
         examine_onnx(changed(with_side_file(tmp_path, "w.bin"), dims, **told))
 
 
+@pytest.mark.parametrize("place", ["sparse", "constant", "function", "branch of a function"])
+def test_fault_12_side_files_are_found_wherever_a_tensor_may_be(place: str, tmp_path: Path) -> None:
+    """What names a file outside the folder is refused, though nothing here would read it."""
+    path = with_side_file(tmp_path, "../secret.bin")
+    model = onnx.load_model(str(path), load_external_data=False)
+    tensor = model.graph.initializer[0]
+    if place == "sparse":
+        indices = onnx.numpy_helper.from_array(np.arange(3), "i")
+        tensor.dims[:] = [3]
+        model.graph.sparse_initializer.add(values=tensor, indices=indices, dims=[4, 4])
+    else:
+        holder = onnx.NodeProto(op_type="Constant", output=["w"])
+        holder.attribute.add(name="value", type=onnx.AttributeProto.TENSOR, t=tensor)
+        if place == "branch of a function":
+            branch = onnx.helper.make_graph([holder], "b", [], [onnx.ValueInfoProto(name="w")])
+            holder = onnx.helper.make_node("If", ["c"], ["w"], then_branch=branch, else_branch=branch)
+        if place == "constant":
+            model.graph.node.insert(0, holder)
+        else:
+            opsets = [onnx.helper.make_opsetid("", 18)]
+            model.functions.append(onnx.helper.make_function("own", "F", [], ["w"], [holder], opsets))
+    del model.graph.initializer[:]
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(RejectedError, match=r"beside it. Got '../secret.bin'"):
+        examine_onnx(path)
+
+
+def test_a_tensor_of_no_known_type_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"\0" * 64)
+    path = with_side_file(tmp_path, "w.bin")
+    model = onnx.load_model(str(path), load_external_data=False)
+    model.graph.initializer[0].data_type = 999
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(RejectedError, match=r"type that ONNX knows. Got number 999 for 'w'"):
+        examine_onnx(path)
+
+
 def test_fault_14_shapes_without_data_and_below_zero(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(b"\0" * 64)
     with pytest.raises(RejectedError, match="no negative size"):

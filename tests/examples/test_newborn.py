@@ -185,6 +185,27 @@ def test_rows_that_cannot_be_used_are_named(change: dict[str, str], said: str, t
     assert "labels.csv:5" in str(raised.value)
 
 
+def test_fault_51_damaged_pictures_are_counted_named_and_left_out_up_to_a_limit(tmp_path: Path) -> None:
+    rows = [
+        {"file": f"{i}.png", "weight": str(2500 + i), "split": ("train", "choose", "test")[i % 3]} for i in range(200)
+    ]
+    folder = folder_of(tmp_path, rows)
+    whole = (folder / "7.png").read_bytes()
+    (folder / "7.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "8.png").write_bytes(b"no picture")
+    with pytest.warns(
+        UserWarning, match=r"2 of 200 pictures cannot be read and were left out: 7.png \(line 9\), 8.png \(line 10\)$"
+    ):
+        assert len(task.split("choose", folder).targets) == 66  # of 67
+    assert len(task.split("test", folder).targets) == 65  # of 66
+    (folder / "9.png").write_bytes(b"")
+    task._own.cache_clear()
+    with pytest.raises(
+        RejectedError, match=r"1% of them may be damaged. Got 3 of 200 that cannot be read at .*labels.csv: 7.png"
+    ):
+        task.split("train", folder)
+
+
 def test_one_role_may_have_a_subject_and_a_picture_twice(tmp_path: Path) -> None:
     rows = rows_of_six()
     folder = folder_of(tmp_path, rows)

@@ -56,9 +56,17 @@ def test_twice_its_own_distance_is_the_bound(steep):
     assert conditioning.excuse(steep, part, 0.5) == ""
 
 
+def test_a_refusal_says_where_no_file_could_be_told_right_from_wrong(steep):
+    part = (torch.randn(64, 64),), {"shift": torch.randn(64, 64)}
+    torch.manual_seed(0)
+    deep = quantized(Steep(24), torch.randn(16, 64), shift=torch.randn(16, 64))
+    assert "no file of it can be told right from wrong" in conditioning.hopeless(deep, part, 0.95)
+    assert conditioning.hopeless(deep, part, 0.99) == conditioning.hopeless(steep, part, 0.95) == ""
+
+
 def test_a_right_file_of_a_network_that_amplifies_holds_and_says_so(tmp_path):
     torch.manual_seed(0)
-    made = quantized(Steep(8), torch.randn(16, 64), shift=torch.randn(16, 64))
+    made = quantized(Steep(12), torch.randn(16, 64), shift=torch.randn(16, 64))
     artifact = pare.export(made, tmp_path / "net.onnx")
     many = {"args": (torch.randn(1024, 64),), "kwargs": {"shift": torch.randn(1024, 64)}}
     found = pare.check(artifact, made, [many], strict=False)

@@ -113,6 +113,11 @@ def test_a_reference_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     nn.init.constant_(broken.bias, math.nan)
     with pytest.raises(RejectedError, match="NaN in output 0"):
         check(artifact, broken, [X], strict=False)
+    large = nn.Linear(8, 2).eval()
+    nn.init.constant_(large.bias, 3e38)
+    large.weight.data *= 1e38  # every output overflows, in the file too
+    with pytest.raises(RejectedError, match="infinity in output 0"):
+        check(export((large, X[:2]), tmp_path / "large.onnx"), large, [X])
     bad = X.clone()
     bad[3, 1] = math.nan
     with pytest.raises(RejectedError, match="samples"):

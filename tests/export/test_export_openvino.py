@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import getpass
 import itertools
+import operator
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -351,6 +353,57 @@ def test_dense_layers_that_become_one_kernel_answer_as_they_should(
         if n.get_type_name() == "Constant"
     }
     assert max(len(np.unique(a)) for a in stored.values() if a.dtype == np.float32 and a.size == sizes[1]) > 1
+
+
+@pytest.mark.parametrize("join", [operator.mul, operator.sub])
+def test_gates_in_front_of_experts_answer_as_they_should_for_one_sample(tmp_path: Path, join: Any) -> None:
+    """OpenVINO 2026.4: where a gate of one number comes first, the kernel of an expert answers nonsense."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.head = nn.Linear(32, 4), nn.Linear(32, 5)
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(4)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gates = self.gate(x).softmax(-1)
+            values, chosen = gates.topk(2, -1)
+            sparse = torch.zeros_like(gates).scatter(-1, chosen, values)
+            mixed = sum(join(sparse[:, n : n + 1], expert(x)) for n, expert in enumerate(self.experts))
+            return self.head(torch.relu(x + mixed))
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    quantized = quantize(capture(Mixture().eval(), x[:2]), calibrate=[x], target="openvino-x86")
+    found = check(export(quantized, tmp_path / "mixture.xml", target="openvino-x86"), quantized, [x, x[:1], x[:8]])
+    assert found.cosine > 0.99999 and found.num_layers == found.num_layers_on_codes == 10
+
+
+def test_a_layer_that_reads_no_input_has_float_weights(tmp_path: Path) -> None:
+    """Of position codes, say: for a fixed batch OpenVINO 2026.4 folds them, and refuses some on codes ("m_element_type.is_static()")."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.place, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            row = torch.ones(x.shape[0], 1, 8, 8).cumsum(2)
+            return self.b(torch.relu(self.a(x) + self.place(torch.cat([row.sin(), row.cos()], 1))))
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    quantized = quantize(capture(Placed().eval(), x[:2]), calibrate=[x], target="openvino-x86")
+    artifact = export(quantized, tmp_path / "placed.xml")
+    assert check(artifact, quantized, [x]).cosine > 0.99999
+    stored = [
+        np.array(n.data) for n in openvino.Core().read_model(artifact.path).get_ops() if n.get_type_name() == "Constant"
+    ]
+    assert sorted(s.size for s in stored if s.dtype == np.int8) == [3 * 8 * 9, 8 * 4 * 9]
+    place = quantized.weights["place.weight"].unpack().numpy()
+    assert any(s.shape == place.shape and np.allclose(s, place, atol=1e-6) for s in stored if s.dtype == np.float32)
 
 
 SIGNALS = """

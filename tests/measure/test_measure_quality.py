@@ -71,7 +71,7 @@ def test_two_networks_that_agree_everywhere_do_not_get_certainty() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [None, "0.9", float("nan"), [1.0, float("inf")], [], [[1.0, 2.0]], object(), {"nested": 1}]
+    "wrong", [None, True, "0.9", float("nan"), [1.0, float("inf")], [], [[1.0, 2.0]], object(), {"nested": 1}]
 )
 def test_a_metric_that_is_no_number_is_refused_by_name(wrong: object) -> None:
     with pytest.raises(RejectedError, match="the metric 'accuracy' must be"):

@@ -15,7 +15,8 @@ from paredown.pipeline.budgets import check_budget
 from paredown.pipeline.fitted import unpacking_bytes
 from paredown.quantize.packed import packed_length
 from paredown.recipe import parse_recipe
-from paredown.records import read
+from paredown.records import Measured, read
+from paredown.train import Metric
 
 TASK = Path(__file__).with_name("small_task.py")
 
@@ -62,6 +63,24 @@ def test_bytes_are_met_by_bits_and_the_file_stays_within(tmp_path):
     counts = [(list(trial["bits"].values()).count(b), b) for b in sorted(set(trial["bits"].values()), reverse=True)]
     assert trial["recipe"]["bits"] == ", ".join(f"{n} × {b} bits" for n, b in counts)
     assert "How the budget was met" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_bound_that_was_a_share_keeps_it() -> None:
+    from types import SimpleNamespace
+
+    from paredown.pipeline.verdict import bounds
+
+    numbers = ("metric", "bytes", "latency_ms", "baseline_latency_ms", "parameters", "macs", "peak_memory_bytes")
+    stages = {
+        name: SimpleNamespace(measured={k: Measured(value=v, unit="") for k in numbers})
+        for name, v in (("dense", 10.0), ("int8", 4.0))
+    }
+    asked = recipe({"latency": 0.5, "size_bytes": 0.5, "macs": 7})
+    run: Any = SimpleNamespace(recipe=asked, task=SimpleNamespace(metric=Metric(name="m", unit="", goal="max")))
+    found = {b["what"]: b for b in bounds(run, stages)}  # type: ignore[arg-type]
+    assert (found["latency"]["share"], found["latency"]["bound"]) == (0.5, 2.0)  # of the dense file in the same turns
+    assert (found["size_bytes"]["share"], found["size_bytes"]["bound"]) == (0.5, 5.0)
+    assert "share" not in found["macs"] and found["macs"]["bound"] == 7
 
 
 def test_fault_72_a_latency_that_is_met_already_is_said(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,11 +15,20 @@ from safetensors.torch import save_file
 
 pytest.importorskip("onnxruntime")
 
+import paredown as pare
 from paredown.errors import RejectedError, UsageError
+from paredown.measure import artifact_at
 from paredown.models import load_task_module
 from paredown.pipeline.compress import compress, task_of, versions
 from paredown.pipeline.curves import Curved, check_cells, curve, machine_for
+from paredown.pipeline.folder import RunFolder
+from paredown.pipeline.run import Run
+from paredown.pipeline.stages import quantized_of
+from paredown.pipeline.trial import Asked, _in_codes, _timed
+from paredown.plan import Rank
+from paredown.program import capture
 from paredown.recipe import Recipe, parse_recipe
+from paredown.recipe_fields import Recover
 from paredown.records import Record, read
 from paredown.report import write_report
 from paredown.sweep import grid
@@ -318,6 +329,78 @@ def test_a_curve_of_quantized_files_scores_each_in_its_runtime_dense_and_control
     assert {c["line"] for c in found.document["comparisons"]} == {"l1 one-shot", "l1 one-shot, INT8"}
 
 
+def with_quantize(asked: Recipe, **keys: Any) -> Recipe:
+    return asked.model_copy(update={"quantize": asked.quantize.model_copy(update=keys)})
+
+
+def test_whatever_fails_of_a_file_in_codes_takes_nothing_of_the_float_file_along(tmp_path: Path) -> None:
+    """Low rank replaced the layer that was to stay in float; and a user's evaluate that breaks on the second file."""
+    task = task_of(recipe())[0]
+    program = capture(task.model(), task.inputs())
+    pare.export(program, tmp_path / "model.onnx")
+
+    def broken(predict: Any) -> Any:
+        msg = "the user's evaluate broke"
+        raise ZeroDivisionError(msg)
+
+    chain = pare.factorize(program, pare.Plan(keep={}, ranks={"2.weight": Rank(method="svd", ranks=(4,))}))
+    for thing, evaluate, stays, said in (
+        (
+            chain,
+            task.evaluate,
+            ["2.weight"],
+            "float_layers must match parameters or modules of the network. Got '2.weight'",
+        ),
+        (program, broken, [], "ZeroDivisionError: the user's evaluate broke"),
+    ):
+        run = Run(
+            recipe=with_quantize(recipe(quantized=True), float_layers=stays), folder=RunFolder(path=tmp_path),
+            say=lambda _: None, on_training=lambda *_: None, task=dataclasses.replace(task, evaluate=evaluate),
+            weights_given=True, model=None, environment={},  # type: ignore[arg-type]
+        )  # fmt: skip
+        cell = Asked(run=run, kind="base", epochs=None, latency=False, quantized=True, needs={})
+        measured, told = _in_codes(cell, thing, None, artifact_at(tmp_path / "model.onnx"))
+        assert measured == {} and told["scheme"] == "int8" and told["failed"].startswith(said)
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx"]
+
+
+def test_a_layer_that_should_stay_in_float_and_is_nowhere_is_refused_before_any_work() -> None:
+    for pattern, refused in (("2.weight", False), ("2", False), ("*.bias", False), ("3.weight", True)):
+        asked = with_quantize(recipe(quantized=True), float_layers=[pattern])
+        if refused:
+            with pytest.raises(
+                UsageError, match=r"quantize\.float_layers must match .* Got '3\.weight', which matches none"
+            ):
+                check_cells(grid(asked), task_of(asked)[0])
+        else:
+            check_cells(grid(asked), task_of(asked)[0])
+    ranks = recipe(quantized=True, methods=["l1", {"factorize": "svd"}])  # its layers have names that no one knows yet
+    ranks = with_quantize(ranks, float_layers=["2.0.weight"])
+    check_cells(grid(ranks), task_of(ranks)[0])
+
+
+def test_training_with_rounding_ends_in_the_dense_cell_too_where_the_data_have_no_end(tmp_path: Path) -> None:
+    asked = with_quantize(recipe(quantized=True, controls={"kinds": []}), epochs=1)
+    asked = asked.model_copy(update={"recover": asked.recover.model_copy(update={"max_steps": 4})})
+    dense, pruned = grid(asked)
+    assert dense.recipe.recover.max_steps == pruned.recipe.recover.max_steps == 4
+    assert grid(recipe())[0].digest == grid(recipe().model_copy(update={"recover": Recover(epochs=7)}))[0].digest
+    task, made = task_of(asked)[0], []
+
+    def endless() -> Any:
+        for batch in itertools.cycle(task.train_batches()):
+            made.append(batch)
+            yield batch
+
+    (tmp_path / "steps").mkdir()
+    run = Run(
+        recipe=dense.recipe, folder=RunFolder(path=tmp_path), say=lambda _: None, on_training=lambda *_: None,
+        task=dataclasses.replace(task, train_batches=endless), weights_given=True, model=None, environment={},  # type: ignore[arg-type]
+    )  # fmt: skip
+    quantized_of(run, capture(task.model(), task.inputs()), None)
+    assert 4 <= len(made) < 40
+
+
 def test_a_function_of_the_task_that_asks_for_more_than_it_is_given_is_told_before_any_work() -> None:
     from paredown.pipeline.stages import accepted
 
@@ -363,12 +446,6 @@ def test_rounding_that_a_task_cannot_train_is_refused_before_any_work(tmp_path: 
 def test_a_file_in_codes_takes_turns_with_the_dense_file_in_float(tmp_path: Path) -> None:
     import torch
     from torch import nn
-
-    import paredown as pare
-    from paredown.measure import artifact_at
-    from paredown.pipeline.folder import RunFolder
-    from paredown.pipeline.run import Run
-    from paredown.pipeline.trial import Asked, _timed
 
     base, own, asked = tmp_path / "base", tmp_path / "own", recipe(quantized=True, latency=True)
     base.mkdir(), own.mkdir()

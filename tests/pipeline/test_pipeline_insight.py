@@ -15,7 +15,7 @@ from paredown.errors import RejectedError
 from paredown.measure.disturbed import disturbances, disturbed, is_pictures
 from paredown.measure.peak import machine_peaks
 from paredown.pipeline.compress import compress
-from paredown.pipeline.insight import changed, traffic
+from paredown.pipeline.insight import _apart, changed, traffic
 from paredown.program import capture
 from paredown.recipe import load_recipe
 from paredown.records import read
@@ -63,7 +63,9 @@ def test_slices_by_value_and_by_quarter() -> None:
         "size": rng.normal(size=400).tolist(),
         "rare": [i if i < 3 else 9 for i in range(400)],
     }
-    found = changed(dense, now, columns, "min", "g")["slices"]
+    every = changed(dense, now, columns, "min", "g")
+    assert every["few"] == [{"column": "rare", "value": str(i), "n": 1} for i in range(3)]  # fault 62: named, no figure
+    found = every["slices"]
     worst = found[0]
     assert (worst["column"], worst["value"], worst["n"]) == ("group", "2", 133)
     assert worst["low"] < worst["change"] < worst["high"] and worst["change"] == pytest.approx(5.0, abs=0.05)
@@ -162,6 +164,16 @@ def test_bias_is_the_one_that_was_put_in(run: Any) -> None:
     assert files["dense"]["value"] == pytest.approx(-0.5, abs=1e-4)
     assert files["int8"]["value"] == pytest.approx(-0.5, abs=0.1) and files["int8"]["low"] < files["int8"]["high"]
     assert len(files["int8"]["scatter"]) == 61
+    y = torch.cat([y for _, y in own().test_batches()])
+    assert files["dense"]["truth"] == pytest.approx([float(y.min()), float(y.max())], rel=1e-3)
+    assert files["dense"]["predicted"] == pytest.approx([float(y.min()) - 0.5, float(y.max()) - 0.5], rel=1e-2)
+    assert not files["dense"]["apart"]
+
+
+@pytest.mark.parametrize(("unit", "apart"), [(1.0, False), (0.001, True), (1000.0, True)])
+def test_fault_57_predictions_in_another_unit_than_the_truth(unit: float, apart: bool) -> None:
+    grams = np.random.default_rng(0).normal(3300, 400, 200)
+    assert _apart(grams + 30 * np.random.default_rng(1).normal(size=200), unit * grams) is apart
 
 
 def test_slices_of_the_run(run: Any) -> None:

@@ -144,6 +144,12 @@ def test_calibration_data_that_is_test_data_is_refused(job: dict, tmp_path: Path
         _run(recipe, task, Scale, True, tmp_path / "run", overwrite=False, quiet=True)
 
 
+def test_fault_49_an_evaluation_that_reads_what_was_calibrated_on_is_refused(job: dict, tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match=r"calibration_batches .* what evaluate gives the network. Got 60 of 60"):
+        call(job, tmp_path / "run", calibrate=lambda: [samples(60, 1)])
+    assert not (tmp_path / "run" / "int8.onnx").exists()
+
+
 def test_nan_in_the_metric_is_refused(job: dict, tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match="NaN"):
         call(job, tmp_path / "run", evaluate=lambda predict: {"mae": float("nan")})

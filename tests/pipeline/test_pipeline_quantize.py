@@ -60,8 +60,6 @@ def test_repairs_and_layers_in_float_reach_the_verb(task: Task, tmp_path: Path) 
 def test_wrong_requests_are_refused(task: Task, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="repair"):
         parse_recipe({"schema": 1, "task": "small", "quantize": {"repair": ["magic"]}})
-    with pytest.raises(UsageError, match=r"'w4a4', which is simulated.*paredown quantize RUN --scheme w4a4"):
-        parse_recipe({"schema": 1, "task": "small", "quantize": {"scheme": "w4a4"}})
     with pytest.raises(UsageError, match="matches none"):
         quantized(task, tmp_path / "a", float_layers=["no.such.layer"])
 
@@ -109,7 +107,7 @@ def test_spare_needs_a_bound_and_data_to_choose_on(task: Task, tmp_path: Path) -
         quantized(held, tmp_path / "c", budget={"metric_loss": 1.0}, spare=True, epochs=1)
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("w4a8", marks=pytest.mark.slow), "int8-dynamic", "fp16"])
+@pytest.mark.parametrize("scheme", [pytest.param("w4a8", marks=pytest.mark.slow), "w4a4", "int8-dynamic", "fp16"])
 def test_another_scheme_has_a_stage_a_file_and_a_verdict_of_its_name(task: Task, tmp_path: Path, scheme: str) -> None:
     import onnx
 
@@ -130,10 +128,17 @@ def test_another_scheme_has_a_stage_a_file_and_a_verdict_of_its_name(task: Task,
         onnx.TensorProto.FLOAT16 if scheme == "fp16" else onnx.TensorProto.UINT8
     ) in kinds  # of w4a8 two codes to a byte
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert {"w4a8": "W4A8", "int8-dynamic": "dynamic INT8", "fp16": "FP16"}[scheme] in page
+    assert {"w4a8": "W4A8", "w4a4": "W4A4", "int8-dynamic": "dynamic INT8", "fp16": "FP16"}[scheme] in page
     assert ("exact int8 sums" in done.verdict["snippet"]) == (
         scheme != "fp16" and not has_exact_products(done.artifact.path)
     )
+    if scheme == "w4a4":
+        made = next(r for r in read(tmp_path / "run" / "records.jsonl") if r.cell["stage"] == "w4a4")
+        assert (
+            "kernels of 8 bits" in " ".join(made.details["notes"])
+            and made.measured["simulated_metric"].value is not None
+        )
+        assert made.details["layers_on_codes"]["on_codes"] == made.details["layers_on_codes"]["of"] > 0
     if scheme == "fp16":
         bits = next(r for r in read(tmp_path / "run" / "records.jsonl") if r.cell["stage"] == "insight").details["bits"]
         assert (

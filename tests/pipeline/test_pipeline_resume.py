@@ -136,6 +136,56 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert (out / "thesis.txt").read_text() == "mine"
 
 
+def test_a_run_that_was_refused_before_any_work_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """Its task was wrong: mended, the same command begins. What has made a stage, a checkpoint or a file is kept."""
+    from paredown.errors import UsageError
+    from paredown.pipeline.folder import opened
+
+    def take(recipe: str) -> None:
+        with opened(tmp_path, recipe, lambda there: "" if there == recipe else "differs", overwrite=False):
+            pass
+
+    take("first")
+    take("second")
+    assert (tmp_path / "recipe.yaml").read_text(encoding="utf-8") == "second"
+    for made in ("steps/level-1.safetensors", "steps/00-examine.json", "dense.onnx", "records.jsonl", "trials"):
+        (tmp_path / made).touch()
+        with pytest.raises(UsageError, match="holds another run"):
+            take("third")
+        (tmp_path / made).unlink()
+    take("third")
+
+
+@pytest.mark.parametrize(
+    ("there", "holds", "others"),
+    [
+        ("trials/0a", "a curve", ("a run", "a sensitivity")),
+        ("journal.jsonl", "a sensitivity", ("a run", "a curve")),
+        ("steps/00-examine.json", "a run", ("a curve", "a sensitivity")),
+    ],
+)
+def test_a_folder_of_another_command_is_refused_and_stays_as_it_is(
+    there: str, holds: str, others: tuple[str, ...], tmp_path: Path
+) -> None:
+    from paredown.errors import UsageError
+    from paredown.pipeline.folder import opened
+
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("mine")
+    (tmp_path / "recipe.yaml").write_text("the same")
+    for kind in others:
+        for overwrite in (False, True):
+            with (
+                pytest.raises(
+                    UsageError, match=f"out must be an empty folder or one of {kind}. .* which holds {holds}"
+                ),
+                opened(tmp_path, "the same", lambda _: "", overwrite=overwrite, kind=kind),
+            ):
+                pass
+    with opened(tmp_path, "the same", lambda _: "", overwrite=False, kind=holds):
+        assert (tmp_path / there).read_text() == "mine"
+
+
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     from paredown.errors import ResourceError
     from paredown.pipeline.folder import opened

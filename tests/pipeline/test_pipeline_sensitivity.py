@@ -153,6 +153,17 @@ def test_test_data_change_nothing(monkeypatch: Any, tmp_path: Path) -> None:
     assert again.measured_now == 0 and again.document == first.document
 
 
+def test_lines_of_the_journal_that_are_no_points_are_measured_again(tmp_path: Path) -> None:
+    first = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
+    journal = tmp_path / "out" / "journal.jsonl"
+    lines = journal.read_text().splitlines()
+    lines[1] = lines[1][:40]  # torn
+    lines[2] = '{"key": "of something else"}'
+    journal.write_text("\n".join([*lines, "[]", ""]))
+    again = sensed(tmp_path / "out", bits=(4,), amounts=(0.5,))
+    assert again.measured_now == 2 and again.document == first.document
+
+
 def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path) -> None:
     sensed(tmp_path / "out", bits=(), amounts=(0.5,))
     with pytest.raises(UsageError, match="criterion"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import paredown as pare
-from paredown.errors import GateError, VerificationError
+from paredown.errors import GateError, RejectedError, VerificationError
 from paredown.measure.quality import paired, summarize
 from paredown.pipeline import stages
 from paredown.pipeline.folder import RunFolder
@@ -55,6 +55,42 @@ def test_a_network_that_answers_the_same_for_all_and_other_inputs_are_told(task:
 
     found = records(run_of(dataclasses.replace(task, evaluate=noisy), tmp_path / "b"), task.model())
     assert ["other inputs" in s for s in found["level-1"].details["alarms"]] == [True]
+
+
+def test_fault_52_means_of_uneven_batches_are_told(task: Task, tmp_path: Path) -> None:
+    samples = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def means(predict: Any) -> dict[str, Any]:
+        return {"accuracy": [50.0 + float(predict(x).mean()) for x in samples.split(4)]}
+
+    found = records(run_of(dataclasses.replace(task, evaluate=means), tmp_path))
+    (said,) = found["dense"].details["alarms"]
+    assert said.startswith("evaluate returned 3 values, one for each batch of 1 to 4 samples")
+
+
+def test_fault_63_an_evaluation_that_changes_weights_is_refused(task: Task, tmp_path: Path) -> None:
+    """In place, behind the back of autograd, and by a batch norm that is left in training mode."""
+    network = task.model()
+
+    def trains(predict: Any) -> dict[str, Any]:
+        network.head.weight.data[0, 0] += 1.0
+        return dict(task.evaluate(predict))
+
+    def moves(predict: Any) -> dict[str, Any]:
+        network.train()(torch.randn(4, 1, 8, 8))
+        return dict(task.evaluate(predict))
+
+    for evaluate, says in (
+        (trains, r"must not change the network. Got other values in head.weight when"),
+        (moves, r"Got other values in a_bn.running_mean, a_bn.running_var, a_bn.num_batches_tracked and 6 more when"),
+    ):
+        run = run_of(dataclasses.replace(task, evaluate=evaluate), tmp_path / evaluate.__name__)
+        run.dense["networks"] = [task.model(), network]
+        with pytest.raises(RejectedError, match=says):
+            records(run)
+    run = run_of(task, tmp_path / "c")
+    run.dense["networks"] = [network]
+    assert "alarms" not in records(run)["dense"].details
 
 
 def test_calibration_data_of_another_range_is_told(task: Task, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import deploy_nets
 pytest.importorskip("torchao")
 
 from paredown.errors import UsageError
-from paredown.export import check, export
+from paredown.export import check, export, predictor
 from paredown.plan import Mask, Plan
 from paredown.program import Program, capture
 from paredown.prune import prune
 from paredown.quantize import quantize
+from paredown.quantize.decompose import fetch
 from paredown.quantize.observe import MinMax, PerChannel, PerChannelOneScale
 from paredown.quantize.qat import LearnedStep, Rehearsal, learnable, train_quantized
 from paredown.quantize.static import calibrated
@@ -220,9 +221,41 @@ def test_learnable_leaves_its_base_alone() -> None:
     assert not any(isinstance(m, LearnedStep) for m in base.prepared.modules())
 
 
-def test_four_bit_activations_are_simulated_only(tmp_path: Any) -> None:
-    _, data, _, _ = task()
+@pytest.mark.parametrize("target", ["onnxruntime-x86", "onnxruntime-arm"])
+def test_four_bit_activations_run_in_kernels_of_eight_bits_on_the_trained_codes(tmp_path: Any, target: str) -> None:
+    _, data, x, _ = task()
+    images = [a for a, _ in data[:2]]
+    options: dict[str, Any] = {"calibrate": images, "scheme": "w4a4", "target": target}
+    trained = train_quantized(captured(), lambda: data[:2], step=step, epochs=1, lr=0.01, **options)
+    file = export(trained, tmp_path / "net.onnx")
+    found = check(file, trained, images)
+    assert (
+        found.cosine > 0.99999 and found.num_layers == found.num_layers_on_codes
+    )  # nothing but the order of sums differs
+    assert any("kernels of 8 bits" in n for n in trained.notes)
+    twice = predictor(file)(2 * x[:8])  # beyond the ranges of the calibration: codes must stop at 15, not at 255
+    with torch.no_grad():
+        expected = trained.module(2 * x[:8])
+    assert float((twice - expected).abs().max()) <= 1e-3 * float(expected.abs().max())
+
+
+def test_biases_of_four_bit_layers_are_whole_steps_and_the_float_network_keeps_its_own() -> None:
+    net, data, _, _ = task()
+    before = {n: t.clone() for n, t in net.state_dict().items()}
     quantized = quantize(captured(), calibrate=[a for a, _ in data[:2]], scheme="w4a4")
-    with pytest.raises(UsageError, match="simulated only"):
-        export(quantized, tmp_path / "net.onnx")
-    assert not list(tmp_path.iterdir())
+    wholes = 0
+    for node in quantized.module.graph.nodes:
+        if str(node.target) not in ("aten.conv2d.default", "aten.linear.default") or len(node.args) < 3:
+            continue
+        scales = getattr(quantized.module, str(node.args[1].args[1].target)).double() * node.args[0].args[1]
+        bias = fetch(quantized.module, str(node.args[2].target)).double()
+        assert float((bias / scales - (bias / scales).round()).abs().max()) < 1e-3
+        wholes += 1
+    assert wholes == len([w for w in quantized.weights.values() if w.axis is not None])
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("target", ["openvino-x86", "executorch-xnnpack"])
+def test_four_bit_activations_have_no_file_for_other_targets(target: str) -> None:
+    with pytest.raises(UsageError, match=r"target must be one of onnxruntime-x86, .* for the scheme w4a4"):
+        quantize(captured(), target=target, calibrate=[task()[1][0][0]], scheme="w4a4")

@@ -244,6 +244,7 @@ def insight() -> Record:
                 {"column": "hospital", "value": "north", "n": 80, "dense": 98.0, "now": 91.0, "change": -7.0, "low": -9.0, "high": -5.0},
                 {"column": "hospital", "value": "south", "n": 90, "dense": 97.0, "now": 97.5, "change": 0.5, "low": -1.0, "high": 2.0},
             ],
+            "few": [{"column": "hospital", "value": "west", "n": 3}],
             "most": [{"id": "image-0074", "dense": 100.0, "now": 0.0}],
             "best": [{"id": "image-0240", "dense": 0.0, "now": 100.0}],
             "named": True,
@@ -251,7 +252,8 @@ def insight() -> Record:
         },
         "bias": {"files": {
             "dense": {"value": 0.1, "low": -0.2, "high": 0.4, "n": 540, "scatter": [[1.0, 1.1], [2.0, 2.3]]},
-            "int8": {"value": 1.9, "low": 1.5, "high": 2.3, "n": 540, "scatter": [[1.0, 2.9], [2.0, 3.9]]},
+            "int8": {"value": 1.9, "low": 1.5, "high": 2.3, "n": 540, "scatter": [[1.0, 2.9], [2.0, 3.9]],
+                     "predicted": [2.9, 3.9], "truth": [0.001, 0.002], "apart": True},
         }},
         "noise": {"spread": 0.3, "rows": [
             {"kind": "none", "strength": 0.0, "dense": both, "now": both},

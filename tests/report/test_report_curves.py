@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import itertools
 import re
@@ -194,6 +195,20 @@ def test_one_seed_has_no_interval_anywhere() -> None:
     assert "one seed" in page.text
     assert not any(a.get("class") == "bar" for _, a in page.tags)
     assert "± 0.00" not in page.text
+
+
+def test_it_names_the_file_to_ship_and_what_makes_it_again() -> None:
+    found = records()
+    for number, record in enumerate(found[1:]):
+        record.details["file"] = f"{number}.onnx"  # type: ignore[index]
+    at = next(i for i, r in enumerate(found[1:]) if r.cell["digest"] == "pruned-l1-one-shot-0.5-0")
+    text = re.sub(r"\s+", " ", Page(render_curve(found)).text)
+    assert f"What to ship: trials/{at:04d}/{at}.onnx, of seed 0" in text
+    assert f"paredown compress trials/{at:04d}/recipe.yaml makes it again" in text
+    strict = [dataclasses.replace(found[0], details={**found[0].details, "limit": 0.0}), *found[1:]]
+    text = re.sub(r"\s+", " ", Page(render_curve(strict)).text)
+    assert "No sweet spot" in text and "What to ship: the dense network (trials/0000/0.onnx, of seed 0)" in text
+    assert "allow a larger loss (curve.limit)" in text and "recover.epochs" in text
 
 
 def test_without_held_out_data_the_test_data_choose_nothing() -> None:

@@ -206,6 +206,8 @@ def test_the_closer_look_says_for_whom_and_what_bounds_a_layer() -> None:
         "blur, σ = 1 pixels",
         "no bias shown",
         "biased",
+        "too few samples to say anything, fewer than five: hospital west (3).",
+        "predictions from 2.900 to 3.900, truth from 0.001000 to 0.002000 is the truth in another unit?",
         "Pruned, level 1, FP32 level-1.onnx Dense FP32",
     ):
         assert said in text, said
@@ -387,6 +389,28 @@ def test_a_gain_inside_the_noise_is_called_so() -> None:
 )
 def test_headline(more: dict[str, Any], headline: str) -> None:
     assert headline in Page(render([*sample()[:-1], verdict(**more)])).text
+
+
+@pytest.mark.parametrize(
+    ("what", "unit", "said"),
+    [
+        ("latency", "ms", "≤ 2.000 ms (0.500 of the dense file, timed in turns)"),
+        ("size_bytes", "B", "≤ 0.00200 kB (0.500 of the dense file)"),
+    ],
+)
+def test_a_bound_that_was_a_share_says_of_what(what: str, unit: str, said: str) -> None:
+    bound = {
+        "what": what,
+        "bound": 2,
+        "share": 0.5,
+        "value": 1,
+        "unit": unit,
+        "margin": 1,
+        "met": True,
+        "badge": "measured",
+    }
+    text = Page(render([*sample()[:-1], verdict(target_met=True, bounds=[bound])])).text
+    assert said in re.sub(r"\s+", " ", text)
 
 
 def test_dense_recommended() -> None:

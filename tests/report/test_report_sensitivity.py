@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -100,6 +101,37 @@ def test_what_failed_is_marked_and_takes_no_rank() -> None:
     assert odd["rank"] is None and "odd" not in document["units"]["order"]
     page = render_sensitivity([*clear(), point("odd", 5, 10, None)])
     assert 'title="RuntimeError: no"><span class="badge">not tested</span>' in page
+
+
+def test_what_failed_stands_in_the_printed_table_and_its_reason_in_the_sentence() -> None:
+    from paredown.cli.sensitivity import told
+
+    document = sensitivity_document([head(), point("whole", 5, 10, 1.0), point("odd", 5, 10, None)])
+    shown = [[str(cell) for cell in column.cells] for column in told(document)[0].columns]
+    assert [name.split()[0] for name in shown[0]] == ["whole", "odd"]
+    assert "not tested" in shown[1]
+    assert "Only 1 of 2 spaces has all its numbers: no order" in document["verdict"]
+    assert "odd: RuntimeError: no" in document["verdict"]
+
+
+def test_where_the_metric_is_the_same_everywhere_the_outputs_give_the_order() -> None:
+    """Of twelve layers that lose nothing the last in an order by loss would be left alone for no reason."""
+    rng = np.random.default_rng(2)
+    same = []
+    for i in range(4):
+        moved = 1e-3 * (i + 1) + 1e-6 * rng.normal(size=16)
+        one = point(f"l{i}", 5, 10, 0.0, np.zeros(16))
+        distance = Measured(value=float(moved.mean()), unit="")
+        same.append(
+            dataclasses.replace(
+                one, measured={**one.measured, "distance": distance},
+                details={**one.details, "distance": moved.tolist()},
+            )
+        )  # fmt: skip
+    for told in (same, [dataclasses.replace(r, details={"metric": [], "distance": []}) for r in same]):
+        found = sensitivity_document([head(), *told])["units"]
+        assert found["ordered_by"] == "distance"
+        assert re.search(r"outputs move by 0\.001\d*, error ±0 g", found["sentence"])
 
 
 def test_calibration_samples_are_not_called_held_out() -> None:

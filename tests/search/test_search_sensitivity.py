@@ -134,6 +134,22 @@ def test_a_copy_without_half_a_space_equals_the_oracle(name: str) -> None:
     assert distance(run(copy.module, inputs), before) == 0.0  # put back, bit for bit
 
 
+@pytest.mark.parametrize("name", ["convnext_block", "window_attention", "residual"])
+def test_half_of_all_spaces_at_once_equals_the_oracle_cut_from_the_graph_or_not(name: str) -> None:
+    program, coupling = captured(name)
+    hazard = HAZARDS[name]
+    copy = Copy(program, coupling, CPU)
+    units = {number: np.arange(0, len(s), 2) for number, s in enumerate(coupling.spaces) if len(s) > 1}
+    stays = {coupling.spaces[n].name: np.arange(len(coupling.spaces[n])) % 2 == 1 for n in units}
+    inputs = hazard.inputs(2)
+    before = run(copy.module, inputs)
+    expected = run(zeroed(built(name), coupling, units, hazard), inputs)
+    assert len(units) > 1 and distance(before, expected) > 1e-3 * scale(expected)
+    with copy.without_all(stays) as module:
+        assert distance(run(module, inputs), expected) <= 1e-4 * max(scale(expected), 1e-6)
+    assert distance(run(copy.module, inputs), before) == 0
+
+
 def test_a_mask_is_zeros_in_the_weight_and_nothing_else() -> None:
     program, coupling, _ = parts()
     weights = {n: program.state[n].detach() for n in ("a.weight", "b.weight", "fc.weight")}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, _utils
 
-from paredown.errors import ResourceError
+from paredown.errors import RejectedError, ResourceError
 from paredown.train import check_roles, task_from_module
 from paredown.train.given import given_digests, given_notes
 from paredown.train.patience import Patient
@@ -49,6 +49,45 @@ def test_a_timeout_of_the_users_own_stands() -> None:
     with pytest.raises(RuntimeError, match="DataLoader timed out after 2 seconds"):
         list(Patient(lambda: loader, "train_batches", 600)())
     assert loader.timeout == 2
+
+
+class Broken(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 5:
+            msg = "cannot identify image file 'scan-0005.png'"
+            raise OSError(msg)
+        return torch.zeros(2 + (index == 7))
+
+
+def test_fault_51_what_a_worker_raised_is_of_the_dataset() -> None:
+    with pytest.raises(RejectedError) as caught:
+        list(Patient(lambda: DataLoader(Broken(), batch_size=2, num_workers=1), "train_batches")())
+    said = str(caught.value)
+    assert said.startswith(
+        "train_batches must give batches. Got OSError: cannot identify image file 'scan-0005.png', at loaders_with_workers.py:"
+    )
+    assert " in __getitem__. " in said
+    with pytest.raises(RejectedError, match=r"train_batches must give batches. Got RuntimeError: .*size"):
+        list(Patient(lambda: DataLoader(Broken(), batch_size=2, sampler=[6, 7]), "train_batches")())
+    with pytest.raises(
+        RejectedError, match=r"Got OSError: cannot identify .*, at loaders_with_workers.py:\d+ in __getitem__"
+    ):
+        list(Patient(lambda: DataLoader(Broken(), batch_size=2), "train_batches")())
+
+
+def test_fault_60_a_dataset_that_cannot_be_sent_to_workers() -> None:
+    class Local(Stuck):
+        pass
+
+    loader = DataLoader(Local(), batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    with (
+        pytest.warns(UserWarning, match="pickle"),
+        pytest.raises(RejectedError, match=r"Got .*pickle.*Local.*num_workers=0"),
+    ):
+        list(Patient(lambda: loader, "train_batches")())
 
 
 def module(**more: object) -> ModuleType:

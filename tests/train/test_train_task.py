@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from paredown.errors import RejectedError, UsageError
 from paredown.train import Metric, check_roles, content_hashes, metric_values, predictor, task_from_module
+from paredown.train.roles import Remembered, check_calibration
 from paredown.train.task import kept_randomness
 
 IMAGES = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -184,6 +186,49 @@ def test_calibration_on_test_samples_is_refused():
         check_roles(task_from_module(module(choose_batches=lambda: split(20, 31))))
 
 
+def test_fault_49_an_evaluation_of_its_own_data_is_compared_when_it_has_run():
+    def own(predict):
+        return {"accuracy": 100.0 * float((predict(IMAGES[28:40]).argmax(1) == LABELS[28:40]).float().mean())}
+
+    task = task_from_module(module(evaluate=own, test_batches=None, train_batches=lambda: split(0, 20) + split(35, 40)))
+    roles = check_roles(task)
+    assert roles.warnings == ()
+    seen = Remembered(predictor(task.model()))
+    task.evaluate(seen)
+    with pytest.raises(RejectedError, match=r"choose_batches .* Got 2 of 10 samples"):
+        roles.beside(seen)
+    apart = dataclasses.replace(roles, samples={**roles.samples, "choose_batches": None}).beside(seen)
+    assert apart.warnings == ("5 of 12 test samples are also training samples: the test figures are too good.",)
+    with pytest.raises(RejectedError, match=r"calibration_batches .* Got 1 of 4 samples"):
+        check_roles(
+            task_from_module(module(evaluate=own, test_batches=None, calibration_batches=lambda: [IMAGES[25:29]]))
+        ).beside(seen)
+
+
+def test_fault_49_calibration_alone_is_compared_with_what_the_metric_is_read_on():
+    task = task_from_module(module())
+    assert check_calibration(task, lambda: [IMAGES[:5]]) == ()
+    (said,) = check_calibration(task, lambda: [IMAGES[15:25]])
+    assert said == "5 of 10 held-out samples are also calibration samples: the held-out figures are too good."
+    with pytest.raises(RejectedError, match=r"--calibrate .* test_batches. Got 2 of 4 samples"):
+        check_calibration(task, lambda: [IMAGES[28:32]], name="--calibrate")
+    assert check_calibration(task, lambda: [IMAGES[28:32]], calibrates=False) == ()
+    task = task_from_module(module(train_batches=lambda: split(0, 20) + split(28, 30)))
+    assert check_calibration(task, lambda: [IMAGES[:5]]) == ()
+    (said,) = check_calibration(task, lambda: [IMAGES[:5]], trains=True)
+    assert said == "2 of 10 held-out samples are also training samples: the held-out figures are too good."
+    with pytest.raises(RejectedError, match="choose_batches must yield"):
+        check_calibration(task_from_module(module(choose_batches=list)), lambda: [IMAGES[:5]], calibrates=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"), [(IMAGES[20:25].double(), "float64 [·, 3]"), (IMAGES[20:25, :2], "float32 [·, 2]")]
+)
+def test_calibration_batches_are_of_the_kind_of_the_inputs(batch, got):
+    with pytest.raises(RejectedError, match=re.escape(f"inputs(): float32 [·, 3]. Got {got}.")):
+        check_roles(task_from_module(module(calibration_batches=lambda: [batch])))
+
+
 def test_training_on_test_samples_is_a_warning():
     roles = check_roles(task_from_module(module(train_batches=lambda: split(0, 20) + split(38, 40))))
     assert roles.warnings == ("2 of 10 test samples are also training samples: the test figures are too good.",)
@@ -194,10 +239,13 @@ def test_endless_loaders_are_named_and_hang_nothing(monkeypatch):
         while True:
             yield IMAGES[:4], torch.zeros(4)
 
-    monkeypatch.setattr("paredown.train.task.TRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("paredown.train.roles.TRAIN_SECONDS", 0.05)
     (said,) = check_roles(task_from_module(module(train_batches=endless))).warnings
     assert "recover.max_steps" in said
-    monkeypatch.setattr("paredown.train.task.MOST_BATCHES", 50)
+    monkeypatch.setattr("paredown.train.roles.TRAIN_SECONDS", 600.0)
+    monkeypatch.setattr("paredown.train.roles.MOST_BATCHES", 50)  # a fast loader comes there first
+    (said,) = check_roles(task_from_module(module(train_batches=endless))).warnings
+    assert "50 batches" in said and "recover.max_steps" in said
     with pytest.raises(RejectedError, match="calibration_batches must end"):
         check_roles(task_from_module(module(calibration_batches=lambda: (x for x, _ in endless()))))
 

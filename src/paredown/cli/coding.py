@@ -25,8 +25,8 @@ NO_DATA = ("int8-dynamic", "w4", "fp16")
 """Schemes that read no samples (quantize.schemes.DYNAMIC and HALF, which would load torch); samples that are given check the file."""
 WEIGHTS = ("w2", "ternary", "binary")
 """Schemes that need samples for a repair only (quantize.schemes.WEIGHTS)."""
-SIMULATED = ("w4a4",)
-"""Schemes that no runtime executes: what is written is the packed weights."""
+ALONE = ("w4a4",)
+"""Schemes whose packed weights are written by themselves where --out ends in PACKED, for kernels of 4 bits that are none of our targets'."""
 PACKED = ".safetensors"
 BITS = (8, 6, 4, 3, 2)
 """Widths that a layer may have unless others are asked for, as in a recipe."""
@@ -70,11 +70,8 @@ class Asked:
         self._check_training(has_task)
         self._check_spare(given, has_task)
         self._check_size()
-        if (self.scheme in SIMULATED) != (out.suffix.lower() == PACKED):
-            if self.scheme in SIMULATED:
-                msg = f"--out must be a file of packed weights, as model{PACKED}, for the scheme {self.scheme}: it is simulated, no runtime multiplies 4-bit activations. Got {str(out)!r}."
-            else:
-                msg = f"--out must be the file that the target's runtime executes. Got {str(out)!r}. {PACKED} is for the scheme {' and '.join(SIMULATED)}."
+        if out.suffix.lower() == PACKED and self.scheme not in ALONE:
+            msg = f"--out must be the file that the target's runtime executes. Got {str(out)!r}. {PACKED} is for the scheme {' and '.join(ALONE)}."
             raise UsageError(msg)
 
     def _check_training(self, has_task: bool) -> None:
@@ -180,6 +177,22 @@ class Work:
         """Of a training with rounding; there until the file is written."""
         return self.out.with_name(f"{self.out.name}.training.safetensors")
 
+    def compared(self) -> Iterator[Any]:
+        """The samples that the file is compared on: those of calibration, which leaves out what is not finite, and says so."""
+        from torch.utils import _pytree as pytree
+
+        from paredown.quantize.batches import each, finite_rows, length, rows
+
+        def hidden(value: Any) -> Any:
+            """Minus infinity in a mask is no fault."""
+            return value.masked_fill(value == -math.inf, 0.0) if hasattr(value, "masked_fill") else value
+
+        for call in each(self.batches):
+            mask = finite_rows(pytree.tree_map(hidden, call))
+            kept = call if self.tuned.found.program.batch != "dynamic" or bool(mask.all()) else rows(call, mask)
+            if length(kept):
+                yield {"args": kept[0], "kwargs": kept[1]}
+
     def coded(self) -> Coded:
         """The network in codes, by whichever way was asked for. Raises what `quantize`, `train_quantized` and `spare` raise."""
         import paredown
@@ -190,7 +203,7 @@ class Work:
 
         asked = self.asked
         refuse_target(asked.scheme, named(asked.target))  # nobody should make an environment for what it does not have
-        if asked.scheme not in SIMULATED and named(asked.target).environment:
+        if self.out.suffix.lower() != PACKED and named(asked.target).environment:
             python_of(named(asked.target))  # now, not after a training
         seed_all(self.seed)
         options: dict[str, Any] = {
@@ -344,14 +357,23 @@ def evaluations(
     """The task's metric of the network in float and in codes, and what is odd about the inputs of calibration beside those.
 
     On held-out data, where `evaluate` takes batches; else on what it evaluates on. `calibration` None: nothing was calibrated.
+    Raises RejectedError where an evaluate that reads data of its own reads what was calibrated on.
     """
     from paredown.export import predictor
     from paredown.measure import evaluated
     from paredown.measure.watched import Watch, another_range, range_of
+    from paredown.pipeline.unchanged import unchanged
+    from paredown.quantize.batches import each
+    from paredown.train.roles import Remembered, content_hashes
 
     evaluate, metric = task.choose or task.evaluate, task.metric
     watch = Watch(predictor(thing))
-    values = [float(evaluated(evaluate, p)[metric.name].mean()) for p in (watch, codes)]
+    read = Remembered(watch)
+    with unchanged([thing.module]):
+        in_float = evaluated(evaluate, read)
+    if calibration is not None and task.choose is None:
+        read.refuse(content_hashes(each(calibration)), "calibration batches")
+    values = [float(found[metric.name].mean()) for found in (in_float, evaluated(evaluate, codes))]
     odd = [] if calibration is None else list(another_range(range_of(_tensors(calibration)), watch))
     found = {
         "name": metric.name, "unit": metric.unit, "goal": metric.goal, "float": values[0], "codes": values[1],

@@ -16,6 +16,7 @@ from paredown.cli.measure import file_batches
 from paredown.cli.show import emit, only_document, show, table
 from paredown.cli.sources import arrays
 from paredown.errors import RejectedError, UsageError
+from paredown.report.wording import digits, interval, quantity
 
 if TYPE_CHECKING:
     from paredown.compare import Comparison
@@ -139,7 +140,7 @@ def _runs_table(found: Comparison) -> Any:
         (
             f"{r.run}/{r.stage}{' *' if r.recommended else ''}",
             *(_count(r.figures[k]) for k in ("bytes", "gzip_bytes", "parameters", "macs")),
-            _spread(r.figures["metric"]),
+            _with_unit(r.figures["metric"]),
             _spread(r.figures["latency_ms"]),
         )
         for r in found.runs
@@ -151,12 +152,19 @@ def _count(value: Measured) -> str:
     return "not tested" if value.value is None else f"{value.value:,}"
 
 
+def _with_unit(value: Measured) -> str:
+    if value.value is None:
+        return "not tested"
+    ends = interval(value.low, value.high, value.unit)
+    return f"{quantity(value.value, value.unit)}{f' ({ends})' if ends else ''}"
+
+
 def _spread(value: Measured) -> str:
     if value.value is None:
         return "not tested"
-    ends = "" if value.low is None or value.high is None else f" ({value.low:.4g} – {value.high:.4g})"
+    ends = "" if value.low is None or value.high is None else f" ({digits(value.low, 4)} – {digits(value.high, 4)})"
     mark = "" if value.badge == "measured" else f" {value.badge}"
-    return f"{value.value:.4g}{ends}{mark}"
+    return f"{digits(value.value, 4)}{ends}{mark}"
 
 
 def _differences(found: Comparison) -> list[str]:

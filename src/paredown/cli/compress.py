@@ -247,6 +247,7 @@ def verdict(document: dict[str, Any]) -> list[Any]:
     return [
         table(titles, lines),
         f"recommended: {told['recommended'] or 'nothing yet'} ({met})",
+        *(f"note: {warning}" for warning in told.get("warnings", ())),
         *((f"not tested: {'; '.join(told['not_tested'])}",) if told["not_tested"] else ()),
     ]
 

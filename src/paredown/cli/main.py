@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  (lives until the process ends; nothing must be flushed to the pipe)
         return BROKEN_PIPE
+    except SystemExit as error:
+        where = _own_code(error)
+        if not where:
+            raise
+        _complain(f"error: your own code ended the process with sys.exit({error.code!r}), at {where}.", error)
+        return 3
     except KeyboardInterrupt as error:
         _complain(_interruption(error), error)
         return Interrupted.exit_code
@@ -142,7 +148,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return known or told or runtime
 
 
-def _own_code(error: Exception) -> str:
+def _own_code(error: BaseException) -> str:
     """ "task.py:12" where the innermost frame outside of libraries is the user's own."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120  (compared with frames' file names, which are texts)
     libraries = (sys.base_prefix, sys.prefix, "<")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from paredown.cli import options, reading
-from paredown.cli.coding import SIMULATED, Asked, Coded, Work, evaluations
+from paredown.cli.coding import PACKED, Asked, Coded, Work, evaluations
 from paredown.cli.samples import RANDOM_SAMPLES, as_batches, random_batches
 from paredown.cli.show import emit, only_document, say, show, table
 from paredown.cli.sources import Tuned, arrays, calibration_of, is_run, loaded, tuned
-from paredown.errors import RejectedError, UsageError, VerificationError
+from paredown.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from paredown.export import Check, Predict
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _OUT = Parameter(
     name="--out",
     help="The file to write: model.onnx, model.xml for openvino-x86, model.pte for executorch-xnnpack, model.tflite for litert; "
-    "model.safetensors for w4a4.",
+    "model.safetensors for the packed weights of w4a4 alone.",
 )
 _MODEL = Parameter(
     help="torchvision:resnet50, timm:resnet50, package.module:callable or path/to/file.py:callable, with --input; or the folder "
@@ -47,7 +48,7 @@ _Scheme = Annotated[
     Literal["int8", "w4a8", "w4a4", "int8-dynamic", "w4", "w2", "ternary", "binary", "fp16"],
     Parameter(
         help="Bits of weights and activations; int8-dynamic, w4, fp16 and, without --repair, w2, ternary and binary (weights alone) "
-        "need no --calibrate. fp16 halves the file, computed in float32. w4a4 is simulated: no runtime multiplies 4-bit codes, and --out takes the packed weights."
+        "need no --calibrate. fp16 halves the file, computed in float32. w4a4 runs in kernels of 8 bits, its activations in bytes: accuracy is that of 4 bits, time is not."
     ),
 ]
 _Observer = Annotated[
@@ -162,15 +163,18 @@ def quantize(
         whose = named_task or found.task
         asked.check_task(whose)  # that of a run
         chosen_seed = found.seed if seed is None else seed
-        batches, source = _samples(found, read, calibrate, named_task, chosen_seed)
+        batches, source = _samples(found, read, calibrate, named_task, chosen_seed, samples)
+        leaked = _checked(whose, batches, source, asked)
         work = Work(
             asked=asked, tuned=found, task=whose, batches=batches, seed=chosen_seed, device=device or "cpu", out=out,
             strip_prefix=strip_prefix, say=lambda text: say(text, quiet=quiet or json),
         )  # fmt: skip
         coded = work.coded()
-        written = _written(work, coded, opset)
+        with _whole(out):
+            written = _written(work, coded, opset)
+            facts = _facts(work, coded, written, source)
+        facts["notes"] += leaked
         work.checkpoint.unlink(missing_ok=True)  # not before: a file that cannot be written costs no training
-        facts = _facts(work, coded, written, source)
     _told(written, facts, json=json, quiet=quiet)
     return 0
 
@@ -197,21 +201,59 @@ def _task(task: str | None, data: Path | None) -> Task | None:
 
 
 def _samples(
-    asked: Tuned, read: dict[str, Any] | None, calibrate: str | None, task: Task | None = None, seed: int = 0
+    asked: Tuned,
+    read: dict[str, Any] | None,
+    calibrate: str | None,
+    task: Task | None = None,
+    seed: int = 0,
+    most: int | None = None,
 ) -> tuple[Any, str]:
     """What the scheme is calibrated on and the file is compared on, and where it comes from: given, the task, or random."""
     if read is not None:
         return as_batches(read, asked.found.program, "--calibrate"), "given"
     if calibrate is None and task is not None:
-        return calibration_of(task, seed), "task"
+        return calibration_of(task, seed, most), "task"
     if asked.batches is not None and calibrate is None:
-        return asked.batches, "task"
+        return (asked.batches if asked.task is None else calibration_of(asked.task, seed, most)), "task"
     return random_batches(asked.found.program), "random"
+
+
+def _checked(task: Task | None, batches: Any, source: str, asked: Asked) -> tuple[str, ...]:
+    """What is odd about calibration samples beside those of the task's metric, before any work; test data calibrate nothing (RejectedError)."""
+    if task is None or source == "random":
+        return ()
+    from functools import partial
+
+    from paredown.quantize.batches import each
+    from paredown.train.roles import check_calibration
+
+    name = "--calibrate" if source == "given" else "calibration_batches"
+    return check_calibration(
+        task, partial(each, batches), calibrates=not asked.needless, trains=bool(asked.epochs), name=name
+    )
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[None]:
+    """Where anything fails until the block ends, the file that it wrote does not stay: it is not one that was checked."""
+    files = [f for f in (out, _beside(out)) if f is not None]
+    before = [_stamp(f) for f in files]
+    try:
+        yield
+    except BaseException:
+        for file, known in zip(files, before, strict=True):
+            if _stamp(file) != known:
+                file.unlink(missing_ok=True)
+        raise
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    return (file.stat().st_mtime_ns, file.stat().st_ino) if file.exists() else None
 
 
 _NOISY = 0.1
 """20 dB."""
-_NO_RUNTIME = "simulated only: no runtime multiplies 4-bit codes. The file holds the packed weights (docs/packed.md)"
+_NO_RUNTIME = "simulated: the file holds the packed weights alone (docs/packed.md), no runtime multiplies 4-bit codes; --out model.onnx runs in kernels of 8 bits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,18 +281,13 @@ def _written(work: Work, coded: Coded, opset: int) -> _Written:
 
     quant, out = coded.quantized, work.out
     shared: dict[str, Any] = {"target": quant.target, "scheme": quant.scheme}
-    if quant.scheme in SIMULATED:
+    if out.suffix.lower() == PACKED:
         work.say("write the packed weights")
         return _Written(files=(out,), predict=predictor(quant), checked=None, packed=_packed(quant, out), **shared)
     work.say("export and check")
     artifact = paredown.export(quant, out, opset=opset)
     coded.refuse_larger(artifact.size_bytes, artifact.files)
-    try:
-        checked = paredown.check(artifact, quant, work.batches)
-    except RejectedError:  # samples that do not fit the file: nothing was compared
-        for file in artifact.files:
-            file.unlink(missing_ok=True)
-        raise
+    checked = paredown.check(artifact, quant, work.compared)
     return _Written(files=artifact.files, predict=predictor(artifact), checked=checked, **shared)
 
 
@@ -282,7 +319,7 @@ def _lost(program: Program, quant: Quantized, batches: Any) -> float:
 def _facts(work: Work, coded: Coded, written: _Written, source: str) -> dict[str, Any]:
     """What the document says beside the file and its check: `source` calibrated it, samples that are given or random compared it."""
     quant, found, needless = coded.quantized, work.tuned.found, work.asked.needless
-    lost = _lost(found.program, quant, work.batches)
+    lost = _lost(found.program, quant, work.compared)
     notes = [
         *((RANDOM_SAMPLES,) if source == "random" and not needless else ()),
         *found.notes,
@@ -355,9 +392,10 @@ def export(
             device=device,
         )
         say("export and check", quiet=quiet or json)
-        artifact = paredown.export(found.program, out, target=target, opset=opset, scheme=scheme)
         args, kwargs = found.program.inputs
-        checked = paredown.check(artifact, found.program, [{"args": args, "kwargs": kwargs}])
+        with _whole(out):
+            artifact = paredown.export(found.program, out, target=target, opset=opset, scheme=scheme)
+            checked = paredown.check(artifact, found.program, [{"args": args, "kwargs": kwargs}])
         written = _Written(
             files=artifact.files, target=artifact.target, scheme=artifact.scheme, predict=predictor(artifact),
             checked=checked,

@@ -82,7 +82,8 @@ def told(document: dict[str, Any]) -> list[Any]:
         rows = {row["name"]: row for row in found["rows"]}
         columns = [f"{100 - c:g} % out" if kind == "units" else f"{c} bits" for c in found["columns"]]
         head = (f"{first}, least hurt first", *columns, "mean distance", "rank, 95 %")
-        lines = [_line(rows[name], found["columns"], metric) for name in found["order"]]
+        missing = [name for name in rows if name not in found["order"]]
+        lines = [_line(rows[name], found["columns"], metric) for name in (*found["order"], *missing)]
         shown.append(table(head, lines))
     unit = (
         "" if metric is None else f"loss of {metric['name']} in {'points' if metric['unit'] == '%' else metric['unit']}"
@@ -100,4 +101,5 @@ def _line(row: dict[str, Any], columns: list[Any], metric: Any) -> tuple[str, ..
     at = {p["at"]: p["distance" if metric is None else "metric_loss"] for p in row["points"]}
     cells = ["–" if c not in at else "not tested" if at[c] is None else f"{at[c]:.3g}" for c in columns]
     spread = "not tested" if row["rank_low"] is None else f"{row['rank_low']:.0f} to {row['rank_high']:.0f}"
-    return (row["name"], *cells, f"{row['mean_distance']:.3g}", spread)
+    mean = "not tested" if row["mean_distance"] is None else f"{row['mean_distance']:.3g}"
+    return (row["name"], *cells, mean, spread)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import ParedownError, RejectedError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -223,14 +223,22 @@ def _trained_by_run(folder: Path, recipe: Recipe, task: Task, made: nn.Module, *
     return True
 
 
-def calibration_of(task: Task, seed: int) -> Callable[[], Iterable[Any]]:
-    """A task's calibration inputs, the same at each call: the file is compared on what it was calibrated on."""
+def calibration_of(task: Task, seed: int, most: int | None = None) -> Callable[[], Iterable[Any]]:
+    """A task's calibration inputs, the same at each call: the file is compared on what it was calibrated on.
+
+    No batch more than it takes for `most` samples is read: a loader may have no end.
+    """
 
     def batches() -> Iterable[Any]:
-        from paredown.train.task import seed_all
+        from paredown.train.task import batch_length, seed_all
 
         seed_all(seed)
-        return task.calibration_batches()
+        seen = 0
+        for batch in task.calibration_batches():
+            yield batch
+            seen += batch_length(batch)
+            if most is not None and seen >= most:
+                return
 
     return batches
 
@@ -303,15 +311,18 @@ def number(text: str | None) -> Any:
 
 
 def arrays(path: Path, option: str) -> dict[str, Any]:
-    """Arrays of a .npz or .npy file by name, samples along the first axis. Nothing is unpickled."""
+    """Arrays of a .npz or .npy file by name, samples along the first axis. Nothing is unpickled, nor unpacked that would not fit in memory."""
     import numpy as np
 
     if not path.is_file():
         msg = f"{option} must be a .npz or .npy file. Got {str(path)!r}, which {'is a folder' if path.is_dir() else 'does not exist'}."
         raise RejectedError(msg)
     try:
+        _refuse_large(path, option)
         found = np.load(path, allow_pickle=False)
         read = {"0": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+    except ParedownError:
+        raise
     except Exception as error:  # a broken file is refused by zipfile, zlib, tokenize or NumPy, each in its own way
         msg = f"{option} must be a whole .npz or .npy file, readable without pickle. Got {type(error).__name__} at {str(path)!r}: {error}. Write plain arrays with numpy.savez."
         raise RejectedError(msg) from error
@@ -323,3 +334,30 @@ def arrays(path: Path, option: str) -> dict[str, Any]:
         msg = f"{option} must hold as many samples of every input. Got {lengths} at {str(path)!r}."
         raise RejectedError(msg)
     return read
+
+
+MOST_ARRAYS = 1000
+"""More than any network has inputs; an archive of more is none of samples."""
+
+
+def _refuse_large(path: Path, option: str) -> None:
+    """Before anything is unpacked: what a file says that it holds. Raises RejectedError and ResourceError."""
+    import zipfile
+
+    from paredown.machine_memory import available_bytes
+
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if len(entries) > MOST_ARRAYS:
+            msg = f"{option} must hold at most {MOST_ARRAYS:,} arrays, one for each input. Got {len(entries):,} at {str(path)!r}."
+            raise RejectedError(msg)
+        size = sum(e.file_size for e in entries)
+    free = available_bytes()
+    if free is not None and 2 * size > free:  # the file's arrays, and their copies as tensors
+        msg = (
+            f"{option} must fit in memory twice, as read and as tensors. Got {size:,} bytes of arrays in a file of {path.stat().st_size:,} "
+            f"at {str(path)!r}, with {free:,} bytes free. Save fewer samples."
+        )
+        raise ResourceError(msg)

@@ -45,6 +45,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for name, folder in zip(names, folders, strict=True):
         run = Run(name=name, folder=folder, view=read_run(folder))
+        kind = stage_name(run.view.records[0]) if run.view.records else ""
+        if kind in ("curve", "sensitivity"):
+            msg = f"what is compared must be runs. Got a {kind} in {name!r}. `paredown compress` of a recipe makes a run; `paredown report` shows a {kind}, beside a run of its network too."
+            raise RejectedError(msg)
         if not run.view.stages:
             msg = f"a run must have at least one measured file. Got none in {str(folder)!r}. Run `paredown compress` into it first."
             raise RejectedError(msg)

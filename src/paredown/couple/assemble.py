@@ -99,8 +99,30 @@ def pinned_roots(run: Trace, axes: tuple[Axis, ...]) -> dict[int, tuple[str, str
         found = np.unique(axis.classes)
         if len(found) == 1 and found[0] != FIXED:
             reasons.setdefault(int(found[0]), ("the last channel of an axis", f"{axis.parameter}[{axis.axis}]"))
+    for root, reason in _idle(run, axes).items():
+        reasons.setdefault(root, reason)
     reasons.pop(FIXED, None)
     return reasons
+
+
+def _idle(run: Trace, axes: tuple[Axis, ...]) -> dict[int, tuple[str, str]]:
+    """Root → why nothing would move if it left: rows that nobody reads (cropped away), columns that read nothing (zeros, or a
+    part of a weight that is never used)."""
+    seen = [
+        *run.norms.values(),
+        *(s.ids for s in run.summed.values()),
+        *(v for vectors in run.products.values() for v in vectors),
+    ]
+    statistics = [numbers(run.forest, ids).ravel() for ids in seen]
+    read = np.unique(np.concatenate([[FIXED], *statistics, *(a.classes for a in axes if a.role == "read")]))
+    made = [numbers(run.forest, ids).ravel() for ids in run.filled]
+    written = np.unique(np.concatenate([[FIXED], *made, *(a.classes for a in axes if a.role == "write")]))
+    out: dict[int, tuple[str, str]] = {}
+    for axis in axes:
+        known, why = (written, "it reads nothing") if axis.role == "read" else (read, "no output hangs on it")
+        for root in axis.classes[~np.isin(axis.classes, known)].tolist():
+            out.setdefault(root, (why, f"{axis.parameter}[{axis.axis}]"))
+    return out
 
 
 def _free_classes(axes: tuple[Axis, ...], reasons: Mapping[int, tuple[str, str]]) -> Indices:

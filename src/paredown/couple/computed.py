@@ -1,12 +1,13 @@
-"""Convolution weights that are computed from a parameter of their shape: standardised, scaled, at every call.
+"""Weights of convolutions and linear layers that are computed from a parameter of their shape: standardised, scaled, at every call.
 
 Such a weight has two kinds of channels at once: those that it writes along axis 0 and those that it reads along axis 1.
-One id for each element cannot say both, so what lies between the parameter and the convolution is run twice, once for
+One id for each element cannot say both, so what lies between the parameter and the layer is run twice, once for
 each axis (a lane), by the same rules as everything else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 
 _OPS = frozenset(
     "view reshape reshape_as view_as batch_norm mean var std var_mean sum sub add mul div rsqrt sqrt square pow neg rsub "
-    "reciprocal clamp clamp_min to _to_copy clone detach contiguous operator.getitem _assert_tensor_metadata".split()
+    "reciprocal clamp clamp_min to _to_copy clone detach contiguous operator.getitem _assert_tensor_metadata "
+    "linalg_vector_norm norm abs expand expand_as unsqueeze flatten exp softplus tanh sigmoid".split()
 )
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """A weight that is a function of one parameter of its shape, and of others that are shorter."""
+    """A weight that is a function of one parameter of its shape (or of [out, in, …], laid out in rows), and of others that are shorter."""
 
     parameter: fx.Node
     weight: fx.Node
@@ -38,10 +40,10 @@ class Computed:
 
 
 def find(graph: fx.Graph, learned: Mapping[fx.Node, Any]) -> dict[fx.Node, Computed]:
-    """Weight node of a convolution → how it is computed, where every step on the way is known and serves nothing else."""
+    """Weight node of a layer → how it is computed, where every step on the way is known and serves nothing else."""
     out: dict[fx.Node, Computed] = {}
     for node in graph.nodes:
-        weight = node.args[1] if _is_convolution(node) and len(node.args) > 1 else None
+        weight = node.args[1] if _is_layer(node) else None
         if isinstance(weight, fx.Node) and weight.op == "call_function" and weight not in out:
             made = _computed(graph, weight, learned)
             if made is not None:
@@ -49,10 +51,13 @@ def find(graph: fx.Graph, learned: Mapping[fx.Node, Any]) -> dict[fx.Node, Compu
     return out
 
 
-def _is_convolution(node: fx.Node) -> bool:
+def _is_layer(node: fx.Node) -> bool:
     from paredown.couple.trace import op_name
 
-    return node.op == "call_function" and op_name(node) in _CONVOLUTIONS
+    if node.op != "call_function" or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+        return False
+    name = op_name(node)
+    return name in _CONVOLUTIONS or (name == "linear" and node.args[1].meta["val"].dim() == 2)
 
 
 def _computed(graph: fx.Graph, weight: fx.Node, learned: Mapping[fx.Node, Any]) -> Computed | None:
@@ -77,16 +82,22 @@ def _computed(graph: fx.Graph, weight: fx.Node, learned: Mapping[fx.Node, Any]) 
         if any(u not in between and not (node is weight and _reads(u, weight)) for u in node.users):
             return None
     shape = tuple(weight.meta["val"].shape)
-    whole = [n for n in leaves if tuple(learned[n].shape) == shape]
+    whole = [n for n in leaves if _fills(tuple(learned[n].shape), shape)]
     if len(whole) != 1 or any(u not in between for u in whole[0].users):
         return None
     order = tuple(n for n in graph.nodes if n in between)
     return Computed(parameter=whole[0], weight=weight, between=order)
 
 
+def _fills(parameter: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether they are of one shape, or the parameter's rows laid out are the weight's: [out, in, …] and [out, in · …]."""
+    in_rows = len(weight) == 2 and len(parameter) > 2 and parameter[0] == weight[0]
+    return parameter == weight or (in_rows and math.prod(parameter) == math.prod(weight))
+
+
 def _reads(node: fx.Node, weight: fx.Node) -> bool:
-    """Whether a convolution has it as its weight and as nothing else."""
-    return _is_convolution(node) and node.args[1] is weight and [*node.all_input_nodes].count(weight) == 1
+    """Whether a layer has it as its weight and as nothing else."""
+    return _is_layer(node) and node.args[1] is weight and [*node.all_input_nodes].count(weight) == 1
 
 
 def follow(made: Computed, trace: Trace) -> None:
@@ -98,9 +109,12 @@ def follow(made: Computed, trace: Trace) -> None:
     axes = trace.weights[name]
     before = set(trace.norms)
     lanes = []
-    for axis in (0, 1):
-        start = laid(axes[axis], axis, shape) if axis in axes else fixed(shape)
-        lanes.append(_lane(made, start, trace, others=axis == 0))
+    beside = _beside(made, trace)
+    for axis, role in ((0, "write"), (1, "read")):
+        starts = {made.parameter: laid(axes[axis], axis, shape) if axis in axes else fixed(shape)}
+        for node in beside if axis in axes else ():
+            starts[node] = laid(trace.weight(node, axis, role), axis, trace.parameters[node].shape)  # type: ignore[arg-type]
+        lanes.append(_lane(made, starts, trace, others=axis == 0))
         if axis == 0 and set(trace.norms) - before:
             lanes = []  # a statistic over what is written: it would have to be over both at once
             break
@@ -114,18 +128,32 @@ def follow(made: Computed, trace: Trace) -> None:
             trace.lanes[node] = (one, two)
 
 
-def _lane(made: Computed, start: Tensor, trace: Trace, *, others: bool) -> dict[fx.Node, Any]:
-    """Ids of every node between; other parameters take part in the first lane only (`others`)."""
+def _beside(made: Computed, trace: Trace) -> list[fx.Node]:
+    """Other parameters with a number for each output and input (scales of splines): they lose rows and columns alike."""
+    axes = trace.parameters[made.parameter].shape[:2]
+    inputs = dict.fromkeys(n for node in made.between for n in node.all_input_nodes if n in trace.parameters)
+    return [
+        n
+        for n in inputs
+        if n is not made.parameter
+        and trace.parameters[n].shape[:2] == axes
+        and all(u in made.between for u in n.users)
+        and trace.storage[trace.parameters[n].name] not in trace.raw
+    ]
+
+
+def _lane(made: Computed, starts: dict[fx.Node, Tensor], trace: Trace, *, others: bool) -> dict[fx.Node, Any]:
+    """Ids of every node between; other parameters than those of `starts` take part in the first lane only (`others`)."""
     from paredown.couple.operand import unknown
     from paredown.couple.rules import RULES
     from paredown.couple.trace import op_name
 
     at = trace.node
-    trace.instead = {made.parameter: start}
+    trace.instead = dict(starts)
     if not others:
         inputs = {n for node in made.between for n in node.all_input_nodes}
         trace.instead |= {
-            n: fixed(trace.parameters[n].shape) for n in inputs if n in trace.parameters and n is not made.parameter
+            n: fixed(trace.parameters[n].shape) for n in inputs if n in trace.parameters and n not in starts
         }
     out: dict[fx.Node, Any] = {}
     for node in made.between:
@@ -146,7 +174,6 @@ def _apart(made: Computed, lanes: list[dict[fx.Node, Any]], axes: Mapping[int, T
         if isinstance(one, Tensor) and isinstance(two, Tensor) and {*varying(canon(one))} & {*varying(canon(two))}:
             return False
     shape = trace.parameters[made.parameter].shape
-    return all(
-        torch.equal(canon(lane[made.weight]), canon(laid(axes[axis], axis, shape) if axis in axes else fixed(shape)))
-        for axis, lane in enumerate(lanes)
-    )
+    starts = [laid(axes[axis], axis, shape) if axis in axes else fixed(shape) for axis in range(len(lanes))]
+    ends = [canon(lane[made.weight]) for lane in lanes]
+    return all(torch.equal(end, canon(start.reshape(end.shape))) for start, end in zip(starts, ends, strict=True))

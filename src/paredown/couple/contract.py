@@ -30,6 +30,8 @@ def _conv(node: fx.Node, trace: Trace) -> Any:
     _grouped(trace, weight, 1, read, wrote, int(groups))
     if made is not None:  # what leaves is read by no weight that could be zeroed: by a computed one
         trace.summed[node] = Summed(operand=source, axis=axis, ids=read)
+        of_group = read.reshape(int(groups), -1)[0]
+        trace.products[node.name] = [of_group, wrote] if len(of_group) > 1 else [wrote]  # no parameter has its MACs
         follow(made, trace)
     _bias(trace, bias, wrote)
     if over_tokens:
@@ -99,9 +101,22 @@ def _bias(trace: Trace, bias: Any, wrote: Tensor) -> None:
 
 def _linear(node: fx.Node, trace: Trace) -> Any:
     source, weight, bias = args_of(node, "input", "weight", "bias")
+    shape = result(node).shape
+    made = trace.computed.get(weight)
+    if made is not None:
+        read = trace.vector(trace.of(source), len(shape) - 1, "features of a linear layer")
+        each = read.reshape(trace.parameters[made.parameter].shape[1], -1)
+        trace.tie(each, each[:, :1], "columns that are read together")
+        trace.read(made.parameter, 1, each[:, 0], "read by a linear layer")
+        wrote = trace.weight(made.parameter, 0, "write")
+        trace.summed[node] = Summed(operand=source, axis=len(shape) - 1, ids=read)  # as in _conv
+        trace.products[node.name] = [read, wrote]
+        follow(made, trace)
+        _bias(trace, bias, wrote)
+        return laid(wrote, len(shape) - 1, shape)
     if weight not in trace.parameters or len(trace.parameters[weight].shape) != 2:
         return unknown(node, trace)
-    return _product_with_weight(trace, source, weight, 1, 0, result(node).shape, bias)
+    return _product_with_weight(trace, source, weight, 1, 0, shape, bias)
 
 
 def _product_with_weight(
@@ -256,7 +271,10 @@ def _inner(ids: Tensor) -> Tensor:
 
 def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: Reader) -> Tensor:
     num = len(shape) - 2
-    a, b = _unmixed(trace, a, num), _unmixed(trace, b, num + 1)
+    # What meets a constant along the summed axis keeps it whole: its rows may leave (a matrix that is made for every sample).
+    a_alone, b_alone = bool((b == FIXED).all()), bool((a == FIXED).all())
+    a = _unmixed(trace, a, num + 1 if a_alone else num)
+    b = _unmixed(trace, b, num if b_alone else num + 1)
     # An operand whose channels do not lie along the summed axis (rows that go through) keeps it whole.
     left = along(a, a.dim() - 1) if num + 1 in varying(a) else fixed(a.shape[-1:])
     right = along(b, b.dim() - 2) if num in varying(b) else fixed(b.shape[-2:-1])

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from paredown.couple import contract, recurrent, shape
-from paredown.couple.ids import compact, fixed, laid, tidy, varying
+from paredown.couple.ids import FIXED, compact, fixed, laid, tidy, varying
 from paredown.couple.operand import Rule, args_of, merge, result, schema, unknown
 from paredown.couple.trace import Trace
 
@@ -67,6 +67,23 @@ def _prelu(node: fx.Node, trace: Trace) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------- reduce
+
+
+def _compared(node: fx.Node, trace: Trace) -> Any:
+    """cosine_similarity, pairwise_distance, cdist: a statistic of two operands, over the channels that are left of both."""
+    one, other = (trace.forest.canon(trace.of(n)) for n in node.args[:2])
+    axis = int(args_of(node, "dim")[0]) if any(a.name == "dim" for a in schema(node).arguments) else -1
+    if one.dim() != other.dim() or not (bool((one != FIXED).any()) or bool((other != FIXED).any())):
+        return unknown(node, trace)
+    axis %= one.dim()
+    left, right = (trace.vector(ids, axis, "compared at every position") for ids in (one, other))
+    trace.tie(left, right, "compared with a constant")
+    left = trace.forest.canon(left)
+    if bool((left == FIXED).any()) or not trace.forest.whole(left):
+        trace.pin(left, f"{node.target} over a part of the channels")
+        return result(node)
+    trace.norms[node] = laid(left, axis, one.shape)
+    return result(node)
 
 
 def _reduce(node: fx.Node, trace: Trace) -> Any:
@@ -126,8 +143,9 @@ def reduce_rows(ids: Tensor, dims: list[int], reason: str, trace: Trace) -> Tens
     first = ids
     for axis in dims:
         first = first.narrow(axis, 0, 1)
+    if any(_holds_channels(ids, d, trace) for d in dims if d in varying(ids)):
+        trace.heads.append(first)  # else the same channel of several layers (fields of embeddings that are summed)
     trace.tie(ids, first, reason)
-    trace.heads.append(first)
     return trace.forest.canon(ids)
 
 
@@ -406,6 +424,7 @@ def _table() -> dict[str, Rule]:
             "col2im": _from_windows,
             **{f"fft_{kind}{over}": _fourier for kind in ("fft", "ifft", "rfft", "irfft") for over in ("", "2", "n")},
             "outer": _outer,
+            **dict.fromkeys(("cosine_similarity", "pairwise_distance", "cdist"), _compared),
         }
     )
 

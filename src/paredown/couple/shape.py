@@ -300,10 +300,10 @@ def pad(node: fx.Node, trace: Trace) -> Any:
             ids = ids.narrow(axis, 0, 1).expand(shape)
             continue
         pieces = [ids.narrow(axis, max(-before, 0), shape[axis] + min(before, 0) + min(after, 0))]
-        if before > 0:
-            pieces.insert(0, _new_channels(trace, before, axis, shape))
-        if after > 0:
-            pieces.append(_new_channels(trace, after, axis, shape))
+        made = [_new_channels(trace, max(count, 0), axis, shape) for count in (before, after)]
+        if any(a.name == "value" and args_of(node, "value")[0] for a in schema(node).arguments):
+            trace.filled += made
+        pieces = [made[0], *pieces, made[1]]
         ids = tidy(torch.cat(pieces, dim=axis))
         shape[axis] += before + after
     mode = node.args[2] if len(node.args) > 2 else "constant"

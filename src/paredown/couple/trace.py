@@ -149,6 +149,8 @@ class Trace:
         self.heads: list[Tensor] = []
         self.norms: dict[fx.Node, Tensor] = {}
         """Norms over a channel axis: ids of what is normalised together."""
+        self.filled: list[Tensor] = []
+        """Channels that padding made of a number other than zero: no weight writes them, and yet they are read."""
         self.summed: dict[fx.Node, Summed] = {}
         self.computed: dict[fx.Node, Computed] = {}
         """Weights of convolutions that are computed from a parameter of their shape."""
@@ -161,8 +163,7 @@ class Trace:
         self._saved: set[int] = set()
         """Origins of the ids of buffers that are read element by element."""
         self._kept = False
-        self._tables: list[Tensor] = []
-        self._chunks: list[Tensor] = []
+        self._tables, self._chunks = list[Tensor](), list[Tensor]()
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
         self.storage = _storages(program.state)
         """Every name → the first name of the same storage."""

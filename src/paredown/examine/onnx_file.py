@@ -152,9 +152,19 @@ def _repeats_products(node: Any) -> bool:
     return any(op_of(n) in MACS for g in inner for graph in _graphs(g, 0) for n in graph.node)
 
 
-def _tensors(graphs: list[Any]) -> Iterator[Any]:
+def _tensors(model: Any) -> Iterator[Any]:
+    """Every tensor of the file: sparse ones and those inside functions too, which may name side files like any other."""
+    graphs = list(_graphs(model.graph, 0))
+    for function in model.functions:
+        inner = [g for n in function.node for a in n.attribute for g in (a.g, *a.graphs) if g.node]
+        graphs += [function, *(deep for g in inner for deep in _graphs(g, 1))]
     for graph in graphs:
-        yield from graph.initializer
+        sparse = [a.sparse_tensor for n in graph.node for a in n.attribute if a.HasField("sparse_tensor")]
+        if graph.DESCRIPTOR.name == "GraphProto":
+            yield from graph.initializer
+            sparse += graph.sparse_initializer
+        for one in sparse:
+            yield from (one.values, one.indices)
         for node in graph.node:
             for attribute in node.attribute:
                 if attribute.HasField("t"):
@@ -166,7 +176,7 @@ def _files(path: Path, model: Any) -> list[Path]:
     """The file and its side files; one that lies outside the folder, or is a link, is refused unread."""
     found = {path: path}
     folder = path.parent.resolve()
-    for tensor in _tensors(list(_graphs(model.graph, 0))):
+    for tensor in _tensors(model):
         if tensor.data_location != 1:  # EXTERNAL
             _refuse_missing_data(tensor, path)
             continue
@@ -194,6 +204,11 @@ def _files(path: Path, model: Any) -> list[Path]:
 
 def _needed(tensor: Any) -> int | None:
     """Bytes that a tensor's shape and type take as raw data; None for types of no fixed size."""
+    from onnx import TensorProto as T
+
+    if tensor.data_type not in T.DataType.values() or tensor.data_type == T.UNDEFINED:
+        msg = f"a tensor must have a type that ONNX knows. Got number {tensor.data_type} for {tensor.name!r}. The file is damaged or not ONNX."
+        raise RejectedError(msg)
     bits = _bits().get(tensor.data_type)
     return None if bits is None else -(-math.prod(int(d) for d in tensor.dims) * bits // 8)
 

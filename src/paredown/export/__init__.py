@@ -20,7 +20,7 @@ from paredown.prune.nouns import Pruned
 from paredown.quantize.batches import Batches
 from paredown.quantize.half import quantize_half
 from paredown.quantize.nouns import Quantized
-from paredown.quantize.schemes import HALF, SCHEMES, scheme_named
+from paredown.quantize.schemes import HALF, SCHEMES
 from paredown.target import TARGETS, named, why_float
 
 RUNTIMES: Mapping[str, str] = {
@@ -65,9 +65,6 @@ def export(
     ('fp32', 1)
     """
     table = named(target or (thing.target if isinstance(thing, Quantized) else "onnxruntime-x86"))
-    if isinstance(thing, Quantized) and scheme_named(thing.scheme).activation_bits < 8:
-        msg = f"the scheme must be one that a runtime executes. Got {thing.scheme!r}, whose activations of {scheme_named(thing.scheme).activation_bits} bits none of ours has: it is simulated only, by Quantized.module."
-        raise UsageError(msg)
     if isinstance(thing, Quantized) and thing.target != table.name:
         msg = f"target must be that of the quantized network, {thing.target!r}. Got {table.name!r}. Quantize again for it."
         raise UsageError(msg)

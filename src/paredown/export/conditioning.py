@@ -62,6 +62,19 @@ def excuse(reference: Any, part: Any, cosine: float) -> str:
     )
 
 
+def hopeless(reference: Any, part: Any, cosine: float) -> str:
+    """What to add to a refusal below LEAST where the simulation is as far from itself: a sentence, or "" where it is not."""
+    if not isinstance(reference, Quantized) or part is None or not cosine < LEAST:
+        return ""
+    own = own_cosine(reference, part)
+    if 1 - cosine > MARGIN * (1 - own):
+        return ""
+    return (
+        f" With its float results disturbed by {NOISE:g} the simulation differs from itself by a cosine of {own:.3f}: this network amplifies rounding "
+        "so far that no file of it can be told right from wrong, as deep ones with random weights do. Train it first, or go by the metric of the file."
+    )
+
+
 def cosine_between_runtimes(cosine: float) -> float:
     """What two runtimes may differ by where the file was excused in one: 1 - MARGIN · (1 - cosine), at least LEAST, for cosine in [0, 1].
 
@@ -103,4 +116,4 @@ def cosine_of(a: Tensor, b: Tensor) -> float:
     return float(x @ y) / norms if norms else float(bool((x == y).all()))
 
 
-__all__ = ["cosine_between_runtimes", "cosine_of", "excuse", "own_cosine"]
+__all__ = ["cosine_between_runtimes", "cosine_of", "excuse", "hopeless", "own_cosine"]

@@ -22,14 +22,16 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import MissingError, RejectedError, UsageError, VerificationError
 from paredown.export.artifact import SCHEME, Artifact, Check, layer_counts
-from paredown.export.conditioning import excuse
+from paredown.export.conditioning import excuse, hopeless
 from paredown.export.distance import Distance
+from paredown.export.narrow_codes import clamped
+from paredown.export.onnx_forms import refuse_forms
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.bags import has_bags, plain_bags
 from paredown.quantize.batches import Batches, each, length, rows, tensors_of
 from paredown.quantize.nouns import Packed, Quantized
-from paredown.quantize.schemes import DYNAMIC, HALF
+from paredown.quantize.schemes import DYNAMIC, HALF, is_narrow
 from paredown.records import whole_file
 from paredown.target import Target
 
@@ -87,6 +89,7 @@ def _exported(thing: Program | Quantized) -> ExportedProgram:
     if has_bags(module.graph):
         module = copy.deepcopy(module) if isinstance(thing, Quantized) else module
         plain_bags(module)
+    module = clamped(module) if isinstance(thing, Quantized) and is_narrow(thing.scheme) else module
     shapes = None
     if (thing.program if isinstance(thing, Quantized) else thing).batch == "dynamic":
         size = length((args, kwargs))
@@ -137,6 +140,7 @@ _CHECKS = ("aten._assert", "aten.sym_constrain_range")
 
 def _converted(program: ExportedProgram, opset: int) -> Any:
     """The exporter's model; its own words are kept out of the way unless it fails."""
+    refuse_forms(program)
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -306,7 +310,8 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         **layer_counts(int8_nodes, float_nodes, constant_products(model)),
     )
     if strict and not check.holds:
-        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}"
+        why = "" if tolerance or not far.finite else hopeless(reference, far.worst, far.cosine)
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}{why}"
         raise VerificationError(msg, evidence=check)
     return check
 

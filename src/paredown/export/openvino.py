@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.export.artifact import SCHEME, Artifact, Check, layer_counts
-from paredown.export.conditioning import excuse
+from paredown.export.conditioning import excuse, hopeless
 from paredown.export.distance import Distance
 from paredown.export.onnxruntime import distance, onnx_model, write_files
+from paredown.export.openvino_graph import executed
 from paredown.export.openvino_session import APART, PRECISION, Session, core
-from paredown.export.session import answering, as_feed, has_int8_sums
+from paredown.export.session import answering, has_int8_sums
 from paredown.program import Inputs, Program
 from paredown.quantize.batches import Batches, each
 from paredown.quantize.nouns import Quantized
@@ -131,9 +132,12 @@ def tidy(model: Any, kept: set[str]) -> None:
     _reduce_codes(model)
     _drop_repeated(model)
     _part_weights(model)
+    _plain_constants(model)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul":
             _uneven_bias(node)
+        elif node.get_type_name() in ("Multiply", "Add", "Subtract", "Maximum", "Minimum"):
+            _wide_first(node)
     _rename(model, kept)
     model.validate_nodes_and_infer_types()
 
@@ -208,6 +212,56 @@ def _part_weights(model: Any) -> None:
             own = ops.convert(ops.constant(codes.data.copy()), "f32")
             again = ops.multiply(own, ops.constant(inputs[1].data.copy()))
             reader.replace_source_output(again.output(0))
+
+
+def _plain_constants(model: Any) -> None:
+    """Float weights, of the same values, for layers that read no input, as those of position codes.
+
+    Once the batch is fixed these are folded, and of codes OpenVINO 2026.4 cannot ("m_element_type.is_static()"; EdgeNeXt).
+    """
+    import openvino.opset13 as ops
+
+    same: set[str] = set()
+    for node in model.get_ordered_ops():
+        kind, sources = node.get_type_name(), [v.get_node() for v in node.input_values()]
+        if kind in ("Constant", "ShapeOf") or (
+            sources and kind != "Parameter" and all(s.get_name() in same for s in sources)
+        ):
+            same.add(str(node.get_name()))
+            found = _dequantized(sources[1]) if kind in _LAYERS and sources[1].get_type_name() == "Multiply" else None
+            codes = None if found is None else evaluated(found[0].input_value(0))
+            if found is not None and codes is not None:
+                node.input(1).replace_source_output(
+                    ops.constant((codes.astype(np.float32) - found[1]) * found[2]).output(0)
+                )
+
+
+_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
+
+
+def _wide_first(node: Any) -> None:
+    """column · matrix → matrix · column, and so for sums and extrema; column - matrix → (matrix - column) · -1.
+
+    OpenVINO 2026.4 makes one kernel of quantized dense layers and what reads them, and for one sample, where a column [n, 1] is one
+    number, it answers nonsense if that comes first (the gates of a mixture of experts; docs/decisions/check.md).
+    """
+    import openvino.opset13 as ops
+
+    one, other = node.input_value(0), node.input_value(1)
+    shapes = [v.get_partial_shape() for v in (one, other)]
+    if any(s.rank.is_dynamic or s.rank.get_length() == 0 for s in shapes) or "Constant" in (
+        one.get_node().get_type_name(),
+        other.get_node().get_type_name(),
+    ):
+        return
+    last = [s[s.rank.get_length() - 1] for s in shapes]
+    if not last[0].is_static or last[0].get_length() != 1 or (last[1].is_static and last[1].get_length() == 1):
+        return
+    if node.get_type_name() == "Subtract":
+        _replace(node, ops.multiply(ops.subtract(other, one), ops.constant(np.float32(-1))))
+    else:
+        node.input(0).replace_source_output(other)
+        node.input(1).replace_source_output(one)
 
 
 def _uneven_bias(node: Any) -> None:
@@ -442,7 +496,8 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         **layer_counts(int8_nodes, float_nodes),
     )
     if strict and not check.holds:
-        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)} "
+        why = "" if tolerance or not far.finite else hopeless(reference, far.worst, far.cosine)
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}{why} "
         raise VerificationError(msg + " ".join(f"{n}." for n in notes[1:]), evidence=check)
     return check
 
@@ -478,58 +533,3 @@ def _saturates(far: Distance, exact: Distance) -> str:
         "(LP_TRANSFORMS_MODE=NO, weights unpacked); "
         "what is measured here is worse than where there is VNNI"
     )
-
-
-_EDGES = ("Input", "Output", "Parameter", "Result", "Const", "Constant", "Reorder", "Convert", "ShapeOf", "MemoryInput")
-_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
-_NUMBERED = re.compile(r"[a-z]+\d*_\d+")
-"""Names that `tidy` gives."""
-_INVENTED = re.compile(r"[A-Za-z]+\d*_\d+.*|Constant\w*")
-"""Those, and names that OpenVINO counts up over a whole process: they would differ from run to run."""
-_CODES, _FLOATS = ("u8", "i8"), ("f32", "bf16", "f16")
-
-
-def executed(session: Session, sample: Inputs) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """("type: name" in int8, "type: name" in float) of the graph that the CPU plugin runs, in its order.
-
-    Not listed: constants and what is computed of nothing but them, changes of layout or type, views, arithmetic on shapes,
-    and a FakeQuantize that turns floats into codes. One whose result is float again is listed: it costs and gains nothing.
-    """
-    compiled = session.request(as_feed(session.get_inputs(), *sample)).get_compiled_model()
-    int8_nodes, float_nodes, constants = [], [], set()
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        kind, precision, result = (_text(info, k) for k in ("layerType", "runtimePrecision", "outputPrecisions"))
-        result = result.split(",")[0]
-        sources = [v.get_node().get_friendly_name() for v in node.input_values()]
-        if kind in ("Const", "Constant") or (sources and all(s in constants for s in sources)):
-            constants.add(node.get_friendly_name())
-            continue
-        if kind in (*_EDGES, *_VIEWS) or result not in (*_CODES, *_FLOATS):
-            continue
-        label = f"{kind}: {_name(node, info)}"
-        if kind == "FakeQuantize" or _only_quantizes(info):
-            float_nodes += [label] if result in _FLOATS else []
-        elif precision in _CODES:
-            int8_nodes.append(label)
-        else:
-            float_nodes.append(label)
-    return tuple(int8_nodes), tuple(float_nodes)
-
-
-def _only_quantizes(info: Any) -> bool:
-    """Whether a node is made of nothing but FakeQuantize, under whatever name the plugin runs it."""
-    parts = [n for n in _text(info, "originalLayersNames").split(",") if n]
-    return bool(parts) and all(n.startswith("fakequantize_") for n in parts)
-
-
-def _name(node: Any, info: Any) -> str:
-    """The layer's name without what the plugin added; of a fused node the first that is a layer's, of its own inventions none."""
-    parts = dict.fromkeys(n.split("/")[0] for n in _text(info, "originalLayersNames").split(",") if n)
-    named = [n for n in parts if not _INVENTED.fullmatch(n)]
-    numbered = [n for n in parts if _NUMBERED.fullmatch(n)]
-    return next(iter((*named, *numbered)), "of the plugin")
-
-
-def _text(info: Any, key: str) -> str:
-    return str(info[key].astype(str)) if key in info else ""

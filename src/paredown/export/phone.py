@@ -16,7 +16,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.export.artifact import Artifact, Check, layer_counts
 from paredown.export.child import child_of
-from paredown.export.conditioning import excuse
+from paredown.export.conditioning import excuse, hopeless
 from paredown.export.onnxruntime import distance
 from paredown.export.phone_passes import plain
 from paredown.export.session import predictor, skeleton
@@ -116,7 +116,8 @@ def compared(
         **layer_counts(*nodes),
     )
     if strict and not check.holds:
-        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}"
+        why = "" if tolerance is not None or not far.finite else hopeless(reference, far.worst, far.cosine)
+        msg = f"{artifact.path.name} in its runtime must equal PyTorch {far.told(tolerance)}{why}"
         raise VerificationError(msg, evidence=check)
     return check
 

@@ -32,7 +32,7 @@ def evaluated(evaluate: Callable[[Any], Any], predict: Callable[..., Any]) -> di
 
 def _values(name: str, value: Any) -> Values:
     rule = f"the metric {name!r} must be a finite number, or a 1-D array with one finite number per sample"
-    if value is None or isinstance(value, str | bytes):
+    if value is None or isinstance(value, str | bytes | bool):
         msg = f"{rule}. Got {value!r} from evaluate."
         raise RejectedError(msg)
     if hasattr(value, "detach"):

@@ -31,6 +31,7 @@ class Watch:
         self._high: dict[int, Values] = {}
         self._whole = True
         self.num_samples = 0
+        self._lengths: list[int] = []
         self.low, self.high = float("inf"), float("-inf")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,6 +44,7 @@ class Watch:
         answer = self._predict(*args, **kwargs)
         batch = given[0].shape[0] if given and given[0].dim() else 0
         self.num_samples += batch
+        self._lengths.append(batch)
         for i, leaf in enumerate(t for t in pytree.tree_leaves(answer) if isinstance(t, Tensor)):
             self._whole = (
                 self._whole and batch > 0 and leaf.dim() > 0 and leaf.shape[0] == batch and self._fits(i, leaf)
@@ -55,6 +57,12 @@ class Watch:
 
     def _fits(self, i: int, leaf: Tensor) -> bool:
         return i not in self._low or self._low[i].shape == tuple(leaf.shape[1:])
+
+    @property
+    def uneven(self) -> tuple[int, int, int] | None:
+        """(calls, smallest, largest number of samples), where calls had different numbers of them; None where not."""
+        ends = min(self._lengths, default=0), max(self._lengths, default=0)
+        return None if ends[0] == ends[1] else (len(self._lengths), *ends)
 
     @property
     def digest(self) -> str:
@@ -91,6 +99,25 @@ def oddities(dense: Watch, now: Watch) -> Iterator[str]:
         )
 
 
+def by_batches(num_values: int, watch: Watch) -> Iterator[str]:
+    """A sentence where evaluate returned as many values as it asked for answers, with batches of different lengths: means of batches.
+
+    >>> import torch
+    >>> watch = Watch(lambda x: x)
+    >>> _ = [watch(torch.zeros(n, 1)) for n in (32, 32, 4)]
+    >>> list(by_batches(3, watch))
+    ['evaluate returned 3 values, one for each batch of 4 to 32 samples: a small batch then weighs as much as a large one. Return one value per sample']
+    >>> list(by_batches(68, watch))
+    []
+    """
+    if watch.uneven is not None and num_values == watch.uneven[0]:
+        calls, low, high = watch.uneven
+        yield (
+            f"evaluate returned {calls} values, one for each batch of {low} to {high} samples: a small batch then weighs as much as a "
+            "large one. Return one value per sample"
+        )
+
+
 def another_range(calibration: tuple[float, float], watch: Watch) -> Iterator[str]:
     """A sentence where calibration inputs have another range than those of the evaluation, as 0…255 for 0…1."""
     said = apart(calibration, (watch.low, watch.high), "those that evaluate gives")
@@ -98,4 +125,4 @@ def another_range(calibration: tuple[float, float], watch: Watch) -> Iterator[st
         yield said
 
 
-__all__ = ["NEARLY_CONSTANT", "Watch", "another_range", "oddities", "range_of"]
+__all__ = ["NEARLY_CONSTANT", "Watch", "another_range", "by_batches", "oddities", "range_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from paredown.pipeline.ways import check_rounding, check_ways
 from paredown.recipe import Recipe, load_recipe
 from paredown.records import Record, read, write_text
 from paredown.report.curves import curve_document, write_curve_report
+from paredown.score.patterns import matches
 from paredown.sweep import local
 from paredown.sweep import ray as on_ray
 from paredown.sweep.grid import Cell, grid
@@ -67,7 +69,9 @@ def curve(
     folder, found = Path(out), versions()
     machine = machine_for(recipe, processes, ray=ray)
     run_missing = local.run_missing if ray is None else on_ray.run_missing
-    with opened(folder, recipe.to_yaml(), lambda there: difference(there, recipe, folder), overwrite=overwrite):
+    with opened(
+        folder, recipe.to_yaml(), lambda there: difference(there, recipe, folder), overwrite=overwrite, kind="a curve"
+    ):
         remember(folder, recipe.data_path)
         with sweep_display(len(cells), quiet=quiet) as shown:
             _say_what_is_there(shown, cells, folder, found, retry)
@@ -82,12 +86,28 @@ def check_cells(cells: Sequence[Cell], task: Task) -> None:
         python_of(target)
     if cells[0].quantized:
         check_rounding(cells[0].recipe, task)
+        _check_float_layers(cells, task)
     seed = cells[0].seed
     for cell in cells:
         if cell.seed == seed and cell.kind in ("pruned", "from-scratch"):
             check_ways(cell.recipe, task)
         if cell.kind in ("from-scratch", "scratch", "thin") and task.train is None and task.step is None:
             msg = "a control must have a way to train: step with train_batches, or train. Got a task with neither."
+            raise UsageError(msg)
+
+
+def _check_float_layers(cells: Sequence[Cell], task: Task) -> None:
+    """A pattern that no layer has would cost every file in codes; with low rank there may be layers that no one knows yet."""
+    asked = cells[0].recipe.quantize.float_layers
+    if not asked or any(level.factorize is not None for cell in cells for level in cell.recipe.prune.levels):
+        return
+    _, model, _ = task_of(cells[0].recipe)
+    made = model()
+    known = [n for of in (made.named_modules(), made.named_parameters(), made.named_buffers()) for n, _ in of if n]
+    for pattern in asked:
+        if not matches(known, [pattern]):
+            near = difflib.get_close_matches(pattern, known, 3) or known[:3]
+            msg = f"quantize.float_layers must match parameters or modules of the network. Got {pattern!r}, which matches none; there are {', '.join(near)}."
             raise UsageError(msg)
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from paredown.errors import RejectedError, UsageError
 from paredown.records import Record, append, locked, sweep_stale, write_text
 
 RECIPE, RECORDS, STEPS, LOCK = "recipe.yaml", "records.jsonl", "steps", ".lock"
+Kind = Literal["a run", "a curve", "a sensitivity"]
+"""What a folder is of."""
 MADE = (RECIPE, RECORDS, "report.html", "plan.json", "form.json", "model.safetensors")
 
 
@@ -51,11 +53,13 @@ class RunFolder:
 
 
 @contextmanager
-def opened(path: Path, recipe_yaml: str, difference: Callable[[str], str], *, overwrite: bool) -> Iterator[RunFolder]:
+def opened(
+    path: Path, recipe_yaml: str, difference: Callable[[str], str], *, overwrite: bool, kind: Kind = "a run"
+) -> Iterator[RunFolder]:
     """Take a run folder: a new one, or one that holds the same recipe; a second process is refused (exit 7).
 
     `difference(yaml)` says how the recipe that is there differs from this one, "" where it does not. Another recipe,
-    or a folder with other files in it, is refused (UsageError) unless `overwrite`.
+    or a folder with other files in it, is refused (UsageError) unless `overwrite`; one of another `kind` always.
     """
     if path.exists() and not path.is_dir():
         msg = f"out must be a folder. Got the file {path}."
@@ -64,10 +68,26 @@ def opened(path: Path, recipe_yaml: str, difference: Callable[[str], str], *, ov
         f"a run folder must have one owner. {path} is in use by another process. Wait for it, or choose another --out."
     )
     with locked(path / LOCK, writable="out must be a writable folder", held=held):
+        if (path / RECIPE).exists():
+            _refuse_another_kind(path, kind)
         _claim(path, recipe_yaml, difference, overwrite)
         sweep_stale(path)
         (path / STEPS).mkdir(exist_ok=True)
         yield RunFolder(path=path)
+
+
+def _refuse_another_kind(path: Path, kind: Kind) -> None:
+    """All kinds have a recipe.yaml, a records.jsonl and a report: one would replace those of the other."""
+    found: Kind = kind
+    if (path / "trials").is_dir() or (path / "curve.json").is_file():
+        found = "a curve"
+    elif (path / "journal.jsonl").is_file():
+        found = "a sensitivity"
+    elif any((path / STEPS).glob("[0-9][0-9]-*.json")):
+        found = "a run"
+    if found != kind:
+        msg = f"out must be an empty folder or one of {kind}. Got {path}, which holds {found}. Choose another --out."
+        raise UsageError(msg)
 
 
 def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overwrite: bool) -> None:
@@ -76,7 +96,7 @@ def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overw
         changed = difference(recipe.read_text(encoding="utf-8"))
         if not changed:
             return
-        if not overwrite:
+        if not overwrite and _made_something(path):
             msg = f"{path} holds another run. The recipe or its data differ:\n{changed}\nChoose another --out, or --overwrite."
             if "given." in changed:  # a notebook's functions count with all that they reach by name
                 msg += " What a function keeps its results in, by a way that is not seen in its code, differs after every run: make it inside the function."
@@ -86,6 +106,12 @@ def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overw
         raise UsageError(msg)
     _clear(path)
     write_text(recipe, recipe_yaml)
+
+
+def _made_something(path: Path) -> bool:
+    """Whether there is more than a recipe: a run that was refused before any work stands in nobody's way."""
+    others = any(p.name not in (RECIPE, LOCK, STEPS) for p in path.iterdir())
+    return others or any((path / STEPS).glob("*"))
 
 
 def _clear(path: Path) -> None:

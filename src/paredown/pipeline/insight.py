@@ -28,7 +28,7 @@ from paredown.quantize import Quantized
 from paredown.quantize.culprits import some
 from paredown.quantize.half import in_halves
 from paredown.quantize.noise import activation_noise, folded_weights, sqnr
-from paredown.quantize.schemes import HALF
+from paredown.quantize.schemes import HALF, is_narrow
 from paredown.records import Record
 
 Values = NDArray[np.float64]
@@ -89,7 +89,7 @@ def changed(dense: Values, now: Values, columns: Mapping[str, Sequence[Any]], go
     """What became of the samples, both metrics in `unit`, sample by sample.
 
     {"n", "hits", "turns" {gained, lost, both, neither} (right-or-wrong metrics), "worst" {dense, now, of_dense} (means of the worst
-    tenth, else), "slices" [{column, value, n, dense, now, change, low, high}], "most" [{id, dense, now}], "scatter" [[dense, now]]}.
+    tenth, else), "slices" [{column, value, n, dense, now, change, low, high}], "few" [{column, value, n}] (too few for one), "most" [{id, dense, now}], "scatter" [[dense, now]]}.
 
     >>> found = changed(np.array([0.0, 100.0, 100.0]), np.array([0.0, 0.0, 100.0]), {"id": ["a", "b", "c"]}, "max", "%")
     >>> found["turns"]["lost"], found["most"][0]["id"]
@@ -112,6 +112,13 @@ def changed(dense: Values, now: Values, columns: Mapping[str, Sequence[Any]], go
             for name, column in columns.items()
             if name not in ("id", "target")
             for s in _sliced(name, column, dense, now, unit, worse)
+        ],
+        "few": [
+            {"column": name[:80], "value": value[:80], "n": int(mask.sum())}
+            for name, column in columns.items()
+            if name not in ("id", "target")
+            for value, mask in _groups(column)
+            if int(mask.sum()) < LEAST_IN_SLICE
         ],
         "most": [{"id": str(ids[i])[:80], "dense": _short(dense[i]), "now": _short(now[i])} for i in most],
         "best": [{"id": str(ids[i])[:80], "dense": _short(dense[i]), "now": _short(now[i])} for i in best],
@@ -180,8 +187,25 @@ def _bias(
             return {"why": "the network does not answer with one number per sample"}
         error = summarize(values - target)
         found[name] = {"value": error.value, "low": error.low, "high": error.high, "n": error.n,
+                       "predicted": _ends(values), "truth": _ends(target), "apart": _apart(values, target),
                        "scatter": [[_short(target[i]), _short(values[i])] for i in _spread(len(target))]}  # fmt: skip
     return {"files": found}
+
+
+def _ends(values: Values) -> list[float]:
+    return [_short(float(values.min())), _short(float(values.max()))]
+
+
+_OTHER_UNIT = 5.0
+"""Predictions this many times larger or smaller than the truth, in ranges that nowhere meet, are in another unit."""
+
+
+def _apart(values: Values, target: Values) -> bool:
+    """Whether predictions are of another size than the truth, as grams beside kilograms."""
+    if values.min() <= target.max() and target.min() <= values.max():
+        return False
+    ours, theirs = (float(np.median(np.abs(v))) for v in (values, target))
+    return max(ours, theirs) >= _OTHER_UNIT * min(ours, theirs)
 
 
 def _predictions(run: Run, artifact: Artifact) -> Values | None:
@@ -208,22 +232,25 @@ def _spread(count: int) -> list[int]:
 
 
 def layer_bits(run: Run, quantized: Quantized) -> dict[str, Any]:
-    """Bits of every weight in codes, and its SQNR in dB against the folded float weight; at 8 bits that of what enters the layer.
+    """Bits of every weight in codes, and its SQNR in dB against the folded float weight; where activations are codes, that of what enters the layer.
 
     What enters is measured on at most 64 calibration samples in the float network. Where ranges were moved between layers
     (equalize, smooth) the weights are others and there is no such figure.
     """
     moved = next((r for r in run.recipe.quantize.repair if r in MOVED), "")
     entering: dict[str, float | None] = {}
-    if run.recipe.quantize.scheme in ("int8", "w4a8"):
+    entered = {
+        n: w.bits if is_narrow(quantized.scheme) else 8 for n, w in quantized.weights.items()
+    }  # w4a4: 4, at both ends 8
+    if run.recipe.quantize.kernels == "int8":
         try:
             heard = activation_noise(
                 quantized.program,
                 [{"args": args, "kwargs": kwargs} for args, kwargs in some(run.task.calibration_batches)],
-                bits=(8,),
+                bits=tuple(sorted({8, *entered.values()})),
                 observer=run.recipe.quantize.observer,
             )
-            entering = {one.name: one.sqnr_db["tensor"][8] for one in heard}
+            entering = {one.name: one.sqnr_db["tensor"][entered.get(one.name, 8)] for one in heard}
         except ParedownError as error:
             run.say(f"noise of activations: not tested ({error})"[:200])
     rows = []

@@ -31,6 +31,7 @@ from paredown.search.damage import AMOUNTS, BITS, Hurt, Measuring, hurts, record
 from paredown.search.probe import UNITS, Distance, Probe, probe_key, usual_distance
 from paredown.search.repair import Repair
 from paredown.train import check_roles
+from paredown.train.shares import share_note
 
 JOURNAL = "journal.jsonl"
 
@@ -82,8 +83,12 @@ def sensitivity(
     try:
         with (
             opened(
-                Path(out), recipe.to_yaml(), lambda there: difference(there, recipe, Path(out)), overwrite=overwrite
-            ) as folder,
+                Path(out),
+                recipe.to_yaml(),
+                lambda there: difference(there, recipe, Path(out)),
+                overwrite=overwrite,
+                kind="a sensitivity",
+            ) as folder,  # fmt: skip
             display(quiet=quiet) as shown,
         ):
             remember(folder.path, recipe.data_path)
@@ -129,7 +134,9 @@ def _sensed(
     if all(h.seen is None for h in found):
         msg = f"a sensitivity must have at least one number. Got none of {len(found)}: {found[0].why}."
         raise NothingToDo(msg)
-    head = _head(run, here, probe, about, amounts, [*notes, *roles.warnings, *random_note(run), *program.notes])
+    odd = share_note(run.task.metric, probe.dense)
+    told = [*notes, *roles.warnings, *([odd] if odd else []), *random_note(run), *program.notes]
+    head = _head(run, here, probe, about, amounts, told)
     head = dataclasses.replace(head, details={**head.details, "test_data": roles.test_digest})
     return _written(out, head, found, key, probe, fresh)
 

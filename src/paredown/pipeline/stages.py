@@ -24,7 +24,7 @@ from paredown.export.session import has_exact_products
 from paredown.granularity import Granularity
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.measure.quality import keep_values, kept_values
-from paredown.measure.watched import Watch, another_range, oddities, range_of
+from paredown.measure.watched import Watch, another_range, by_batches, oddities, range_of
 from paredown.pipeline import verdict as verdicts
 from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, files_digest, key_of
@@ -36,6 +36,7 @@ from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
 from paredown.pipeline.snippet import input_of, snippet
 from paredown.pipeline.spared import quantized_but_few
+from paredown.pipeline.unchanged import unchanged
 from paredown.pipeline.ways import check_rounding
 from paredown.plan import Plan
 from paredown.program import Program, capture
@@ -47,12 +48,14 @@ from paredown.records import Measured, Record, whole_file
 from paredown.target import named
 from paredown.train import Roles, Task, check_roles
 from paredown.train.given import given_notes
+from paredown.train.roles import Remembered
+from paredown.train.shares import refuse_no_share, share_note
 from paredown.train.task import seed_all
 
 BASE = "base-trained.safetensors"
 """The dense network that a run has trained itself, under its steps."""
 TITLES = {
-    "int8": "INT8", "w4a8": "W4A8", "int8-dynamic": "dynamic INT8", "w4": "W4", "w2": "W2", "ternary": "ternary", "binary": "binary", "fp16": "FP16",
+    "int8": "INT8", "w4a8": "W4A8", "w4a4": "W4A4", "int8-dynamic": "dynamic INT8", "w4": "W4", "w2": "W2", "ternary": "ternary", "binary": "binary", "fp16": "FP16",
 }  # fmt: skip
 """Scheme to what its stage is called."""
 PARITY, AT_MOST = 0.2, 1.0
@@ -90,13 +93,16 @@ def run_stages(run: Run) -> Compressed:
     run, untaught = without_random_teacher(run, dense)
     roles = dataclasses.replace(roles, warnings=(*roles.warnings, *given_notes(recipe.given), *untaught))
     _stage_examine(run, program, (*roles.warnings, *start.notes))
+    run.dense["networks"] = [dense, program.module]
     _stage_float(run, 1, "dense", "Dense FP32", program, None, {})
+    roles = roles.beside(run.dense["read"])
     values = run.dense["values"]
     run.dense["slices"] = checked_slices(run, len(values) if values.ndim else None)
     for number, level in enumerate(recipe.prune.levels, start=1):
         done = one_level(run, number, level, program, tuned, dense)
         if done is not None:
             tuned, details = done
+            run.dense["networks"] = [dense, program.module, tuned.module]
             title = f"Pruned, level {number}, FP32"
             _stage_float(run, 10 + number, f"level-{number}", title, tuned, tuned.plan, details)
     tuned = _for_the_budget(run, program, tuned, dense)
@@ -340,7 +346,11 @@ def _measured(
         keep_values(run.folder.path, name, values)
     if name == "dense":
         run.dense["values"], run.dense["watch"] = values, watch
-        odd = list(another_range(range_of(_calibration_inputs(run)), watch))
+        odd = [
+            *another_range(range_of(_calibration_inputs(run)), watch),
+            *(by_batches(len(values), watch) if values.ndim else ()),
+            *filter(None, [share_note(run.task.metric, values.mean())]),
+        ]
     else:
         odd = list(oddities(run.dense["watch"], watch))
     unit = run.task.metric.unit
@@ -385,7 +395,10 @@ def _on_codes(checked: Check) -> dict[str, Any]:
 def _seen(run: Run, artifact: Artifact) -> tuple[Any, Watch]:
     """The metric of a file, and what its evaluation did."""
     watch = Watch(predictor(artifact))
-    return metric_of(run, watch), watch
+    if "read" in run.dense:
+        return metric_of(run, watch), watch
+    run.dense["read"] = Remembered(watch)
+    return metric_of(run, run.dense["read"]), watch
 
 
 def _calibration_inputs(run: Run) -> Iterator[torch.Tensor]:
@@ -408,11 +421,13 @@ def _stripped(artifact: Artifact) -> Measured:
 
 def metric_of(run: Run, predict: Any) -> Any:
     """The task's metric on its test data: one value, or one per sample."""
-    found = evaluated(run.task.evaluate, predict)
+    with unchanged(run.dense.get("networks", ())):
+        found = evaluated(run.task.evaluate, predict)
     name = run.task.metric.name
     if name not in found:
         msg = f"evaluate must return the metric {name!r} that METRIC names. Got {sorted(found)}."
         raise RejectedError(msg)
+    refuse_no_share(run.task.metric, found[name])
     return found[name]
 
 
@@ -565,10 +580,13 @@ def _closer(run: Run, by_stage: Mapping[str, Record], recommended: str, program:
 
 
 def _alarms(by_stage: Mapping[str, Record]) -> Iterator[str]:
-    """What was odd in an evaluation, by stage."""
+    """What was odd in an evaluation or a calibration, by stage."""
     for name, record in by_stage.items():
-        found = record.details.get("alarms", ()) if name != "examine" else ()
-        yield from (f"{name}: {alarm}" for alarm in found)
+        if name == "examine":
+            continue
+        alarms = record.details.get("alarms", ())
+        told = (n for n in record.details.get("notes", ()) if n.startswith("calibration") and n not in alarms)
+        yield from (f"{name}: {alarm}" for alarm in (*alarms, *told))
 
 
 def _model_file(run: Run, stage: str) -> Path:

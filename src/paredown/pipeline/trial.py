@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from paredown.allocate import allocate
 from paredown.budget import Budget
 from paredown.couple import couple
-from paredown.errors import InfeasibleError, RejectedError, UsageError, VerificationError
+from paredown.errors import ParedownError, RejectedError, UsageError
 from paredown.examine import examine
 from paredown.export import Artifact, check, export, predictor
 from paredown.export.onnxruntime import load_translations
@@ -46,6 +46,7 @@ from paredown.strict_yaml import read_yaml
 from paredown.sweep.trials import RESULT, write_result
 from paredown.target import named
 from paredown.train import check_roles, recover
+from paredown.train.shares import refuse_no_share, share_note
 
 Emit = Callable[[Mapping[str, Any]], None]
 LOADS = (
@@ -168,7 +169,11 @@ def _base(asked: Asked) -> Record:
         "trained_here": trains_base(run.recipe, run.task),
         "metric": dataclasses.asdict(run.task.metric),
     }
-    return _recorded(asked, program, None, details)
+    record = _recorded(asked, program, None, details)
+    odd = share_note(run.task.metric, record.measured["metric"].value)
+    return (
+        dataclasses.replace(record, details={**record.details, "warnings": [*roles.warnings, odd]}) if odd else record
+    )
 
 
 def _pruned(asked: Asked) -> Record:
@@ -406,7 +411,9 @@ def _scored(asked: Asked, artifact: Artifact, dense: Artifact | None = None) -> 
         **(_timed(run, asked, artifact, dense) if asked.latency else {}),
     }
     if run.task.choose is not None:
-        found["held_out"] = summarize(evaluated(run.task.choose, predict)[name], unit, where)
+        held_out = evaluated(run.task.choose, predict)[name]
+        refuse_no_share(run.task.metric, held_out)
+        found["held_out"] = summarize(held_out, unit, where)
     return found
 
 
@@ -423,12 +430,13 @@ def _in_codes(
         run.say(f"{scheme}: export, check and measure")
         artifact = export(quantized, path, target=run.recipe.target)
         checked = check(artifact, quantized, run.task.calibration_batches)
-    except (RejectedError, VerificationError, InfeasibleError) as error:
-        return {}, {"scheme": scheme, "failed": str(error)}
-    found = {
-        **sizes(artifact.files, machine_text()),
-        **_scored(asked, artifact, plain if asked.kind == "base" else None),
-    }
+        scored = _scored(asked, artifact, plain if asked.kind == "base" else None)
+    except Exception as error:  # the float file is done, whatever it is that ends this one
+        for left in path.parent.glob(f"{path.stem}.*"):  # what failed its check is no file to ship
+            left.unlink()
+        why = str(error) if isinstance(error, ParedownError) else f"{type(error).__name__}: {error}"
+        return {}, {"scheme": scheme, "failed": why}
+    found = {**sizes(artifact.files, machine_text()), **scored}
     told = {"max_error": checked.max_error, "scale": checked.scale, "cosine": checked.cosine}
     return found, {
         "scheme": scheme,

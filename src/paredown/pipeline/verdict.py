@@ -15,11 +15,16 @@ if TYPE_CHECKING:  # stages runs the verdict
     from paredown.pipeline.run import Run
 
 
+_OF_DENSE = ("size_bytes", "latency", "parameters", "macs")
+"""What may be asked for as a share of the dense file."""
+
+
 def bounds(run: Run, by_stage: Mapping[str, Record]) -> list[dict[str, Any]]:
     """Every bound of the recipe's budget, with what was measured of the file in codes, or counted in the last float one."""
     int8, dense = by_stage[run.recipe.quantize.scheme], by_stage["dense"]
     last = [r for n, r in by_stage.items() if n.startswith("level-")] or [dense]
-    given = _limits(run.recipe.budget.model_dump(exclude_none=True), dense, int8)
+    asked = run.recipe.budget.model_dump(exclude_none=True)
+    given = _limits(asked, dense, int8)
     sign = 1.0 if run.task.metric.goal == "max" else -1.0
     values = {
         "metric_loss": (
@@ -46,6 +51,7 @@ def bounds(run: Run, by_stage: Mapping[str, Record]) -> list[dict[str, Any]]:
                 "bound": limit,
                 "value": value,
                 "unit": unit,
+                **({"share": asked[what]} if what in _OF_DENSE and isinstance(asked[what], float) else {}),
                 "margin": limit - (value or 0),
                 "met": met,
                 "badge": "measured",

@@ -41,6 +41,7 @@ def realise_module(program: Program, removal: Removal, *, by_value: bool) -> tup
         wanted = _sizes(name, child, groups)
         if by_value and not type(child).__module__.startswith("torch.nn.modules"):
             wanted |= _by_value(child, changes.get(name, {}))
+        wanted |= _sizes_without_weights(child, changes.get(name, {}))
         changed = {k: v for k, v in wanted.items() if getattr(child, k) != v}
         if changed:
             attributes[name] = changed
@@ -124,6 +125,15 @@ def _sizes(name: str, module: nn.Module, groups: dict[str, int]) -> dict[str, An
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
         return {"normalized_shape": tuple(module.weight.shape)}
     return {"groups": groups[name]} if name in groups and hasattr(kind, "groups") else {}
+
+
+def _sizes_without_weights(module: Any, changes: dict[int, int]) -> dict[str, Any]:
+    """Sizes of norms that have no weights to tell them, by value."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and not module.elementwise_affine:
+        return {"normalized_shape": tuple(changes.get(size, size) for size in module.normalized_shape)}
+    if isinstance(module, nn.modules.batchnorm._NormBase) and not module.affine and not module.track_running_stats:
+        return {"num_features": changes.get(module.num_features, module.num_features)}
+    return {}
 
 
 def _changes(

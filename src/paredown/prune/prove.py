@@ -282,7 +282,7 @@ class _Masked(fx.Interpreter):
         if op_name(n) == "batch_norm":
             return _masked_rows(n, alive, args, kwargs)
         target: Any = n.target
-        return target(_survivors(args[0], alive), *args[1:], **kwargs)
+        return target(*(_survivors(a, alive) if isinstance(a, Tensor) else a for a in args), **kwargs)
 
 
 _NORMS = ("layer_norm", "rms_norm", "group_norm")

@@ -78,6 +78,15 @@ WEIGHTS = tuple(s.name for s in _TABLE if s.activations == "float" and s.weight_
 """Schemes of weights alone, per output channel; what computes is float32."""
 
 
+def is_narrow(scheme: str) -> bool:
+    """Whether activations have fewer bits than the types that a file has for them.
+
+    >>> is_narrow("w4a4"), is_narrow("w4a8")
+    (True, False)
+    """
+    return SCHEMES[scheme].activation_bits < 8
+
+
 def levels_at(bits: int) -> Levels:
     """The levels of a weight that is given so many bits by itself: below three no 0 is worth a code."""
     return "binary" if bits == 1 else "balanced" if bits == 2 else "integer"

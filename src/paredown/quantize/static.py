@@ -25,7 +25,8 @@ from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.numerics import ODD, bias_floor, fake_quantize
 from paredown.quantize.products import FROM, OF, products_as_layers
 from paredown.quantize.pt2e import pt2e
-from paredown.quantize.schemes import DYNAMIC, HALF, SCHEMES, WEIGHTS, Levels, scheme_named
+from paredown.quantize.schemes import DYNAMIC, HALF, SCHEMES, WEIGHTS, Levels, is_narrow, scheme_named
+from paredown.quantize.whole_biases import whole_biases
 from paredown.score.patterns import matches
 from paredown.target import TARGETS, Target, named
 
@@ -213,12 +214,12 @@ def calibrated(
     graph = program.eval_graph.module(check_guards=False)
     with quiet("torchao"):
         from paredown.quantize.annotate import TableQuantizer
-        from paredown.quantize.stayed import refuse_empty, stayed_float
+        from paredown.quantize.stayed import refuse_empty, told_of
 
         quantizer = TableQuantizer(table, observer, scheme_named(scheme), weights, float_layers, bits)
     prepared, owners = _prepared(graph, quantizer, program)
     refuse_empty(prepared, table, scheme, quantizer.float_layers)
-    stayed = _ONLY_WEIGHTS if scheme in WEIGHTS else tuple(stayed_float(prepared, table))
+    stayed = told_of(scheme, prepared, table)
     calls: list[Inputs] | None = [] if repair else None
     notes, inputs = (
         ((), None) if calibrate is None else run_samples(prepared, calibrate, num_samples, program, calls, repair)
@@ -242,9 +243,6 @@ def calibrated(
     return replace(base, notes=(*base.notes, *told(base, masked)))
 
 
-_ONLY_WEIGHTS = ("weights alone are codes: what computes is float32",)
-
-
 def _refuse_masks(tuned: Pruned | Program, base: Calibrated) -> None:
     """Levels without 0 would fill what was pruned."""
     masks = tuned.plan.masks if isinstance(tuned, Pruned) else {}
@@ -263,6 +261,7 @@ def converted(base: Calibrated, prepared: fx.GraphModule) -> Quantized:
 
         module = convert_pt2e(prepared)
         _slim(module)
+    whole_biases(module, base.target)
     return Quantized(
         module=module,
         program=base.program,
@@ -408,7 +407,7 @@ def refuse_target(scheme: str, table: Target) -> None:
     """Raises UsageError where the target has no file for the scheme: weights alone, and ranges at run time, are ONNX Runtime's."""
     if scheme == HALF:
         able = [t.name for t in TARGETS.values() if "float16" in t.dtypes]
-    elif scheme in (*DYNAMIC, *WEIGHTS):
+    elif scheme in (*DYNAMIC, *WEIGHTS) or is_narrow(scheme):
         able = [name for name in TARGETS if name.startswith("onnxruntime")]
     else:
         return

@@ -11,9 +11,23 @@ from torch import Tensor, fx
 from paredown.errors import NothingToDo
 from paredown.program import source_line
 from paredown.quantize.decompose import fetch, op_name
+from paredown.quantize.schemes import WEIGHTS, is_narrow
 from paredown.score.patterns import matches
 from paredown.target import Target, why_float
 from paredown.target.reasons import NEIGHBOURS
+
+_ONLY_WEIGHTS = "weights alone are codes: what computes is float32"
+_IN_BYTES = (
+    "activations of 4 bits stand in bytes: the runtime's kernels of 8 bits execute the file, with the results that kernels of 4 bits would have and "
+    "in the time of w4a8"
+)
+
+
+def told_of(scheme: str, prepared: fx.GraphModule, table: Target) -> tuple[str, ...]:
+    """What computes in float and why, and what computes in wider codes than those of the scheme."""
+    if scheme in WEIGHTS:
+        return (_ONLY_WEIGHTS,)
+    return (*stayed_float(prepared, table), *((_IN_BYTES,) if is_narrow(scheme) else ()))
 
 
 def stayed_float(prepared: fx.GraphModule, table: Target) -> Iterator[str]:

@@ -102,14 +102,15 @@ def _capital(word: str) -> str:
 def _spot(seen: CurveView) -> dict[str, Any]:
     """The strip: what to take, what it costs, how sure that is."""
     spot, unit = seen.spot, seen.metric["unit"]
+    dense = next((p for p in seen.points if p.kind == "base"), None)
     found: dict[str, Any] = {"sentence": spot.sentence, "chosen": spot.point is not None, "cards": []}
+    found["ship"] = _ship(seen, spot.point or dense)
     if spot.point is None or spot.removed is None:
         return found
     point = spot.point
     spread = "no interval: one seed" if spot.low is None else f"95 % interval {spot.low:.1f} to {spot.high:.1f} %"
     noun = TITLES[seen.axis]
     found["headline"] = f"Take {spot.removed:.1f} % of the {noun} out: {spot.name}"
-    dense = next((p for p in seen.points if p.kind == "base"), None)
     cards = [
         {
             "title": f"Removed of the {noun}",
@@ -145,6 +146,23 @@ def _spot(seen: CurveView) -> dict[str, Any]:
     return found
 
 
+def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
+    """Which file of the sweep is meant, and the command that makes it again; where nothing was chosen, what may help."""
+    digest = point.digests[0] if point is not None and point.digests else ""
+    record = next((r for r in seen.trials if r.cell.get("digest") == digest), None)
+    recipe = text(mapping(entry(seen.head, "recipes")).get(digest), 300)
+    if point is None or record is None or not recipe:
+        return {}
+    made = mapping(entry(record, "quantized")) if point.codes else record.details
+    file = f"{recipe.rpartition('/')[0]}/{text(made.get('file'), 100)}"
+    again = f"paredown compress {recipe}" if point.kind in ("pruned", "random") else ""
+    advice = ""
+    if seen.spot.point is None and point.held_out:
+        larger = ", or allow a larger loss (curve.limit)" if seen.spot.rule == "limit" else ""
+        advice = f"For a smaller one train longer (recover.epochs), take less out (curve.amounts){larger}."
+    return {"file": file, "seed": str(point.seeds[0]), "again": again, "advice": advice}
+
+
 def _same_trial(other: Point, point: Point) -> bool:
     """Whether it is the other file, in float or in codes, of the same network."""
     where = [(p.kind, p.method, p.schedule, p.amount) for p in (other, point)]
@@ -175,9 +193,12 @@ def _sign(seen: CurveView) -> float:
 
 
 def _spread(found: Interval, unit: str) -> str:
-    if found.low is None:
-        return "one seed: no interval"
-    return f"{said_interval(found.low, found.high, unit)}, {found.n} seeds"
+    said = _interval(found, unit)
+    return said if found.low is None else f"{said}, {found.n} seeds"
+
+
+def _interval(found: Interval, unit: str) -> str:
+    return "one seed: no interval" if found.low is None else said_interval(found.low, found.high, unit)
 
 
 # -------------------------------------------------------------------------------------------------------------- charts
@@ -329,8 +350,8 @@ def _row(seen: CurveView, point: Point) -> dict[str, Any]:
         "name": _name(point),
         "remains": "all" if point.amount is None else f"{point.amount:g}",
         "removed": f"{point.removed[seen.axis]:.1f} %" if seen.axis in point.removed else "",
-        "held_out": None if held_out is None else (quantity(held_out.mean, unit), _spread(held_out, unit)),
-        "test": None if tested is None else (quantity(tested.mean, unit), _spread(tested, unit)),
+        "held_out": None if held_out is None else (quantity(held_out.mean, unit), _interval(held_out, unit)),
+        "test": None if tested is None else (quantity(tested.mean, unit), _interval(tested, unit)),
         "parameters": large(round(point.absolute["parameters"])) if "parameters" in point.absolute else "",
         "macs": large(round(point.absolute["macs"])) if "macs" in point.absolute else "",
         "bytes": megabytes(point.absolute["bytes"]) if "bytes" in point.absolute else "",

@@ -94,6 +94,7 @@ def changed_lines(run: View) -> dict[str, Any] | None:
         "worst": _worst(mapping(found.get("worst")), unit),
         "slices": [_slice(one, unit) for one in slices[:SLICES]],
         "more": max(0, len(slices) - SLICES),
+        "few": ", ".join(_few(one) for one in rows(found.get("few"))[:SLICES]),
         "given": entry(run.insight, "slices_given") is True,
         "named": found.get("named") is True,
         "hits": found.get("hits") is True,
@@ -121,6 +122,11 @@ def changed_lines(run: View) -> dict[str, Any] | None:
             *([("scatter.csv", _csv(("dense", "now"), [list(p) for p in points]))] if points else []),
         ],
     }
+
+
+def _few(one: Mapping[str, Any]) -> str:
+    """A slice of which nothing can be said, as "site b (3)"."""
+    return f"{text(one.get('column'), 80)} {text(one.get('value'), 80)} ({whole(number(one.get('n')) or 0)})"
 
 
 def _turns(given: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -180,12 +186,23 @@ def bias_lines(run: View) -> dict[str, Any] | None:
                 "value": "not tested" if value is None else difference(value, ""),
                 "interval": interval(low, high, "", signed=True) or "–",
                 "word": "no bias shown" if even else "biased",
+                "ranges": _ranges(about),
+                "apart": about.get("apart") is True,
                 "scatter": scatter(pairs) if len(pairs) > 1 else None,
                 "ends": _ends(pairs, ""),
             }
         )
         points += [[text(name, 40), *p] for p in pairs]
     return {"lines": out, "csv": _csv(("file", "target", "prediction"), points)} if out else None
+
+
+def _ranges(about: Mapping[str, Any]) -> str:
+    """Where predictions and truth lie, by themselves: a network in grams beside targets in kilograms is seen here."""
+    ends = [_pair(items(about.get(k))) for k in ("predicted", "truth")]
+    if None in ends:
+        return ""
+    (low, high), (first, last) = (e for e in ends if e is not None)
+    return f"predictions from {quantity(low, '')} to {quantity(high, '')}, truth from {quantity(first, '')} to {quantity(last, '')}"
 
 
 # --------------------------------------------------------------------------------------------------- disturbed, roofline
@@ -360,7 +377,7 @@ def lineage(run: View) -> list[dict[str, str]]:
             done.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of training after it")
         scheme = name.removeprefix("twin-")
         if run.quantized is not None and scheme == stage_name(run.quantized):
-            static = scheme in ("int8", "w4a8")  # the others round weights alone, or activations by each input
+            static = scheme in ("int8", "w4a8", "w4a4")  # the others round weights alone, or activations by each input
             alone = "weights in 16 bits" if scheme == "fp16" else "weights as codes"
             done.append("weights as codes, activations calibrated" if static else alone)
         source = "trained by itself" if twin else before

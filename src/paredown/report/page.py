@@ -80,7 +80,15 @@ def _template(name: str = "page.html") -> Any:
         raise MissingError(msg) from error
     loader = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters["breakable"] = _breakable
     return env.get_template(name)
+
+
+def _breakable(name: str) -> Any:
+    """A name whose lines may break behind its dots: `blocks.0.down.weigh` and a lone t are hard to read on a phone."""
+    import markupsafe  # comes with Jinja2
+
+    return markupsafe.Markup(str(markupsafe.escape(name)).replace(".", ".<wbr>"))
 
 
 def write_report(folder: str | Path) -> Path:

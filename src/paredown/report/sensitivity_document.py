@@ -137,7 +137,8 @@ def _together(head: Record, records: Sequence[Record], record: Record) -> dict[s
             continue
         total = float(sum(alone))
         found[name] = {"sum": total, "measured": measured, "times": measured / total if total > 0 else None}
-    return {**found, "why": text(entry(record, "why"), 300), "sentence": _added_up(head, found)}
+    found["why"] = text(entry(record, "why"), 300)
+    return {**found, "sentence": _added_up(head, found)}
 
 
 def _added_up(head: Record, found: Mapping[str, Any]) -> str:
@@ -145,7 +146,7 @@ def _added_up(head: Record, found: Mapping[str, Any]) -> str:
     what = what or f"{found['parts']} spaces at {found['at']:g} %"
     moved, lost = found["distance"], found["metric_loss"]
     if moved is None:
-        return f"All {what} at once: not tested."
+        return f"All {what} at once: not tested{' (' + found['why'].rstrip('.') + ')' if found['why'] else ''}."
     times = "" if moved["times"] is None else f", {digits(moved['times'])} times the sum"
     said = f"All {what}: distances add up to {digits(moved['sum'])} (estimated); together they are {digits(moved['measured'])}{times}"
     if lost is not None:
@@ -241,8 +242,11 @@ def _ordered(
     by_group = {m: _by_group(told, i) for i, m in enumerate(("metric", "distance"))}
     found: dict[str, Stability | None] = {m: None if g is None else stability(g) for m, g in by_group.items()}
     has_metric = bool(whole) and all(row["mean_metric_loss"] is not None for row in whole)
+    alike = len(whole) > 1 and len({row["mean_metric_loss"] for row in whole}) == 1
     ordered_by: Measure = (
-        "metric" if has_metric and (_holds(found["metric"]) or not _holds(found["distance"])) else "distance"
+        "metric"
+        if has_metric and not alike and (_holds(found["metric"]) or not _holds(found["distance"]))
+        else "distance"
     )
     first = "mean_metric_loss" if ordered_by == "metric" else "mean_distance"
     order = sorted(whole, key=lambda row: (row[first], row["mean_distance"]))
@@ -293,10 +297,10 @@ def _sentence(head: Record, table: Mapping[str, Any], kind: str) -> str:
     rows = {row["name"]: row for row in table["rows"]}
     order = table["order"]
     if len(order) < 2:
-        return f"There is only {len(order)} {'space' if kind == 'units' else 'layer'} with all its numbers: no order."
+        return _no_order(table, "space" if kind == "units" else "layer")
     first, last = rows[order[0]], rows[order[-1]]
     what = "Cut" if kind == "units" else "Give fewer bits to"
-    costs = [_cost(head, row, kind) for row in (first, last)]
+    costs = [_cost(head, row, kind, table["ordered_by"]) for row in (first, last)]
     few = sum(bool(row["continued"]) for row in table["rows"])
     said = (
         f" {few} of {len(rows)} have too few units for every amount: their means are continued along straight lines (estimated)."
@@ -306,15 +310,27 @@ def _sentence(head: Record, table: Mapping[str, Any], kind: str) -> str:
     return f"{what} {first['name']} first ({costs[0]}); leave {last['name']} alone ({costs[1]}). {_reliance(head, table)}{said}"
 
 
-def _cost(head: Record, row: Mapping[str, Any], kind: str) -> str:
+def _no_order(table: Mapping[str, Any], what: str) -> str:
+    """Too few rows have all their numbers: how many, and why the first of the others has not."""
+    of, order = len(table["rows"]), table["order"]
+    if of < 2:
+        return f"There is only one {what}: no order."
+    lost = next(f" ({r['name']}: {p['why']})" for r in table["rows"] for p in r["points"] if p["distance"] is None)
+    return f"Only {len(order)} of {of} {what}s {'has' if len(order) == 1 else 'have'} all {'its' if len(order) == 1 else 'their'} numbers: no order{lost}."
+
+
+def _cost(head: Record, row: Mapping[str, Any], kind: str, ordered_by: str) -> str:
+    """What the order is by comes first: beside an order by distance, equal metrics would look like a mistake."""
     wanted = SHARE * 100 if kind == "units" else BITS
     point = min(row["points"], key=lambda p: abs(p["at"] - wanted))
     where = f"{100 * (1 - point['kept'] / point['of']):.0f} % of it out" if kind == "units" else f"{point['at']} bits"
     metric = mapping(entry(head, "metric"))
+    moved = "" if point["distance"] is None else f"outputs move by {digits(point['distance'])}"
     if point["metric_loss"] is None:
-        return f"{where}: outputs move by {digits(point['distance'])}"
+        return f"{where}: {moved or 'not tested'}"
     sign = -1.0 if metric.get("goal") == "max" else 1.0
-    return f"{where}: {text(metric.get('name'))} {difference(sign * point['metric_loss'], text(metric.get('unit')))}"
+    lost = f"{text(metric.get('name'))} {difference(sign * point['metric_loss'], text(metric.get('unit')))}"
+    return f"{where}: {moved}, {lost}" if ordered_by == "distance" and moved else f"{where}: {lost}"
 
 
 def _reliance(head: Record, table: Mapping[str, Any]) -> str:

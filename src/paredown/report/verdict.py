@@ -8,7 +8,7 @@ from typing import Any
 from paredown.records import Record
 from paredown.report.reading import View, entry, figure, mapping, number, rows, stage_name, stage_title, text
 from paredown.report.stages import NONE, Cell, cell, change, latency, metric, smaller, speed
-from paredown.report.wording import mebibytes, megabytes, quantity
+from paredown.report.wording import digits, mebibytes, megabytes, quantity
 
 _NAMES = {
     "size_bytes": "Size",
@@ -134,11 +134,14 @@ def _bound(given: Mapping[str, Any]) -> dict[str, Any]:
     badge = text(given.get("badge"))
     badge = badge if badge in ("measured", "estimated") and value is not None else "not tested"
     met = given.get("met")
+    share = number(given.get("share"))
+    turns = ", timed in turns" if what == "latency" else ""
+    of = "" if share is None else f" ({digits(share)} of the dense file{turns})"
     say = _points if what == "metric_loss" else quantity
     return {
         "what": what,
         "title": _NAMES.get(what, what.replace("_", " ")),
-        "bound": f"≤ {say(bound, unit)}" if bound is not None else "not given",
+        "bound": f"≤ {say(bound, unit)}{of}" if bound is not None else "not given",
         "value": Cell(value=say(value, unit), badge=badge) if badge != "not tested" and value is not None else NONE,  # type: ignore[arg-type]
         "margin": say(margin, unit) if margin is not None and badge != "not tested" else "–",
         "met": "not tested" if badge == "not tested" or not isinstance(met, bool) else "met" if met else "missed",

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
 from paredown.score.nouns import Source
+from paredown.score.twice import TwiceDifferentiable, is_cut, refuse
 from paredown.statistics.batches import taken
 
 Mode = Literal["train", "eval"]
@@ -41,7 +42,7 @@ class Gradients:
         if mode not in ("train", "eval"):
             msg = f"mode must be 'train' or 'eval'. Got {mode!r}."
             raise UsageError(msg)
-        self._source, self._loss = source, source.loss
+        self._source, self._loss, self._criterion = source, source.loss, criterion
         self._model = working_copy(source.module).train(mode == "train")
         if temperature != 1.0:
             self._model.register_forward_hook(
@@ -101,18 +102,30 @@ class Gradients:
         return passes
 
     def hessian_products(self, batch: Any, number: int, vectors: Sequence[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
-        """H v for each list of vectors (one per distinct parameter), H that of the loss of one batch: double backward."""
+        """H v for each list of vectors (one per distinct parameter), H that of the loss of one batch: double backward.
+
+        Raises RejectedError where a function has no second derivative in torch.
+        """
         with self._seeded(number), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss = self._value(batch, number)
+            with TwiceDifferentiable():
+                loss = self._value(batch, number)
             slopes = torch.autograd.grad(loss, self.distinct, create_graph=True, allow_unused=True)
+            again = lambda: self._value(batch, number)  # noqa: E731
+            if is_cut(slopes):
+                raise refuse(self._criterion, "a function marked once_differentiable", self._model, again)
             for count, one in enumerate(vectors, start=1):
                 parts = [(g * v).sum() for g, v in zip(slopes, one, strict=True) if g is not None and g.requires_grad]
                 if not parts:
                     yield [torch.zeros_like(p) for p in self.distinct]
                     continue
-                found = torch.autograd.grad(
-                    torch.stack(parts).sum(), self.distinct, retain_graph=count < len(vectors), allow_unused=True
-                )
+                try:
+                    found = torch.autograd.grad(
+                        torch.stack(parts).sum(), self.distinct, retain_graph=count < len(vectors), allow_unused=True
+                    )
+                except RuntimeError as error:
+                    if "memory" in str(error):
+                        raise
+                    raise refuse(self._criterion, str(error), self._model, again) from error
                 yield [
                     torch.zeros_like(p) if h is None else h.detach() for p, h in zip(self.distinct, found, strict=True)
                 ]

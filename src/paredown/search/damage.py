@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from paredown.couple.space import Coupling
-from paredown.errors import Interrupted, MissingError, NothingToDo, RejectedError, UsageError
+from paredown.errors import Interrupted, MissingError, NothingToDo, UsageError
 from paredown.program import Program, quiet
 from paredown.quantize.noise import WEIGHTED, weight_noise
 from paredown.quantize.numerics import fake_quantize
 from paredown.quantize.schemes import levels_at, weight_range
-from paredown.records import Measured, Record, append, mend, read
+from paredown.records import Measured, Record, append, mend, read_whole_lines
 from paredown.score.nouns import Scores
 from paredown.search.masked import Copy
 from paredown.search.probe import UNITS, Probe, Seen
@@ -189,20 +189,19 @@ def _measured(copy: Copy, scores: Scores, probe: Probe, damage: Damage, point: W
 
 def _done(copy: Copy, scores: Scores, damage: Damage, point: What) -> AbstractContextManager[nn.Module]:
     if isinstance(point, tuple):
-        return _all_done(copy, scores, point)
+        units = {p.name: stays_of(p, scores, copy) for _, p in point if isinstance(p, Point)}
+        return copy.without_all(units) if units else _all_rounded(copy, scores, point)
     if isinstance(point, Point):
         return copy.without(point.name, stays_of(point, scores, copy))
     return copy.rounded(damage.name, rounded_weight(copy.weight(damage.name), damage.kept, point))
 
 
 @contextmanager
-def _all_done(copy: Copy, scores: Scores, parts: Sequence[tuple[Damage, Point | int]]) -> Iterator[nn.Module]:
+def _all_rounded(copy: Copy, scores: Scores, parts: Sequence[tuple[Damage, Point | int]]) -> Iterator[nn.Module]:
     """All of them at once, undone in the reverse order."""
     with ExitStack() as stack:
-        modules = [stack.enter_context(_done(copy, scores, damage, point)) for damage, point in parts]
-        if any(module is not copy.module for module in modules):
-            msg = "all at once must be taken out by weights alone. Got a space that is cut out of the graph."
-            raise RejectedError(msg)
+        for damage, bits in parts:
+            stack.enter_context(_done(copy, scores, damage, bits))
         yield copy.module
 
 
@@ -268,7 +267,7 @@ def _known(journal: Path | None, key: str) -> dict[Damage, Hurt]:
         return {}
     mend(journal)
     found: dict[Damage, Hurt] = {}
-    for record in read(journal):
+    for record in read_whole_lines(journal):
         moved = record.measured.get("distance")
         if record.cell.get("key") != key or moved is None or moved.value is None:
             continue

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from paredown.program import Program
-from paredown.records import Measured, Record, append, mend, read
+from paredown.records import Measured, Record, append, mend, read_whole_lines
 from paredown.score.nouns import Scores
 from paredown.search.value import Value
 
@@ -36,7 +36,7 @@ class Journal:
         self._known: dict[tuple[str, int], float] = {}
         if path is not None and path.exists():
             mend(path)
-            for record in read(path):
+            for record in read_whole_lines(path):
                 number = record.measured.get("increase")
                 if record.cell.get("key") == self._key and number is not None and number.value is not None:
                     self._known[(record.cell["name"], record.cell["kept"])] = float(number.value)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -54,16 +54,28 @@ class Copy:
             with self._zeroed({name: torch.from_numpy(~stays)}) as module:
                 yield module
             return
-        gone = self._removal(space, ~stays)
-        reads = {f.parameter for f in space.footprints if f.role == "read"}
-        if _read_without_weights(self._program, gone) or not reads <= self._tensors.keys() or not reads:
-            yield realise_graph(self._program, gone).to(self._device)
+        cut = self._cut([(space, ~stays)])
+        if cut is not None:
+            yield cut
             return
         with self._zeroed(self._slices(space, ~stays)) as module:
             if self._repair is not None:
                 for parameter, weight in self._repair.weights(space, ~stays).items():
                     self._tensors[parameter].copy_(weight)
             yield module
+
+    @contextmanager
+    def without_all(self, stays: Mapping[str, Bools]) -> Iterator[nn.Module]:
+        """The model without what does not stay of several spaces, or of several parameters, at once."""
+        spaces = {s.name: s for s in self._coupling.spaces}
+        cut = self._cut([(spaces[n], ~s) for n, s in stays.items()]) if stays.keys() <= spaces.keys() else None
+        if cut is not None:
+            yield cut
+            return
+        with ExitStack() as stack:
+            for name, own in stays.items():
+                stack.enter_context(self.without(name, own))
+            yield self.module
 
     @contextmanager
     def rounded(self, name: str, weight: Tensor) -> Iterator[nn.Module]:
@@ -99,8 +111,16 @@ class Copy:
             for name, tensor in before.items():
                 self._tensors[name].copy_(tensor)
 
-    def _removal(self, space: Space, leaves: Bools) -> Removal:
-        gone = [leaves if s is space else np.zeros(len(s), dtype=np.bool_) for s in self._coupling.spaces]
+    def _cut(self, leaves: Sequence[tuple[Space, Bools]]) -> nn.Module | None:
+        """The graph without the units that leave; None where zeros in the reads of each space do the same."""
+        reads = [{f.parameter for f in space.footprints if f.role == "read"} for space, _ in leaves]
+        gone = self._removal(leaves)
+        plain = all(r and r <= self._tensors.keys() for r in reads) and not _read_without_weights(self._program, gone)
+        return None if plain else realise_graph(self._program, gone).to(self._device)
+
+    def _removal(self, leaves: Sequence[tuple[Space, Bools]]) -> Removal:
+        of = {space.name: own for space, own in leaves}
+        gone = [of.get(s.name, np.zeros(len(s), dtype=np.bool_)) for s in self._coupling.spaces]
         shapes = {name: tuple(t.shape) for name, t in self._program.state.items() if isinstance(t, Tensor)}
         return removal(trace(self._program), Plan(keep=kept_positions(self._coupling, shapes, gone)))
 

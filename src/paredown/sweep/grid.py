@@ -97,7 +97,10 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
         raise UsageError(msg)
     files = _files(recipe)
     for seed in curve.seeds:
-        own = _changed(recipe, seed, prune=Prune(), recover=Recover())
+        recover = Recover(
+            max_steps=recipe.recover.max_steps
+        )  # training with rounding, of the dense file too, ends by it
+        own = _changed(recipe, seed, prune=Prune(), recover=recover)
         base = _cell("base", seed=seed, recipe=own, latency=curve.latency, quantized=curve.quantized, files=files)
         cells[base.digest] = base
         for cell in _of_seed(recipe, curve, ways, seed, base):

@@ -4,16 +4,8 @@ from paredown.train.batch_norm import reestimate_batch_norm
 from paredown.train.loop import Epoch, Fitted, Hook, Progress, Training, fit
 from paredown.train.masks import keep_masks
 from paredown.train.recover import recover
-from paredown.train.task import (
-    Metric,
-    Roles,
-    Task,
-    check_roles,
-    content_hashes,
-    metric_values,
-    predictor,
-    task_from_module,
-)
+from paredown.train.roles import Roles, check_roles, content_hashes
+from paredown.train.task import Metric, Task, metric_values, predictor, task_from_module
 
 __all__ = [
     "Epoch",

@@ -8,14 +8,11 @@ A *calibration batch* is inputs alone: a tensor, a tuple of args, or {"args": â€
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -28,11 +25,8 @@ from torch.utils import _pytree as pytree
 from paredown.errors import RejectedError, UsageError
 from paredown.program import call_inputs as call_inputs  # noqa: PLC0414  (it is this room's name for it as well)
 from paredown.train.patience import BATCH_SECONDS, Patient
+from paredown.train.shares import refuse_no_share
 
-TRAIN_SECONDS = 120.0
-"""Time after which training data are no longer compared with the other roles."""
-MOST_BATCHES = 100_000
-"""Of calibration, held-out or test data; more have no end."""
 Batches = Callable[[], Iterable[Any]]
 Step = Callable[[nn.Module, Any], Tensor]
 Predict = Callable[..., Any]
@@ -182,7 +176,7 @@ def predictor(module: nn.Module) -> Predict:
 def metric_values(metric: Metric, result: Any) -> tuple[float, np.ndarray | None]:
     """What `evaluate` returned, as (value, one float64 per sample or None); value = mean over samples.
 
-    Raises UsageError (no such name, text, None, more than one axis) and RejectedError (NaN, infinity, no samples).
+    Raises UsageError (no such name, text, None, more than one axis) and RejectedError (NaN, infinity, no samples, an accuracy above 100 %).
     """
     if not isinstance(result, Mapping) or metric.name not in result:
         got = sorted(result) if isinstance(result, Mapping) else type(result).__name__
@@ -218,83 +212,11 @@ def metric_values(metric: Metric, result: Any) -> tuple[float, np.ndarray | None
             "division by zero."
         )
         raise RejectedError(msg)
+    refuse_no_share(metric, numbers)
     return float(numbers.mean()), numbers if numbers.ndim else None
 
 
-# ----------------------------------------------------------------------------------------------------------- data roles
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roles:
-    """How many distinct samples each role has, and what is odd about them."""
-
-    num_train: int | None
-    num_calibration: int
-    num_choose: int | None
-    num_test: int | None
-    test_digest: str | None = None
-    """SHA-256 over the hashes of all test samples, in any order; None where evaluate reads data of its own."""
-    warnings: tuple[str, ...] = ()
-
-
-def content_hashes(batches: Iterable[Any], *, max_batches: int = 100_000) -> set[bytes]:
-    """16-byte hash of each sample's bytes in the first tensor of every batch (samples lie along axis 0).
-
-    >>> len(content_hashes([torch.tensor([[1.0], [2.0]]), (torch.tensor([[1.0]]), 0)]))
-    2
-    """
-    found: set[bytes] = set()
-    for batch in islice(batches, max_batches):
-        tensor = _first_tensor(batch)
-        if tensor.numel() == 0:
-            continue
-        samples = tensor.detach().cpu().contiguous()
-        prefix = f"{samples.dtype}{tuple(samples.shape[1:])}".encode()
-        rows = samples.reshape(len(samples), -1) if samples.dim() else samples.reshape(1, 1)
-        found.update(hashlib.blake2b(prefix + _bytes(row), digest_size=16).digest() for row in rows)
-    return found
-
-
-def check_roles(task: Task) -> Roles:
-    """Train, calibrate/choose and test data must be there and be different samples, by content.
-
-    Samples that are both in training and in test are a warning (augmented training samples differ from their
-    originals, so only unaugmented duplicates are seen), as is a training set that is not read through in TRAIN_SECONDS.
-    Raises RejectedError: a role has no batches or no end, calibration or held-out samples are also test samples,
-    calibration batches do not have the structure of `inputs()`.
-    """
-    with kept_randomness():
-        _check_structure(task)
-        calibration = _role(task.calibration_batches, "calibration_batches")
-        test = _role(task.test_batches, "test_batches")
-        choose = _role(task.choose_batches, "choose_batches")
-        reading = _Limited(task.train_batches, TRAIN_SECONDS)
-        train = None if task.train_batches is None else _role(reading, "train_batches")
-    for name, role in (("calibration_batches", calibration), ("choose_batches", choose)):
-        common = len((role or set()) & (test or set()))
-        if common:
-            msg = (
-                f"{name} must not share samples with test_batches. Got {common} of {len(role or ())} samples that are "
-                "also test samples. "
-                "Test data never chooses anything: take calibration samples from the training data."
-            )
-            raise RejectedError(msg)
-    warnings = [reading.warning] if reading.warning else []
-    for name, role in (("test", test), ("held-out", choose)):
-        common = len((train or set()) & (role or set()))
-        if common:
-            warnings.append(
-                f"{common} of {len(role or ())} {name} samples are also training samples: the {name} figures are too "
-                "good."
-            )
-    return Roles(
-        num_train=None if train is None else len(train),
-        num_calibration=len(calibration or ()),
-        num_choose=None if choose is None else len(choose),
-        num_test=None if test is None else len(test),
-        test_digest=None if test is None else hashlib.sha256(b"".join(sorted(test))).hexdigest(),
-        warnings=tuple(warnings),
-    )
+# ----------------------------------------------------------------------------------------------------------- randomness
 
 
 @contextmanager
@@ -329,86 +251,17 @@ def stream(seed: int, *numbers: int) -> int:
     return int(drawn[0]) & 0x7FFFFFFF
 
 
-class _Limited:
-    """Batches until a time is over; endless and very large training data are compared with the other roles by what was read."""
-
-    def __init__(self, batches: Batches | None, seconds: float) -> None:
-        self._batches, self._seconds, self.warning = batches, seconds, ""
-
-    def __call__(self) -> Iterator[Any]:
-        assert self._batches is not None
-        start = time.monotonic()
-        for number, batch in enumerate(self._batches(), start=1):
-            yield batch
-            if time.monotonic() - start > self._seconds:
-                self.warning = (
-                    f"training data were compared with the other roles for {self._seconds:g} s only: {number:,} batches. If "
-                    "train_batches has no end, set recover.max_steps."
-                )
-                return
-
-
-def _ending(batches: Iterable[Any], name: str) -> Iterator[Any]:
-    for number, batch in enumerate(batches):
-        if number == MOST_BATCHES:
-            msg = f"{name} must end. Got more than {MOST_BATCHES:,} batches. Is it an endless loader?"
-            raise RejectedError(msg)
-        yield batch
-
-
-def _role(batches: Batches | None, name: str) -> set[bytes] | None:
-    if batches is None:
-        return None
-    found = content_hashes(_ending(batches(), name), max_batches=MOST_BATCHES + 1)
-    if not found:
-        msg = f"{name} must yield at least one batch with a sample. Got none. Check the path and filters of the data."
-        raise RejectedError(msg)
-    return found
-
-
-def _check_structure(task: Task) -> None:
-    batch = next(iter(task.calibration_batches()), None)
-    if batch is None:
-        return
-    want, got = (call_inputs(v) for v in (task.inputs(), batch))
-    if pytree.tree_structure(want) != pytree.tree_structure(got):
-        msg = (
-            f"calibration batches must have the structure of inputs(): {_shown(want)}. Got {_shown(got)}. Yield inputs only, or give "
-            "the task module "
-            "`batch_inputs(batch)`, which takes the inputs out of a batch."
-        )
-        raise RejectedError(msg)
-
-
-def _shown(call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
-    """What a model is called with, as "model(tensor, mask=tensor)"."""
-
-    def one(value: Any) -> str:
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{k!r}: {one(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, list | tuple):
-            left, right = "[]" if isinstance(value, list) else "()"
-            return left + ", ".join(map(one, value)) + right
-        return "tensor" if isinstance(value, Tensor) else type(value).__name__
-
-    args, kwargs = call
-    return f"model({', '.join([*map(one, args), *(f'{k}={one(v)}' for k, v in kwargs.items())])})"
-
-
-def _first_tensor(batch: Any) -> Tensor:
+def first_tensor(batch: Any) -> Tensor:
+    """The tensor whose axis 0 counts the samples of a batch. Raises RejectedError where it holds none."""
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
             return leaf
         if isinstance(leaf, np.ndarray):
             return torch.as_tensor(leaf)
     if isinstance(batch, Mapping):  # mappings that pytree does not know, as a tokenizer's
-        return _first_tensor(dict(batch))
+        return first_tensor(dict(batch))
     msg = f"a batch must hold a tensor. Got {type(batch).__name__}. The first tensor's axis 0 counts the samples."
     raise RejectedError(msg)
-
-
-def _bytes(row: Tensor) -> bytes:
-    return row.reshape(-1).view(torch.uint8).numpy().tobytes() if row.numel() else b""
 
 
 def _cpu(value: Any) -> Any:
@@ -504,5 +357,5 @@ def _metric(module: ModuleType, where: str) -> Metric:
 
 def batch_length(batch: Any) -> int:
     """Samples in a batch: axis 0 of its first tensor, 1 where that has no axes."""
-    tensor = _first_tensor(batch)
+    tensor = first_tensor(batch)
     return int(tensor.shape[0]) if tensor.dim() else 1
