@@ -25,7 +25,7 @@ from int8_latency import IMAGES, settled, theirs_in_onnxruntime, theirs_in_openv
 import paredown as pare
 from paredown.export.artifact import layer_counts
 from paredown.export.onnxruntime import constant_products, inspect_optimized
-from paredown.export.openvino import executed
+from paredown.export.openvino_graph import executed
 from paredown.export.openvino_session import Session
 
 MODELS = (

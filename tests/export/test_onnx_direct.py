@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import deploy_nets
-from paredown.export import onnx_direct
+from paredown.export import check, export, onnx_direct
 from paredown.export import onnxruntime as runtime
 from paredown.models import load_model
 from paredown.program import Program, capture
@@ -200,3 +201,20 @@ def test_what_it_does_not_know_is_left_to_the_exporter(function: Callable[[Tenso
     assert (onnx_direct.convert(program, runtime._translations(18, runtime._num_ops())) is not None) == short
     assert program.graph_module.code == code
     assert torch.equal(program.module(check_guards=False)(x), before(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x * 1.0).squeeze(1),
+        lambda x: (x.mean(2, keepdim=True) * 2.0).squeeze((1, 2)),
+        lambda x: (x.mean((2, 3), keepdim=True) * 2.0).squeeze((-1, 2)),
+        lambda x: (x.mean(3, keepdim=True) * 2.0).squeeze(-1),
+        lambda x: (x * 1.0).squeeze((1, -1)),
+    ],
+)
+def test_a_squeeze_leaves_axes_that_are_longer_than_one(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    """ONNX refuses to squeeze them; torch does nothing."""
+    program, x = capture(Calls(function).eval(), torch.randn(2, 3, 5, 5), train=False), torch.randn(4, 3, 5, 5)
+    assert onnx_direct.convert(program.eval_graph, runtime._translations(18, runtime._num_ops())) is not None
+    assert check(export(program, tmp_path / "net.onnx"), program, [x]).max_error <= 1e-6

@@ -100,7 +100,7 @@ def test_a_pruned_net_trains(name: str, realiser: str) -> None:
 
 
 FINER = (
-    "bert", "computed_bias", "distilbert", "encoder_layer", "fused_qkv", "grouped", "mha", "rotary_pairs", "vit", "window_attention",
+    "bert", "complex_rotary", "computed_bias", "distilbert", "encoder_layer", "fused_qkv", "grouped", "mha", "rotary_pairs", "vit", "window_attention",
 )  # fmt: skip
 """Nets in which one head (or one channel per group, or one pair) is left, so that the second coupling is finer than the first."""
 SAVED = (*FINER, "residual", "lstm", "squeezed")

@@ -73,6 +73,8 @@ def _made_functional(graph: fx.Graph) -> bool:
             return False
         if node.target is _ATEN.adaptive_avg_pool2d.default and all(size == 1 for size in node.args[1]):
             node.target, node.args = _ATEN.mean.dim, (node.args[0], [-1, -2], True)
+        if node.target in (_ATEN.squeeze.dim, _ATEN.squeeze.dims) and not _squeeze(node):
+            return False
         if node.target._schema.is_mutable and not _out_of_place(node):
             return False
         if _composite(node.target) and _aliases(node.target) and _name(node.target) not in VIEWS:
@@ -103,6 +105,26 @@ def _chunks(node: fx.Node) -> bool:
     if not isinstance(length, int):
         return False
     node.target, node.args = _ATEN.split.Tensor, (source, -(-length // count), axis)  # type: ignore[operator]
+    return True
+
+
+def _squeeze(node: fx.Node) -> bool:
+    """Only axes of length 1, one after another from the last: torch leaves longer ones as they are, and ONNX refuses the file.
+
+    The lengths must be known: one of the batch depends on how many samples come.
+    """
+    source: Any = node.args[0]
+    made, asked = source.meta["val"], node.args[1]
+    axes = {a % made.dim() for a in ([asked] if isinstance(asked, int) else asked)}  # type: ignore[union-attr]
+    if not all(isinstance(made.shape[a], int) for a in axes):
+        return False
+    short = sorted(a for a in axes if made.shape[a] == 1)
+    for axis in reversed(short[1:]):
+        with node.graph.inserting_before(node):
+            source = node.graph.call_function(_ATEN.squeeze.dim, (source, axis))
+        made = made.squeeze(axis)
+        source.meta["val"] = made
+    node.target, node.args = (_ATEN.squeeze.dim, (source, short[0])) if short else (_ATEN.clone.default, (source,))
     return True
 
 
