@@ -51,10 +51,8 @@ def own_cosine(quantized: Quantized, part: Any, *, draws: int = DRAWS, noise: fl
 
 def excuse(reference: Any, part: Any, cosine: float) -> str:
     """Why a file with that cosine still holds, as a note; "" where the simulation's own rounding does not explain it."""
-    if not isinstance(reference, Quantized) or part is None or not LEAST <= cosine < 1:
-        return ""
-    own = own_cosine(reference, part)
-    if 1 - cosine > MARGIN * (1 - own):
+    own = _as_far(reference, part, cosine) if LEAST <= cosine < 1 else None
+    if own is None:
         return ""
     return (
         f"this network amplifies rounding: with its float results disturbed by {NOISE:g} the simulation differs from itself by a cosine "
@@ -64,15 +62,21 @@ def excuse(reference: Any, part: Any, cosine: float) -> str:
 
 def hopeless(reference: Any, part: Any, cosine: float) -> str:
     """What to add to a refusal below LEAST where the simulation is as far from itself: a sentence, or "" where it is not."""
-    if not isinstance(reference, Quantized) or part is None or not cosine < LEAST:
-        return ""
-    own = own_cosine(reference, part)
-    if 1 - cosine > MARGIN * (1 - own):
+    own = _as_far(reference, part, cosine) if cosine < LEAST else None
+    if own is None:
         return ""
     return (
         f" With its float results disturbed by {NOISE:g} the simulation differs from itself by a cosine of {own:.3f}: this network amplifies rounding "
         "so far that no file of it can be told right from wrong, as deep ones with random weights do. Train it first, or go by the metric of the file."
     )
+
+
+def _as_far(reference: Any, part: Any, cosine: float) -> float | None:
+    """The simulation's own cosine where it explains the file's; None where it does not, or cannot be asked."""
+    if not isinstance(reference, Quantized) or part is None:
+        return None
+    own = own_cosine(reference, part)
+    return None if 1 - cosine > MARGIN * (1 - own) else own
 
 
 def cosine_between_runtimes(cosine: float) -> float:
