@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import forked
-from paredown.cli.compress import safe_name, verdict
+from paredown.cli.compress import safe_name, told, verdict
+from paredown.records import Record, append
 
 TASK = """
 import os, time
@@ -263,3 +264,14 @@ def test_the_users_own_failure_is_theirs(call, place, tmp_path, monkeypatch):
     assert done.code == 3, done.err
     assert "ZeroDivisionError" in done.err
     assert "task.py" in done.err
+
+
+def test_what_was_odd_is_told_in_the_terminal_and_not_in_the_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(cell={"stage": "verdict"}, details={"recommended": None, "warnings": ["every answer is the same"]})
+    append(tmp_path / "records.jsonl", record)
+    told(tmp_path, json=False, quiet=False)
+    assert "note: every answer is the same" in capsys.readouterr().out
+    told(tmp_path, json=True, quiet=False)
+    assert json.loads(capsys.readouterr().out)["verdict"].keys() == {"target_met", "recommended", "not_tested"}

@@ -205,6 +205,7 @@ def told(folder: Path, *, json: bool, quiet: bool) -> None:
     """The verdict of a run from its records: a table, or the document of `report --json`."""
     from paredown.records import read
     from paredown.report import report_json
+    from paredown.report.reading import view
 
     try:
         records = read(folder / "records.jsonl")
@@ -215,7 +216,8 @@ def told(folder: Path, *, json: bool, quiet: bool) -> None:
     if json:
         emit(document)
     else:
-        show(*verdict(document), f"report: {folder / 'report.html'}", quiet=quiet)
+        notes = (f"note: {warning}" for warning in view(records).warnings)
+        show(*verdict(document), *notes, f"report: {folder / 'report.html'}", quiet=quiet)
 
 
 def verdict(document: dict[str, Any]) -> list[Any]:
@@ -247,7 +249,6 @@ def verdict(document: dict[str, Any]) -> list[Any]:
     return [
         table(titles, lines),
         f"recommended: {told['recommended'] or 'nothing yet'} ({met})",
-        *(f"note: {warning}" for warning in told.get("warnings", ())),
         *((f"not tested: {'; '.join(told['not_tested'])}",) if told["not_tested"] else ()),
     ]
 

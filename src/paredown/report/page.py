@@ -143,7 +143,7 @@ def _content(run: View) -> dict[str, Any]:
         "target": text(cell.get("target")) or "unknown target",
         "facts": _dense_facts(run),
         "verdict": verdict_strip(run),
-        "warnings": [text(w, 500) for w in items(entry(run.verdict, "warnings"))[:40]],
+        "warnings": run.warnings,
         "heads": [run.metric["label"] if h == "{metric}" else h for h in HEADS],
         "metric": run.metric,
         "stages": stage_rows(run),

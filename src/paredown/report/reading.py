@@ -71,6 +71,11 @@ class View:
         name = text(given.get("name"), 60) or "metric"
         return {"name": name, "label": _capital(name), "unit": unit, "goal": goal}
 
+    @property
+    def warnings(self) -> list[str]:
+        """What was odd about data, an evaluation or a calibration, the first forty."""
+        return [text(w, 500) for w in items(entry(self.verdict, "warnings"))[:40]]
+
 
 def view(records: list[Record]) -> View:
     """Sort the records. Where a stage is there twice, the later one counts, in the place of the first."""
