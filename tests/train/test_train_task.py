@@ -283,3 +283,63 @@ def test_checking_leaves_the_random_states_alone():
         torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
         check_roles(task_from_module(module(train_batches=noisy)))
         assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected  # noqa: NPY002
+
+
+def pairs(start, stop):
+    """Users and items as numbers: every user and every item is in each role, no pair is in two."""
+    numbers = torch.arange(start, stop)
+    return [(numbers % 7, numbers // 7, numbers.float())]
+
+
+class Rating(nn.Module):
+    def forward(self, user, item):
+        return (user + item).float()
+
+
+def test_samples_of_several_inputs_are_the_same_where_all_of_them_are():
+    def rated(**more):
+        return module(
+            model=Rating,
+            inputs=lambda: (torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)),
+            train_batches=lambda: pairs(0, 70),
+            calibration_batches=lambda: [b[:2] for b in pairs(0, 35)],
+            choose_batches=lambda: pairs(70, 84),
+            test_batches=lambda: pairs(84, 105),
+            **more,
+        )
+
+    roles = check_roles(task_from_module(rated()))
+    assert (roles.num_train, roles.num_calibration, roles.num_choose, roles.num_test) == (70, 35, 14, 21)
+    assert roles.warnings == ()
+    leaking = rated()
+    leaking.calibration_batches = lambda: [b[:2] for b in pairs(90, 110)]
+    with pytest.raises(RejectedError, match=r"Got 15 of 20 samples that are also test samples"):
+        check_roles(task_from_module(leaking))
+
+
+def test_inputs_are_found_by_their_names_wherever_targets_stand():
+    like = {"args": (), "kwargs": {"ids": torch.zeros(2, 4), "mask": torch.zeros(2, 4)}}
+    ids, mask, labels = torch.arange(12.0).reshape(3, 4), torch.ones(3, 4), torch.zeros(3)
+    named = content_hashes([{"labels": labels, "mask": mask, "ids": ids}], like=like)
+    assert len(named) == 3
+    given = {"args": (), "kwargs": {"ids": ids, "mask": mask}}
+    assert named == content_hashes([given], like=like) == content_hashes([(ids, mask, labels)], like=like)
+    seen = Remembered(lambda **_: None)
+    seen(mask=mask, ids=ids)
+    assert seen.samples == named
+
+
+def test_samples_that_are_alike_by_chance_are_told_and_not_refused():
+    few = torch.arange(24.0).reshape(8, 3)
+
+    def drawn(seed, count):
+        picks = torch.randint(8, (count,), generator=torch.Generator().manual_seed(seed))
+        return [(few[picks], LABELS[:1].repeat(count))]
+
+    made = module(
+        train_batches=lambda: drawn(0, 90), calibration_batches=lambda: [drawn(1, 40)[0][0]],
+        choose_batches=lambda: drawn(2, 30), test_batches=lambda: drawn(3, 50),
+    )  # fmt: skip
+    roles = check_roles(task_from_module(made))
+    assert any("8 of 8 distinct samples of calibration_batches are in test_batches too" in w for w in roles.warnings)
+    assert any("8 of 50 test samples are distinct" in w for w in roles.warnings)

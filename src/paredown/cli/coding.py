@@ -371,10 +371,12 @@ def evaluations(
     read = Remembered(watch)
     with unchanged([thing.module]):
         in_float = evaluated(evaluate, read)
+    told = list[str]()
     if calibration is not None and task.choose is None:
-        read.refuse(content_hashes(each(calibration)), "calibration batches")
+        called = ({"args": args, "kwargs": kwargs} for args, kwargs in each(calibration))
+        told = read.refuse(content_hashes(called, like=task.inputs()), "calibration batches")
     values = [float(found[metric.name].mean()) for found in (in_float, evaluated(evaluate, codes))]
-    odd = [] if calibration is None else list(another_range(range_of(_tensors(calibration)), watch))
+    odd = told + ([] if calibration is None else list(another_range(range_of(_tensors(calibration)), watch)))
     found = {
         "name": metric.name, "unit": metric.unit, "goal": metric.goal, "float": values[0], "codes": values[1],
         "data": "held-out" if task.choose is not None else "test",

@@ -22,6 +22,9 @@ from paredown.train.task import Batches, Predict, Task, first_tensor, kept_rando
 
 TRAIN_SECONDS = 120.0
 """Time after which training data are no longer compared with the other roles."""
+ALIKE = 0.9
+"""Where no more than this share of the test samples is distinct, samples are alike by chance (a few sensors, categories), and one that is
+also in another role shows nothing."""
 MOST_BATCHES = 100_000
 """Of calibration, held-out or test data; more have no end."""
 
@@ -44,28 +47,67 @@ class Roles:
         """With what evaluate was seen to read: raises RejectedError where choices are made on it, warns where it was trained on."""
         if seen.samples <= (self.samples.get("test") or set()):
             return dataclasses.replace(self, samples={})  # compared already
-        for name in ("calibration_batches", "choose_batches"):
-            seen.refuse(self.samples.get(name), name)
-        told = _common_with("training", self.samples.get("train"), "test", seen.samples)
+        told = [
+            t for name in ("calibration_batches", "choose_batches") for t in seen.refuse(self.samples.get(name), name)
+        ]
+        told += _common_with("training", self.samples.get("train"), "test", seen.samples)
         return dataclasses.replace(self, warnings=(*self.warnings, *told), samples={})
 
 
-def content_hashes(batches: Iterable[Any], *, max_batches: int = 100_000) -> set[bytes]:
+def content_hashes(batches: Iterable[Any], *, max_batches: int = 100_000, like: Any = None) -> set[bytes]:
     """16-byte hash of each sample's bytes in the first tensor of every batch (samples lie along axis 0).
+
+    `like` is an example of the network's inputs: of several, all count. Targets behind them, or under other names, do not.
 
     >>> len(content_hashes([torch.tensor([[1.0], [2.0]]), (torch.tensor([[1.0]]), 0)]))
     2
+    >>> users, items, ratings = torch.tensor([7, 7]), torch.tensor([1, 2]), torch.tensor([3.5, 4.0])
+    >>> len(content_hashes([(users, items, ratings)])), len(content_hashes([(users, items, ratings)], like=(users, items)))
+    (1, 2)
     """
     found: set[bytes] = set()
     for batch in islice(batches, max_batches):
-        tensor = first_tensor(batch)
-        if tensor.numel() == 0:
-            continue
+        found.update(_hashes(_inputs_in(batch, like)))
+    return found
+
+
+def _inputs_in(batch: Any, like: Any) -> list[Tensor]:
+    """The tensors of a batch that are the network's inputs, named ones last and by their names; without those that have no row for each sample."""
+    first = first_tensor(batch)
+    if like is None:
+        return [first]
+    args, kwargs = call_inputs(like)
+    names, unnamed = sorted(kwargs), len(_tensors(args))
+    if isinstance(batch, Mapping) and not set(batch) <= {"args", "kwargs"}:
+        found = _tensors([batch[n] for n in names if n in batch])
+    elif isinstance(batch, Mapping):
+        given, named = call_inputs(batch)
+        found = _tensors([given, [named[n] for n in sorted(named)]])
+    else:
+        leaves = _tensors(batch)
+        behind = dict(zip(kwargs, leaves[unnamed:], strict=False))
+        found = leaves[:unnamed] + [behind[n] for n in names if n in behind]
+    first = found[0] if found else first
+    return [t for t in found if t.shape[:1] == first.shape[:1]] or [first]
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    return [torch.as_tensor(v) for v in pytree.tree_leaves(nested) if isinstance(v, Tensor | np.ndarray)]
+
+
+def _hashes(tensors: list[Tensor]) -> list[bytes]:
+    """One for each row."""
+    if not tensors[0].numel():
+        return []
+    columns = []
+    for tensor in tensors:
         samples = tensor.detach().cpu().contiguous()
         prefix = f"{samples.dtype}{tuple(samples.shape[1:])}".encode()
         rows = samples.reshape(len(samples), -1) if samples.dim() else samples.reshape(1, 1)
-        found.update(hashlib.blake2b(prefix + _bytes(row), digest_size=16).digest() for row in rows)
-    return found
+        columns.append([hashlib.blake2b(prefix + _bytes(row), digest_size=16).digest() for row in rows])
+    if len(columns) == 1:
+        return columns[0]
+    return [hashlib.blake2b(b"".join(row), digest_size=16).digest() for row in zip(*columns, strict=True)]
 
 
 def check_roles(task: Task) -> Roles:
@@ -78,14 +120,15 @@ def check_roles(task: Task) -> Roles:
     """
     with kept_randomness():
         _check_structure(task)
-        calibration = _role(task.calibration_batches, "calibration_batches")
-        test = _role(task.test_batches, "test_batches")
-        choose = _role(task.choose_batches, "choose_batches")
+        like = task.inputs()
+        calibration = _role(task.calibration_batches, "calibration_batches", like)
+        test = _role(task.test_batches, "test_batches", like)
+        choose = _role(task.choose_batches, "choose_batches", like)
         reading = _Limited(task.train_batches, TRAIN_SECONDS)
-        train = None if task.train_batches is None else _role(reading, "train_batches")
-    for name, role in (("calibration_batches", calibration), ("choose_batches", choose)):
-        _refuse_common(name, role, test)
+        train = None if task.train_batches is None else _role(reading, "train_batches", like)
     warnings = [reading.warning] if reading.warning else []
+    for name, role in (("calibration_batches", calibration), ("choose_batches", choose)):
+        warnings += _refuse_common(name, role, test)
     for name, role in (("test", test), ("held-out", choose)):
         warnings += _common_with("training", train, name, role)
     return Roles(
@@ -113,12 +156,14 @@ def check_calibration(
     not where nothing is `calibrates`d on them. Training data are read where it `trains`.
     """
     with kept_randomness():
-        calibration = _role(batches, name)
-        test, choose = _role(task.test_batches, "test_batches"), _role(task.choose_batches, "choose_batches")
-        train = _role(_Limited(task.train_batches, TRAIN_SECONDS), "train_batches") if trains else None
+        like = task.inputs()
+        calibration = _role(batches, name, like)
+        test = _role(task.test_batches, "test_batches", like)
+        choose = _role(task.choose_batches, "choose_batches", like)
+        train = _role(_Limited(task.train_batches, TRAIN_SECONDS), "train_batches", like) if trains else None
     told = _common_with("training", train, *(("test", test) if choose is None else ("held-out", choose)))
     if calibrates:
-        _refuse_common(name, calibration, test)
+        told += _refuse_common(name, calibration, test)
         told += _common_with("calibration", calibration, "held-out", choose)
     return tuple(told)
 
@@ -139,22 +184,38 @@ class Remembered:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the predictor answers."""
         if any(isinstance(leaf, Tensor | np.ndarray) for leaf in pytree.tree_leaves((args, kwargs))):
-            self.samples |= content_hashes([(args, kwargs)])
+            call = {"args": args, "kwargs": kwargs}
+            self.samples |= content_hashes([call], like=call)
         return self._predict(*args, **kwargs)
 
-    def refuse(self, samples: set[bytes] | None, name: str) -> None:
-        """Raises RejectedError where some of these are what evaluate gave the network."""
-        _refuse_common(name, samples, self.samples, "what evaluate gives the network")
+    def refuse(self, samples: set[bytes] | None, name: str) -> list[str]:
+        """Raises RejectedError where some of these are what evaluate gave the network; a sentence where that may be chance."""
+        return _refuse_common(name, samples, self.samples, "what evaluate gives the network")
 
 
-def _refuse_common(name: str, role: set[bytes] | None, test: set[bytes] | None, whose: str = "test_batches") -> None:
+class _Samples(set[bytes]):
+    """Hashes of a role's samples; `count` has those that repeat, too."""
+
+    count = 0
+
+
+def _refuse_common(
+    name: str, role: set[bytes] | None, test: set[bytes] | None, whose: str = "test_batches"
+) -> list[str]:
     common = len((role or set()) & (test or set()))
+    known = test if isinstance(test, _Samples) else role  # evaluate may have read its data more than once
+    if common and isinstance(known, _Samples) and len(known) <= ALIKE * known.count:
+        return [
+            f"{common} of {len(role or ())} distinct samples of {name} are in {whose} too. Samples are alike here ({len(known):,} of {known.count:,} "
+            f"{'test' if known is test else name} samples are distinct), so that this shows no error; whether the same rows were taken is not tested."
+        ]
     if common:
         msg = (
             f"{name} must not share samples with {whose}. Got {common} of {len(role or ())} samples that are also test samples. "
             "Test data never chooses anything: take calibration samples from the training data."
         )
         raise RejectedError(msg)
+    return []
 
 
 def _common_with(whose: str, one: set[bytes] | None, name: str, role: set[bytes] | None) -> list[str]:
@@ -199,10 +260,14 @@ def _ending(batches: Iterable[Any], name: str) -> Iterator[Any]:
         yield batch
 
 
-def _role(batches: Batches | None, name: str) -> set[bytes] | None:
+def _role(batches: Batches | None, name: str, like: Any = None) -> _Samples | None:
     if batches is None:
         return None
-    found = content_hashes(_ending(batches(), name), max_batches=MOST_BATCHES + 1)
+    found = _Samples()
+    for batch in islice(_ending(batches(), name), MOST_BATCHES + 1):
+        hashes = _hashes(_inputs_in(batch, like))
+        found.update(hashes)
+        found.count += len(hashes)
     if not found:
         msg = f"{name} must yield at least one batch with a sample. Got none. Check the path and filters of the data."
         raise RejectedError(msg)
