@@ -509,9 +509,9 @@ def no_prefix_tokens() -> nn.Module:
     return Net(run, a=nn.Linear(5, 7), head=nn.Linear(7, 3))
 
 
-@hazard(tokens, free=7 + 4 + 5, because=("rows and columns of a product",), zero_writes=True)
+@hazard(tokens, free=7 + 4 + 5 + 8, because=("rows and columns of a product",), zero_writes=True)
 def einsum_forms() -> nn.Module:
-    """A weight for each channel, an outer product (pinned), a product with a stack of matrices over tokens and channels."""
+    """A weight for each channel, an outer product (the wider layer goes through), a product with a stack of matrices over tokens and channels."""
 
     def run(m: Any, x: Tensor) -> Tensor:
         y = torch.einsum("bnc,c->bnc", m.a(x), m.scale)
@@ -524,14 +524,14 @@ def einsum_forms() -> nn.Module:
         run,
         a=nn.Linear(5, 7),
         b=nn.Linear(5, 2),
-        c=nn.Linear(5, 3),
+        c=nn.Linear(5, 8),
         d=nn.Linear(5, 5),
         e=nn.Linear(5, 4),
         scale=nn.Parameter(torch.zeros(7)),
         vector=nn.Parameter(torch.zeros(4)),
         table=nn.Parameter(torch.zeros(3, 6, 5)),
         head=nn.Linear(7, 3),
-        other=nn.Linear(6, 3),
+        other=nn.Linear(16, 3),
     )
 
 

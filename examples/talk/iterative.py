@@ -16,7 +16,7 @@ SCHEDULES = ("one-shot", "iterative", "gradual")
 
 def build(setting: Setting) -> Page:
     """Masks by magnitude across layers, at high sparsity, three schedules, each of equal length."""
-    densities = setting.pick((0.08, 0.02), (0.2, 0.1, 0.05, 0.03, 0.02))
+    densities = setting.pick((0.08, 0.02), (0.1, 0.05, 0.02))
     lengths = setting.pick((5,), (6, 18))
     rows = [_row(setting, epochs, density) for epochs, density in itertools.product(lengths, densities)]
     dense = over_seeds([nets.accuracy(nets.dense(setting, seed)) for seed in setting.seeds])

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paredown.bootstrap import ENUMERATED, Floats, bound, quantile, resamples
+from paredown.chord import chord_distances as chord_distances  # noqa: PLC0414  (it is this room's name for it as well)
 from paredown.records import Record
 
 Axis = Literal["sparsity", "parameters", "bytes", "macs", "latency"]
@@ -319,7 +320,8 @@ def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: 
 
     With `limit`: the largest reduction whose one-sided 95 % bound on the loss is at most that; of equal ones the one that loses less.
     Without: the point farthest above the chord of the mean curve, from the dense model to the point with most removed,
-    both axes scaled to 0–1; a point below the chord is no sweet spot. With several lines the curve is their joint front, since a
+    both axes scaled to 0–1; a point below the chord is no sweet spot, and where none lies above it the one with most removed is, if its
+    mean loses nothing. With several lines the curve is their joint front, since a
     chord of each line's own would favour the line that collapses.
     """
     rule: Literal["limit", "chord"] = "chord" if limit is None else "limit"
@@ -348,7 +350,7 @@ def sweet_spot(found: Sequence[Line], axis: Axis, *, limit: float | None, unit: 
     line, point = own[at - 1]
     return SweetSpot(
         rule=rule, axis=axis, line=line.name, point=point, removed=float(x[at]), low=low, high=high,
-        sentence=_why(line, point, axis, loss[at], (low, high), limit, unit, joint=seen > 1),
+        sentence=_why(line, point, axis, loss[at], (low, high), limit, unit, joint=seen > 1, ends=loss[at].mean() <= 1e-9 and x[at] == x.max()),
     )  # fmt: skip
 
 
@@ -363,7 +365,10 @@ def _chosen(x: Floats, loss: Floats, limit: float | None, *, joint: bool) -> int
     curve = _front(x, means) if joint else np.arange(len(x))
     distances = chord_distances(x[curve], -means[curve])
     best = int(np.argmax(distances))
-    return int(curve[best]) if distances[best] > 0 else None
+    if distances[best] > 0:
+        return int(curve[best])
+    last = int(curve[np.argmax(x[curve])])
+    return last if means[last] <= 1e-9 else None  # most removed and nothing lost: that lies on the chord, as its end
 
 
 def _front(x: Floats, means: Floats) -> NDArray[np.int64]:
@@ -379,29 +384,6 @@ def _front(x: Floats, means: Floats) -> NDArray[np.int64]:
 def _within(loss: Floats, limit: float) -> bool:
     most = upper_bound([*map(float, loss)])
     return most is not None and most <= limit + 1e-9
-
-
-def chord_distances(x: Floats, y: Floats) -> Floats:
-    """Distance above the chord from the point with the least x to that with the most, both axes scaled to 0–1.
-
-    d = ((y - y₀)(x₁ - x₀) - (x - x₀)(y₁ - y₀)) / √((x₁ - x₀)² + (y₁ - y₀)²); negative below the chord.
-
-    >>> chord_distances(np.array([0.0, 50.0, 100.0]), np.array([9.0, 9.0, 5.0])).round(3).tolist()
-    [0.0, 0.354, 0.0]
-    """
-    u, v = _scaled(x), _scaled(y)
-    first, last = int(np.argmin(x)), int(np.argmax(x))
-    across, up = u[last] - u[first], v[last] - v[first]
-    length = math.hypot(across, up)
-    if length == 0:
-        return np.zeros(len(u))
-    distances: Floats = ((v - v[first]) * across - (u - u[first]) * up) / length
-    return np.where(np.abs(distances) < 1e-12, 0.0, distances)
-
-
-def _scaled(values: Floats) -> Floats:
-    span = float(np.ptp(values))
-    return (values - values.min()) / span if span > 0 else np.zeros(len(values))
 
 
 def _spread(x: Floats, loss: Floats, limit: float | None, *, joint: bool) -> tuple[float | None, float | None]:
@@ -438,7 +420,7 @@ def _nothing(seen: int, found: Sequence[Line], axis: Axis, limit: float | None, 
 
 
 def _why(
-    line: Line, point: Point, axis: Axis, loss: Floats, spread: tuple[float | None, float | None], limit: float | None, unit: str, *, joint: bool
+    line: Line, point: Point, axis: Axis, loss: Floats, spread: tuple[float | None, float | None], limit: float | None, unit: str, *, joint: bool, ends: bool,
 ) -> str:  # fmt: skip
     most = upper_bound([*map(float, loss)])
     name = line.name if point.amount is not None else f"the dense network, {point.codes},"
@@ -450,10 +432,14 @@ def _why(
         interval_of = f"resampling the {loss.size} seeds the rule keeps to this point (95 % interval {spread[0]:.1f} to {spread[1]:.1f} %)"
     else:
         interval_of = f"95 % interval {spread[0]:.1f} to {spread[1]:.1f} % over {loss.size} seeds"
-    lost = f"mean loss {_points(float(loss.mean()), unit)}"
+    mean = float(loss.mean())
+    lost = f"mean {'gain' if mean < 0 else 'loss'} {_points(abs(mean), unit)}"
     if limit is None:
         curve = "the joint front of all lines' mean curves" if joint else "the mean curve"
-        return f"{where}: the point farthest above the chord of {curve}, both axes scaled to 0–1; {interval_of}; {lost} on held-out data."
+        why = f"the point farthest above the chord of {curve}, both axes scaled to 0–1"
+        if ends:
+            why = f"the largest reduction, which lost nothing in the mean; none lies above the chord of {curve}"
+        return f"{where}: {why}; {interval_of}; {lost} on held-out data."
     return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {_points(most or 0.0, unit)}, is within {_points(limit, unit)}; {interval_of}; {lost} on held-out data."
 
 

@@ -392,7 +392,7 @@ class Bounds(Strict):
     taken. Without a training, which favours low rank (see trial_epochs)."""
     front: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = ()
     """Multiples of the amounts for which the search is done too: the report shows the front over them, with the keys of a recipe
-    that make each point. [0.5, 0.7, 1.5, 2]: from half of what is asked to twice of it."""
+    that make each point and its metric on choose_batches (trained for trial_epochs). [0.5, 0.7, 1.5, 2]: from half of what is asked to twice of it."""
     trials: int = Field(default=6, ge=0, le=10_000)
     """What it tries besides the network as it is: shares of the parameters with bits, else how far channels go before ranks."""
     trial_epochs: int = Field(default=0, ge=0)

@@ -96,6 +96,18 @@ def test_ctrl_c_says_how_to_go_on_and_another_recipe_is_refused(call: Any, recip
     assert "curve.limit: null → 2.0" in done.err
 
 
+def test_a_narrow_terminal_gets_lines_in_the_place_of_broken_words(
+    call: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert (
+        "base\n  method: \n  schedule: \n  trials: 1\npruned\n  method: l1\n"
+        in call("curve", str(recipe), "--dry-run").out
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "method: l1" not in call("curve", str(recipe), "--dry-run").out
+
+
 def test_a_sweep_is_reported_again_from_its_records(call: Any, tmp_path: Path) -> None:
     records = [head(cells=6), *sweep({0.5: [98.0, 97.9]}, [98.5, 98.4])]
     (tmp_path / "sweep").mkdir()

@@ -375,6 +375,80 @@ def _splines() -> nn.Module:
     return net
 
 
+def _three_operands() -> nn.Module:
+    """A form of two layers and a table of three axes, each with channels of its own; then gates beside a vector."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.einsum("bi,bj,ijk->bk", F.relu(m.a(x)), F.relu(m.b(x)), m.table)
+        return m.head(torch.einsum("...i, ...i, i->...i", F.relu(y), torch.sigmoid(m.gate(x)), m.scale))
+
+    table, scale = nn.Parameter(random(4, 6, 5)), nn.Parameter(random(5))
+    return Net(forward, a=nn.Linear(11, 4), b=nn.Linear(11, 6), gate=nn.Linear(11, 5), table=table, scale=scale, head=nn.Linear(5, 3))  # fmt: skip
+
+
+def _low_rank() -> nn.Module:
+    """Two factors of a matrix in one product: they share a rank, which may shrink."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(torch.einsum("bi,ir,jr->bj", F.relu(m.a(x)), m.first, m.second)))
+
+    first, second = nn.Parameter(random(6, 5)), nn.Parameter(random(7, 5))
+    return Net(forward, a=nn.Linear(11, 6), first=first, second=second, head=nn.Linear(7, 3))
+
+
+def _mixed_experts() -> nn.Module:
+    """The shares of the experts in the same product as their second matrices: hidden units leave all of them."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = F.relu(torch.einsum("bd,edh->beh", x, m.up))
+        return m.head(F.relu(torch.einsum("beh,ehc,be", hidden, m.down, m.route(x).softmax(-1))))
+
+    up, down = nn.Parameter(random(3, 11, 6)), nn.Parameter(random(3, 6, 5))
+    return Net(forward, route=nn.Linear(11, 3), up=up, down=down, head=nn.Linear(5, 2))
+
+
+def _bilinear() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.form(F.relu(m.a(x)), torch.tanh(m.b(x)))))
+
+    return Net(forward, a=nn.Linear(11, 4), b=nn.Linear(11, 6), form=nn.Bilinear(4, 6, 5), head=nn.Linear(5, 3))
+
+
+def _learned_graph() -> nn.Module:
+    """Nodes are mixed by a learned matrix: they stay, and the channels of the nodes leave."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        edges = m.edges.softmax(-1)
+        x = F.relu(torch.einsum("nm,bmc->bnc", edges, m.a(x)))
+        return m.head(F.relu(edges @ m.b(x)))
+
+    return Net(forward, edges=nn.Parameter(random(4, 4)), a=nn.Linear(5, 3), b=nn.Linear(3, 6), head=nn.Linear(6, 2))
+
+
+def _expanded_mask() -> nn.Module:
+    """A saved mask in floats, expanded to all heads: it is made for as many as are left."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = m.qkv(x).view(b, t, 3, 4, 2).permute(2, 0, 3, 1, 4)
+        mask = m.mask[:t, :t].expand(4, t, t)
+        return m.head((F.scaled_dot_product_attention(q, k, v, attn_mask=mask)).transpose(1, 2).flatten(2))
+
+    net = Net(forward, qkv=nn.Linear(5, 24), head=nn.Linear(8, 3))
+    net.register_buffer("mask", torch.full((4, 4), -1e4).triu(1))
+    return net
+
+
+def _second_moments() -> nn.Module:
+    """Products of all features of two layers: the ones of the wider layer may leave."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        pairs = torch.einsum("bnc,bnd->bcd", F.relu(m.a(x)), F.relu(m.b(x)))
+        return m.head(torch.einsum("bcd->bdc", pairs).flatten(1))
+
+    return Net(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 7), head=nn.Linear(21, 2))
+
+
 CASES = {
     "splines": Case(build=_splines, inputs=_features, free=5 + 6, realiser="graph"),
     "distances": Case(build=_distances, inputs=_features, free=6 + 5, realiser="module", zero_writes=True),
@@ -401,6 +475,13 @@ CASES = {
     "turned_stack": Case(build=_turned_stack, inputs=_features, free=4 + 6 + 5, realiser="module"),
     "stack_in_parts": Case(build=_stack_in_parts, inputs=_features, free=4 + 5 + 6, realiser="graph"),
     "normed_heads": Case(build=_normed_heads, inputs=_tokens, free=3, realiser="graph"),
+    "three_operands": Case(build=_three_operands, inputs=_features, free=4 + 6 + 5, realiser="module"),
+    "low_rank": Case(build=_low_rank, inputs=_features, free=6 + 5 + 7, realiser="module"),
+    "mixed_experts": Case(build=_mixed_experts, inputs=_features, free=6 + 5, realiser="module"),
+    "bilinear": Case(build=_bilinear, inputs=_features, free=4 + 6 + 5, realiser="module"),
+    "learned_graph": Case(build=_learned_graph, inputs=_tokens, free=3 + 6, realiser="module"),
+    "expanded_mask": Case(build=_expanded_mask, inputs=_tokens, free=4, realiser="graph"),
+    "second_moments": Case(build=_second_moments, inputs=_tokens, free=7, realiser="module"),
     "spread_zeros": Case(build=_zeros(_spread_zeros), inputs=_tokens, free=4, realiser="graph"),
 }
 

@@ -211,13 +211,13 @@ def test_without_a_limit_it_is_the_point_farthest_above_the_chord(drawn: list[li
     y = [0.0, *[-float(np.mean(row)) for row in drawn]]
     distances = by_projection(x, y)
     if spot.point is None:
-        assert max(distances) <= 1e-9
+        assert max(distances) <= 1e-9 and y[-1] < 0
     elif max(y) - min(y) < 1e-12:
         assert spot.removed == pytest.approx(x[-1])
     else:
         at = next(i for i, v in enumerate(x) if spot.removed is not None and abs(v - spot.removed) < 1e-6)
         assert distances[at] == pytest.approx(max(distances), abs=1e-9)
-        assert distances[at] > 0
+        assert distances[at] > 0 or (at == len(x) - 1 and y[-1] > -2e-9)  # the end, where it lost nothing
 
 
 def by_projection(x: Sequence[float], y: Sequence[float]) -> list[float]:
@@ -368,6 +368,24 @@ def test_a_point_without_all_its_seeds_is_not_chosen() -> None:
     failed = [{**lost.cell, "status": "crashed", "reason": "", "tail": []}]
     spot = sweet_spot(lines([r for r in records if r is not lost], goal="max", failed=failed), "sparsity", limit=1.0)
     assert spot.point is not None and spot.point.amount == 0.75
+
+
+@pytest.mark.parametrize(
+    ("measured", "amount"),
+    [
+        ({0.5: [99.0, 99.1]}, 0.5),  # one reduction, better than the dense model: it lies on the chord
+        ({0.75: [98.0, 98.1], 0.5: [98.1, 98.2], 0.25: [99.0, 99.1]}, 0.25),  # all below it, none of which loses
+        ({0.75: [99.0, 99.0], 0.5: [98.1, 98.2]}, 0.75),  # one above it
+        ({0.75: [97.0, 97.0], 0.5: [96.8, 97.0]}, None),
+    ],
+)
+def test_what_is_smaller_and_loses_nothing_is_chosen_though_it_is_the_end_of_the_chord(
+    measured: dict[float, list[float]], amount: float | None
+) -> None:
+    spot = sweet_spot(lines(sweep(measured, [98.0, 98.1]), goal="max"), "sparsity", limit=None, unit="%")
+    assert (None if spot.point is None else spot.point.amount) == amount
+    if amount in (0.5, 0.25):
+        assert "the largest reduction, which lost nothing in the mean" in spot.sentence and "mean gain" in spot.sentence
 
 
 def test_a_curve_that_falls_at_once_has_no_knee() -> None:

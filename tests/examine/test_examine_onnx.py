@@ -231,7 +231,7 @@ def test_side_files_in_folders_keep_their_way(tmp_path: Path) -> None:
     assert found.files == ("a.onnx", "weights/w.bin")
 
 
-@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", ""])
+@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", "w.bin\0x", ""])
 def test_a_side_file_outside_the_folder_is_refused(location: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

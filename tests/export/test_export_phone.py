@@ -229,3 +229,37 @@ def test_on_the_command_line(target: str, tmp_path: Path, capsys: pytest.Capture
     assert (found["scheme"], found["target"], found["float_nodes"]) == ("int8", target, [])
     assert main(["measure", file, *x, "--runs", "5", "--seconds", "0.2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["measured"]["bytes"]["value"] == found["file_bytes"]
+
+
+class Twice(nn.Module):
+    """One layer in front of two batch norms, an output that is None, a padding in words, the largest of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+        nn.init.uniform_(self.two.running_var, 2, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        y = torch.relu(self.two(self.conv(torch.relu(self.one(self.conv(x))))))
+        return {"none": None, "kind": self.head(nn.functional.adaptive_max_pool2d(y, 1).flatten(1))}
+
+
+@pytest.mark.parametrize("target", SUFFIXES)
+@pytest.mark.parametrize("scheme", ["fp32", "int8"])
+def test_what_converters_take_badly(target: str, scheme: str, tmp_path: Path) -> None:
+    needs(target)
+    torch.manual_seed(2)
+    net, x = Twice().eval(), torch.randn(16, 4, 6, 6)
+    program = capture(net, x[:2], train=False)
+    thing = program if scheme == "fp32" else quantize(program, calibrate=[x], target=target)
+    file = export(thing, tmp_path / f"a{SUFFIXES[target]}", target=target)
+    assert check(file, net if scheme == "fp32" else thing, [x[:3]]).holds
+    found = predictor(file)(x[:2])
+    assert found["none"] is None
+    with torch.no_grad():
+        wanted = net(x[:2])["kind"]
+    assert (
+        torch.as_tensor(found["kind"]).sub(wanted).abs().max()
+        <= (1e-4 if scheme == "fp32" else 0.05) * wanted.abs().max()
+    )

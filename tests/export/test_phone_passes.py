@@ -44,6 +44,13 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {
     "squeeze": (lambda x: x[:, 1:2].squeeze(1).unsqueeze(2), {"squeeze", "unsqueeze"}),
     "expand": (lambda x: x + x[:, :1].expand(x.shape[0], 1, 8), {"expand"}),
     "mean": (lambda x: x.reshape(x.shape[0], 2, 3, 8).mean((-1, 2)), set()),
+    "softplus": (lambda x: F.softplus(x * 30), {"softplus", "where"}),
+    "mish": (lambda x: F.mish(x * 9), {"mish", "softplus", "where"}),
+    "prelu": (lambda x: F.prelu(x, torch.tensor([0.1, -0.2, 0.3, 0.4, 0.5, 0.6])), set()),
+    "largest": (
+        lambda x: F.adaptive_max_pool2d(x.reshape(x.shape[0], 2, 6, 4), (3, 1)),
+        {"adaptive_max_pool2d"},
+    ),
     "attention": (attend(), {"scaled_dot_product_attention"}),
     "scale": (attend(scale=0.3), {"scaled_dot_product_attention"}),
     "mask": (attend(attn_mask=torch.linspace(-3, 3, 36).reshape(6, 6)), {"scaled_dot_product_attention"}),
@@ -80,6 +87,41 @@ def test_left_to_the_converter_and_the_same(name: str) -> None:
     found, error, scale = ops(Calls(KEPT[name]), torch.randn(2, 6, 8))
     assert found & {"scaled_dot_product_attention", "expand"}
     assert error <= 1e-6 * scale
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv1d(4, 6, 5, padding="same", dilation=2, groups=2), (9,)),
+        (nn.Conv2d(4, 4, (4, 3), padding="same", bias=False), (6, 5)),
+        (nn.Conv2d(4, 4, 3, 2, padding="valid"), (7, 7)),
+    ],
+)
+def test_a_padding_in_words_becomes_numbers(layer: nn.Module, size: tuple[int, ...]) -> None:
+    x = torch.randn(2, 4, *size)
+    program = exported(capture(layer.eval(), x, train=False))
+    assert not any(isinstance(a, str) for n in program.graph.nodes for a in n.args)
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x[:1]), layer(x[:1]), rtol=1e-5, atol=1e-6)
+
+
+class TwoNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        nn.init.uniform_(self.two.running_var, 2, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.two(self.conv(self.one(self.conv(x)))), None
+
+
+def test_layers_in_front_of_batch_norms_share_no_weight() -> None:
+    net, x = TwoNorms().eval(), torch.randn(2, 4, 5, 5)
+    program = exported(capture(net, x, train=False))
+    convs = [n for n in program.graph.nodes if op_name(n) == "conv2d"]
+    assert len({n.args[1] for n in convs}) == len(convs) == 2
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x[:1])[0], net(x[:1])[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", deploy_nets.NETS)

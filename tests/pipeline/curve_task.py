@@ -1,6 +1,7 @@
 """A task for curves: two moons in eight dimensions, three linear layers, held-out data, and a base that can be repeated.
 
-With KILL_STEPS=n each process of it ends by SIGKILL at its n-th training step, once per file in KILL_DIR.
+With KILL_STEPS=n each process of it ends by SIGKILL at its n-th training step, once per file in KILL_DIR. With BROKEN_CALL=n
+the n-th evaluation of a process fails; with UNTRAINED=1 no step may be made.
 """
 
 import os
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 METRIC = {"name": "accuracy", "unit": "%", "goal": "max"}
 EPOCHS = 6
-_steps = 0
+_steps = _calls = 0
 
 
 def _moons(num, seed):
@@ -56,6 +57,7 @@ def test_batches():
 def step(model, batch):
     global _steps  # noqa: PLW0603 - a counter of steps is what a kill is timed by
     _steps += 1
+    assert not os.environ.get("UNTRAINED"), "a step of training"
     if _steps == int(os.environ.get("KILL_STEPS", "0")):
         mark = Path(os.environ["KILL_DIR"]) / str(len(list(Path(os.environ["KILL_DIR"]).iterdir())))
         mark.touch()
@@ -64,6 +66,9 @@ def step(model, batch):
 
 
 def evaluate(predict, batches):
+    global _calls  # noqa: PLW0603 - as above
+    _calls += 1
+    assert _calls != int(os.environ.get("BROKEN_CALL", "0")), "this call was to break"
     return {"accuracy": 100.0 * np.concatenate([(predict(x).argmax(1) == y).numpy() for x, y in batches])}
 
 

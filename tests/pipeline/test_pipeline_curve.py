@@ -364,6 +364,34 @@ def test_whatever_fails_of_a_file_in_codes_takes_nothing_of_the_float_file_along
         assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx"]
 
 
+def test_a_retry_makes_the_file_in_codes_that_failed_and_trains_nothing_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, out = recipe(quantized=True, controls={"kinds": ["scratch"]}), tmp_path / "run"
+    monkeypatch.setenv(
+        "BROKEN_CALL", "3"
+    )  # the float file is scored on test and on held-out data, then the one in codes
+    broken = curve(asked, out=out, quiet=True, processes=1)
+    assert ["this call was to break" in r.details["quantized"]["failed"] for r in broken.records[1:]] == [True] * 3
+    assert "--retry makes it again" in (out / "report.html").read_text()
+    monkeypatch.delenv("BROKEN_CALL")
+    monkeypatch.setenv("UNTRAINED", "1")
+    assert curve(asked, out=out, quiet=True, processes=1).records == broken.records  # who does not ask for it gets none
+    whole = curve(asked, out=out, quiet=True, processes=1, retry=True)
+    assert all(
+        (out / p).parent.joinpath("model.int8.onnx").is_file() for p in whole.records[0].details["recipes"].values()
+    )
+    for one, other in zip(broken.records[1:], whole.records[1:], strict=True):
+        assert other.measured["quantized_metric"].value is not None
+        assert other.measured["metric"] == one.measured["metric"]
+        assert other.details["training"] == one.details["training"]
+    lines = (out / "journal.jsonl").read_text().splitlines()
+    (out / "journal.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # killed before the last line
+    again = curve(asked, out=out, quiet=True, processes=1, retry=True)
+    assert again.document == whole.document
+    assert not list(out.glob("trials/*/steps/scratch*"))
+
+
 def test_a_layer_that_should_stay_in_float_and_is_nowhere_is_refused_before_any_work() -> None:
     for pattern, refused in (("2.weight", False), ("2", False), ("*.bias", False), ("3.weight", True)):
         asked = with_quantize(recipe(quantized=True), float_layers=[pattern])

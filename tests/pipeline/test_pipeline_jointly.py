@@ -34,7 +34,9 @@ def verdict(folder: Path) -> dict[str, Any]:
 
 
 def test_bytes_by_bits_and_another_limit_hold_together_and_the_front_goes_over_sizes(tmp_path):
-    asked = recipe({"size_bytes": 6500, "macs": 0.7, "trials": 1, "front": [1.5], "low_rank": False})
+    task = tmp_path / "held_out_task.py"
+    task.write_text(TASK.read_text() + "\n\ndef choose_batches():\n    return [_bars(40, 11)]\n")
+    asked = recipe({"size_bytes": 6500, "macs": 0.7, "trials": 1, "front": [1.5], "low_rank": False}, task=str(task))
     compress(asked, out=tmp_path / "run", quiet=True)
     said = verdict(tmp_path / "run")
     assert {b["what"]: b["met"] for b in said["bounds"]} == {"size_bytes": True, "macs": True}
@@ -53,7 +55,9 @@ def test_bytes_by_bits_and_another_limit_hold_together_and_the_front_goes_over_s
     assert all((p["levels"] == p["recipe"].get("prune.levels", [])) for p in points)
     losses = [(p["error"], p["amounts"]["size_bytes"], p["amounts"]["macs"]) for p in points]
     assert undominated(losses) == [*range(len(points))] and losses == sorted(losses)
+    assert {p["epochs"] for p in points} == {0} and all(0 <= p["held_out"] <= 100 for p in points)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "on held-out data (simulated, fitted, not trained)" in page
     assert f"--set budget.size_bytes={points[0]['recipe']['budget.size_bytes']}" in page
     assert "summed sensitivities foresaw" in page and 'download="front.csv"' in page
 

@@ -15,7 +15,7 @@ import paredown as pare
 from paredown.errors import NothingToDo, RejectedError, UsageError
 from paredown.granularity import Granularity
 from paredown.plan import Mask
-from paredown.prune.changing import Changing, ChangingMasks
+from paredown.prune.changing import Changing, ChangingMasks, _grown
 from paredown.prune.mask import apply_masks
 from paredown.prune.schedule import Gradual, Regrowth, moving_share
 from paredown.prune.sparsify import sparsify
@@ -172,6 +172,31 @@ def test_a_short_last_epoch_still_ends_at_the_density() -> None:
     result = sparse(schedule=Gradual(updates=4, end=1.0), train_batches=shrinking)
     parameters = dict(result.module.named_parameters())
     assert sum(int((parameters[n] != 0).sum()) for n in WEIGHTS) == 358
+
+
+@pytest.mark.parametrize("how", [{"criterion": "wanda"}, {"criterion": "l1", "allocation": "uniform", "scope": "row"}])
+@pytest.mark.parametrize(
+    "schedule", [Regrowth(every=4), Regrowth(by="random", every=4), Gradual(updates=6, regrow=0.4)]
+)
+def test_growth_keeps_the_density_where_cells_compete_in_their_row(how: dict[str, str], schedule: Any) -> None:
+    """A row that grew above its share lost the surplus at the next choice, and others stayed below theirs."""
+    rows, result = recorded(**how, schedule=schedule, weight_decay=0.0)
+    at_once = sparse(**how, schedule="one-shot", epochs=0)
+    for name, mask in at_once.plan.masks.items():
+        assert result.plan.masks[name].num_kept == mask.num_kept
+        if isinstance(schedule, Gradual):
+            each = [m.kept.reshape(len(m.kept), -1).sum(1).tolist() for m in (mask, result.plan.masks[name])]
+            assert each[0] == each[1]
+    weights = torch.cat([torch.stack([r["after"][n].flatten() != 0 for r in rows]) for n in WEIGHTS], dim=1)
+    assert (weights[1:] & ~weights[:-1]).any()  # something grew
+
+
+def test_growth_in_the_rows_of_a_weight_stored_in_out() -> None:
+    """Two groups, [in, out]: every output grows as many of its own inputs as it dropped."""
+    dropped = np.zeros((4, 3), dtype=bool)
+    dropped[0, 1] = dropped[1, 1] = dropped[2, 0] = True
+    grown = _grown(np.arange(12.0).reshape(4, 3), dropped, np.ones((4, 3), dtype=bool), groups=2)
+    assert grown.tolist() == [[False, True, False], [False, True, False], [False] * 3, [True, False, False]]
 
 
 def test_blocks_grow_whole() -> None:

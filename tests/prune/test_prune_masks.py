@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 import forked
@@ -266,6 +268,7 @@ def test_own_masks_as_tensors_a_function_and_files(tmp_path: Path) -> None:
         masks_of(program, tmp_path / "m.safetensors"),
         masks_of(program, str(tmp_path / "m.npz")),
     ]
+    plans.append(masks_of(program, {n: k.float().to_sparse() for n, k in kept.items()}))
     assert len({plan.masks["0.weight"].digest for plan in plans}) == 1
     assert torch.equal(prune(program, plans[0]).module(x), by_hand(net, dict(plans[0].masks))(x))
     one_per_filter = torch.tensor([1, 0] * 4).reshape(8, 1, 1, 1)
@@ -283,9 +286,11 @@ def test_own_masks_as_tensors_a_function_and_files(tmp_path: Path) -> None:
         ({"0.wieght": torch.ones(8, 4, 3, 3)}, "Did you mean 0.weight"),
         ({"0.weight": torch.zeros(8, 4, 3, 3)}, "at least one"),
         ({"0.weight": object()}, "0 and 1"),
+        ({0: torch.ones(8, 4, 3, 3)}, "must name a parameter.*Got 0"),
+        (lambda name, weight: weight.nothing, "AttributeError.*for 0.weight"),
     ],
 )
-def test_own_masks_that_do_not_fit_are_refused(given: dict[str, object], match: str) -> None:
+def test_own_masks_that_do_not_fit_are_refused(given: Any, match: str) -> None:
     with pytest.raises(UsageError, match=match):
         masks_of(captured("conv"), given)
 
@@ -343,3 +348,39 @@ def test_masks_of_torch_are_taken_over() -> None:
     rows = torch_prune.ln_structured(copy.deepcopy(NETS["conv"][0]).eval()[0], "weight", 3, n=1, dim=0)  # type: ignore[index]
     whole, plan = take_over(nn.Sequential(rows, nn.ReLU(), nn.Conv2d(8, 2, 1)))
     assert prune(capture(whole, x), plan).module[0].weight.shape == (5, 4, 3, 3)  # type: ignore[index, union-attr]
+
+
+class _Masked(nn.Module):
+    """A mask as people write it by torch.nn.utils.parametrize."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.kept
+
+
+def test_masks_in_parametrizations_are_taken_over() -> None:
+    """They were folded, their zeros forgotten: a training revived them."""
+    from torch.ao.pruning.sparsifier.utils import FakeSparsity
+
+    net, x = copy.deepcopy(NETS["conv"][0]).eval(), NETS["conv"][1]
+    kept = (torch.arange(8 * 4 * 9) % 5 > 0).reshape(8, 4, 3, 3)
+    parametrize.register_parametrization(net[0], "weight", _Masked(kept))  # type: ignore[index]
+    halves = FakeSparsity((torch.arange(32) % 2).float().reshape(4, 8, 1, 1))
+    parametrize.register_parametrization(net[3], "weight", halves)  # type: ignore[index]
+    plain, plan = take_over(net)
+    assert {n: m.granularity for n, m in plan.masks.items()} == {"0.weight": "element", "3.weight": "column"}
+    assert torch.equal(torch.from_numpy(plan.masks["0.weight"].kept), kept)
+    assert plan.masks["3.weight"].density == 0.5
+    assert torch.equal(plain.eval()(x), net(x)) and not any("parametrizations" in n for n in plain.state_dict())
+    assert torch.equal(prune(capture(plain, x), plan).module(x), net(x))
+
+
+def test_a_parametrization_that_is_no_mask_is_none() -> None:
+    net = nn.Linear(4, 4)
+    scaled = _Masked(torch.full((4, 4), 0.5))
+    parametrize.register_parametrization(net, "weight", scaled)
+    with pytest.raises(UsageError, match="Got one without"):
+        take_over(net)

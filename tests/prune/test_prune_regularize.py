@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import paredown as pare
-from hazards import HAZARDS
+from hazards import HAZARDS, Net
 from paredown.errors import UsageError
 from paredown.prune.gates import ChannelGates, Gates
 from paredown.prune.regularize import Growing, Slimming, elements, growing, slimming
@@ -231,3 +231,28 @@ def test_gates_find_the_channels_that_carry_something() -> None:
 def test_bad_options_are_refused(make) -> None:
     with pytest.raises(UsageError, match="must"):
         make()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {**CHANNELS, "regularize": Growing(epochs=1)},
+        {"granularity": "row", "density": 0.5, "schedule": "one-shot"},
+    ],
+    ids=["growing", "rows"],
+)
+def test_a_net_that_only_a_graph_fits_trains_on(how: dict[str, Any]) -> None:
+    """What was trained before the removal lost its requires_grad, and then nothing could be trained any more."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.head(m.scale * torch.relu(m.a(x)).view(-1, 6))
+
+    net = Net(forward, a=nn.Linear(5, 6), scale=nn.Parameter(torch.ones(6)), head=nn.Linear(6, 3))
+    net.head.bias.requires_grad_(False)  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 5), torch.randint(3, (8,))) for _ in range(3)]
+    small = sparse(model=pare.capture(net, torch.zeros(2, 5)), train_batches=lambda: data, epochs=1, **how)
+    assert small.realiser == "graph"
+    trainable = {n: p.requires_grad for n, p in small.module.named_parameters()}
+    assert trainable == {n: n != "head.bias" for n in ("a.weight", "a.bias", "scale", "head.weight", "head.bias")}
+    assert small.module.get_parameter("a.weight").shape == (3, 5)

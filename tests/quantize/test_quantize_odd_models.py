@@ -177,3 +177,58 @@ def test_a_batch_norm_behind_a_grouped_transposed_convolution(layer: nn.ConvTran
     x = torch.randn(16, 3, 8, 8)
     found = quantize(capture(net, x[:2]), calibrate=[x], scheme=scheme)
     assert noise(net, found.module, x) < (1e-3 if scheme == "int8" else 0.7)
+
+
+class Windows(nn.Module):
+    """Sizes that are asked of the input, two inputs, and windows of a picture as samples of their own: no block may begin or end among these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.table = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(5, 8)
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        y = torch.relu(self.image(x)) * self.table(table)[:, :, None, None]
+        batch = y.shape[0]
+        tokens = y.reshape(batch, 8, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, 8)
+        tokens = torch.relu(self.down(torch.relu(self.up(tokens))))
+        return self.head(tokens.view(batch, 16, 8).mean(1))
+
+
+def test_blocks_of_a_network_that_asks_for_its_batch_and_has_two_inputs() -> None:
+    torch.manual_seed(4)
+    net, inputs = Windows().eval(), (torch.randn(96, 3, 4, 4), torch.randn(96, 5))
+    program = capture(net, tuple(v[:2] for v in inputs), train=False)
+    assert program.batch == "dynamic"
+    one = quantize(
+        program, calibrate=[tuple(v[i : i + 32] for v in inputs) for i in (0, 32, 64)], scheme="w4a8", repair=["blocks"]
+    )
+    plain = quantize(program, calibrate=[inputs], scheme="w4a8")
+    with torch.no_grad():
+        wanted = net(*inputs)
+        errors = [float((q.module(*inputs) - wanted).square().mean()) for q in (one, plain)]
+    assert errors[0] < errors[1]
+
+
+class Scaled(nn.Module):
+    """A learned number for every branch, picked out of one tensor: it has no axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Parameter(torch.tensor([1.5, 0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a(x)) * self.scale[0] + torch.relu(self.b(x)) * self.scale[1]
+
+
+def test_a_number_without_an_axis_is_rounded_in_training() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(8, 3, 4, 4)
+    one = train_quantized(
+        capture(Scaled().eval(), x, train=False),
+        lambda: [x],
+        step=lambda model, batch: model(batch).square().mean(),
+        calibrate=[x],
+        epochs=1,
+    )
+    assert {"a.weight", "b.weight"} <= one.weights.keys()

@@ -79,6 +79,24 @@ def test_it_says_what_was_chosen_and_whether_pruning_paid(page: Page) -> None:
     assert "test data chose nothing" in text
 
 
+def test_the_first_section_says_what_it_costs_and_what_was_not_tested(page: Page) -> None:
+    strip = strip_of(render_curve(records()))
+    assert "worse than dense" in strip and "dense 98.47 %: −0.57 points, worse than dense" in strip
+    assert (
+        '<span class="badge">not tested</span> files in codes, such as INT8 (curve.quantized); latency (curve.latency);'
+        in strip
+    )
+    assert "a random criterion" not in strip.partition("not tested</span>")[2]  # it has results here
+    gained = sweep({0.5: [99.0, 99.1]}, [98.5, 98.4])
+    lost = [{**gained[-1].cell, "amount": 0.25, "status": "crashed"}]
+    strip = strip_of(render_curve([head(cells=4, limit=None), *gained]))
+    assert "mean gain 0.60 points on held-out data" in strip and "+0.60 points</b><small>better than dense" in strip
+    untested = strip_of(render_curve([head(cells=9, failed=lost), *gained])).partition("not tested</span>")[2]
+    assert "the same shape from scratch" in untested and "1 of 9 trials, which have no result" in untested
+    alone = strip_of(render_curve([head(cells=2), *sweep({0.5: [99.0]}, [98.5])]))
+    assert "other seeds, so that nothing here has an interval" in alone
+
+
 def test_without_a_limit_it_says_the_chord() -> None:
     assert "farthest above the chord" in render_curve(records(limit=None))
 

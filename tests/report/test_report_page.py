@@ -426,6 +426,18 @@ def test_a_smaller_file_that_keeps_all_bounds_but_is_slower_is_named() -> None:
     assert "No smaller file may take its place" not in text
 
 
+def test_why_a_larger_float_file_is_recommended_is_said() -> None:
+    run = sample()
+    name = next(r.cell["stage"] for r in run if r.cell["stage"].startswith("level-"))
+    run[-1] = verdict(recommended=name)
+    run[4] = dataclasses.replace(run[4], measured=measured((8, 24, 40), 98.52, -0.37, 0.2, int8=True))
+    text = Page(render(run)).text
+    assert f"Recommended file: {name}.onnx" in text
+    assert "The INT8 file is smaller and keeps every bound, but it is slower than the dense FP32 file" in text
+    run[-1] = verdict(recommended=name, target_met=False)
+    assert "keeps every bound" not in Page(render(run)).text
+
+
 def test_the_example_opens_the_file_that_the_page_recommends() -> None:
     run = [*sample()[:-1], verdict(otherwise="dense", otherwise_snippet="session = ort.InferenceSession('dense.onnx')")]
     assert "InferenceSession('int8.onnx')" in Page(render(run)).text

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paredown.couple import couple
 from paredown.couple.space import Coupling, Footprint, Space
 from paredown.errors import RejectedError, UsageError
 from paredown.program import Program, capture
@@ -138,6 +139,18 @@ def test_bn_scale_by_hand_and_its_fallback_is_loud() -> None:
     np.testing.assert_allclose(found.by_space["first"], net()[1].weight.detach().abs().numpy())
     np.testing.assert_allclose(found.by_space["second"], scored("l1").by_space["second"])
     assert "second" in found.notes[0]
+
+
+def test_bn_scale_of_rows_is_that_of_the_norm_behind_each_filter() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    )
+    net[1].weight.data = torch.tensor([0.5, -3.0, 0.0, 1.0, 2.0, -0.1])  # type: ignore[union-attr]
+    program = capture(net.eval(), torch.zeros(2, 3, 5, 5))
+    with pytest.warns(UserWarning, match=r"falls back to l1 where no batch norm is: 3.weight, 5.weight"):
+        found = score(program, couple(program), "bn_scale", granularity="filter").by_cell
+    assert found["0.weight"].tolist() == pytest.approx([0.5, 3.0, 0.0, 1.0, 2.0, 0.1])
+    assert found["3.weight"] == pytest.approx(net[3].weight.detach().abs().mean((1, 2, 3)).numpy())  # type: ignore[operator, union-attr]
 
 
 def test_taylor_is_the_slope_of_the_loss_in_a_gate() -> None:

@@ -276,7 +276,7 @@ def separable() -> tuple[pare.Program, pare.Coupling, list[tuple[Tensor, Tensor]
 
 GRID = {"element": (8, 3, 3, 3), "2:4": (8, 3, 3, 3), "row": (8,), "column": (27,), "kernel": (8, 3), "4x4": (2, 7)}
 WITHOUT = {
-    "bn_scale": (),
+    "bn_scale": ("row",),
     "refit": (),
     "geometric_median": ("row", "column"),
     "apoz": ("row",),

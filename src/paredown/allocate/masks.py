@@ -79,17 +79,22 @@ class Weight:
         """Cells that stay when every output gives that share of its own."""
         if not self.flipped:
             return kept_in_rows(self.scores, self.saves, share)
-        saves = self.saves if isinstance(self.saves, int) else self._by_output(self.saves)
-        kept = kept_in_rows(self._by_output(self.scores), saves, share)
+        saves = self.saves if isinstance(self.saves, int) else by_output(self.saves, self.flipped)
+        kept = kept_in_rows(by_output(self.scores, self.flipped), saves, share)
         inputs, outputs, *taps = self.scores.shape
         apart = kept.reshape(self.flipped, outputs, inputs // self.flipped, *taps)
         return np.moveaxis(apart, 1, 2).reshape(self.scores.shape)
 
-    def _by_output(self, cells: NDArray[Any]) -> NDArray[Any]:
-        """[groups × in, out, …] with one row for each output of each group. Shape [groups × out, in, …]."""
-        inputs, outputs, *taps = cells.shape
-        apart = cells.reshape(self.flipped, inputs // self.flipped, outputs, *taps)
-        return np.moveaxis(apart, 2, 1).reshape(self.flipped * outputs, -1, *taps)
+
+def by_output(cells: NDArray[Any], groups: int) -> NDArray[Any]:
+    """[groups × in, out, …] with one row for each output of each group. Shape [groups × out, in, …].
+
+    >>> by_output(np.array([[0, 1], [2, 3]]), 1).tolist()
+    [[0, 2], [1, 3]]
+    """
+    inputs, outputs, *taps = cells.shape
+    apart = cells.reshape(groups, inputs // groups, outputs, *taps)
+    return np.moveaxis(apart, 2, 1).reshape(groups * outputs, -1, *taps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

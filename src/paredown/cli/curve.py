@@ -30,7 +30,10 @@ def curve(
         str | None, Parameter(help="Run the trials on this Ray cluster: auto (the one of this machine) or HOST:PORT.")
     ] = None,
     retry: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Run trials again that crashed or hit a limit.")
+        bool,
+        Parameter(
+            negative="", show_default=False, help="Run trials again that crashed, hit a limit or have no file in codes."
+        ),
     ] = False,
     set_: options.Set = (),
     device: options.Device = None,

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+NARROW = 60
+"""Columns of a terminal below which a table may not fit."""
+
 
 def plain(text: object) -> str:
     """Text with control characters shown instead of sent: names come from files of strangers.
@@ -77,16 +80,30 @@ def columns() -> int:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> Any:
-    """A table without frame; the first `left` columns are texts, the others numbers."""
+    """A table without frame; the first `left` columns are texts, the others numbers. Where a narrow terminal would break its words: a row as lines."""
     from rich.table import Table
     from rich.text import Text
 
+    cells = [[plain(cell) for cell in row] for row in rows]
+    if columns() < NARROW and _widest_words(titles, cells) > columns():
+        lines = [
+            [row[0], *(f"  {t}: {c}" if t else f"  {c}" for t, c in zip(titles[1:], row[1:], strict=True))]
+            for row in cells
+        ]
+        return Text("\n".join(line for row in lines for line in row), overflow="fold")
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, title in enumerate(titles):
         made.add_column(title, justify="left" if number < left else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(plain(cell)) for cell in row))
+    for row in cells:
+        made.add_row(*(Text(cell) for cell in row))
     return made
+
+
+def _widest_words(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Columns that a table takes at least, if no word of it is to be broken."""
+    return sum(
+        2 + max(len(w) for cell in column for w in (*cell.split(), "")) for column in zip(titles, *cells, strict=True)
+    )
 
 
 def share(after: float, before: float) -> str:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from paredown.couple import stacks
+from paredown.couple import letters, stacks
 from paredown.couple.computed import follow
 from paredown.couple.ids import FIXED, along, fixed, laid, tidy, varying
-from paredown.couple.operand import args_of, merge, result, schema, unknown
+from paredown.couple.operand import args_of, merge, precedence, result, schema, unknown
 from paredown.couple.trace import Summed, Trace
+from paredown.examine.count import indices
 
 
 def _conv(node: fx.Node, trace: Trace) -> Any:
@@ -285,9 +286,9 @@ def _single(trace: Trace, a: Tensor, b: Tensor, shape: Any, name: str, reader: R
     columns = along(b, b.dim() - 1) if num + 1 in varying(b) else None
     trace.products[name] = [v for v in (left if num + 1 in varying(a) else None, rows, columns) if v is not None]
     if rows is not None and columns is not None:
-        trace.pin(rows, "rows and columns of a product both carry channels")
-        trace.pin(columns, "rows and columns of a product both carry channels")
-        return fixed(shape)
+        behind = precedence(rows, trace) < precedence(columns, trace)
+        trace.pin(rows if behind else columns, "rows and columns of a product both carry channels")
+        rows, columns = (None, columns) if behind else (rows, None)
     if rows is not None:
         return laid(rows, len(shape) - 2, shape)
     if columns is not None:
@@ -331,13 +332,15 @@ def _attention(node: fx.Node, trace: Trace) -> Any:
 def _einsum(node: fx.Node, trace: Trace) -> Any:
     """Two operands: a linear layer, or out[batch, row, column] = Σ_summed left · right, permuted into a matrix product.
 
-    Letters beyond one row and one column are batch letters of which the other operand has one position.
+    Letters beyond one row and one column are batch letters of which the other operand has one position. Another number of
+    operands: see letters.
     """
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    operands: list[Any] = list(node.args[1])  # type: ignore[arg-type]
     shape = result(node).shape
-    if len(operands) != 2 or "." in equation or "->" not in equation:
-        return unknown(node, trace)
-    left, right, out = equation.replace("->", ",").split(",")
+    terms, out = indices(str(node.args[0]), [letters.sizes_of(trace, o) for o in operands])
+    if len(operands) != 2:
+        return letters.product(node, trace, terms, out, operands)
+    left, right = terms
     summed = [c for c in left if c in right and c not in out]
     if any(len({*t}) != len(t) for t in (left, right, out)) or {*left, *right} != {*out, *summed}:
         return unknown(node, trace)
@@ -369,20 +372,20 @@ def _einsum(node: fx.Node, trace: Trace) -> Any:
     return tidy(product.permute([have.index(c) for c in [*out, *(c for c in have if c not in out)]]).reshape(shape))
 
 
-def _one(letters: list[str], varying_letters: list[str], none: str) -> str:
+def _one(ours: list[str], varying_letters: list[str], none: str) -> str:
     """The letter whose channels go through as a row or column: one along which they vary, else the last."""
-    return next((c for c in letters if c in varying_letters), letters[-1] if letters else none)
+    return next((c for c in ours if c in varying_letters), ours[-1] if ours else none)
 
 
-def _ordered(ids: Tensor, have: str, want: list[str]) -> Tensor:
+def _ordered(ids: Tensor, have: list[str], want: list[str]) -> Tensor:
     """Axes in the wanted order; of letters that are not wanted the first position, for those that are not there an axis of 1."""
-    letters = list(have)
+    left = list(have)
     for letter in [c for c in have if c not in want]:
-        ids = ids.select(letters.index(letter), 0)
-        letters.remove(letter)
-    ids = ids.permute([letters.index(c) for c in want if c in letters])
+        ids = ids.select(left.index(letter), 0)
+        left.remove(letter)
+    ids = ids.permute([left.index(c) for c in want if c in left])
     for place, letter in enumerate(want):
-        if letter not in letters:
+        if letter not in left:
             ids = ids.unsqueeze(place)
     return ids
 
@@ -395,4 +398,5 @@ RULES = {
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
+    "bilinear": letters.bilinear,
 }

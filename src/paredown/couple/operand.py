@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from paredown.couple.ids import FIXED, compact, fixed, tidy, varying
-from paredown.couple.trace import Trace, concrete, sizes
+from paredown.couple.trace import Trace, concrete, numbers, sizes
 
 Rule = Callable[[fx.Node, Trace], Any]
 
@@ -50,6 +51,21 @@ def unknown(node: fx.Node, trace: Trace) -> Any:
         for ids in touched:
             trace.pin(ids, f"no rule for {name}")
     return result(node)
+
+
+def precedence(ids: Tensor, trace: Trace) -> tuple[bool, bool, int]:
+    """Which of two sets of channels goes through where an element can have one: the higher.
+
+    Those that may leave by what was pinned so far, before those that may not; then those that a layer writes, before the
+    elements of a table (nodes, tokens); then the larger set.
+    """
+    pinned = [p.ids for p in trace.pins]
+    mine = compact(ids)
+    held = (
+        bool(pinned) and np.isin(numbers(trace.forest, mine), [FIXED, *numbers(trace.forest, torch.cat(pinned))]).all()
+    )
+    origins = trace.forest.origins(mine)
+    return not held, not bool(trace.are_elements(origins[mine != FIXED]).all()), int(mine.numel())
 
 
 def merge(a: Tensor, b: Tensor, trace: Trace) -> Tensor:
@@ -119,6 +135,8 @@ def _crossed(t: Tensor, other: Tensor, trace: Trace) -> Tensor:
     fewer = math.prod(t.shape[d] for d in mine) <= math.prod(other.shape[d] for d in others)
     if not bound and not (free and fewer):
         return t
+    for table in (t, other):
+        trace.cross(table)
     trace.pin(t, "each of them meets every channel of another layer")
     return fixed(t.shape)
 

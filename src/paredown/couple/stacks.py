@@ -7,6 +7,7 @@ that leaves more freedom: `trace` compares.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
@@ -35,7 +36,9 @@ def product(trace: Trace, a: Any, b: Any, shape: Any) -> Tensor | None:
     return None
 
 
-def einsum(trace: Trace, letters: tuple[str, str, str], operands: list[Any], shape: Any) -> Tensor | None:
+def einsum(
+    trace: Trace, letters: tuple[Sequence[str], Sequence[str], Sequence[str]], operands: list[Any], shape: Any
+) -> Tensor | None:
     """The same in letters: one that is summed is read, the last that is new is written, the others count matrices."""
     left, right, out = letters
     for stack, mine, other, theirs in (

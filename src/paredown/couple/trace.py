@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ def trace(program: Program) -> Trace:
         run = _grown_along(program, run)
         if run.keeps_tables:
             run = max((run, run.again(program, whole_tables=False)), key=_free_positions)
+        if run.crossed:
+            run = max((run, _grown_along(program, run.again(program, plain=run.crossed))), key=_free_positions)
         _TRACES[program] = run
     return _TRACES[program]
 
@@ -121,12 +123,17 @@ class Trace:
         whole_tables: bool = True,
         grown: Mapping[fx.Node, int] | None = None,
         stacks: bool = False,
+        plain: Collection[str] = (),
     ) -> None:
         self.stacks, self.has_stacks = stacks, False
         """Whether matrices stacked in one parameter are weights, with one set of channels for all; whether there are any."""
         self.whole_tables, self.grown = whole_tables, dict(grown or {})
         """Whether a table that several heads share stays as it is, so that heads can leave; and constants of one number (the
         zeros that a recurrent state begins with) → the axis along which they have channels."""
+        self.plain = frozenset(plain)
+        """Saved tensors that are numbers and no channels, whatever they meet."""
+        self.crossed: set[str] = set()
+        """Those whose elements met channels along another axis: a mask that was expanded to all heads."""
         self.stiff: dict[fx.Node, int] = {}  # such constants that met channels as they are, and where
         self.loose: dict[fx.Node, int] = {}
         """And those from which what met channels was made, by views and sums of fixed values."""
@@ -160,8 +167,8 @@ class Trace:
         """Ids of parameters while a lane is run."""
         self._learned: set[int] = set()
         """Origins of the ids of parameters that are read element by element."""
-        self._saved: set[int] = set()
-        """Origins of the ids of buffers that are read element by element."""
+        self._saved: dict[int, str] = {}
+        """Origins of the ids of buffers that are read element by element → which."""
         self._kept = False
         self._tables, self._chunks = list[Tensor](), list[Tensor]()
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
@@ -191,7 +198,12 @@ class Trace:
         self.unknown |= unknown
 
     def again(
-        self, program: Program, *, whole_tables: bool | None = None, grown: Mapping[fx.Node, int] | None = None
+        self,
+        program: Program,
+        *,
+        whole_tables: bool | None = None,
+        grown: Mapping[fx.Node, int] | None = None,
+        plain: Collection[str] | None = None,
     ) -> Trace:
         """Another run of the same program, of which one thing is different."""
         return Trace(
@@ -199,6 +211,7 @@ class Trace:
             whole_tables=self.whole_tables if whole_tables is None else whole_tables,
             grown=self.grown if grown is None else grown,
             stacks=self.stacks,
+            plain=self.plain if plain is None else plain,
         )
 
     # ------------------------------------------------------------------------------------------------ what rules use
@@ -315,7 +328,13 @@ class Trace:
 
     def is_saved(self, ids: Tensor) -> bool:
         """Whether all of these are elements of buffers to which no channel is tied (the oldest of a class is its root)."""
-        return set(self.forest.origins(compact(self.forest.canon(ids))).unique().tolist()) <= self._saved
+        return set(self.forest.origins(compact(self.forest.canon(ids))).unique().tolist()) <= self._saved.keys()
+
+    def cross(self, ids: Tensor) -> None:
+        """Remember the saved tensors whose elements these are, all of them."""
+        if self.is_saved(ids):
+            origins = self.forest.origins(compact(self.forest.canon(ids))).unique().tolist()
+            self.crossed |= {self._saved[o] for o in origins}
 
     def are_elements(self, origins: Tensor) -> Tensor:
         """Which of these origins are parameters read element by element: a learned token is no head. Same shape, bool."""
@@ -347,9 +366,11 @@ class Trace:
         if stored not in self.raw:
             tensor = self._state[name]
             shape = tuple(tensor.shape)
-            floating = tensor.is_floating_point() and tensor.dim() > 0
-            if floating:
-                (self._learned if isinstance(tensor, torch.nn.Parameter) else self._saved).add(self.forest.next_origin)
+            floating = tensor.is_floating_point() and tensor.dim() > 0 and stored not in self.plain
+            if floating and isinstance(tensor, torch.nn.Parameter):
+                self._learned.add(self.forest.next_origin)
+            elif floating:
+                self._saved[self.forest.next_origin] = stored
             ids = self.forest.fresh(tensor.numel()).reshape(shape) if floating else fixed(shape)
             self.raw[stored] = ids
             self.table(ids)
@@ -399,7 +420,7 @@ class Trace:
         tensor = self._state[name]
         if isinstance(tensor, Tensor):
             self.parameters[node] = Parameter(name=name, shape=tuple(tensor.shape), axes=tuple(range(tensor.dim())))
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or self.storage[name] in self.plain:
                 self.values[node] = tensor
         self.ids[node] = None
 

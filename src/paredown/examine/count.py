@@ -8,7 +8,7 @@ Padding and causal masks are not subtracted: this is what a dense kernel compute
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,27 +114,57 @@ def einsum(call: Call) -> Counted:
 
 
 def einsum_macs(equation: str, shapes: list[Shape]) -> int:
-    """MACs of pairwise contraction from left to right: the product of all index lengths of each pair.
+    """MACs of pairwise contraction from left to right: see counted_pairs.
+
+    >>> einsum_macs("bi,bj,ijk->bk", [(2, 3), (2, 4), (3, 4, 5)])
+    120
+    """
+    terms, result = indices(equation, shapes)
+    return sum(macs for _, macs in counted_pairs(terms, result, shapes))
+
+
+def counted_pairs(
+    terms: Sequence[Sequence[str]], result: Sequence[str], shapes: Sequence[Shape]
+) -> list[tuple[frozenset[str], int]]:
+    """The indices of each pair that is contracted, from left to right, and the product of their lengths.
 
     Indices that only one operand has, and that the result lacks, are summed first; a pair without a contracted index
     is element-wise and counts 0.
     """
-    terms, result = _indices(equation, shapes)
     length = {
         index: size
         for term, shape in zip(terms, shapes, strict=True)
         for index, size in zip(term, shape, strict=True)
         if size != 1
     }
-    macs, left = 0, set(terms[0])
+    pairs, left = [], set(terms[0])
     for position, term in enumerate(terms[1:], start=1):
         later = set(result).union(*terms[position + 1 :])
         right = {i for i in term if i in left or i in later}
         left = {i for i in left if i in right or i in later}
         if not (left | right) <= later:
-            macs += math.prod(length.get(i, 1) for i in left | right)
+            pairs.append((frozenset(left | right), math.prod(length.get(i, 1) for i in left | right)))
         left = (left | right) & later
-    return macs
+    return pairs
+
+
+BILINEAR = "...i,kij,...j->...k"
+"""torch's bilinear, of its first input, its weight and its second input."""
+
+
+def bilinear(call: Call) -> Counted:
+    """MACs of y_k = x₁ᵀ W_k x₂, the weight with the first input before the second."""
+    return sum(pair_macs(call)), ()
+
+
+def pair_macs(call: Call) -> list[int]:
+    """MACs of each contracted pair of an einsum or a bilinear form, in their order."""
+    names = ("input1", "weight", "input2")
+    given = "equation" in call.arguments
+    operands = call.arguments["tensors"] if given else [call.arguments[n] for n in names]
+    shapes = [call.shape_of(o) for o in operands]
+    terms, result = indices(str(call.arguments["equation"]) if given else BILINEAR, shapes)
+    return [macs for _, macs in counted_pairs(terms, result, shapes)]
 
 
 COUNTED: dict[str, Callable[[Call], Counted]] = {
@@ -156,6 +186,7 @@ COUNTED: dict[str, Callable[[Call], Counted]] = {
     "addmv": product("mat", "vec"),
     "baddbmm": product("batch1", "batch2"),
     "einsum": einsum,
+    "bilinear": bilinear,
     "scaled_dot_product_attention": attention,
     "lstm": recurrent,
     "gru": recurrent,
@@ -226,7 +257,7 @@ def bound(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _indices(equation: str, shapes: list[Shape]) -> tuple[list[list[str]], list[str]]:
+def indices(equation: str, shapes: list[Shape]) -> tuple[list[list[str]], list[str]]:
     """Index lists of the operands and the result; the axes under an ellipsis become "…0", "…1", from the right."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = []

@@ -182,9 +182,8 @@ def _files(path: Path, model: Any) -> list[Path]:
             continue
         location = next((e.value for e in tensor.external_data if e.key == "location"), "")
         side = path.parent / location
-        inside = (
-            location and not Path(location).is_absolute() and ".." not in Path(location).parts and "\\" not in location
-        )
+        parts = Path(location).parts
+        inside = location and not Path(location).is_absolute() and ".." not in parts and not {*"\\\0"} & {*location}
         if not inside or folder not in side.resolve().parents:
             msg = f"side files of an ONNX model must lie beside it. Got {location!r} at {tensor.name!r} in {path.name}."
             raise RejectedError(msg)
@@ -276,7 +275,8 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
     bits = _bits()
     helpers = {i for n in nodes for p in _HELPERS.get(n.op_type, ()) for i in n.input[p : p + 1]}
     helpers |= _dynamic_scales(nodes)
-    quantized = {i for n in nodes for p in _CODES.get(n.op_type, ()) for i in n.input[p : p + 1]}
+    forms = {n.output[0]: n.input[0] for n in nodes if n.op_type in _FORMS and n.input and n.output}
+    quantized = {_first(i, forms) for n in nodes for p in _CODES.get(n.op_type, ()) for i in n.input[p : p + 1]}
     packed = {n.input[1]: n for n in nodes if n.op_type == "MatMulNBits" and len(n.input) > 1}
     found: dict[str, tuple[tuple[int, ...], int, bool]] = {}
     constants = [(a.t, n.output[0]) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
@@ -292,6 +292,14 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
         counts = name not in helpers and (is_float or name in quantized)
         found[name] = (*_unpacked(name, shape, bits.get(tensor.data_type, 64), packed), counts)
     return found
+
+
+def _first(name: str, made_of: Mapping[str, str]) -> str:
+    """What a value is another form of, or the value itself; a damaged file may go round in circles."""
+    seen = {name}
+    while (before := made_of.get(name)) is not None and before not in seen:
+        seen.add(name := before)
+    return name
 
 
 _CODES = {
@@ -323,7 +331,9 @@ def _unpacked(name: str, shape: tuple[int, ...], bits: int, packed: Mapping[str,
     return (int(given.get("N", 0)), int(given.get("K", 0))), int(given.get("bits", 4))
 
 
-_UNPACKING = ("Cast", "Gather", "Reshape", "Slice", "Add")
+_FORMS = ("Transpose", "Reshape", "Pad", "Slice")
+"""What stands between the codes of a weight and the layer that reads them in another form (paredown.export.onnx_kernels)."""
+_UNPACKING = ("Cast", "Gather", "Add", *_FORMS)
 
 
 def _packed(
@@ -345,8 +355,11 @@ def _packed(
                         waiting.append(value)
                 elif maker.op_type == "Cast":
                     sizes.append(math.prod(weights[value][0]) * weights[value][1] // 8)
-        if constant and sizes and name in shapes:
-            yield math.prod(shapes[name]), sum(sizes)
+        if not constant:
+            continue
+        lengths = [math.prod(shapes[v]) for v in seen if v in shapes and makers[v].op_type in _FORMS]
+        if sizes and lengths:
+            yield min(lengths), sum(sizes)
 
 
 def _shapes(

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError
 from paredown.examine.cost import Cost, NodeCost, Uncounted
-from paredown.examine.count import COUNTED, ZERO, Call, Shape, attention_parts, bound, op_name
+from paredown.examine.count import COUNTED, ZERO, Call, Shape, attention_parts, bound, op_name, pair_macs
 from paredown.examine.shrink import shrink_to
 from paredown.examine.size import file_size, state_size
 from paredown.program import Program, least_batch, module_path, placeholder_names, source_line
@@ -276,7 +276,11 @@ class _Walk:
         return dict(found)
 
     def _parts(self, node: fx.Node, cost: NodeCost) -> list[NodeCost]:
-        """Attention as its two products, which shrink on their own; anything else as it is."""
+        """Attention as its two products, which shrink on their own, and so several pairs of an einsum; anything else as it is."""
+        if cost.kind in ("einsum", "bilinear") and len(each := pair_macs(self._call(node))) > 1:
+            first = replace(cost, node=f"{node.name}:1", macs=each[0])
+            alone = replace(cost, parameters=0, parameter_bytes=0, activation_bytes=0)
+            return [first, *(replace(alone, node=f"{node.name}:{n}", macs=m) for n, m in enumerate(each[1:], start=2))]
         if cost.kind != "scaled_dot_product_attention":
             return [cost]
         scores, values = attention_parts(self._call(node))

@@ -3,17 +3,20 @@
 A rounding step that flips moves a value by a whole step, and the layers behind it carry that on. In a network that amplifies it
 (deep transformers, above all with random weights), two correct executions of the same codes end further apart than a
 cosine of 0.999. So, where a file misses that, the simulation runs again with its float results disturbed by a part in a million.
+A runtime that rounds in an order of its own throughout may be further away than that. Then the float network decides, which both stand for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from paredown.quantize.batches import tensors_of
+from paredown.export.session import predictor
+from paredown.quantize.batches import filled, tensors_of
 from paredown.quantize.nouns import Quantized
 
 NOISE = 1e-6
@@ -23,6 +26,8 @@ MARGIN = 2.0
 """The file may be as far as twice the farthest draw, in 1 - cosine."""
 LEAST = 0.98
 """Below this cosine nothing is excused, however the network amplifies."""
+AMPLIFIES = 0.999
+"""A simulation that is below this cosine to itself amplifies rounding: only then the float network is asked."""
 
 
 def own_cosine(quantized: Quantized, part: Any, *, draws: int = DRAWS, noise: float = NOISE) -> float:
@@ -38,7 +43,8 @@ def own_cosine(quantized: Quantized, part: Any, *, draws: int = DRAWS, noise: fl
     >>> own_cosine(quantize(capture(nn.Linear(4, 3), x), calibrate=[x]), ((x,), {})) > 0.999
     True
     """
-    args, kwargs = part[0], {k: part[1][k] for k in quantized.inputs.kwargs if k in part[1]}
+    args, kwargs = filled(quantized.program, part)
+    kwargs = {k: kwargs[k] for k in quantized.inputs.kwargs if k in kwargs}
     generator, smallest = torch.Generator().manual_seed(0), 1.0
     with torch.no_grad():
         expected = tensors_of(quantized.module(*args, **kwargs))
@@ -49,14 +55,28 @@ def own_cosine(quantized: Quantized, part: Any, *, draws: int = DRAWS, noise: fl
     return smallest
 
 
-def excuse(reference: Any, part: Any, cosine: float) -> str:
-    """Why a file with that cosine still holds, as a note; "" where the simulation's own rounding does not explain it."""
-    own = _as_far(reference, part, cosine) if LEAST <= cosine < 1 else None
+def excuse(reference: Any, part: Any, cosine: float, answers: Sequence[Tensor] = ()) -> str:
+    """Why a file with that cosine still holds, as a note; "" where the simulation's own rounding does not explain it.
+
+    `answers` are the file's outputs for `part`. With e the error of the simulation and f that of the file, both against the float
+    network, two right ways to round give |f| ≈ |e| and, where they have nothing in common, |f - e|² = |f|² + |e|².
+    A wrong file is further from the float network than the simulation is.
+    """
+    own = _own(reference, part) if LEAST <= cosine < 1 else None
     if own is None:
         return ""
+    disturbed = f"this network amplifies rounding: with its float results disturbed by {NOISE:g} the simulation differs from itself by a cosine of {own:.6f}"
+    if 1 - cosine <= MARGIN * (1 - own):
+        return f"{disturbed}, so the file's {cosine:.6f} says no more than that"
+    if own >= AMPLIFIES or not answers:
+        return ""
+    far = _from_float(reference, part, answers)
+    if any(file < simulation or 1 - cosine > 2 - file - simulation for file, simulation in far):
+        return ""
+    file, simulation = min(far)
     return (
-        f"this network amplifies rounding: with its float results disturbed by {NOISE:g} the simulation differs from itself by a cosine "
-        f"of {own:.6f}, so the file's {cosine:.6f} says no more than that"
+        f"{disturbed}, and the file, with a cosine of {cosine:.6f} to the simulation, is as near to the float network ({file:.6f}) as the "
+        f"simulation is ({simulation:.6f})"
     )
 
 
@@ -73,10 +93,22 @@ def hopeless(reference: Any, part: Any, cosine: float) -> str:
 
 def _as_far(reference: Any, part: Any, cosine: float) -> float | None:
     """The simulation's own cosine where it explains the file's; None where it does not, or cannot be asked."""
-    if not isinstance(reference, Quantized) or part is None:
-        return None
-    own = own_cosine(reference, part)
-    return None if 1 - cosine > MARGIN * (1 - own) else own
+    own = _own(reference, part)
+    return None if own is None or 1 - cosine > MARGIN * (1 - own) else own
+
+
+def _own(reference: Any, part: Any) -> float | None:
+    return own_cosine(reference, part) if isinstance(reference, Quantized) and part is not None else None
+
+
+def _from_float(reference: Quantized, part: Any, answers: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """(file, simulation): cosines of every output to the float network's."""
+    args, kwargs = filled(reference.program, part)
+    sides = [tensors_of(predictor(side)(*args, **kwargs)) for side in (reference.program, reference)]
+    return [
+        (cosine_of(a, f[: len(a)]), cosine_of(q[: len(a)], f[: len(a)]))
+        for a, f, q in zip(answers, *sides, strict=True)
+    ]
 
 
 def cosine_between_runtimes(cosine: float) -> float:

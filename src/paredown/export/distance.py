@@ -75,11 +75,12 @@ def of_spread(got: Any, expected: Any) -> float:
 
 
 class Distance:
-    """How far outputs are from the reference, output by output; the batch of the smallest cosine is kept."""
+    """How far outputs are from the reference, output by output; the batch of the smallest cosine is kept, with the file's answers."""
 
     def __init__(self) -> None:
         self.cosine, self.finite, self.runs = 1.0, True, 0
         self.worst: Any = None
+        self.answers: list[Tensor] = []
         self._outputs: list[_Output] = []
 
     def add(self, got: list[Tensor], expected: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from paredown.export.onnx_passes import _initializer, _replace, constant
+from paredown.export.onnx_passes import _replace, constant, initializer
 from paredown.quantize import simulate  # noqa: F401  (registers torch.ops.paredown)
 
 DOMAIN, CONTRIB = "paredown", "com.microsoft"
@@ -137,7 +137,7 @@ def _unsigned(
     key = f"{codes.name}_{'columns' if transposed else 'rows'}"
     if key not in done:
         array = offset(_array(codes))
-        done[key] = _initializer(model, key, np.ascontiguousarray(array.T) if transposed else array)
+        done[key] = initializer(model, key, np.ascontiguousarray(array.T) if transposed else array)
         names[key] = names.get(str(codes.name), str(codes.name))
     return done[key]
 
@@ -153,7 +153,7 @@ def offset(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 def _offset(model: ir.Model, done: dict[str, ir.Value]) -> ir.Value:
     if "zero" not in done:
-        done["zero"] = _initializer(model, f"{DOMAIN}_zero", np.array(ZERO, np.uint8))
+        done["zero"] = initializer(model, f"{DOMAIN}_zero", np.array(ZERO, np.uint8))
     return done["zero"]
 
 
@@ -164,7 +164,7 @@ def _lower_groups(
     array = _array(codes)
     packed = done.get(str(codes.name))
     if packed is None:
-        packed = done[str(codes.name)] = _initializer(model, f"{codes.name}_4", nibbles(array, BLOCK))
+        packed = done[str(codes.name)] = initializer(model, f"{codes.name}_4", nibbles(array, BLOCK))
         names[str(packed.name)] = names.get(str(codes.name), str(codes.name))
     attributes = {"K": array.shape[1], "N": array.shape[0], "bits": 4, "block_size": BLOCK}
     if accuracy_level:
@@ -190,8 +190,8 @@ def nibbles(codes: NDArray[np.int8], block: int) -> NDArray[np.uint8]:
 def _lower_rows(model: ir.Model, node: ir.Node, names: dict[str, str], done: dict[str, ir.Value]) -> None:
     """Gather rows of codes and their scales; the codes become numbers by a scale of 1."""
     codes, scales, indices = node.inputs
-    one = done.setdefault("one", _initializer(model, f"{DOMAIN}_one", np.array(1, np.float32)))
-    column = _initializer(model, f"{node.outputs[0].name}_column", _array(scales)[:, None])
+    one = done.setdefault("one", initializer(model, f"{DOMAIN}_one", np.array(1, np.float32)))
+    column = initializer(model, f"{node.outputs[0].name}_column", _array(scales)[:, None])
     rows, factors = (
         ir.node("Gather", [_unsigned(model, codes, names, done), indices]),
         ir.node("Gather", [column, indices]),
@@ -226,7 +226,7 @@ def _lower_lstm(model: ir.Model, node: ir.Node, names: dict[str, str]) -> None:
         mine = slice(2 * directions * layer, 2 * directions * (layer + 1))
         label = str(node.outputs[0].name) + f"_{layer}"
         parts = _layer(codes[mine], scales[mine], biases[mine])
-        held = {k: _initializer(model, f"{label}_{k}", v) for k, v in parts.items()}
+        held = {k: initializer(model, f"{label}_{k}", v) for k, v in parts.items()}
         owner = names.get(str(codes[mine][0].name), "lstm.weight").rpartition(".")[0]
         names[str(held["w"].name)] = f"{owner}.l{layer}" if count > 1 else owner
         weights = [held["w"], held["r"], held.get("b")]
@@ -248,9 +248,9 @@ def _joined(
 ) -> ir.Value:
     """[steps, directions, batch, hidden] → [steps, batch, directions · hidden]."""
     if directions == 1:
-        axis = _initializer(model, f"{label}_axis", np.array([1], np.int64))
+        axis = initializer(model, f"{label}_axis", np.array([1], np.int64))
         return add("Squeeze", [out, axis])[0]
-    shape = _initializer(model, f"{label}_shape", np.array([0, 0, -1], np.int64))
+    shape = initializer(model, f"{label}_shape", np.array([0, 0, -1], np.int64))
     (moved,) = add("Transpose", [out], {"perm": [0, 2, 1, 3]})
     return add("Reshape", [moved, shape])[0]
 

@@ -6,7 +6,7 @@ All work on `onnx_ir`, in place. Nothing here requantizes: weights stay the code
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,13 @@ _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ALL = {"pads": 0, "strides": 1, "dilations": 1}
 
 
-def tidy(model: ir.Model, *, on_codes: bool = True) -> None:
-    """All rewrites that hold for float and quantized graphs; no name changes. Without `on_codes`, none that computes on codes."""
+def tidy(model: ir.Model, *, on_codes: bool = True, forms: Sequence[str] = ()) -> None:
+    """All rewrites that hold for float and quantized graphs; no name changes. Without `on_codes`, none that computes on codes.
+
+    `forms` are those of `Target.forms`.
+    """
+    from paredown.export import onnx_kernels
+
     names = [v.name for v in model.graph.outputs]
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -41,6 +46,7 @@ def tidy(model: ir.Model, *, on_codes: bool = True) -> None:
         hard_sigmoids(model)
         integer_biases(model)
         stay_float(model)
+        onnx_kernels.rewrite(model, forms)
     common.DeduplicateInitializersPass(size_limit=1 << 40)(model)
     own_zero_points(model)
     common.CommonSubexpressionEliminationPass()(model)
@@ -89,6 +95,20 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
         return None
     array: NDArray[Any] = value.const_value.numpy()
     return array
+
+
+def root(value: ir.Value | None) -> ir.Value | None:
+    """The value itself, or the constant that it is another form of (see onnx_kernels)."""
+    first = value
+    while first is not None and (made := first.producer()) is not None:
+        if made.op_type not in FORMS or made.domain:
+            return value
+        first = made.inputs[0]
+    return first if constant(first) is not None else value
+
+
+FORMS = ("Transpose", "Reshape", "Pad", "Slice")
+"""What brings the codes of a weight into another form."""
 
 
 def pools(model: ir.Model) -> int:
@@ -217,7 +237,7 @@ def _clip_codes(model: ir.Model, quantize: ir.Node, low: float, high: float) -> 
         limits.max if high == float("inf") else _code(high, scale, zero),
     ]
     ends = [
-        _initializer(model, f"{old.name}_{n}", np.array(c, dtype))
+        initializer(model, f"{old.name}_{n}", np.array(c, dtype))
         for n, c in zip(("low", "high"), np.clip(codes, limits.min, limits.max), strict=True)
     ]
     clip = ir.node("Clip", [old, *ends])
@@ -248,7 +268,7 @@ def hard_sigmoids(model: ir.Model) -> int:
             "sixth": np.array(255, np.uint8), "step": np.array(1 / (6 * 255), np.float32),
             "zero": np.array(0, np.uint8), "middle": np.array(128, np.uint8),
         }  # fmt: skip
-        held = {part: _initializer(model, f"{name}_{part}", array) for part, array in parts.items()}
+        held = {part: initializer(model, f"{name}_{part}", array) for part, array in parts.items()}
         sixth = ir.node("DequantizeLinear", [held["sixth"], held["step"], held["zero"]])
         product = ir.node("Mul", [node.inputs[0], sixth.outputs[0]])
         codes = ir.node("QuantizeLinear", [product.outputs[0], readers[0].inputs[1], held["middle"]])
@@ -313,7 +333,7 @@ def integer_biases(model: ir.Model) -> int:
             continue
         name = str(node.inputs[2].name)
         parts = [
-            _initializer(model, f"{name}_{n}", a)
+            initializer(model, f"{name}_{n}", a)
             for n, a in (("codes", codes.astype(np.int32)), ("scale", np.ascontiguousarray(scale)))
         ]
         dequantize = ir.node("DequantizeLinear", parts, {"axis": 0})
@@ -334,15 +354,13 @@ def own_zero_points(model: ir.Model) -> int:
     for node in model.graph:
         if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
             continue
-        codes, zero = constant(node.inputs[0]), constant(node.inputs[2])
-        if codes is None or zero is None or codes.dtype != np.int8:
+        codes, zero = constant(held := root(node.inputs[0])), constant(node.inputs[2])
+        if held is None or codes is None or zero is None or codes.dtype != np.int8:
             continue
         name = str(node.inputs[2].name)
         if name in taken:
-            name = next(
-                n for k in itertools.count(1) if (n := f"{node.inputs[0].name}_zero{k}") not in model.graph.initializers
-            )
-            node.replace_input_with(2, _initializer(model, name, zero))
+            name = next(n for k in itertools.count(1) if (n := f"{held.name}_zero{k}") not in model.graph.initializers)
+            node.replace_input_with(2, initializer(model, name, zero))
             copies += 1
         taken.add(name)
     return copies
@@ -442,7 +460,7 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
 def _through(value: ir.Value | None) -> ir.Value | None:
     """The value itself, or what it dequantizes."""
     source = _producer(value)
-    return source.inputs[0] if source is not None and source.op_type == "DequantizeLinear" else value
+    return root(source.inputs[0]) if source is not None and source.op_type == "DequantizeLinear" else value
 
 
 def _rank(value: ir.Value) -> int | None:
@@ -515,7 +533,7 @@ def _pads_with_zero(model: ir.Model, node: ir.Node, source: ir.Node | None) -> b
     array = constant(zero)
     if array is None:
         return False
-    value = _initializer(model, f"{node.outputs[0].name}_pad", array.reshape(()))
+    value = initializer(model, f"{node.outputs[0].name}_pad", array.reshape(()))
     if len(node.inputs) < 3:
         node.resize_inputs(3)
     node.replace_input_with(2, value)
@@ -536,7 +554,7 @@ def _schema_default(op: str, attribute: str, version: int) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
+def initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
     """Under this name, or one with a number where it is taken: a layer that is called twice has codes for either call."""
     taken = model.graph.initializers
     name = next(n for k in itertools.count(1) if (n := name if k == 1 else f"{name}_{k}") not in taken)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from paredown.export.onnx_passes import constant
+from paredown.export.onnx_passes import FORMS, constant, root
 from paredown.export.session import EXACT
 from paredown.quantize.pairs import pair_sums
 
@@ -34,7 +34,10 @@ def _fits(value: ir.Value) -> bool:
     for node, place in value.uses():
         if place != 0 and node.op_type in ("DequantizeLinear", "QuantizeLinear"):
             continue
-        if node.op_type == "DequantizeLinear":
+        if node.op_type in FORMS and place == 0:  # the weight of a layer in another form, which has the same neighbours
+            if not _fits(node.outputs[0]):
+                return False
+        elif node.op_type == "DequantizeLinear":
             if not all(_exact(*reader, value) for reader in _readers(node.outputs[0])):
                 return False
         elif node.op_type != "Gather":
@@ -51,7 +54,7 @@ def _readers(value: ir.Value) -> list[tuple[ir.Node, int]]:
 
 
 def _exact(node: ir.Node, place: int, value: ir.Value) -> bool:
-    codes: NDArray[Any] | None = constant(value)
+    codes: NDArray[Any] | None = constant(root(value))
     if node.op_type not in ("Conv", "Gemm", "MatMul"):
         return node.op_type not in ("ConvTranspose", "LSTM", "GRU", "RNN", "Einsum")  # element by element
     if codes is None or place != 1 or codes.ndim < 2:

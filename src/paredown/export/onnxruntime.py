@@ -10,7 +10,7 @@ import inspect
 import io
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from paredown.export.onnx_forms import refuse_forms
 from paredown.export.session import STRUCTURE, Predict, leaf_names, open_session, predictor, skeleton
 from paredown.program import Program, quiet, source_line
 from paredown.quantize.bags import has_bags, plain_bags
-from paredown.quantize.batches import Batches, each, length, rows, tensors_of
+from paredown.quantize.batches import Batches, each, filled, length, rows, tensors_of
 from paredown.quantize.nouns import Packed, Quantized
 from paredown.quantize.schemes import DYNAMIC, HALF, is_narrow
 from paredown.records import whole_file
-from paredown.target import Target
+from paredown.target import Target, named
 
 SPLIT_BYTES = 1_900_000_000
 """Above this many bytes of weights they go to a side file: one protobuf message holds 2 GiB at most."""
@@ -71,7 +71,8 @@ def onnx_model(
         if isinstance(thing, Quantized) and thing.scheme in DYNAMIC:
             names = _onnx_dynamic().lower(model, names, accuracy_level)
         coded = thing.weights if packed and isinstance(thing, Quantized) else {}
-        _polish(model, program, names, quantized, on_codes, coded)
+        forms = named(thing.target).forms if isinstance(thing, Quantized) else ()
+        _polish(model, program, names, quantized, on_codes, coded, forms)
         if isinstance(thing, Quantized) and thing.scheme == HALF:
             from paredown.export.onnx_half import WORTH_BYTES, WORTH_BYTES_AS_TEXT, halve
 
@@ -234,12 +235,13 @@ def _polish(
     quantized: bool,
     on_codes: bool,
     packed: Mapping[str, Packed],
+    forms: Sequence[str],
 ) -> None:
     from paredown.export import onnx_packed, onnx_passes, onnx_products
 
     _name_edges(model, program)
     held = {model.graph.initializers[k]: name for k, name in names.items()}
-    onnx_passes.tidy(model, on_codes=on_codes)
+    onnx_passes.tidy(model, on_codes=on_codes, forms=forms)
     left = {str(v.name): held[v] for v in model.graph.initializers.values() if v in held}
     onnx_passes.shorten(model, left, keep_weights=not quantized)
     onnx_packed.pack_weights(model, {v: packed[name] for v, name in held.items() if name in packed})
@@ -297,7 +299,9 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
     tolerance = None if _rounds_activations(artifact) else TOLERANCES.get(artifact.scheme)
     within = far.within(tolerance)
     excused = (
-        "" if within or tolerance or not (far.finite and far.in_spread) else excuse(reference, far.worst, far.cosine)
+        ""
+        if within or tolerance or not (far.finite and far.in_spread)
+        else excuse(reference, far.worst, far.cosine, far.answers)
     )
     check = Check(
         max_error=far.error,
@@ -331,9 +335,10 @@ def distance(runtime: Predict, reference: Any, samples: Batches) -> Distance:
     torch_side, far = predictor(reference), Distance()
     for batch in each(samples):
         for part in [batch] if length(batch) == 1 else [batch, rows(batch, slice(0, 1))]:
-            before = far.cosine
-            far.add(tensors_of(runtime(*part[0], **part[1])), _reference(torch_side, part, reference))
-            far.worst = part if far.cosine < before else far.worst
+            before, got = far.cosine, tensors_of(runtime(*part[0], **part[1]))
+            far.add(got, _reference(torch_side, part, reference))
+            if far.cosine < before:
+                far.worst, far.answers = part, got
     if not far.runs:
         msg = "check must have at least one sample. Got 0 batches."
         raise RejectedError(msg)
@@ -343,13 +348,9 @@ def distance(runtime: Predict, reference: Any, samples: Batches) -> Distance:
 def _reference(predict: Any, part: Any, reference: Any) -> list[Tensor]:
     """PyTorch's outputs; a program with a fixed batch is asked with its own batch only."""
     program = reference.program if isinstance(reference, Quantized) else reference
-    if isinstance(program, Program) and program.batch != "dynamic" and length(part) == 1 and length(program.inputs) > 1:
-        times = length(program.inputs)
-        part = pytree.tree_map(
-            lambda v: v.repeat(times, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) and v.dim() else v, part
-        )
-        return [t[:1] for t in tensors_of(predict(*part[0], **part[1]))]
-    return tensors_of(predict(*part[0], **part[1]))
+    whole = filled(program, part) if isinstance(program, Program) else part
+    found = tensors_of(predict(*whole[0], **whole[1]))
+    return found if whole is part else [t[:1] for t in found]
 
 
 def _optimized(artifact: Artifact) -> Any:

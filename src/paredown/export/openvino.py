@@ -482,7 +482,7 @@ def compare(artifact: Artifact, reference: Any, samples: Batches, *, strict: boo
         within = exact.within(tolerance)
         notes.append(_saturates(far, exact))
     if not within and tolerance is None and far.finite and far.in_spread:
-        excused = excuse(reference, far.worst, far.cosine)
+        excused = excuse(reference, far.worst, far.cosine, far.answers)
         within, notes = bool(excused), [*notes, *([excused] if excused else [])]
     notes += [] if within else _fused_wrongly(artifact, reference, samples, tolerance)
     check = Check(

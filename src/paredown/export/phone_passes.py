@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
-from paredown.quantize.decompose import attach, call, op_name
+from paredown.quantize.decompose import CONVS, attach, call, op_name, own_weights
 
 aten = torch.ops.aten
 
@@ -118,11 +119,100 @@ def _attention(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return call(node, aten.reshape.default, product, _sizes(node))
 
 
+def _padded(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """A convolution whose padding is a word: the converters take numbers. What cannot be the same on both sides is padded before."""
+    names = ("stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = {
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        **dict(zip(names, node.args[3:], strict=False)),
+    }
+    given.update({k: v for k, v in node.kwargs.items() if k in names})
+    x, weight = node.args[:2]
+    if not isinstance(given["padding"], str) or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    kernel = _sizes(weight)[2:]
+    stride, spread = (_for_each(given[k], len(kernel)) for k in ("stride", "dilation"))
+    whole = [d * (k - 1) if given["padding"] == "same" else 0 for d, k in zip(spread, kernel, strict=True)]
+    if any(n % 2 for n in whole):
+        ends = [n for p in reversed(whole) for n in (p // 2, p - p // 2)]
+        x, whole = call(node, aten.constant_pad_nd.default, x, ends), [0] * len(whole)
+    conv = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[len(kernel) - 1]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return call(node, conv, x, weight, bias, stride, [n // 2 for n in whole], spread, given["groups"])
+
+
+def _for_each(value: Any, axes: int) -> list[int]:
+    return [int(value)] * axes if isinstance(value, int) else [int(v) for v in value] * (axes // len(value))
+
+
+def _largest(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """An adaptive maximum of equal parts is one over windows; where their places are asked for too it stays."""
+    x, sizes = node.args[0], node.args[1]
+    parts = [p for p in node.users if p.users]
+    places = any(p.target is not operator.getitem or p.args[1] != 0 for p in parts)
+    if not isinstance(x, fx.Node) or not isinstance(sizes, list | tuple) or places:
+        return None
+    held, wanted = _sizes(x)[-2:], [int(n) for n in sizes]  # type: ignore[arg-type]
+    if len(wanted) != 2 or any(n % w for n, w in zip(held, wanted, strict=True)):
+        return None
+    windows = [n // w for n, w in zip(held, wanted, strict=True)]
+    pooled = call(node, aten.max_pool2d.default, x, windows, windows)
+    for part in parts:
+        part.replace_all_uses_with(pooled)
+    return None  # without readers it goes by itself
+
+
+def _softplus(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """log(1 + eˣ) as max(x, 0) + log(1 + e^-|x|), which is exact where eˣ is too large, without a choice between two values.
+
+    LiteRT's converter makes an int8 op of such a choice, whose values must have one scale and have two.
+    """
+    x = _source(node)
+    if x is None or [a for a in node.args[1:] if a not in (1, 20)] or node.kwargs:
+        return None
+    small = call(node, aten.exp.default, call(node, aten.neg.default, call(node, aten.abs.default, x)))
+    tail = call(node, aten.log.default, call(node, aten.add.Tensor, small, 1.0))
+    return call(node, aten.add.Tensor, call(node, aten.relu.default, x), tail)
+
+
+def _mish(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """x · tanh(log(1 + eˣ))."""
+    x = _source(node)
+    grown = None if x is None else _softplus(graph, node)
+    return None if grown is None else call(node, aten.mul.Tensor, x, call(node, aten.tanh.default, grown))
+
+
+def _prelu(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """On four axes, which is what XNNPACK's converter takes."""
+    x = _source(node)
+    sizes = [] if x is None else _sizes(x)
+    if x is None or len(sizes) in (0, 1, 4):
+        return None
+    four = call(node, aten.reshape.default, x, [*sizes[:2], math.prod(sizes[2:]), 1])
+    return call(node, aten.reshape.default, call(node, aten.prelu.default, four, node.args[1]), sizes)
+
+
+def _own(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A layer in front of a batch norm has weights of its own: XNNPACK's converter folds the norm into them, also where others read them."""
+    layer = node.args[0]
+    if isinstance(layer, fx.Node) and (layer.target in CONVS or op_name(layer) == "linear"):
+        own_weights(graph, layer)
+
+
 _REWRITES: dict[str, Callable[[fx.GraphModule, fx.Node], fx.Node | None]] = {
     **dict.fromkeys(("squeeze", "unsqueeze", "flatten", "unflatten", "view", "_unsafe_view"), _reshape),
     **dict.fromkeys(("expand", "expand_as", "slice", "repeat"), _same),
     "select": _select,
     "unbind": _unbind,
     "mean": _mean,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _padded),
+    "adaptive_max_pool2d": _largest,
+    "batch_norm": _own,
+    "softplus": _softplus,
+    "mish": _mish,
+    "prelu": _prelu,
     "scaled_dot_product_attention": _attention,
 }

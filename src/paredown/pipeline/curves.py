@@ -25,7 +25,7 @@ from paredown.score.patterns import matches
 from paredown.sweep import local
 from paredown.sweep import ray as on_ray
 from paredown.sweep.grid import Cell, grid
-from paredown.sweep.trials import Machine, Outcome, read_results, trial_folder
+from paredown.sweep.trials import Machine, Outcome, lacks_a_file, read_results, trial_folder
 from paredown.target import named
 from paredown.train import Task
 
@@ -55,7 +55,7 @@ def curve(
     """Run what is missing of a recipe's curve, choose the sweet spot, compare with the dense controls, write the report.
 
     Every trial is a process of its own; `processes` of them run at once (default: cores / threads of the recipe). The same
-    recipe in the same `out` continues, whatever stopped it, to the same records; `retry` runs failed trials again. `ray`, the
+    recipe in the same `out` continues, whatever stopped it, to the same records; `retry` runs failed trials again, and those whose file in codes failed. `ray`, the
     address of a Ray cluster (or "auto"), has them run there. Writes recipe.yaml, records.jsonl, curve.json, report.html, journal.jsonl and trials/.
 
     Raises UsageError (2: no `curve`, another recipe in `out`), RejectedError (3: no trial has a result), ResourceError (7),
@@ -149,7 +149,7 @@ def _say_what_is_there(
     shown: Shown, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any], retry: bool
 ) -> None:
     known = read_results(cells, folder, found)
-    done = sum(o.status == "done" for o in known.values())
+    done = sum(o.status == "done" and not (retry and lacks_a_file(o)) for o in known.values())
     failed = 0 if retry else len(known) - done
     if done or failed:
         shown.there(done, failed)

@@ -12,7 +12,17 @@ from paredown.pipeline.fitted import Shrinking, TooLarge, in_words, solved, weig
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.searches import rank_search_of, search_of
-from paredown.pipeline.shrink import Thing, error_on, known_bits, plain_options, prepared, recovered, repair_of
+from paredown.pipeline.shrink import (
+    Thing,
+    held_out,
+    known_bits,
+    moved,
+    plain_options,
+    prepared,
+    recovered,
+    repair_of,
+    rounded,
+)
 from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
 from paredown.prune import Pruned
@@ -191,17 +201,21 @@ class Means:
         found: dict[str, Any] = {"times": times, "amounts": amounts, "levels": [_described(s.level) for s in steps]}
         losses: float | None = None
         known, unit = known_bits(self.run, variant)
-        if self.shrinking is None:
-            error = error_on(self.run, self.here.program, variant, {}, self.run.recipe.quantize.repair)
-        else:
+        bits: dict[str, int] = {}
+        repair: Sequence[str] = self.run.recipe.quantize.repair
+        if self.shrinking is not None:
             if name not in made.groups:
                 made.groups[name] = widths_of(
                     variant, plain_options(self.run), repair_of(self.run), self.shrinking.widths, known
                 )
             bits, size, losses = self._bits(variant, made.groups[name], values, times)
-            error = error_on(self.run, self.here.program, variant, bits, repair_of(self.run))
+            repair = repair_of(self.run)
             amounts["size_bytes"] = size
             found |= {"bits": bits, "size_bytes": size}
+        quantized = rounded(self.run, variant, bits, repair)
+        error = moved(self.run, self.here.program, quantized)
+        if self.run.recipe.budget.front:
+            found["held_out"] = held_out(self.run, quantized)
         self._say(values, found, error)
         alike = known is None or unit == UNITS["mse"]  # a sum of nats says nothing of a squared error
         return {**found, "error": error, "forecast": _forecast(steps, losses, error) if alike else None, "why": ""}
@@ -314,7 +328,13 @@ def _out_of_reach(means: Means, trials: Sequence[Trial]) -> InfeasibleError:
         else f"the budget must be reachable: {limits}"
     )
     smallest = means.smallest
-    why = trials[-1].why.removeprefix("InfeasibleError: ").removeprefix("NothingToDo: ").rstrip(".")
+    why = (
+        trials[-1]
+        .why.removeprefix("InfeasibleError: ")
+        .removeprefix("NothingToDo: ")
+        .partition(" Lower ")[0]
+        .rstrip(".")
+    )
     got = f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why
     fewer = "Allow fewer bits (budget.bits), lower" if means.shrinking is not None else "Lower"
     msg = f"{what}. Got {got} in {len(trials)} trials. {fewer} prune.floor, or ask for more."
@@ -419,7 +439,8 @@ def _front_row(means: Means, trial: Trial, point: Mapping[str, Any]) -> dict[str
     return {
         "way": _in_words({k: v for k, v in trial.values.items() if k != "part" or trial.values["way"] == "both"}),
         "times": point["times"], "error": point["error"], "amounts": point["amounts"], "levels": point["levels"],
-        "recipe": keys, "size_bytes": point["amounts"].get("size_bytes"),
+        "recipe": keys, "size_bytes": point["amounts"].get("size_bytes"), "held_out": point.get("held_out"),
+        "epochs": means.run.recipe.budget.trial_epochs,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from paredown.export import predictor
 from paredown.pipeline.fitted import Shrinking, Weighing, fitted_bits, with_rounding
 from paredown.pipeline.kept_sensitivity import kept_bits
 from paredown.pipeline.run import Run
@@ -16,12 +17,12 @@ from paredown.plan import Plan
 from paredown.program import Program
 from paredown.prune import Pruned, compose
 from paredown.prune.reconstruct import reconstruct
-from paredown.quantize import quantize
+from paredown.quantize import Quantized, quantize
 from paredown.quantize.culprits import some
 from paredown.quantize.mixed import Errors, error_of
 from paredown.target import named
 from paredown.train import recover
-from paredown.train.task import seed_all
+from paredown.train.task import metric_values, seed_all
 
 Thing = Program | Pruned
 
@@ -77,13 +78,22 @@ def joint_error(run: Run, way: Way, here: Here, plan: Plan) -> float:
     return error_of(variant, calls, _outputs(here.program.module, calls))
 
 
-def error_on(run: Run, dense: Program, variant: Thing, bits: Mapping[str, int], repair: Sequence[str]) -> float:
+def rounded(run: Run, variant: Thing, bits: Mapping[str, int], repair: Sequence[str]) -> Quantized:
+    """The variant in codes of these widths, simulated."""
+    given: dict[str, Any] = {"bits": dict(bits)} if bits else {}
+    return quantize(variant, **{**plain_options(run), "repair": [*repair]}, **given)
+
+
+def moved(run: Run, dense: Program, quantized: Quantized) -> float:
     """How far the quantized variant's output is from the dense one's, on calibration data."""
     calls = some(run.task.calibration_batches)
-    wanted = _outputs(dense.module, calls)
-    given: dict[str, Any] = {"bits": dict(bits)} if bits else {}
-    quantized = quantize(variant, **{**plain_options(run), "repair": [*repair]}, **given)
-    return error_of(quantized, calls, wanted)
+    return error_of(quantized, calls, _outputs(dense.module, calls))
+
+
+def held_out(run: Run, quantized: Quantized) -> float | None:
+    """The metric of a variant, simulated, on the task's choose_batches; None where it has none."""
+    task = run.task
+    return None if task.choose is None else metric_values(task.metric, task.choose(predictor(quantized)))[0]
 
 
 def _outputs(module: torch.nn.Module, calls: Sequence[Any]) -> list[torch.Tensor]:
@@ -116,10 +126,12 @@ __all__ = [
     "Shrinking",
     "Thing",
     "bits_for",
-    "error_on",
+    "held_out",
     "joint_error",
+    "moved",
     "plain_options",
     "prepared",
     "recovered",
     "repair_of",
+    "rounded",
 ]

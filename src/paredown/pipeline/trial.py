@@ -43,7 +43,7 @@ from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Measured, Record, locked, sweep_stale, write_text
 from paredown.score import score
 from paredown.strict_yaml import read_yaml
-from paredown.sweep.trials import RESULT, write_result
+from paredown.sweep.trials import RESULT, Outcome, lacks_a_file, write_result
 from paredown.target import named
 from paredown.train import check_roles, recover
 from paredown.train.shares import refuse_no_share, share_note
@@ -103,8 +103,10 @@ def main(request: Mapping[str, Any], emit: Emit) -> None:
         told = {k: v for k, v in request["cell"].items() if k not in ("recipe", "epochs", "latency", "quantized")}
         cell = {**record.cell, **told, "recipe_digest": recipe.digest}
         measured = {**record.measured, "seconds": spent}
-        write_result(place, dataclasses.replace(record, cell=cell, measured=measured))
-        if asked.kind != "base":  # checkpoints; those of a base serve whoever needs it
+        record = dataclasses.replace(record, cell=cell, measured=measured)
+        write_result(place, record)
+        again = lacks_a_file(Outcome(digest="", status="done", record=record))  # a retry then trains nothing
+        if asked.kind != "base" and not again:  # checkpoints; those of a base serve whoever needs it
             shutil.rmtree(steps, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from paredown.allocate.masks import by_output
 from paredown.granularity import Granularity
 from paredown.plan import Mask
 from paredown.prune.schedule import GrowBy, Points
@@ -42,6 +43,9 @@ class Changing:
     grow_by: GrowBy = "none"
     may: Kept | None = None
     """What may be grown at all; None is everything."""
+    rows: Mapping[str, int] | None = None
+    """Where cells compete inside their output row, which then grows as many as it dropped: 0 for each weight [out, in, …], the
+    groups of one that is stored [in, out, …]."""
     seed: int = 0
 
 
@@ -144,7 +148,11 @@ class ChangingMasks:
             wish = cut.reduce(np.abs(self._gradients[name].cpu().double().numpy()))
         else:
             wish = np.random.default_rng([self._how.seed, self._carried_out, *name.encode()]).random(alive.shape)
-        grown = _lowest(np.where(possible & (~alive | dropped), -wish, np.inf), number)
+        may_grow = possible & (~alive | dropped)
+        if self._how.rows is None:
+            grown = _lowest(np.where(may_grow, -wish, np.inf), number)
+        else:
+            grown = _grown(wish, dropped, may_grow, self._how.rows[name])
         self.moved += number
         stays = kept & cut.expand(alive & ~dropped, kept.shape)
         return stays | (may & cut.expand(grown, kept.shape))
@@ -163,6 +171,18 @@ def _lowest(values: NDArray[Any], number: int) -> NDArray[np.bool_]:
     found = np.zeros(values.size, dtype=np.bool_)
     found[np.argsort(values, axis=None, kind="stable")[:number]] = True
     return found.reshape(values.shape)
+
+
+def _grown(wish: NDArray[Any], dropped: NDArray[np.bool_], may: NDArray[np.bool_], groups: int) -> NDArray[np.bool_]:
+    """As many cells of every output row as it dropped, those with the largest wish. Shapes: the grid of cells."""
+    places = np.arange(wish.size).reshape(wish.shape)
+    rows = by_output(places, groups) if groups else places
+    rows = rows.reshape(len(rows), -1)
+    order = np.argsort(np.where(may, -wish, np.inf).ravel()[rows], axis=1, kind="stable")
+    first = np.arange(rows.shape[1]) < dropped.ravel()[rows].sum(axis=1, keepdims=True)
+    grown = np.zeros(wish.size, dtype=np.bool_)
+    grown[np.take_along_axis(rows, order, axis=1)[first]] = True
+    return grown.reshape(wish.shape)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

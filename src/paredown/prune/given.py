@@ -49,10 +49,18 @@ def masks_of(program: Program, given: Given, *, granularity: str = "element") ->
     elif isinstance(given, Mapping):
         found = dict(given)
     else:
-        made = {n: given(n, t.detach().clone()) for n, t in parameters.items()}
+        made = {n: _asked(given, n, t.detach().clone()) for n, t in parameters.items()}
         found = {n: m for n, m in made.items() if m is not None}
     masks = _that_fit(parameters, found, cells)
     return Plan(keep={}, masks=masks, made_by={"verb": "masks_of", "granularity": str(cells)})
+
+
+def _asked(given: Callable[[str, Tensor], Any], name: str, tensor: Tensor) -> Any:
+    try:
+        return given(name, tensor)
+    except Exception as error:
+        msg = f"a function of masks must return a mask or None. Got {type(error).__name__}: {error} for {name}."
+        raise UsageError(msg) from error
 
 
 def check_masks(model: nn.Module, path: Path, *, granularity: str) -> None:
@@ -83,6 +91,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
 
     The copy has `weight` where the model has `weight_orig` and `weight_mask`: half as many tensors, zeros included.
     Its optimizer must be made anew, over the copy's parameters. Other reparametrizations (weight norm) are folded, too.
+    Masks in parametrizations (a buffer of 0 and 1 as large as the weight, as torch.ao.pruning has it) are taken over alike.
     Masks of whole rows or columns (ln_structured) are called so: prune then removes their units where it can.
 
     Raises UsageError where the model holds no such mask.
@@ -95,7 +104,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
     must_be("model", model, nn.Module)
     masks = {n: Mask.of(kept, _coarsest(kept)) for n, kept in torch_masks(model).items() if not kept.all()}
     if not masks:
-        msg = "take_over must be given a model with masks of torch.nn.utils.prune. Got one without, or masks that keep all."
+        msg = "take_over must be given a model with masks of torch.nn.utils.prune, or in parametrizations. Got one without, or masks that keep all."
         raise UsageError(msg)
     copied, _ = plain_copy(model)
     fitting(dict(copied.named_parameters(remove_duplicate=False)), masks)
@@ -107,7 +116,7 @@ def take_over(model: nn.Module) -> tuple[nn.Module, Plan]:
 
 
 def torch_masks(model: nn.Module) -> dict[str, Bools]:
-    """Masks of torch.nn.utils.prune by the name that the parameter has without them."""
+    """Masks of torch.nn.utils.prune and those in parametrizations, by the name that the parameter has without them."""
     from torch.nn.utils import prune as torch_prune
 
     out = {}
@@ -117,7 +126,21 @@ def torch_masks(model: nn.Module) -> dict[str, Bools]:
                 leaf = hook._tensor_name
                 kept = getattr(module, f"{leaf}_mask").detach().cpu().numpy() != 0
                 out[f"{path}.{leaf}" if path else leaf] = kept
+        for leaf, parts in getattr(module, "parametrizations", {}).items():
+            held = _held_by(parts, getattr(module, leaf).detach())
+            if held is not None:
+                out[f"{path}.{leaf}" if path else leaf] = held
     return out
+
+
+def _held_by(parametrizations: nn.Module, weight: Tensor) -> Bools | None:
+    """What all masks among a weight's parametrizations keep: buffers of its shape that hold 0 and 1, where it is zero for 0."""
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    for part in parametrizations.modules():
+        for buffer in part.buffers(recurse=False):
+            if buffer.shape == weight.shape and bool(((buffer == 0) | (buffer == 1)).all()):
+                kept &= buffer != 0
+    return None if bool(kept.all()) or bool((weight[~kept] != 0).any()) else kept.cpu().numpy()
 
 
 def _coarsest(kept: Bools) -> str:
@@ -128,7 +151,7 @@ def _coarsest(kept: Bools) -> str:
 def _spread(name: str, kept: Bools, parameters: Mapping[str, Tensor]) -> Bools:
     tensor = parameters.get(name)
     if tensor is None:
-        near = difflib.get_close_matches(name, list(parameters), n=3)
+        near = difflib.get_close_matches(str(name), list(parameters), n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         msg = f"a mask must name a parameter of the model. Got {name!r}.{hint}"
         raise UsageError(msg)
@@ -162,7 +185,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _booleans(name: str, value: Any) -> Bools:
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
+        value = value.detach().cpu().to_dense()
         value = value.float() if value.dtype == torch.bfloat16 else value  # numpy has no bfloat16
     array = np.asarray(value)
     if array.dtype != np.bool_ and (array.dtype == object or not np.isin(array, (0, 1)).all()):

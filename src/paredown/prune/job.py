@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from paredown.allocate import allocate
 from paredown.budget import Budget
@@ -99,9 +99,15 @@ def as_program(program: Program, module: nn.Module) -> Program:
     for name, tensor in checkpoints.model_tensors(copied).items():
         tensor.copy_(now[name])
     of = {id(tensor): name for name, tensor in program.state.items()}  # tied names share one tensor
-    tensors = {of[id(old)]: now[n].detach().cpu().clone() for n, old in program.state.items() if n in now}
+    tensors = {of[id(old)]: _like(old, now[n]) for n, old in program.state.items() if n in now}
     state = {n: tensors.get(of[id(old)], old) for n, old in program.state.items()}
     return dataclasses.replace(program, state=state, module=copied)
+
+
+def _like(old: Tensor, now: Tensor) -> Tensor:
+    """The numbers of `now`, a parameter where `old` is one, frozen where it is frozen."""
+    own = now.detach().cpu().clone()
+    return nn.Parameter(own, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else own
 
 
 def accumulation(job: Job) -> Accumulated | None:

@@ -22,7 +22,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -315,12 +315,16 @@ def _changing(job: Job, way: OneShot | Iterative | Gradual | Regrowth, amount: f
     grow_by = (
         way.by if isinstance(way, Regrowth) else way.regrow_by if isinstance(way, Gradual) and way.regrow else "none"
     )
+
+    def choose(module: nn.Module, kept: Kept, share: float) -> Kept:
+        return chosen(job, cells_of(job, accumulated, module, share), kept, share)
+
     changing = ChangingMasks(
         Changing(
             points=lambda steps: way.points(density, steps, job.start_density),
-            choose=lambda module, kept, share: chosen(job, cells_of(job, accumulated, module, share), kept, share),
+            choose=(lambda module, kept, share: kept) if isinstance(way, Regrowth) else choose,
             epochs=job.epochs, granularity=job.granularity, moving=way.moving if isinstance(way, Gradual | Regrowth) and grow_by != "none" else None,
-            grow_by=grow_by, may=job.first, seed=job.seed,
+            grow_by=grow_by, may=job.first, seed=job.seed, rows=_rows(job, way),
         ),
         now,
     )  # fmt: skip
@@ -331,6 +335,15 @@ def _changing(job: Job, way: OneShot | Iterative | Gradual | Regrowth, amount: f
         msg = f"{way} must move at least one connection. Got none: its share of each weight is below one. Give a larger fraction, or keep more."
         raise NothingToDo(msg)
     return finished(job, module, changing.kept, density, way)
+
+
+def _rows(job: Job, way: Schedule) -> Mapping[str, int] | None:
+    """Rows to grow in, where each of them is to keep its own share; a mask of constant density moves freely."""
+    wanted = job.allocation.get("scope") or (TABLE[job.criterion].scope if job.criterion in TABLE else "layer")
+    flat = job.granularity.kind in ("row", "column", "n:m") or job.allocation["allocation"] == "global"
+    if isinstance(way, Regrowth) or wanted != "row" or flat:
+        return None
+    return {n: job.flipped.get(n, 0) for n in job.first}
 
 
 def _learnt(job: Job, how: Learnt, way: Gradual | OneShot, amount: float | None) -> Pruned:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError
-from paredown.program import Inputs
+from paredown.program import Inputs, Program
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -77,6 +77,23 @@ def tensors_of(inputs: Any) -> list[Tensor]:
 def length(inputs: Any) -> int:
     """Samples in a batch: axis 0 of the first tensor that has axes; 1 where none has."""
     return next((t.shape[0] for t in tensors_of(inputs) if t.dim()), 1)
+
+
+def filled(program: Program, part: Any) -> Any:
+    """One sample as often as a program with a fixed batch takes; anything else as it is.
+
+    >>> import torch
+    >>> from paredown.program import capture
+    >>> fixed = capture(torch.nn.Linear(4, 3), torch.zeros(8, 4), dynamic_batch=False)
+    >>> length(filled(fixed, ((torch.zeros(1, 4),), {})))
+    8
+    """
+    times = length(program.inputs)
+    if program.batch == "dynamic" or length(part) != 1 or times == 1:
+        return part
+    return pytree.tree_map(
+        lambda v: v.repeat(times, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) and v.dim() else v, part
+    )
 
 
 def rows(inputs: Any, index: Any) -> Any:

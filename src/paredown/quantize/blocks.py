@@ -80,7 +80,7 @@ def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
     """The blocks that have weights, in graph order: cuts are nodes behind which one value alone is alive.
 
     Of cuts with no layer between them the last counts: activation function and rounding belong to the block before. Values
-    computed from parameters alone do not count.
+    computed from parameters alone do not count. A cut has the samples along its first axis, since blocks are run on some of them.
     """
     nodes = [n for n in prepared.graph.nodes if n.op != "output"]
     place = {n: i for i, n in enumerate(nodes)}
@@ -92,13 +92,16 @@ def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
             active.add(n)
     ends = {n: max((place.get(u, len(nodes)) for u in n.users), default=-1) for n in active}
     layers = {x.node: x for x in layers_of(prepared)}
+    batch = _batch(nodes)
+    last = max((i for i, n in enumerate(nodes) if n.op == "placeholder"), default=-1)
     cuts = [
         n
         for i, n in enumerate(nodes)
         if n in active
+        and i >= last
+        and _first_length(n) in (None, batch)
         and isinstance(n.meta.get("val", torch.empty(0)), Tensor)  # pieces of a split are several
         and not any(m is not n and place[m] <= i < ends[m] for m in active)
-        and not (n.op == "placeholder" and any(m.op == "placeholder" for m in nodes[i + 1 :]))
     ]
     held_by = {n: any(m in layers for m in nodes[place[a] + 1 : place[n] + 1]) for a, n in itertools.pairwise(cuts)}
     cuts = [n for i, n in enumerate(cuts) if i == len(cuts) - 1 or held_by[cuts[i + 1]]]
@@ -109,6 +112,24 @@ def blocks_of(prepared: fx.GraphModule) -> tuple[Block, ...]:
         if held:
             found.append(Block(start=start, end=end, nodes=inside, layers=held))
     return tuple(found)
+
+
+def _length(size: Any) -> Any:
+    """A size of a traced shape: an integer or the expression of one."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _first_length(node: fx.Node) -> Any:
+    """Along the first axis of a value; None where nothing is known. An observer has that of what it looks at."""
+    while node.op == "call_module" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    return _length(value.shape[0]) if isinstance(value, Tensor) and value.dim() else None
+
+
+def _batch(nodes: Sequence[fx.Node]) -> Any:
+    """How many samples there are, as the inputs of the network say it."""
+    return next((n for m in nodes if m.op == "placeholder" and (n := _first_length(m)) is not None), None)
 
 
 def reconstruct(
@@ -174,13 +195,19 @@ class _Work:
     def run(self, x: Tensor, held: Mapping[fx.Node, Tensor]) -> Tensor:
         """The block on some samples; `held` are weights and biases in place of the graph's."""
         lane = Lane(self.prepared, [], self.changes, smooth=True)
-        lane.env = {self.block.start: x, **held}
+        lane.env = {self.block.start: x, **self.lengths(len(x)), **held}
         for node in self.block.nodes:
             _run(lane, node)
             if node is self.last:
                 break
         found: Tensor = lane.env[self.last]
         return found
+
+    def lengths(self, samples: int) -> dict[fx.Node, Any]:
+        """What the graph asks of the network's inputs, for so many samples: the block runs without these."""
+        batch = _batch(list(self.prepared.graph.nodes))
+        asked = [n for n in self.prepared.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+        return {n: int(_length(n.meta["val"]).subs(batch, samples)) for n in asked}
 
     def outputs(self, held: Mapping[fx.Node, Tensor]) -> Tensor:
         """On all samples, without gradients."""

@@ -20,7 +20,7 @@ def neighbours(shape: tuple[int, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
     """What kernels may put side by side in a weight's row [in, *kernel], as pairs of places in the row laid flat.
 
     Inputs 2i and 2i + 1 at one place of the kernel; the two at 2i and 2i + 1 of the row with places first (im2col of channels
-    last); and, but for pictures, of the row as it is.
+    last); and, but for pictures, of the row as it is. A kernel of three axes is also one of two whose frames are channels (export/onnx_kernels.py).
 
     >>> [(a.tolist(), b.tolist()) for a, b in neighbours((4,))]
     [([0, 2], [1, 3])]
@@ -32,6 +32,9 @@ def neighbours(shape: tuple[int, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
     rows = [by_tap.flatten()] if inputs % 2 and taps > 1 else []
     rows += [torch.arange(inputs * taps)] if len(shape) not in (1, 3) else []
     orders += [(row[: len(row) - len(row) % 2 : 2], row[1::2]) for row in rows]
+    if len(shape) == 4 and inputs % 2:
+        flat = torch.arange(inputs * taps).reshape(shape).transpose(0, 1).flatten()
+        orders += [(flat[a], flat[b]) for a, b in neighbours((inputs * shape[1], *shape[2:]))]
     return tuple(pair for pair in orders if len(pair[0]))
 
 

@@ -88,7 +88,7 @@ class LearnedStep(ObserverBase):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """x rounded."""
         x = x if self.keep is None else x * self.keep
-        samples = 1 if self.scale.dim() or self.one_scale else max(x.shape[0], 1)
+        samples = 1 if self.scale.dim() or self.one_scale or not x.dim() else max(x.shape[0], 1)
         share = x.numel() / max(self.scale.numel(), 1) / samples
         gain = (max(share, 1.0) * max(self.quant_max, 1)) ** -0.5
         scale, zero_point = self.scale.clamp_min(1e-12), self.zero_point

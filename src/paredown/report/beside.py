@@ -170,13 +170,13 @@ def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
             if seen.spot.removed is None
             else f"the sweet spot is {seen.spot.name} with {seen.spot.removed:.1f} % of {NOUNS[seen.axis]} removed"
         )
-        return text(f"{seen.spot.sentence} {seen.verdict}", 700), text(f"{place}. {parts[0][0] if parts else ''}", 300)
+        return text(f"{seen.spot.sentence} {seen.verdict}", 1600), text(f"{place}. {parts[0][0] if parts else ''}", 600)
     if kind == "sensitivity":
         from paredown.report.sensitivity_document import sensitivity_document
 
         document = sensitivity_document(records)
         firsts = [str(document[k]["sentence"]).partition(" The order")[0] for k in ("units", "bits") if document[k]]
-        return text(document["verdict"], 700), text(" ".join(firsts), 300)
+        return text(document["verdict"], 1200), text(" ".join(firsts), 900)
     from paredown.report.verdict import verdict_strip
 
     told = verdict_strip(view([*records]))

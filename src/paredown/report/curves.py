@@ -105,6 +105,7 @@ def _spot(seen: CurveView) -> dict[str, Any]:
     dense = next((p for p in seen.points if p.kind == "base"), None)
     found: dict[str, Any] = {"sentence": spot.sentence, "chosen": spot.point is not None, "cards": []}
     found["ship"] = _ship(seen, spot.point or dense)
+    found["untested"] = "; ".join(_untested(seen))
     if spot.point is None or spot.removed is None:
         return found
     point = spot.point
@@ -123,13 +124,17 @@ def _spot(seen: CurveView) -> dict[str, Any]:
         {
             "title": "Change on held-out data",
             "value": difference(-_sign(seen) * loss.mean, unit),
-            "notes": _loss_notes(point, unit),
+            "notes": [_better_or_worse(loss.mean), *_loss_notes(point, unit)],
         }
     )
     tested = interval([*point.test.values()])
     notes = [_spread(tested, unit)]
     if dense is not None and dense.test:
-        notes.append(f"dense {quantity(float(np.mean([*dense.test.values()])), unit)}")
+        whole = float(np.mean([*dense.test.values()]))
+        lost = _sign(seen) * (whole - tested.mean)
+        notes.append(
+            f"dense {quantity(whole, unit)}: {difference(-_sign(seen) * lost, unit)}, {_better_or_worse(lost)}"
+        )
     cards.append(
         {"title": f"{_capital(seen.metric['name'])} on test data", "value": quantity(tested.mean, unit), "notes": notes}
     )
@@ -179,6 +184,26 @@ def _other_file(seen: CurveView, other: Point) -> dict[str, Any]:
     if "bytes" in other.absolute:
         notes.append(f"{megabytes(other.absolute['bytes'])}, {other.removed['bytes']:.1f} % smaller than dense float32")
     return {"title": title, "value": quantity(tested.mean, unit), "notes": notes}
+
+
+def _better_or_worse(loss: float) -> str:
+    """Of a change, which a metric that is better when lower leaves open."""
+    return "worse than dense" if loss > 0 else "better than dense" if loss < 0 else "as dense"
+
+
+def _untested(seen: CurveView) -> list[str]:
+    """What this page says nothing of, for whoever reads its first lines alone."""
+    codes = any(line.codes for line in seen.lines)
+    found = [] if codes else ["files in codes, such as INT8 (curve.quantized)"]
+    if not any("latency" in p.absolute for p in seen.points):
+        found.append("latency (curve.latency)")
+    if len({r.cell.get("seed") for r in seen.trials}) < 2:
+        found.append("other seeds, so that nothing here has an interval (curve.seeds)")
+    kinds = {c.control for c in seen.comparisons}
+    found += [CONTROLS[kind] for kind in ("scratch", "thin", "random") if kind not in kinds]
+    if seen.failed:
+        found.append(f"{len(seen.failed)} of {number(entry(seen.head, 'cells')) or 0} trials, which have no result")
+    return [*found, "other devices and runtimes", "disturbed inputs, and for whom the metric changed (compress)"]
 
 
 def _loss_notes(point: Point, unit: str) -> list[str]:
@@ -416,7 +441,7 @@ def _warnings(seen: CurveView) -> list[str]:
     if seen.failed:
         found.append(f"{len(seen.failed)} trials have no result. Their points are drawn hollow and are not chosen.")
     found += [
-        f"{text(r.details['quantized'].get('scheme')).upper()}: no file of {_told_name(r)}: {text(why, 300)}"
+        f"{text(r.details['quantized'].get('scheme')).upper()}: no file of {_told_name(r)}: {text(why, 300)} (paredown curve … --retry makes it again)"
         for r in seen.trials
         if (why := mapping(entry(r, "quantized")).get("failed"))
     ]

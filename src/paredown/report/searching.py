@@ -32,7 +32,7 @@ def search_lines(run: View) -> dict[str, Any] | None:
     chosen = number(told.get("chosen"))
     best = tried[int(chosen)] if chosen is not None and 0 <= chosen < len(tried) else {}
     points = rows(told.get("front_points"))
-    front = [_front_point(p) for p in points[:FRONT]] or [
+    front = [_front_point(p, run) for p in points[:FRONT]] or [
         _trial(tried[int(i)]) for i in _numbers(told.get("front")) if 0 <= i < len(tried)
     ]
     return {
@@ -59,14 +59,24 @@ def _front_csv(points: Sequence[Mapping[str, Any]]) -> str | None:
     lines = [
         [
             text(p.get("way")), number(p.get("times")), number(p.get("error")),
-            *(number(mapping(p.get("amounts")).get(n)) for n in amounts),
+            *(number(mapping(p.get("amounts")).get(n)) for n in amounts), number(p.get("held_out")),
             text(mapping(p.get("recipe")).get("bits"), 200), json.dumps([dict(mapping(v)) for v in items(p.get("levels"))]),
             *(number(mapping(p.get("recipe")).get(k)) for k in keys),
         ]
         for p in points
     ]  # fmt: skip
     return csv_link(
-        ["way", "times the limits", "error of the output, estimated", *amounts, "bits", "prune.levels", *keys], lines
+        [
+            "way",
+            "times the limits",
+            "error of the output, estimated",
+            *amounts,
+            "metric, held-out, simulated",
+            "bits",
+            "prune.levels",
+            *keys,
+        ],
+        lines,
     )
 
 
@@ -102,13 +112,22 @@ def _trial(found: Mapping[str, Any]) -> str:
     return f"{_amounts(found)}, error of the output {quantity(error or 0.0, '')} (estimated): {how}{_forecast(found)}"
 
 
-def _front_point(found: Mapping[str, Any]) -> str:
+def _front_point(found: Mapping[str, Any], run: View) -> str:
     """A point, and the keys of a recipe that make it."""
     recipe = mapping(found.get("recipe"))
     keys = " ".join(f"--set {_key(k, v)}" for k, v in recipe.items() if k != "bits")
     bits = f", {text(recipe['bits'], 200)}" if "bits" in recipe else ""
     error = quantity(number(found.get("error")) or 0.0, "")
-    return f"{_amounts(found)}, error of the output {error} (estimated): {text(found.get('way'))}{bits}: {keys}"
+    return f"{_amounts(found)}{_scored(found, run)}, error of the output {error} (estimated): {text(found.get('way'))}{bits}: {keys}"
+
+
+def _scored(found: Mapping[str, Any], run: View) -> str:
+    """What the metric was on held-out data, of a simulation: nobody exported a point."""
+    value, epochs = number(found.get("held_out")), number(found.get("epochs")) or 0
+    if value is None:
+        return ""
+    after = f"after {epochs:g} epochs of training" if epochs else "fitted, not trained"
+    return f", {run.metric['label']} {quantity(value, run.metric['unit'])} on held-out data (simulated, {after})"
 
 
 def _key(name: Any, value: Any) -> str:

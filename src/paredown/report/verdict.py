@@ -70,24 +70,32 @@ def _headline(run: View) -> tuple[str, str]:
 def _sentence(run: View, best: Record | None) -> str:
     if best is None:
         return ""
+    smaller = _smaller_in_codes(run, best)
     if run.recommended == "dense":
-        coded = run.quantized
-        bounds = rows(entry(run.verdict, "bounds"))
-        met = entry(run.verdict, "target_met") is not False and all(b.get("met") for b in bounds)
-        if coded is not None and met and _bytes(coded) < _bytes(best):
-            pace, _ = speed(run, coded)
-            reason = (
-                "is slower than the dense FP32 file on this machine"
-                if pace == "slower"
-                else "is no faster on this machine"
-            )
-            keeps = " and keeps every bound" if bounds else ""
-            return f"{_judged(run)[:1].upper()}{_judged(run)[1:]} is smaller{keeps}, but it {reason}. Where bytes decide, take that one."
-        return "No smaller file may take its place: the dense FP32 file stays the recommended one."
+        return smaller or "No smaller file may take its place: the dense FP32 file stays the recommended one."
+    if smaller:
+        return smaller
     pace, _ = speed(run, best)
     if pace == "slower":
         return "It is recommended for its size. It is slower than the dense FP32 file on this machine."
     return ""
+
+
+def _smaller_in_codes(run: View, best: Record) -> str:
+    """Why the file in codes, which is smaller and keeps what was asked, is not the recommended one: no clock shows a gain."""
+    coded, bounds = run.quantized, rows(entry(run.verdict, "bounds"))
+    met = entry(run.verdict, "target_met") is not False and all(b.get("met") for b in bounds)
+    if coded is None or coded is best or not met or _bytes(coded) >= _bytes(best):
+        return ""
+    pace, _ = speed(run, coded)
+    if pace == "faster" and run.recommended != "dense":
+        return ""
+    reason = (
+        "is slower than the dense FP32 file on this machine" if pace == "slower" else "is no faster on this machine"
+    )
+    keeps = " and keeps every bound" if bounds else ""
+    judged = _judged(run)
+    return f"{judged[:1].upper()}{judged[1:]} is smaller{keeps}, but it {reason}. Where bytes decide, take that one."
 
 
 def _bytes(record: Record) -> float:

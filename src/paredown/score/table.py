@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from paredown.score import chance, geometric_median, hessian_trace, obs, taylor
 from paredown.score.activation import ActivationOptions, apoz, mean_activation
-from paredown.score.bn_scale import BnScaleOptions, bn_scale
+from paredown.score.bn_scale import BnScaleOptions, bn_scale, bn_scale_rows
 from paredown.score.fisher import FisherOptions, fisher
 from paredown.score.grasp import GraspOptions, grasp
 from paredown.score.l1 import L1Options, l1
@@ -27,7 +27,7 @@ TABLE: Mapping[str, Criterion] = {
     "l2": Criterion(elements=l2, options=L2Options),
     "linf": Criterion(elements=linf, options=LinfOptions, inner="max"),
     "lamp": Criterion(elements=lamp, options=LampOptions, within=share_of_larger),
-    "bn_scale": Criterion(units=bn_scale, options=BnScaleOptions),
+    "bn_scale": Criterion(units=bn_scale, cells=bn_scale_rows, cell_kinds=("row",), options=BnScaleOptions),
     "geometric_median": Criterion(units=geometric_median.geometric_median, cells=geometric_median.geometric_median_cells, cell_kinds=geometric_median.KINDS, options=geometric_median.GeometricMedianOptions),
     "taylor": Criterion(elements=taylor.taylor, options=taylor.TaylorOptions, finish=taylor.finish, needs_data=True),
     "taylor2": Criterion(elements=taylor2, options=Taylor2Options, needs_data=True),

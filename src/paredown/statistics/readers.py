@@ -67,19 +67,36 @@ def _columns(indices: np.ndarray, shape: tuple[int, ...]) -> Tensor:
 
 
 def _row_scales(program: Program, uses: Sequence[Use], width: int) -> Tensor:
-    ones = torch.ones(width, dtype=torch.float64)
-    names = placeholder_names(program.eval_graph)
+    held = batch_norm_behind(program, uses, width)
+    if held is None or held.variance is None:
+        return torch.ones(width, dtype=torch.float64)
+    return held.scale / torch.sqrt(held.variance.detach().double() + held.epsilon)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """A batch norm that alone reads what a layer writes."""
+
+    scale: Tensor
+    """|γ|, ones where it has none. Shape [out], float64."""
+    variance: Tensor | None
+    epsilon: float
+
+
+def batch_norm_behind(program: Program, uses: Sequence[Use], width: int) -> Behind | None:
+    """The batch norm over the outputs of a weight; None where there is none, or others read them too."""
     if len(uses) != 1 or len(uses[0].node.users) != 1:
-        return ones
+        return None
     (norm,) = uses[0].node.users
     if not op_name(norm).startswith("batch_norm") or uses[0].rows != (0, width):
-        return ones
-    held = _tensors(program, names, norm.args)
-    if held["var"] is None or len(held["var"]) != width:
-        return ones
+        return None
+    held = _tensors(program, placeholder_names(program.eval_graph), norm.args)
+    if any(t is not None and len(t) != width for t in held.values()):
+        return None
+    ones = torch.ones(width, dtype=torch.float64)
     scale = ones if held["weight"] is None else held["weight"].detach().double().abs()
     epsilon: Any = norm.args[7]
-    return scale / torch.sqrt(held["var"].detach().double() + epsilon)
+    return Behind(scale=scale, variance=held["var"], epsilon=epsilon)
 
 
 def _tensors(program: Program, names: Mapping[str, str], args: Sequence[object]) -> dict[str, Tensor | None]:

@@ -102,12 +102,19 @@ def _known(cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]) -> 
     found = {keys[key].digest: _outcome(keys[key].digest, row) for key, row in rows.items()}
     alone = set()
     for key, cell in keys.items():
-        if cell.digest not in found or found[cell.digest].status != "done":
+        noted = found.get(cell.digest)
+        if noted is None or noted.status != "done" or lacks_a_file(noted):
             record = _result(folder / TRIALS / key)
-            if record is not None:
+            if record is not None and (noted is None or noted.record != record):
                 found[cell.digest] = Outcome(digest=cell.digest, status="done", record=record)
                 alone.add(cell.digest)
     return found, alone
+
+
+def lacks_a_file(outcome: Outcome) -> bool:
+    """Whether a trial ended well but for its file in codes, which has a reason in the place of figures: a retry repeats it."""
+    told = outcome.record.details.get("quantized") if outcome.record is not None else None
+    return isinstance(told, Mapping) and bool(told.get("failed"))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -191,7 +198,8 @@ class Order:
         elif code < 0:
             reason = f"ended by signal {-code}" + (", perhaps for want of memory" if code == -9 else f": {last}")
         else:
-            status, reason = ("refused" if last.startswith("paredown.errors.") else "crashed"), last
+            ours = last.startswith("paredown.errors.")  # a sentence of ours needs no name of a class before it
+            status, reason = ("refused", last.partition(": ")[2] or last) if ours else ("crashed", last)
         return Outcome(digest=cell.digest, status=status, reason=reason, tail=tail)
 
     def _skip(self, cell: Cell) -> None:
@@ -221,13 +229,14 @@ def order_of(
     todo = []
     for cell in cells:
         outcome = known.get(cell.digest)
-        if outcome is None or (retry and outcome.status != "done"):
+        if outcome is None or (retry and (outcome.status != "done" or lacks_a_file(outcome))):
             todo.append(cell)
         elif cell.digest in alone:
             _append(journal, cell, key_of_trial(cell.digest, versions), outcome)
     order = Order(folder=folder, versions=dict(versions), machine=machine, progress=progress)
     try:
-        order.plan(todo, {d: o for d, o in known.items() if o.status == "done" or not retry})
+        again = {cell.digest for cell in todo}
+        order.plan(todo, {d: o for d, o in known.items() if d not in again})
         yield order
     except KeyboardInterrupt as error:
         missing = len(todo) - order.ended

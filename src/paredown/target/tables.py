@@ -43,6 +43,9 @@ class Target:
     pair_sum: int | None = None
     """How much the codes of two neighbouring int8 weights of one output may add up to, above or below 0; None: anything. On x86
     without VNNI, the products of two uint8 activations with two weights are summed in 16 bits, which saturate beyond 128 × 255."""
+    forms: tuple[str, ...] = ()
+    """Layers on codes that are exported in another form with the same result, because the int8 kernel for them as they are is slower than
+    the float one: what was measured stands in export/onnx_kernels.py."""
     environment: tuple[str, ...] = ()
     """Pinned packages that are installed apart, by `paredown setup`, because they conflict with others."""
     own_modules: tuple[str, ...] = ()
@@ -125,6 +128,7 @@ _ORT = Target(
     limits={"opset": 18, "opset_max": 23},
     fixed=_ORT_FIXED,
     pair_sum=128,
+    forms=("frames", "repeat", "merge", "gelu"),
     float_results=("linear",),  # QGemm; its integers become floats once, not codes and then floats
 )
 
