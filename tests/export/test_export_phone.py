@@ -263,3 +263,27 @@ def test_what_converters_take_badly(target: str, scheme: str, tmp_path: Path) ->
         torch.as_tensor(found["kind"]).sub(wanted).abs().max()
         <= (1e-4 if scheme == "fp32" else 0.05) * wanted.abs().max()
     )
+
+
+class Moved(nn.Module):
+    """Frames as a batch and back, through moves that become reshapes and transposes: their results have the scale of what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.time = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv1d(8, 4, 3, padding=1)
+        self.gate, self.head = nn.PReLU(4), nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, frames = x.shape[:2]
+        y = nn.functional.adaptive_avg_pool2d(torch.relu(self.conv(x.flatten(0, 1))), 1).squeeze(-1).squeeze(-1)
+        y = self.gate(self.time(y.unflatten(0, (batch, frames)).movedim(2, 1)))
+        return nn.functional.softplus(self.head(y)).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("target", SUFFIXES)
+def test_moves_between_codes(target: str, tmp_path: Path) -> None:
+    needs(target)
+    torch.manual_seed(2)
+    net, x = Moved().eval(), torch.randn(16, 6, 3, 8, 8)
+    one = quantize(capture(net, x[:2], train=False), calibrate=[x], target=target)
+    assert check(export(one, tmp_path / f"a{SUFFIXES[target]}"), one, [x[:3]]).layer_share == 1

@@ -232,3 +232,49 @@ def test_a_number_without_an_axis_is_rounded_in_training() -> None:
         epochs=1,
     )
     assert {"a.weight", "b.weight"} <= one.weights.keys()
+
+
+class Stream(nn.Module):
+    """A residual stream that is normalised and added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.norm = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 2), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head((x + x.mean((1, 2), keepdim=True)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-x86", "openvino-x86", "litert"])
+def test_sums_between_ops_in_float_stay_float(target: str) -> None:
+    torch.manual_seed(2)
+    net, x = Stream().eval(), torch.randn(16, 3, 8, 8)
+    program = capture(net, x[:2], train=False)
+    one = quantize(program, calibrate=[x], target=target, float_layers=["stem", "down", "head"])
+    assert sorted(one.weights) == ["up.weight"]
+    sums = [n for n in one.module.graph.nodes if "add" in str(n.target)]
+    assert len(sums) >= 2
+    assert not [a for n in sums for a in n.all_input_nodes if "dequantize" in str(a.target)]
+    if target != "openvino-x86":  # which takes sums into the layers in front of them
+        whole = quantize(program, calibrate=[x], target=target)
+        inputs = [a for n in whole.module.graph.nodes if "add" in str(n.target) for a in n.all_input_nodes]
+        assert [a for a in inputs if "dequantize" in str(a.target)]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-x86", "openvino-x86", "executorch-xnnpack", "litert"])
+def test_an_adaptive_maximum_is_taken_of_codes(target: str) -> None:
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveMaxPool2d((2, 1)), nn.Flatten(), nn.Linear(12, 3)).eval()
+    x = torch.randn(16, 3, 8, 8)
+    graph = quantize(capture(net, x[:2], train=False), calibrate=[x], target=target).module.graph
+    (pool,) = [n for n in graph.nodes if "max_pool2d" in str(n.target)]
+    assert "adaptive" not in str(pool.target)
+    before, (after,) = pool.args[0], pool.users
+    assert [str(n.target).partition(".")[2] for n in (before, after)] == [
+        "dequantize_per_tensor.default",
+        "quantize_per_tensor.default",
+    ]
+    assert before.args[1:3] == after.args[1:3]

@@ -127,13 +127,10 @@ class Trace:
     ) -> None:
         self.stacks, self.has_stacks = stacks, False
         """Whether matrices stacked in one parameter are weights, with one set of channels for all; whether there are any."""
-        self.whole_tables, self.grown = whole_tables, dict(grown or {})
-        """Whether a table that several heads share stays as it is, so that heads can leave; and constants of one number (the
-        zeros that a recurrent state begins with) → the axis along which they have channels."""
-        self.plain = frozenset(plain)
-        """Saved tensors that are numbers and no channels, whatever they meet."""
-        self.crossed: set[str] = set()
-        """Those whose elements met channels along another axis: a mask that was expanded to all heads."""
+        self.whole_tables, self.grown, self.plain = whole_tables, dict(grown or {}), frozenset(plain)
+        """Whether a table that several heads share stays as it is, so that heads can leave; constants of one number (the
+        zeros that a recurrent state begins with) → the axis along which they have channels; and saved tensors that are numbers
+        and no channels, whatever they meet."""
         self.stiff: dict[fx.Node, int] = {}  # such constants that met channels as they are, and where
         self.loose: dict[fx.Node, int] = {}
         """And those from which what met channels was made, by views and sums of fixed values."""
@@ -169,7 +166,8 @@ class Trace:
         """Origins of the ids of parameters that are read element by element."""
         self._saved: dict[int, str] = {}
         """Origins of the ids of buffers that are read element by element → which."""
-        self._kept = False
+        # crossed: saved tensors that met channels along another axis, as a mask that was expanded to all heads
+        self._kept, self.crossed = False, set[str]()
         self._tables, self._chunks = list[Tensor](), list[Tensor]()
         self._fragile: list[tuple[Tensor, int, Tensor, str, str]] = []
         self.storage = _storages(program.state)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from paredown.quantize.decompose import CONVS, attach, call, op_name, own_weights
+from paredown.quantize.decompose import CONVS, attach, call, largest, op_name, own_weights
 
 aten = torch.ops.aten
 
@@ -149,20 +149,8 @@ def _for_each(value: Any, axes: int) -> list[int]:
 
 
 def _largest(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """An adaptive maximum of equal parts is one over windows; where their places are asked for too it stays."""
-    x, sizes = node.args[0], node.args[1]
-    parts = [p for p in node.users if p.users]
-    places = any(p.target is not operator.getitem or p.args[1] != 0 for p in parts)
-    if not isinstance(x, fx.Node) or not isinstance(sizes, list | tuple) or places:
-        return None
-    held, wanted = _sizes(x)[-2:], [int(n) for n in sizes]  # type: ignore[arg-type]
-    if len(wanted) != 2 or any(n % w for n, w in zip(held, wanted, strict=True)):
-        return None
-    windows = [n // w for n, w in zip(held, wanted, strict=True)]
-    pooled = call(node, aten.max_pool2d.default, x, windows, windows)
-    for part in parts:
-        part.replace_all_uses_with(pooled)
-    return None  # without readers it goes by itself
+    del graph
+    return largest(node)
 
 
 def _softplus(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:

@@ -99,6 +99,7 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             return model
         for node in nodes:
             self._compute(node)
+        self._drop_islands(nodes)
         for node in reversed(nodes):
             if self._idle_fusion(node):
                 del node.meta[KEY]
@@ -148,6 +149,25 @@ class TableQuantizer(Quantizer):  # type: ignore[misc]
             _put(node, dict.fromkeys(args, self.activation), self._output(node))
         elif kind == "lookup" and is_float(args[0]):
             _put(node, {args[0]: self.activation}, self._output(node))
+
+    def _drop_islands(self, nodes: Sequence[fx.Node]) -> None:
+        """Sums, products and curves that no layer on codes is joined with, through moves and through what they read: codes there would cost and gain nothing."""
+        above: dict[fx.Node, fx.Node] = {}
+
+        def top(node: fx.Node) -> fx.Node:
+            while node in above:
+                node = above[node]
+            return node
+
+        for node in nodes:
+            if KEY in node.meta or node.target is operator.getitem or self.target.ops.get(op_name(node)) == "shared":
+                for x in node.all_input_nodes:
+                    if x.op != "get_attr" and top(x) is not top(node):
+                        above[top(x)] = top(node)
+        layers = {top(n) for n in nodes if KEY in n.meta and self.target.ops.get(op_name(n)) in ("weighted", "matmul")}
+        for node in nodes:
+            if KEY in node.meta and top(node) not in layers:
+                del node.meta[KEY]
 
     def _idle_fusion(self, node: fx.Node) -> bool:
         """An activation function between two ops in float: codes there would cost and gain nothing."""

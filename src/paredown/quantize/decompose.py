@@ -6,6 +6,7 @@ function; `quantize` proves it on the example before it goes on.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,24 @@ def _mean(node: fx.Node) -> fx.Node | None:
     return pooled if keep else call(node, aten.flatten.using_ints, pooled, 1)
 
 
+def largest(node: fx.Node) -> fx.Node | None:
+    """An adaptive maximum of equal parts is one over windows, which is on codes where its input is; with places asked for too it stays."""
+    x, sizes = node.args[0], node.args[1]
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    parts = [p for p in node.users if p.users]
+    places = any(p.target is not operator.getitem or p.args[1] != 0 for p in parts)
+    if not isinstance(value, Tensor) or not isinstance(sizes, list | tuple) or len(sizes) != 2 or places:
+        return None
+    held, wanted = list(value.shape[-2:]), list(sizes)
+    if not all(isinstance(n, int) for n in (*held, *wanted)) or any(n % w for n, w in zip(held, wanted, strict=True)):
+        return None
+    windows = [n // w for n, w in zip(held, wanted, strict=True)]
+    pooled = call(node, aten.max_pool2d.default, x, windows, windows)
+    for part in parts:
+        part.replace_all_uses_with(pooled)
+    return None  # without readers it goes by itself
+
+
 def _linear(node: fx.Node) -> fx.Node | None:
     """A linear layer on [batch, tokens, channels] as one on [batch · tokens, channels]: a matrix product with bias is one int8 kernel."""
     x = node.args[0]
@@ -127,6 +146,7 @@ REWRITES: dict[str, Rewrite] = {
     **dict.fromkeys(("silu", "silu_"), _gated(aten.sigmoid.default)),
     **dict.fromkeys(("view", "_unsafe_view"), _reshape),
     "mean": _mean,
+    "adaptive_max_pool2d": largest,
     "linear": _linear,
 }
 

@@ -88,11 +88,15 @@ _OPENVINO_X86 = _kinds(
 # What XNNPACK runs in 8 bits in ExecuTorch 1.5.1 (its partitioner's own list, STATIC_QUANT): both inputs and the one output of an
 # op must be codes, the last layer's too. No curve has an int8 kernel there: hard-swish, sigmoid, GELU and softmax are float between
 # two conversions inside the same delegate, and so are padding and pools other than maxima and global means. Hard-swish
-# is left whole: its parts would leave XNNPACK. expand, squeeze, select and layer norm are not XNNPACK's at all.
+# is left whole: its parts would leave XNNPACK. expand, select and layer norm are not XNNPACK's at all. squeeze and unflatten become reshapes
+# (phone_passes.py), which XNNPACK refuses when it loads the file unless their result has the scale of what they read.
 _XNNPACK = _kinds(
     weighted="conv1d conv2d linear",
     binary="add add_ sub sub_ mul mul_",
-    shared="max_pool2d adaptive_avg_pool2d flatten view reshape permute transpose unsqueeze slice cat concat",
+    shared=(
+        "max_pool2d adaptive_avg_pool2d flatten unflatten view reshape permute transpose t numpy_T swapaxes movedim squeeze unsqueeze slice narrow "
+        "cat concat"
+    ),
 )
 # What LiteRT 2.3 runs in 8 bits, in XNNPACK or in its own kernels: its converter makes an int8 op of everything that stands between
 # a dequantize and a quantize. Results of sigmoid, tanh and softmax have the one scale that its own kernels take.
@@ -122,7 +126,7 @@ _ORT = Target(
     fusions=_CLAMPS,
     decompositions=(
         *_IDENTITIES,
-        *("hardswish", "hardswish_", "silu", "silu_", "mean", "linear", "view", "_unsafe_view"),
+        *("hardswish", "hardswish_", "silu", "silu_", "mean", "adaptive_max_pool2d", "linear", "view", "_unsafe_view"),
     ),
     alignment=8,
     limits={"opset": 18, "opset_max": 23},
@@ -143,7 +147,7 @@ TARGETS: Mapping[str, Target] = {
         ops=_OPENVINO_X86,
         dtypes=("float32", "float16", "uint8", "int8"),
         fusions=(*_CLAMPS, *_CURVES),
-        decompositions=(*_IDENTITIES, "mean", "view", "_unsafe_view"),
+        decompositions=(*_IDENTITIES, "mean", "adaptive_max_pool2d", "view", "_unsafe_view"),
         alignment=8,
         limits={"opset": 18, "opset_max": 20},
         suffix=".xml",
@@ -158,7 +162,7 @@ TARGETS: Mapping[str, Target] = {
         ops=_XNNPACK,
         dtypes=("float32", "int8"),
         fusions=_CLAMPS,
-        decompositions=(*_IDENTITIES, "silu", "silu_", "mean", "view", "_unsafe_view"),
+        decompositions=(*_IDENTITIES, "silu", "silu_", "mean", "adaptive_max_pool2d", "view", "_unsafe_view"),
         alignment=8,
         suffix=".pte",
         extras=(),
@@ -172,7 +176,7 @@ TARGETS: Mapping[str, Target] = {
         ops=_LITERT,
         dtypes=("float32", "float16", "int8"),
         fusions=_CLAMPS,
-        decompositions=(*_IDENTITIES, "silu", "silu_", "mean", "view", "_unsafe_view"),
+        decompositions=(*_IDENTITIES, "silu", "silu_", "mean", "adaptive_max_pool2d", "view", "_unsafe_view"),
         alignment=8,
         suffix=".tflite",
         extras=(),
