@@ -407,3 +407,28 @@ def test_obs_of_cells_stored_in_out() -> None:
         diagonal = np.diag(np.linalg.inv(seen.T @ seen / len(seen)))
         rows = slice(2 * group, 2 * group + 2)
         np.testing.assert_allclose(kernels["up.weight"][rows], taps[rows] / diagonal[:, None], rtol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "kernel", "2x2", "2x3", "4x1"])
+@pytest.mark.parametrize("samples", [5, 64])
+def test_obs_of_cells_by_the_whole_inverse_however_few_positions_were_seen(granularity: str, samples: int) -> None:
+    """tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) by numpy from the whole H⁻¹; with 5 samples (20 patches of 27 inputs) none is made."""
+    torch.manual_seed(6)
+    layer = nn.Conv2d(3, 4, 3)
+    x = torch.randn(samples, 3, 4, 4)
+    program = pare.capture(nn.Sequential(layer, nn.ReLU()), x, train=False)
+    given = {"granularity": granularity, "batches": [x], "positions_per_sample": 4}
+    found = pare.score(program, pare.couple(program), "obs", **given).by_cell["0.weight"]  # type: ignore[arg-type]
+    patches = positions(layer, x)[0].double().numpy()
+    assert (len(patches) < patches.shape[1]) == (samples == 5)
+    h = patches.T @ patches / len(patches)
+    h += 0.01 * h.diagonal().mean() * np.eye(len(h))
+    inverse, weight = np.linalg.inv(h), layer.weight.detach().double().flatten(1).numpy()
+    width = {"row": 27, "column": 1, "kernel": 9, "2x2": 2, "2x3": 3, "4x1": 1}[granularity]
+    tall = {"column": 4, "2x2": 2, "2x3": 2, "4x1": 4}.get(granularity, 1)
+    wanted = np.zeros((4 // tall, -(-27 // width)))
+    for i, j in np.ndindex(wanted.shape):
+        part = weight[tall * i : tall * (i + 1), width * j : width * (j + 1)]
+        columns = slice(width * j, width * (j + 1))
+        wanted[i, j] = np.trace(part @ np.linalg.inv(inverse[columns, columns]) @ part.T) / part.size
+    np.testing.assert_allclose(np.reshape(found, wanted.shape), wanted, rtol=1e-6)

@@ -24,7 +24,7 @@ from paredown.errors import UsageError
 from paredown.granularity import Granularity
 from paredown.score.nouns import Cells, Computed, Elements, Source
 from paredown.score.wanda import read_along_one_axis
-from paredown.statistics.curvature import inverse, inverse_diagonal, inverse_diagonal_of_rows, upper
+from paredown.statistics.curvature import Inputs, inverse_diagonal, inverse_diagonal_of_rows, upper
 from paredown.statistics.inputs import InputStatistics, input_statistics
 
 KINDS = ("row", "column", "kernel", "block")
@@ -86,7 +86,7 @@ def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> 
             f"before it. Got 'conditioned' with granularity {granularity}. Leave it out, or use element or N:M."
         )
         raise UsageError(msg)
-    seen = _seen(source, options, rows=False)
+    seen = _seen(source, options, rows=True)
     found: dict[str, Cells] = {}
     unseen: list[str] = []
     for name, stored in source.weights.items():
@@ -95,19 +95,18 @@ def obs_cells(source: Source, options: ObsOptions, granularity: Granularity) -> 
         if statistics is not None and flipped and granularity.kind == "kernel":
             found[name] = _flipped_kernels(stored.detach().double(), statistics, granularity, options)
             continue
-        if statistics is None or statistics.gram is None or (flipped and len(statistics.gram) > 1):
+        inputs = None if statistics is None else _held(statistics)
+        if statistics is None or inputs is None or (flipped and len(inputs) > 1):
             found[name] = granularity.reduce(stored.detach().double().square().numpy(), "mean")
             unseen += [] if statistics is None else [name]  # those without statistics are named already
             continue
         weight = stored.T if flipped else stored  # [in, out] here only for square blocks, which turn with the matrix
         shape = tuple(weight.shape)
         grid, sizes = granularity.grid(shape), granularity.cell_sizes(shape)
-        groups = len(statistics.gram)
+        groups = len(inputs)
         matrix = weight.detach().double().reshape(groups, shape[0] // groups, -1)
         matrix = matrix * (statistics.squared_norms > 0)[:, None, :]
-        per_row = torch.cat(
-            [_blocks(matrix[g], statistics.gram[g], granularity, shape, options) for g in range(groups)]
-        )
+        per_row = torch.cat([_blocks(matrix[g], inputs[g], granularity, shape, options) for g in range(groups)])
         cells = _over_rows(per_row.numpy(), granularity, grid).reshape(grid) / sizes.reshape(grid)
         found[name] = np.ascontiguousarray(cells.T) if flipped else cells
     if unseen:
@@ -152,20 +151,27 @@ def _diagonal(statistics: InputStatistics, options: ObsOptions) -> Tensor:
     return torch.stack(parts)
 
 
+def _held(statistics: InputStatistics) -> list[Inputs] | None:
+    """What is known of each group's inputs: rows where those are fewer than the inputs, else the Gram matrix."""
+    if statistics.rows is not None:
+        return [Inputs(rows=one) for one in statistics.rows]
+    return None if statistics.gram is None else [Inputs(gram=one) for one in statistics.gram]
+
+
 def _blocks(
-    matrix: Tensor, gram: Tensor, granularity: Granularity, shape: tuple[int, ...], options: ObsOptions
+    matrix: Tensor, inputs: Inputs, granularity: Granularity, shape: tuple[int, ...], options: ObsOptions
 ) -> Tensor:
     """tr of each row over consecutive blocks of columns. Shape [rows, blocks]."""
-    length = matrix.shape[1]
-    width = {"row": length, "column": 1, "kernel": math.prod(shape[2:]), "block": granularity.b}[granularity.kind]
-    held = inverse(gram, options.damping)
-    costs = []
-    for start in range(0, length, width):
-        stop = min(start + width, length)
-        part = matrix[:, start:stop]
-        answer = torch.linalg.solve(held[start:stop, start:stop], part.T)
-        costs.append((part * answer.T).sum(dim=1))
-    return torch.stack(costs, dim=1)
+    if granularity.kind == "row":  # [H⁻¹]⁻¹ is H: nothing is left that could answer
+        return inputs.quadratic(matrix, options.damping)[:, None]
+    width = {"column": 1, "kernel": math.prod(shape[2:]), "block": granularity.b}[granularity.kind]
+    costs, start = [], 0
+    for held in inputs.inverse_blocks(width, options.damping):
+        blocks, size, _ = held.shape
+        parts = matrix[:, start : start + blocks * size].reshape(len(matrix), blocks, size).permute(1, 2, 0)
+        costs.append((parts * torch.linalg.solve(held, parts)).sum(dim=1).T)
+        start += blocks * size
+    return torch.cat(costs, dim=1)
 
 
 def _over_rows(per_row: np.ndarray, granularity: Granularity, grid: tuple[int, ...]) -> np.ndarray:

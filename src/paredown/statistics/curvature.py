@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,66 @@ def inverse_diagonal_of_rows(rows: Tensor, damping: float = 0.01) -> Tensor:
     lower = _factor(rows @ rows.T + amount * torch.eye(len(rows), dtype=rows.dtype), 0.0)
     shares = torch.linalg.solve_triangular(lower, rows, upper=False).square_().sum(0)
     return torch.where((rows == 0).all(0), 1 / (1 + amount), (1 - shares) / amount)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Inputs of a layer as their Gram matrix [K, K], or as rows [positions, K] whose Gram matrix it is, positions < K. float64."""
+
+    gram: Tensor | None = None
+    rows: Tensor | None = None
+
+    def quadratic(self, matrix: Tensor, damping: float = 0.01) -> Tensor:
+        """w (H + λ) wᵀ of every row w of a matrix [rows, K], λ = damping × mean(diag H). Shape [rows], float64.
+
+        >>> x, w = torch.randn(3, 5).double(), torch.randn(2, 5).double()
+        >>> bool(torch.allclose(Inputs(rows=x).quadratic(w), Inputs(gram=x.T @ x).quadratic(w)))
+        True
+        """
+        if self.rows is None:
+            assert self.gram is not None
+            return ((matrix @ self.gram) * matrix).sum(1) + damping * self.gram.diagonal().mean() * matrix.square().sum(
+                1
+            )
+        amount = damping * float(self.rows.square().sum()) / self.rows.shape[1]
+        found: Tensor = (matrix @ self.rows.T).square().sum(1) + amount * matrix.square().sum(1)
+        return found
+
+    def inverse_blocks(self, width: int, damping: float = 0.01) -> list[Tensor]:
+        """[H⁻¹]_BB of consecutive blocks of columns: all whole ones [blocks, width, width], then what is left [1, rest, rest].
+
+        Of rows by Woodbury, without a K × K matrix.
+
+        >>> x = torch.randn(3, 5).double()
+        >>> one, two = (held.inverse_blocks(2) for held in (Inputs(rows=x), Inputs(gram=x.T @ x)))
+        >>> [tuple(part.shape) for part in one], all(torch.allclose(a, b) for a, b in zip(one, two))
+        ([(2, 2, 2), (1, 1, 1)], True)
+        """
+        if self.rows is None:
+            assert self.gram is not None
+            whole = inverse(self.gram, damping)
+            return [
+                torch.stack([whole[i : i + size, i : i + size] for i in range(start, stop, size)])
+                for start, stop, size in _pieces(len(whole), width)
+            ]
+        rows, amount = self.rows, damping_of(self.rows, damping)
+        lower = _factor(rows @ rows.T + amount * torch.eye(len(rows), dtype=rows.dtype), 0.0)
+        shares = torch.linalg.solve_triangular(lower, rows, upper=False)
+        ones = torch.where((rows == 0).all(0), amount / (1 + amount), 1.0).to(
+            rows
+        )  # as `damped` has inputs that are always 0
+        found = []
+        for start, stop, size in _pieces(rows.shape[1], width):
+            part = shares[:, start:stop].reshape(len(rows), -1, size).movedim(1, 0)
+            diagonal = torch.diag_embed(ones[start:stop].reshape(-1, size))
+            found.append((diagonal - part.mT @ part) / amount)
+        return found
+
+
+def _pieces(length: int, width: int) -> list[tuple[int, int, int]]:
+    """(start, stop, width of a block) of all whole blocks, and of the rest."""
+    whole = length - length % width
+    return [p for p in ((0, whole, width), (whole, length, length - whole)) if p[1] > p[0]]
 
 
 def _factor(gram: Tensor, damping: float) -> Tensor:
