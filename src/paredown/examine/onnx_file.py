@@ -275,7 +275,7 @@ def _weights(graphs: list[Any], nodes: list[Any], path: Path) -> dict[str, tuple
     bits = _bits()
     helpers = {i for n in nodes for p in _HELPERS.get(n.op_type, ()) for i in n.input[p : p + 1]}
     helpers |= _dynamic_scales(nodes)
-    forms = {n.output[0]: n.input[0] for n in nodes if n.op_type in _FORMS and n.input and n.output}
+    forms = {n.output[0]: n.input[0] for n in nodes if n.op_type in FORMS and n.input and n.output}
     quantized = {_first(i, forms) for n in nodes for p in _CODES.get(n.op_type, ()) for i in n.input[p : p + 1]}
     packed = {n.input[1]: n for n in nodes if n.op_type == "MatMulNBits" and len(n.input) > 1}
     found: dict[str, tuple[tuple[int, ...], int, bool]] = {}
@@ -331,9 +331,9 @@ def _unpacked(name: str, shape: tuple[int, ...], bits: int, packed: Mapping[str,
     return (int(given.get("N", 0)), int(given.get("K", 0))), int(given.get("bits", 4))
 
 
-_FORMS = ("Transpose", "Reshape", "Pad", "Slice")
+FORMS = ("Transpose", "Reshape", "Pad", "Slice")
 """What stands between the codes of a weight and the layer that reads them in another form (paredown.export.onnx_kernels)."""
-_UNPACKING = ("Cast", "Gather", "Add", *_FORMS)
+_UNPACKING = ("Cast", "Gather", "Add", *FORMS)
 
 
 def _packed(
@@ -357,7 +357,7 @@ def _packed(
                     sizes.append(math.prod(weights[value][0]) * weights[value][1] // 8)
         if not constant:
             continue
-        lengths = [math.prod(shapes[v]) for v in seen if v in shapes and makers[v].op_type in _FORMS]
+        lengths = [math.prod(shapes[v]) for v in seen if v in shapes and makers[v].op_type in FORMS]
         if sizes and lengths:
             yield min(lengths), sum(sizes)
 

@@ -60,7 +60,7 @@ def excuse(reference: Any, part: Any, cosine: float, answers: Sequence[Tensor] =
 
     `answers` are the file's outputs for `part`. With e the error of the simulation and f that of the file, both against the float
     network, two right ways to round give |f| ≈ |e| and, where they have nothing in common, |f - e|² = |f|² + |e|².
-    A wrong file is further from the float network than the simulation is.
+    A wrong file is taken to be further from the float network than the simulation is, as those with flipped bits of codes are.
     """
     own = _own(reference, part) if LEAST <= cosine < 1 else None
     if own is None:

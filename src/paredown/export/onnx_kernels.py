@@ -1,6 +1,6 @@
 """Layers on codes in the form that ONNX Runtime has fast kernels for: the same codes in the file, the same result, bit for bit.
 
-Its int8 kernels are slow, slower than its float ones, for three kinds of layers, which are written otherwise. Processor
+For four kinds of layers its int8 kernels are far from what they could be, some slower than its float ones. Processor
 milliseconds, ONNX Runtime 1.32 on x86 with VNNI, one thread, float / int8 as exported / int8 in the form written here:
 
 | form | layer | float | as it was | here |

@@ -14,6 +14,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from paredown.examine.onnx_file import FORMS
+
 # Ops that move or select values: on codes they do the same as on what the codes stand for.
 MOVES = (
     *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad", "Concat", "Split", "Gather", "Expand"),
@@ -105,10 +107,6 @@ def root(value: ir.Value | None) -> ir.Value | None:
             return value
         first = made.inputs[0]
     return first if constant(first) is not None else value
-
-
-FORMS = ("Transpose", "Reshape", "Pad", "Slice")
-"""What brings the codes of a weight into another form."""
 
 
 def pools(model: ir.Model) -> int:

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from paredown.export.onnx_passes import FORMS, constant, root
+from paredown.examine.onnx_file import FORMS
+from paredown.export.onnx_passes import constant, root
 from paredown.export.session import EXACT
 from paredown.quantize.pairs import pair_sums
 

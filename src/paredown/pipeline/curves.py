@@ -149,7 +149,7 @@ def _say_what_is_there(
     shown: Shown, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any], retry: bool
 ) -> None:
     known = read_results(cells, folder, found)
-    done = sum(o.status == "done" and not (retry and lacks_a_file(o)) for o in known.values())
+    done = sum(o.status == "done" and not (retry and lacks_a_file(o.record)) for o in known.values())
     failed = 0 if retry else len(known) - done
     if done or failed:
         shown.there(done, failed)

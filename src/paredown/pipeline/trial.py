@@ -43,7 +43,7 @@ from paredown.recipe import Recipe, parse_recipe
 from paredown.records import Measured, Record, locked, sweep_stale, write_text
 from paredown.score import score
 from paredown.strict_yaml import read_yaml
-from paredown.sweep.trials import RESULT, Outcome, lacks_a_file, write_result
+from paredown.sweep.trials import RESULT, lacks_a_file, write_result
 from paredown.target import named
 from paredown.train import check_roles, recover
 from paredown.train.shares import refuse_no_share, share_note
@@ -105,8 +105,9 @@ def main(request: Mapping[str, Any], emit: Emit) -> None:
         measured = {**record.measured, "seconds": spent}
         record = dataclasses.replace(record, cell=cell, measured=measured)
         write_result(place, record)
-        again = lacks_a_file(Outcome(digest="", status="done", record=record))  # a retry then trains nothing
-        if asked.kind != "base" and not again:  # checkpoints; those of a base serve whoever needs it
+        if asked.kind != "base" and not lacks_a_file(
+            record
+        ):  # checkpoints; those of a base, and of what a retry repeats, stay
             shutil.rmtree(steps, ignore_errors=True)
 
 

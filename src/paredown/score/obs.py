@@ -24,7 +24,7 @@ from paredown.errors import UsageError
 from paredown.granularity import Granularity
 from paredown.score.nouns import Cells, Computed, Elements, Source
 from paredown.score.wanda import read_along_one_axis
-from paredown.statistics.curvature import Inputs, inverse_diagonal, inverse_diagonal_of_rows, upper
+from paredown.statistics.curvature import Curvature, inverse_diagonal, inverse_diagonal_of_rows, upper
 from paredown.statistics.inputs import InputStatistics, input_statistics
 
 KINDS = ("row", "column", "kernel", "block")
@@ -151,15 +151,15 @@ def _diagonal(statistics: InputStatistics, options: ObsOptions) -> Tensor:
     return torch.stack(parts)
 
 
-def _held(statistics: InputStatistics) -> list[Inputs] | None:
+def _held(statistics: InputStatistics) -> list[Curvature] | None:
     """What is known of each group's inputs: rows where those are fewer than the inputs, else the Gram matrix."""
     if statistics.rows is not None:
-        return [Inputs(rows=one) for one in statistics.rows]
-    return None if statistics.gram is None else [Inputs(gram=one) for one in statistics.gram]
+        return [Curvature(rows=one) for one in statistics.rows]
+    return None if statistics.gram is None else [Curvature(gram=one) for one in statistics.gram]
 
 
 def _blocks(
-    matrix: Tensor, inputs: Inputs, granularity: Granularity, shape: tuple[int, ...], options: ObsOptions
+    matrix: Tensor, inputs: Curvature, granularity: Granularity, shape: tuple[int, ...], options: ObsOptions
 ) -> Tensor:
     """tr of each row over consecutive blocks of columns. Shape [rows, blocks]."""
     if granularity.kind == "row":  # [H⁻¹]⁻¹ is H: nothing is left that could answer

@@ -70,14 +70,20 @@ def inverse_diagonal_of_rows(rows: Tensor, damping: float = 0.01) -> Tensor:
     >>> bool(torch.allclose(inverse_diagonal_of_rows(x), inverse_diagonal(x.T @ x)))
     True
     """
+    parts, ones, amount = _answered(rows, damping)
+    return (ones - parts.square_().sum(0)) / amount
+
+
+def _answered(rows: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """(S, d, λ) with H⁻¹ = (diag d - SᵀS) / λ: S = L⁻¹ X [positions, K], L Lᵀ = λ + X Xᵀ; d [K] is 1 but for inputs that are always 0."""
     amount = damping_of(rows, damping)
     lower = _factor(rows @ rows.T + amount * torch.eye(len(rows), dtype=rows.dtype), 0.0)
-    shares = torch.linalg.solve_triangular(lower, rows, upper=False).square_().sum(0)
-    return torch.where((rows == 0).all(0), 1 / (1 + amount), (1 - shares) / amount)
+    ones = torch.where((rows == 0).all(0), amount / (1 + amount), 1.0).to(rows)  # `damped` has 1 + λ there
+    return torch.linalg.solve_triangular(lower, rows, upper=False), ones, amount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class Curvature:
     """Inputs of a layer as their Gram matrix [K, K], or as rows [positions, K] whose Gram matrix it is, positions < K. float64."""
 
     gram: Tensor | None = None
@@ -87,7 +93,7 @@ class Inputs:
         """w (H + λ) wᵀ of every row w of a matrix [rows, K], λ = damping × mean(diag H). Shape [rows], float64.
 
         >>> x, w = torch.randn(3, 5).double(), torch.randn(2, 5).double()
-        >>> bool(torch.allclose(Inputs(rows=x).quadratic(w), Inputs(gram=x.T @ x).quadratic(w)))
+        >>> bool(torch.allclose(Curvature(rows=x).quadratic(w), Curvature(gram=x.T @ x).quadratic(w)))
         True
         """
         if self.rows is None:
@@ -105,7 +111,7 @@ class Inputs:
         Of rows by Woodbury, without a K × K matrix.
 
         >>> x = torch.randn(3, 5).double()
-        >>> one, two = (held.inverse_blocks(2) for held in (Inputs(rows=x), Inputs(gram=x.T @ x)))
+        >>> one, two = (held.inverse_blocks(2) for held in (Curvature(rows=x), Curvature(gram=x.T @ x)))
         >>> [tuple(part.shape) for part in one], all(torch.allclose(a, b) for a, b in zip(one, two))
         ([(2, 2, 2), (1, 1, 1)], True)
         """
@@ -116,15 +122,10 @@ class Inputs:
                 torch.stack([whole[i : i + size, i : i + size] for i in range(start, stop, size)])
                 for start, stop, size in _pieces(len(whole), width)
             ]
-        rows, amount = self.rows, damping_of(self.rows, damping)
-        lower = _factor(rows @ rows.T + amount * torch.eye(len(rows), dtype=rows.dtype), 0.0)
-        shares = torch.linalg.solve_triangular(lower, rows, upper=False)
-        ones = torch.where((rows == 0).all(0), amount / (1 + amount), 1.0).to(
-            rows
-        )  # as `damped` has inputs that are always 0
+        parts, ones, amount = _answered(self.rows, damping)
         found = []
-        for start, stop, size in _pieces(rows.shape[1], width):
-            part = shares[:, start:stop].reshape(len(rows), -1, size).movedim(1, 0)
+        for start, stop, size in _pieces(len(ones), width):
+            part = parts[:, start:stop].reshape(len(parts), -1, size).movedim(1, 0)
             diagonal = torch.diag_embed(ones[start:stop].reshape(-1, size))
             found.append((diagonal - part.mT @ part) / amount)
         return found

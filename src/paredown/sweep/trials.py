@@ -103,7 +103,7 @@ def _known(cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]) -> 
     alone = set()
     for key, cell in keys.items():
         noted = found.get(cell.digest)
-        if noted is None or noted.status != "done" or lacks_a_file(noted):
+        if noted is None or noted.status != "done" or lacks_a_file(noted.record):
             record = _result(folder / TRIALS / key)
             if record is not None and (noted is None or noted.record != record):
                 found[cell.digest] = Outcome(digest=cell.digest, status="done", record=record)
@@ -111,9 +111,9 @@ def _known(cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]) -> 
     return found, alone
 
 
-def lacks_a_file(outcome: Outcome) -> bool:
-    """Whether a trial ended well but for its file in codes, which has a reason in the place of figures: a retry repeats it."""
-    told = outcome.record.details.get("quantized") if outcome.record is not None else None
+def lacks_a_file(record: Record | None) -> bool:
+    """Whether a trial that ended well has no file in codes but the reason for it: a retry repeats it, and trains nothing."""
+    told = record.details.get("quantized") if record is not None else None
     return isinstance(told, Mapping) and bool(told.get("failed"))
 
 
@@ -229,7 +229,7 @@ def order_of(
     todo = []
     for cell in cells:
         outcome = known.get(cell.digest)
-        if outcome is None or (retry and (outcome.status != "done" or lacks_a_file(outcome))):
+        if outcome is None or (retry and (outcome.status != "done" or lacks_a_file(outcome.record))):
             todo.append(cell)
         elif cell.digest in alone:
             _append(journal, cell, key_of_trial(cell.digest, versions), outcome)

@@ -44,8 +44,8 @@ class Target:
     """How much the codes of two neighbouring int8 weights of one output may add up to, above or below 0; None: anything. On x86
     without VNNI, the products of two uint8 activations with two weights are summed in 16 bits, which saturate beyond 128 × 255."""
     forms: tuple[str, ...] = ()
-    """Layers on codes that are exported in another form with the same result, because the int8 kernel for them as they are is slower than
-    the float one: what was measured stands in export/onnx_kernels.py."""
+    """Layers on codes that are exported in another form with the same result, because the int8 kernel for that form is
+    faster, and the one for them as they are often slower than float: what was measured stands in export/onnx_kernels.py."""
     environment: tuple[str, ...] = ()
     """Pinned packages that are installed apart, by `paredown setup`, because they conflict with others."""
     own_modules: tuple[str, ...] = ()
