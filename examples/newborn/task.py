@@ -120,6 +120,8 @@ def test_batches(data: Path | None = None) -> Iterable[tuple[Tensor, Tensor]]:
 def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Absolute error, squared below a tenth of a spread."""
     pictures, targets = batch
+    if pictures.device.type == "cpu":  # its convolutions are faster with a pixel's channels side by side
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
     return F.smooth_l1_loss(model(pictures), targets, beta=0.1)
 
 
