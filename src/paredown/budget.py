@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from paredown.errors import UsageError
 _RELATIVE = ("channels", "parameters", "macs", "density", "size_bytes")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|KiB|MiB|GiB)\s*")
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(us|µs|ms|s)\s*")
+_TOO_MUCH = 2**63
 _MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -71,7 +71,10 @@ class Budget:
             if value == 0 and name != "metric_loss":
                 msg = f"budget.{name} must be above 0. Got {value!r}: nothing runs in none. To set no bound, leave it out."
                 raise UsageError(msg)
-            if value is not None and math.isinf(value):
+            if name == "peak_ram_bytes" and value is not None and value < 1:
+                msg = f"budget.{name} must be bytes, or a text such as '200 MB': no dense file's memory is known before a run. Got {value!r}."
+                raise UsageError(msg)
+            if value is not None and value >= _TOO_MUCH:
                 msg = f"budget.{name} must be a finite number. Got {value!r}. To set no bound, leave it out."
                 raise UsageError(msg)
 
@@ -104,7 +107,11 @@ def parse_bytes(text: str, name: str = "size") -> int:
         if text.strip().endswith("%"):
             msg += " Write 25 % as 0.25."
         raise UsageError(msg)
-    return int(float(match[1]) * _UNITS[match[2]])
+    found = float(match[1]) * _UNITS[match[2]]
+    if found >= _TOO_MUCH:
+        msg = f"{name} must be below 2⁶³ bytes. Got {text[:40]!r}."
+        raise UsageError(msg)
+    return int(found)
 
 
 def parse_latency(value: object, name: str = "budget.latency") -> float:
@@ -117,12 +124,12 @@ def parse_latency(value: object, name: str = "budget.latency") -> float:
     if isinstance(value, float) and 0 < value < 1:
         return value
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    if match is not None and float(match[1]) > 0:
+    if match is not None and 0 < float(match[1]) < _TOO_MUCH:
         return float(match[1]) * _MILLISECONDS[match[2]]
     hint = ""
     if isinstance(value, str) and value.strip().endswith("%"):
         hint = " Write 50 % as 0.5."
-    elif isinstance(value, int | float) and not isinstance(value, bool) and value > 1:
+    elif isinstance(value, int | float) and not isinstance(value, bool) and 1 < value < _TOO_MUCH:
         hint = f" Write {value:g} ms as '{value:g} ms'."
     elif value == 1 and not isinstance(value, bool):
         hint = " It is ambiguous: as fast as the dense file, or one millisecond? Leave it out, or write '1 ms'."
@@ -143,14 +150,14 @@ def _amount(value: object, name: str) -> float | int:
             hint = " It is a text: YAML reads 1e-3 as text, write 0.001 or 1.0e-3."
         msg = f"budget.{name} must be {rule}. Got {value!r}.{hint}"
         raise UsageError(msg)
-    if isinstance(value, int) and value >= 2:
+    if isinstance(value, int) and 2 <= value < _TOO_MUCH:
         return value
     if isinstance(value, float) and 0 < value < 1:
         return value
     if value == 1:
         msg = f"budget.{name} must be {rule}. Got {value!r}, which is ambiguous: all of it, or one? To change nothing, leave it out."
         raise UsageError(msg)
-    if isinstance(value, float) and value >= 2 and value.is_integer():
+    if isinstance(value, float) and 2 <= value < _TOO_MUCH and value.is_integer():
         return int(value)
     msg = f"budget.{name} must be {rule}. Got {value!r}."
     raise UsageError(msg)

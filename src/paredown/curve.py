@@ -494,9 +494,8 @@ def _comparison(line: Line, point: Point, control: Point, dense: Point | None, g
     why = control.not_comparable
     if not why and other and control.kind != "thin":  # thin has equal MACs, and no line's shape
         why = f"it has the shape of {of}" if control.kind == "scratch" else f"it was pruned and trained like {of}"
-    apart = control.effective_macs / point.effective_macs - 1
-    if not why and abs(apart) > ALIKE:
-        why = f"its MACs are {100 * apart:+.0f} % of the pruned model's"
+    if not why:
+        why = _other_macs(control.effective_macs, point.effective_macs)
     whole = None if dense is None or dense.steps is None or point.steps is None else dense.steps + point.steps
     if not why and control.kind != "random" and whole and control.steps and control.steps < (1 - ALIKE) * whole:
         why = f"it was trained for {control.steps:,.0f} steps, base and recovery together for {whole:,.0f}"
@@ -508,6 +507,14 @@ def _comparison(line: Line, point: Point, control: Point, dense: Point | None, g
         same_as="" if other else control.same_as, shape_of=shape_of, held_out_of_control=held_out,
         sentence=_verdict(control.kind, gain, why, shape_of, unit),
     )  # fmt: skip
+
+
+def _other_macs(control: float, pruned: float) -> str:
+    """How the MACs of a control differ, where they do; a network of tables that are looked up has none."""
+    if pruned == 0:
+        return "the pruned model has no MACs, and it has" if control else ""
+    apart = control / pruned - 1
+    return f"its MACs are {100 * apart:+.0f} % of the pruned model's" if abs(apart) > ALIKE else ""
 
 
 def _verdict(kind: str, gain: Interval, why: str, shape_of: str, unit: str) -> str:
@@ -551,7 +558,7 @@ def dense_parts(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str
     """(sentence, whether what it says compares) at the sweet spot: against the better of the two dense controls, by held-out
     data, a comparable one before one that is not; then the others.
 
-    Where nothing was chosen, or no control stands at its amount, the smallest amount with a control is told, and said so.
+    Where no control stands at its amount, the nearest amount with one is told, and the smallest where nothing was chosen; that is said.
     """
     if not comparisons:
         return (("Not tested: no dense control has a result beside a pruned model.", True),)
@@ -559,7 +566,9 @@ def dense_parts(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str
     own = [c for c in comparisons if c.amount == at and c.line == spot.line]
     where = f"At the sweet spot ({at:g} remains, {spot.line})" if own else ""
     if not own:
-        last = min(comparisons, key=lambda c: c.amount)
+        last = min(
+            comparisons, key=lambda c: (False, c.amount) if at is None else (c.line != spot.line, abs(c.amount - at))
+        )
         own = [c for c in comparisons if c.amount == last.amount and c.line == last.line]
         why = "nothing was chosen" if at is None else f"no control stands at {at:g}"
         if spot.point is not None and spot.point.kind == "from-scratch":
@@ -580,4 +589,6 @@ def dense_parts(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str
     parts = [(f"{where}, {first.sentence}", first.comparable)]
     if len(told) < len(own):
         parts.append(("A uniformly thinner dense model at equal MACs has that very shape.", True))
+    if first.control == "random":
+        parts.append(("Not tested: no dense control has a result there.", True))
     return (*parts, *((f"{c.sentence[0].upper()}{c.sentence[1:]}", c.comparable) for c in others))

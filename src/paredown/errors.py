@@ -43,13 +43,20 @@ class CaptureError(RejectedError):
 
 
 class InfeasibleError(ParedownError):
-    """The target cannot be met. `nearest` is the nearest plan that can, where there is one."""
+    """The target cannot be met. `nearest` is the nearest plan that can, where there is one.
+
+    The message is `reason` and `advice`, what to do about it: a search that tries several ways tells reasons, and advises once.
+
+    >>> error = InfeasibleError("macs must be at most 5. Got 7.", advice="Ask for more.")
+    >>> str(error), error.reason
+    ('macs must be at most 5. Got 7. Ask for more.', 'macs must be at most 5. Got 7.')
+    """
 
     exit_code = 4
 
-    def __init__(self, message: str, nearest: Any = None) -> None:
-        super().__init__(message)
-        self.nearest = nearest
+    def __init__(self, reason: str, nearest: Any = None, *, advice: str = "") -> None:
+        super().__init__(f"{reason} {advice}" if advice else reason)
+        self.reason, self.advice, self.nearest = reason, advice, nearest
 
 
 class NothingToDo(InfeasibleError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,39 @@ def test_sizes_are_exact_and_the_metric_is_paired(tmp_path: Path) -> None:
     assert (metric.change.value, metric.change.low, metric.change.high) == (expected.value, expected.low, expected.high)
     assert metric.better == "a/int8" and expected.high < 0
     assert found.timings == () and found.fastest is None
+
+
+def test_the_recommended_files_are_answered_in_a_sentence(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", flipped(2, 1)), run(tmp_path / "b", flipped(30, 0), size=700, speedup=3.0)
+    assert compare(a, b, recorded=True).answers == (
+        "b/int8 against a/int8, both recommended: 0.300 kB smaller; accuracy worse, −14.50 points; faster.",
+    )
+    assert compare(b, a, recorded=True).answers == (
+        "a/int8 against b/int8, both recommended: 0.300 kB larger; accuracy better, +14.50 points; slower.",
+    )
+    shutil.copytree(a, tmp_path / "c")
+    assert compare(a, tmp_path / "c", recorded=True).answers == ("c/int8 and a/int8, both recommended, are the same.",)
+
+
+def test_what_was_not_measured_is_not_tested(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", flipped(2, 1)), run(tmp_path / "b", flipped(4, 1), size=700)
+    lines = [json.loads(line) for line in (b / "records.jsonl").read_text().splitlines()]
+    del lines[1]["measured"]["latency_ms"], lines[1]["measured"]["macs"]
+    (b / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    append(a / "records.jsonl", record("level-1", DENSE, 2000, 0.7, 1.4))
+    found = compare(a, b, recorded=True)
+    assert set(found.not_tested) == {"MACs of b/int8", "latency of b/int8", "in b, what a has: level-1"}
+    assert found.answers[0].endswith("no difference in accuracy that shows; speed not compared.")
+
+
+def test_two_tasks_are_named_where_their_test_sets_differ(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", DENSE), run(tmp_path / "b", DENSE, size=900, test_data="b" * 64)
+    for folder, task in ((a, "digits"), (b, "cells")):
+        (folder / "records.jsonl").write_text(
+            (folder / "records.jsonl").read_text().replace('"stage":', f'"task": "{task}", "stage":')
+        )
+    with pytest.raises(RejectedError, match=r"in a and b \(tasks digits and cells\)"):
+        compare(a, b, recorded=True)
 
 
 def test_a_difference_inside_its_interval_is_none(tmp_path: Path) -> None:

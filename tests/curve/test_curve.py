@@ -331,6 +331,17 @@ def test_a_sweet_spot_from_scratch_is_said_to_be_one() -> None:
     assert "(the sweet spot, 0.5 of l1 from-scratch, is itself trained from scratch)" in told
 
 
+def test_without_a_control_at_the_sweet_spot_the_nearest_one_is_told() -> None:
+    records = sweep({a: [v, v + 0.1] for a, v in ((0.8, 97.9), (0.65, 90.0), (0.5, 80.0), (0.3, 70.0))}, [98.0, 98.1])
+    records += [trial("thin", a, s, 60.0, 60.0, steps=1000) for a in (0.3, 0.5, 0.65) for s in (0, 1)]
+    found = lines(records, goal="max")
+    told = compared(found, goal="max", unit="%")
+    spot = sweet_spot(found, "sparsity", limit=1.0, unit="%")
+    assert dense_verdict(spot, told, goal="max").startswith("At 0.65 of l1 one-shot (no control stands at 0.8), ")
+    nothing = sweet_spot(found, "sparsity", limit=0.0, unit="%")
+    assert dense_verdict(nothing, told, goal="max").startswith("At 0.3 of l1 one-shot (nothing was chosen), ")
+
+
 def test_test_data_choose_nothing() -> None:
     held_out = {0.75: [98.0, 97.9, 98.1], 0.5: [97.0, 97.2, 97.1], 0.25: [90.0, 91.0, 89.0]}
     told = set()
@@ -459,6 +470,27 @@ def test_what_is_not_alike_is_not_comparable_and_says_why(more: dict[str, object
         f"not comparable ({found.why}): the difference to the same shape trained from scratch is 1.20 ± 0.20 points "
         "(positive is in favour of pruning; 95 % interval over 3 seeds)."
     )
+
+
+@pytest.mark.parametrize(
+    ("share", "of_control", "why"), [(0, 0, ""), (0, 0.5, "the pruned model has no MACs, and it has")]
+)
+def test_a_network_whose_macs_are_none_is_compared(share: float, of_control: float, why: str) -> None:
+    """Tables that are looked up, or masks that leave a layer nothing."""
+    found = sweep({0.5: [97.0, 97.1, 97.2]}, [98.0, 98.0, 98.0])[:3]
+    found += [trial("pruned", 0.5, s, 97.0, 97.0, macs=share) for s in range(3)]
+    found += [trial("thin", 0.5, s, 96.0, 96.0, macs=of_control, steps=1000) for s in range(3)]
+    (told,) = compared(lines(found, goal="max"), goal="max", unit="%")
+    assert told.why == why and told.comparable == (not why)
+
+
+def test_beside_a_random_control_alone_the_dense_question_is_not_tested() -> None:
+    records = sweep({0.5: [97.0, 97.0]}, [98.0, 98.0]) + [trial("random", 0.5, s, 96.0, 96.0) for s in (0, 1)]
+    found = lines(records, goal="max")
+    spot = sweet_spot(found, "sparsity", limit=1.0, unit="%")
+    first, second = dense_parts(spot, compared(found, goal="max", unit="%"), goal="max")
+    assert first[0].startswith("At the sweet spot (0.5 remains, l1 one-shot), the criterion bought 1.00")
+    assert second == ("Not tested: no dense control has a result there.", True)
 
 
 def test_what_is_not_comparable_claims_nothing() -> None:

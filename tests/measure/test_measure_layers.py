@@ -102,13 +102,15 @@ def test_times_that_cannot_be_right_are_measured_again(tmp_path, monkeypatch):
     layer_times([[conv(8)]], setting)
     (file,) = setting.folder.glob("*.jsonl")
     good = json.loads(file.read_text())
-    for value in (-1.0, 0.0, 1e300):
+    for value in (-1.0, 0.0, 1e300, "fast"):
         wrong = json.loads(json.dumps(good))
         wrong["measured"]["latency_ms"]["value"] = value
         file.write_text(json.dumps(wrong) + "\n")
         assert cached(setting) == {}
     file.write_text("not json\n")
     assert cached(setting) == {}
+    file.write_text('{"cell": {"la\n[]\n' + json.dumps(good) + "\n")  # two runs of one process number
+    assert set(cached(setting)) == {conv(8)}
 
 
 def test_one_setting_says_nothing_of_another(tmp_path, monkeypatch):

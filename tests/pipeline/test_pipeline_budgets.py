@@ -181,6 +181,10 @@ def test_multiply_accumulates_are_searched_without_files(tmp_path):
         ({"latency": 0.5}, {"prune": {"granularity": "element"}}, "masks change neither bytes nor latency"),
         ({"latency": 0.5}, {"prune": {"criterion": "gates"}}, "a criterion of the table"),
         ({"latency": 0.5}, {"target": "litert"}, "run elsewhere"),
+        ({"latency": 0.5}, {"target": "litert", "prune": {"levels": [{"macs": 0.5}]}}, "set budget.rounds to 0"),
+        ({"metric_loss": 1.0, "front": [0.5]}, {}, "budget.front must come with an amount"),
+        ({"channels": 0.5, "together": True}, {}, "budget.together must come with an amount"),
+        ({"macs": 0.5, "rounds": 0, "together": True}, {}, "Got rounds 0"),
         ({"size_bytes": 0.5, "metric_loss": 1.0}, {"quantize": {"spare": True}}, "Set budget.bits to"),
     ],
 )
@@ -189,7 +193,61 @@ def test_what_no_search_can_meet_is_refused_before_any_work(budget, more, says):
         check_budget(recipe(budget, **more))
 
 
+def test_the_last_of_many_levels_that_keeps_the_bounds_stands_in() -> None:
+    """By number: level-10 comes after level-9."""
+    from types import SimpleNamespace
+
+    from paredown.pipeline.verdict import fallback
+
+    names = ["dense", *(f"level-{n}" for n in range(1, 12)), "int8"]
+    stages: Any = {
+        n: SimpleNamespace(measured={k: Measured(value=100.0 - at, unit="") for k in ("metric", "bytes", "parameters", "macs")})
+        for at, n in enumerate(names)
+    }
+    asked = recipe({"metric_loss": 10.5, "size_bytes": 95})
+    run: Any = SimpleNamespace(recipe=asked, task=SimpleNamespace(metric=Metric(name="m", unit="", goal="max")))
+    assert fallback(run, stages, met=False) == "level-10"
+
+
+def test_a_missed_bound_is_told_in_figures_that_people_write() -> None:
+    from paredown.pipeline.verdict import gates
+
+    bound = {"what": "size_bytes", "bound": 30 * 2**20, "value": 31_500_000.0, "unit": "B", "met": False}
+    with pytest.raises(InfeasibleError, match=r"must be at most 31,457,280 B\. Got 31,500,000 B on") as caught:
+        gates((), {"bounds": [bound]}, advice="Prune.")
+    assert str(caught.value).endswith("keeps it. Prune.")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "budget", "leaves"),
+    [
+        ("fp16", {"size_bytes": 0.4}, True),
+        ("fp16", {"size_bytes": 0.6}, False),
+        ("w4", {"size_bytes": 0.5}, True),  # its convolutions stay in float
+        ("int8", {"size_bytes": 0.4}, False),
+        ("int8", {"macs": 1e-6}, True),
+        ("int8", {"peak_ram_bytes": 10}, None),
+    ],
+)
+def test_a_dry_run_foresees_the_bytes_of_the_scheme(scheme, budget, leaves, task):
+    from paredown.pipeline.foreseen import foreseen_budget
+    from paredown.pipeline.ways import Here, Way
+    from paredown.program import capture
+    from paredown.recipe_fields import Level
+
+    asked = recipe({**budget, "allocation": "uniform"}, quantize={"scheme": scheme})
+    here = Here.of(capture(task.model().eval(), task.inputs()), None)
+    way = Way(recipe=asked, task=task, level=Level(parameters=0.5), number=1, weights_given=True)
+    found = foreseen_budget(asked, way, here)
+    assert found is not None and (found.plan is not None) is bool(leaves)
+    assert bool(found.amounts) is (leaves is not None)
+    assert ("peak_ram_bytes" in found.note) is (leaves is None)
+
+
 def test_a_search_can_be_turned_off():
+    check_budget(recipe({"latency": 0.5, "rounds": 0}, target="litert", prune={"levels": [{"macs": 0.5}]}))
+    masks = {"granularity": "element", "levels": [{"density": 0.5}]}
+    check_budget(recipe({"latency": 0.5}, target="litert", prune=masks))  # nothing would be searched
     check_budget(recipe({"latency": 0.5, "rounds": 0}, prune={"granularity": "element"}))
 
 

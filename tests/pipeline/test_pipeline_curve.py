@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import os
@@ -20,11 +21,12 @@ from paredown.errors import RejectedError, UsageError
 from paredown.measure import artifact_at
 from paredown.models import load_task_module
 from paredown.pipeline.compress import compress, task_of, versions
-from paredown.pipeline.curves import Curved, check_cells, curve, machine_for
-from paredown.pipeline.folder import RunFolder
+from paredown.pipeline.curves import Curved, _say_what_is_there, check_cells, curve, machine_for
+from paredown.pipeline.folder import RunFolder, opened
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import quantized_of
-from paredown.pipeline.trial import Asked, _in_codes, _timed
+from paredown.pipeline.sweep_display import sweep_display
+from paredown.pipeline.trial import Asked, _in_codes, _timed, _trained_anew
 from paredown.plan import Rank
 from paredown.program import capture
 from paredown.recipe import Recipe, parse_recipe
@@ -32,6 +34,7 @@ from paredown.recipe_fields import Recover
 from paredown.records import Record, read
 from paredown.report import write_report
 from paredown.sweep import grid
+from paredown.sweep.trials import Event
 
 TASK = Path(__file__).with_name("curve_task.py")
 
@@ -111,6 +114,31 @@ def test_controls_are_trained_as_long_as_base_and_recovery_together(done: Curved
         assert c["comparable"] == (c["control"] != "random" or c["line"] == "l1 one-shot")
 
 
+def test_a_control_that_was_trained_as_the_base_alone_is_not_comparable(tmp_path: Path) -> None:
+    """The recovery is a loop of the user's own, or scratch() cannot train longer: steps that nobody counts would pass for equal."""
+    task = task_of(recipe())[0]
+    program = capture(task.model(), task.inputs())
+    coupling = pare.couple(program)
+    plan = pare.allocate(coupling, pare.score(program, coupling), pare.examine(program), pare.Budget(macs=0.5))
+    small = pare.prune(program, plan)
+
+    def untold(model: Any) -> Any:
+        return model
+
+    for own, why in (
+        (dataclasses.replace(task, train=untold), "the recovery is the task's own train(), which tells no length"),
+        (dataclasses.replace(task, scratch=untold), "the task's scratch() takes no extra_epochs"),
+        (task, ""),
+    ):
+        run = Run(
+            recipe=recipe(), task=dataclasses.replace(own, base=task.base), folder=RunFolder(path=tmp_path),
+            say=lambda _: None, on_training=lambda *_: None, weights_given=True, model=task.model, environment={},
+        )  # fmt: skip
+        cell = Asked(run=run, kind="scratch", epochs=None, latency=False, quantized=False, needs={})
+        found = _trained_anew(cell, small, 2).details["not_comparable"]
+        assert found == (f"{why}: it was trained as the base alone" if why else "")
+
+
 def test_the_document_the_journal_and_the_page_say_the_same(done: Curved) -> None:
     out = done.out
     assert json.loads((out / "curve.json").read_text()) == json.loads(json.dumps(done.document))
@@ -136,6 +164,51 @@ def test_the_same_recipe_runs_nothing_again_and_another_is_refused(done: Curved)
     assert again.document == done.document
     with pytest.raises(UsageError, match=r"curve\.amounts: \[0\.5\] → \[0\.75\]"):
         curve(recipe(amounts=[0.75], schedules=["one-shot", "multi-level", "from-scratch"]), out=done.out, quiet=True)
+
+
+def test_trials_of_other_versions_are_told_before_they_run_again(
+    done: Curved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = grid(recipe(schedules=["one-shot", "multi-level", "from-scratch"]))
+    for found in (versions(), {**versions(), "torch": "1.0"}):
+        with sweep_display(len(cells)) as shown:
+            _say_what_is_there(shown, cells, done.out, found, retry=False)
+    here, other = capsys.readouterr().err.splitlines()
+    assert here == "7 of 7 trials are there"
+    assert other == (
+        f"7 of 7 trials were made with other versions (torch {versions()['torch']} there, 1.0 here) and run again; "
+        "with those versions the same command would find them"
+    )
+
+
+def test_names_in_square_brackets_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    cell = grid(recipe(methods=[{"name": "[/b] l1", "criterion": "l1"}]))[1]
+    with sweep_display(1) as shown:
+        for told in ({}, {"say": "level 1: [red]keep"}):
+            shown.event(Event(cell=cell, what="goes on" if told else "begins", told=told))
+            assert shown._progress is not None
+            shown._progress.refresh()
+    assert "[/b] l1 one-shot, 0.5 remains, seed 0: level 1: [red]keep" in screen.getvalue()
+
+
+def test_what_another_recipe_drew_does_not_stay_behind(tmp_path: Path) -> None:
+    """Where the new one ends without a curve, the old one's would pass for it; its trials are kept."""
+    kept = tmp_path / "trials" / "key" / "result.json"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    for name in ("recipe.yaml", "curve.json", "records.jsonl", "sensitivity.json", "sensitivity.csv", "journal.jsonl"):
+        (tmp_path / name).touch()
+    with opened(tmp_path, "seed: 1", lambda there: "seed", overwrite=True, kind="a curve"):
+        left = sorted(f.name for f in tmp_path.iterdir() if f.is_file())
+    assert left == [".lock", "journal.jsonl", "recipe.yaml"] and kept.is_file()
 
 
 MASKED = """
@@ -181,6 +254,21 @@ def test_names_are_checked_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean 'rounds'"):
         curve(misspelt, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sensitivity_of_one_network_is_refused_for_seeds_that_train_their_own(tmp_path: Path) -> None:
+    head = Record(cell={"stage": "sensitivity"})
+    (tmp_path / "records.jsonl").write_text(head.to_json() + "\n")
+    asked = recipe(seeds=[0, 1], methods=["l1", {"allocation": "knapsack"}], controls={"kinds": []}, by="macs")
+    asked = asked.model_copy(update={"prune": asked.prune.model_copy(update={"sensitivity": str(tmp_path)})})
+    task = task_of(asked)[0]
+    with pytest.raises(UsageError, match=r"prune\.sensitivity must be of the one network .* with 2 seeds"):
+        check_cells(grid(asked), task)
+    given = asked.model_copy(update={"weights": str(tmp_path / "of one base.safetensors")})
+    check_cells(grid(given), task)
+    assert asked.curve is not None
+    one = asked.model_copy(update={"curve": asked.curve.model_copy(update={"seeds": (1,)})})
+    check_cells(grid(one), task)
 
 
 def test_where_no_trial_has_a_result_it_says_why(tmp_path: Path) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from paredown.cli.main import explained
 from paredown.errors import InfeasibleError
 from paredown.pipeline import compress
-from paredown.pipeline.jointly import by_bits, is_joint
+from paredown.pipeline.jointly import _front_row, _out_of_reach, by_bits, is_joint
+from paredown.plan import Plan
 from paredown.recipe import Recipe, load_recipe, parse_recipe
 from paredown.records import read
-from paredown.search.asking import undominated
+from paredown.search.asking import Trial, reason_of, undominated
 
 TASK = Path(__file__).with_name("small_task.py")
 
@@ -93,6 +96,59 @@ def test_limits_that_no_means_reaches_are_exit_4_with_the_nearest_plan(tmp_path)
     ) as caught:
         compress(asked, out=tmp_path / "run", quiet=True)
     assert caught.value.exit_code == 4 and caught.value.nearest.keep
+
+
+CRASHES = """
+
+
+def step(model, batch):
+    if sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in Small().parameters()):
+        raise RuntimeError("no such width")
+    return F.cross_entropy(model(batch[0]), batch[1])
+"""
+
+
+def test_fault_79_what_a_task_raises_in_every_trial_is_no_limit_out_of_reach(tmp_path):
+    task = tmp_path / "crashing_task.py"
+    task.write_text(TASK.read_text(encoding="utf-8") + CRASHES, encoding="utf-8")
+    asked = recipe({"macs": 0.5, "together": True, "trials": 0, "allocation": "uniform"}, task=str(task))
+    with pytest.raises(RuntimeError, match="no such width") as caught:
+        compress(asked, out=tmp_path / "run", quiet=True)
+    said, code = explained(caught.value)
+    assert code == 3 and "your own code raised RuntimeError: no such width, at" in said and "crashing_task.py" in said
+
+
+def test_a_reason_comes_without_its_advice_and_says_what_crashed():
+    task: Any = SimpleNamespace(train=None, step=len, train_batches=list)
+    run: Any = SimpleNamespace(task=task)
+    means: Any = SimpleNamespace(run=run, limits={"macs": 5.0}, smallest=[], shrinking=None, nearest=[Plan(keep={})])
+    missed = InfeasibleError("macs must be at most 5. Got 7, in a layer named Lower deck.", advice="Lower the floor.")
+    trials = [
+        Trial(values={"way": way}, losses=None, why=reason_of(error), error=error)
+        for way, error in (("channels", missed), ("low rank", MemoryError("of the GPU")))
+    ]
+    error = _out_of_reach(means, trials)
+    assert isinstance(error, InfeasibleError) and error.nearest == Plan(keep={})
+    assert error.reason == (
+        "the budget must be reachable: macs 5. Got macs must be at most 5. Got 7, in a layer named Lower deck in 2 trials, of which 1 "
+        "ended with MemoryError: of the GPU."
+    )
+    assert error.advice == "Lower prune.floor, or ask for more."
+    assert _out_of_reach(means, trials[1:]) is trials[1].error
+
+
+@pytest.mark.parametrize(
+    ("times", "latency"), [(1.0, 0.6), (1.5, 0.9), (2.0, None)]
+)  # fmt: skip
+def test_the_recipe_of_a_point_is_one_that_can_be_read(times, latency):
+    """No share of the dense file's latency is 1 or more."""
+    cost: Any = SimpleNamespace(macs=100, parameters=10)
+    run: Any = SimpleNamespace(recipe=recipe({"latency": 0.6}))
+    means: Any = SimpleNamespace(run=run, limits={"latency": 0.6, "macs": 60.0}, here=SimpleNamespace(cost=cost))
+    point = {"times": times, "levels": [], "amounts": {}, "error": 0.1}
+    keys = _front_row(means, Trial(values={"way": "channels"}, losses=(0.1,)), point)["recipe"]
+    assert keys.get("budget.latency") == latency
+    load_recipe("digits", [f"{n}={v}" for n, v in keys.items() if n != "prune.levels"])
 
 
 @pytest.mark.parametrize(

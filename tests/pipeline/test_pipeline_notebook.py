@@ -101,6 +101,33 @@ def test_a_size_that_cannot_be_met_is_exit_4(job: dict, tmp_path: Path) -> None:
         call(job, tmp_path / "run", budget=Budget(channels=0.5, size_bytes="100 B"))
 
 
+def test_what_is_pruned_needs_a_training_and_bits_need_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).eval()
+    x, seen = torch.randn(40, 8), torch.randn(40, 8)
+    with torch.no_grad():
+        truth = net(x)
+
+    def run(name: str, budget: Budget | None = None, **bounds):
+        return compress(
+            net, seen[:2], out=tmp_path / name, quiet=True, metric=METRIC, calibrate=[seen], budget=budget,
+            evaluate=lambda predict: {"mae": (predict(x) - truth).abs().flatten().numpy()},
+            options={**QUICK, "budget": bounds},
+        )  # fmt: skip
+
+    with pytest.raises(UsageError, match="must be followed by a training"):
+        run("level", Budget(macs=0.5))
+    assert not (tmp_path / "level").exists()
+    with pytest.raises(InfeasibleError, match="Give train, or train_batches and step"):
+        run("searched", macs=0.5, together=True)
+    assert (tmp_path / "searched" / "report.html").exists()
+    whole = run("whole").artifact.size_bytes
+    found = run("bits", Budget(size_bytes=whole - 600), trials=1)
+    assert found.artifact.size_bytes <= whole - 600 and not found.plan.keep
+    with pytest.raises(InfeasibleError, match=r"in 1 trials\. Allow fewer bits \(budget.bits\), give train"):
+        run("small", Budget(size_bytes=400), trials=1)
+
+
 def test_without_a_budget_nothing_is_pruned(job: dict, tmp_path: Path) -> None:
     result = call(job, tmp_path / "run", budget=None)
     assert [r.cell["stage"] for r in result.records] == ["examine", "dense", "int8", "verdict"]

@@ -17,7 +17,7 @@ from paredown.pipeline.compress import task_of
 from paredown.pipeline.fitted import widths_of
 from paredown.pipeline.kept_sensitivity import kept_bits
 from paredown.pipeline.sensitivity import Sensed, sensitivity
-from paredown.pipeline.ways import Here, Way
+from paredown.pipeline.ways import Here, Way, check_ways
 from paredown.program import capture
 from paredown.recipe import Recipe, load_recipe
 from paredown.recipe_fields import Level
@@ -214,6 +214,18 @@ def test_masks_are_measured_per_weight(tmp_path: Path) -> None:
     assert {n: [*p] for n, p in rows(found, "units").items()} == {"0.weight": [96], "2.weight": [192], "4.weight": [24]}
 
 
+def test_an_amount_said_twice_and_one_that_the_granularity_fixes_are_one_amount(tmp_path: Path) -> None:
+    """A row without a point for every amount is continued along straight lines: here none is missing."""
+    once = sensed(tmp_path / "once", amounts=(0.5,), bits=()).document["units"]
+    twice = sensed(tmp_path / "twice", amounts=(0.5, 0.5), bits=()).document["units"]
+    assert twice == once and "straight lines" not in once["sentence"]
+    fixed = sensitivity(recipe_of(granularity="2:4"), out=tmp_path / "fixed", quiet=True, bits=()).document["units"]
+    assert {p["at"] for r in fixed["rows"] for p in r["points"]} == {50.0}
+    for row in fixed["rows"]:
+        assert not row["continued"] and row["mean_distance"] == row["points"][0]["distance"]
+    assert "straight lines" not in fixed["sentence"]
+
+
 # ------------------------------------------------------------------------------------------------ read by an allocation
 
 
@@ -268,6 +280,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     way, here = way_of(recipe_of(allocation="greedy", sensitivity=str(tmp_path / "bits")), tmp_path, Level(macs=0.6))
     with pytest.raises(UsageError, match="bits alone"):
         way.plan(here)
+
+
+@pytest.mark.parametrize("text", [None, "", "no record\n", '{"cell": 1}\n', "[]\n"])
+def test_a_folder_of_something_else_is_refused_before_any_work(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "records.jsonl").write_text(text)
+    recipe = recipe_of(allocation="greedy", sensitivity=str(tmp_path), levels=[{"macs": 0.6}])
+    with pytest.raises(UsageError, match="that `paredown sensitivity` finished"):
+        check_ways(recipe, task_of(recipe)[0])
 
 
 def test_a_recipe_without_the_key_has_the_digest_that_it_had(tmp_path: Path) -> None:

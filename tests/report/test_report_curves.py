@@ -19,8 +19,9 @@ import pytest
 from curve_records import head, sweep, trial
 from paredown.errors import RejectedError
 from paredown.records import Record
-from paredown.report.curve_document import curve_document, curve_view
+from paredown.report.curve_document import curve_document
 from paredown.report.curve_figures import ticks
+from paredown.report.curve_view import curve_view
 from paredown.report.curves import render_curve, write_curve_report
 
 MEASURED = {0.75: [98.4, 98.2, 98.6], 0.5: [98.0, 97.8, 97.9], 0.25: [92.0, 94.0, 90.0]}
@@ -118,8 +119,130 @@ def test_the_strip_claims_nothing_over_what_is_not_comparable() -> None:
     assert "bought" not in strip
     found += [trial("thin", 0.5, s, 95.0, 95.5, steps=1000) for s in range(3)]
     strip = strip_of(render_curve([head(cells=len(found)), *found]))
-    assert "</strong> At the sweet spot (0.5 remains, l1 one-shot), pruning bought" in strip
+    assert "<li>At the sweet spot (0.5 remains, l1 one-shot), pruning bought" in strip
     assert f"{badge} Not comparable (it was trained for 500 steps" in strip and strip.count(badge) == 1
+
+
+def controls(amount: float, test: float, *, steps: int = 1000, kind: str = "thin") -> list[Record]:
+    return [trial(kind, amount, s, 90.0, test + s / 10, steps=steps) for s in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("added", "answer"),
+    [
+        (controls(0.5, 90.0), "Not a uniformly thinner dense network: pruning is better."),
+        ([*controls(0.5, 90.0), *controls(0.5, 90.5, kind="scratch")], "No: pruning is better."),
+        ([*controls(0.5, 90.0), *controls(0.5, 97.8, kind="scratch")], "No difference shows."),
+        (controls(0.5, 99.5), "Yes: a dense one is better."),
+        (controls(0.5, 97.8), "No difference shows."),
+        (controls(0.5, 90.0, steps=100), "Not answered: no dense network here compares."),
+        (controls(0.75, 90.0), "Not tested at the sweet spot."),
+        ([trial("random", 0.5, s, 90.0, 90.0) for s in range(3)], "Not tested."),
+    ],
+)
+def test_the_dense_question_is_answered_in_a_few_words(added: list[Record], answer: str) -> None:
+    strip = strip_of(render_curve([head(cells=12), *sweep(MEASURED, DENSE), *added]))
+    assert f"Would a smaller dense network have done as well?</strong> {answer}</p>" in strip
+
+
+def test_controls_that_stand_elsewhere_are_not_tested_at_the_sweet_spot() -> None:
+    found = [*sweep(MEASURED, DENSE), *controls(0.75, 90.0), *controls(0.25, 90.0)]
+    untested = strip_of(render_curve([head(cells=15), *found])).partition("not tested</span>")[2]
+    assert "all controls at the sweet spot, 0.5 (curve.controls.amounts)" in untested
+    untested = strip_of(render_curve(records())).partition("not tested</span>")[2]
+    assert "all controls at the sweet spot" not in untested
+
+
+def test_few_seeds_are_told_before_anyone_relies_on_their_intervals() -> None:
+    assert "3 seeds: an interval called 95 % is then the range of the seeds" in render_curve(records())
+    five = sweep({0.5: [98.0, 98.1, 98.2, 98.3, 98.4]}, [98.5] * 5)
+    assert "interval called 95 %" not in render_curve([head(cells=10, seeds=[*range(5)]), *five])
+    assert "interval called 95 %" not in render_curve([head(cells=2, seeds=[0]), *sweep({0.5: [99.0]}, [98.5])])
+
+
+@pytest.mark.parametrize(
+    ("here", "held", "tested", "known"),
+    [(False, 99.8, 91.7, True), (True, 99.8, 91.7, False), (False, 92.0, 91.7, False), (False, 91.7, 99.8, False), (None, 99.8, 91.7, False)],
+)  # fmt: skip
+def test_held_out_data_that_a_trained_base_has_seen_are_told(
+    here: bool | None, held: float, tested: float, known: bool
+) -> None:
+    found = sweep({0.5: [held - 1.0] * 3}, [held] * 3, test={0.5: [tested - 0.4] * 3})
+    for number, record in enumerate(found):
+        if record.cell["kind"] == "base":
+            ends = {"held_out": held, "metric": tested}
+            told = {
+                k: dataclasses.replace(record.measured[k], value=v, low=v - 0.5, high=v + 0.5) for k, v in ends.items()
+            }
+            own = {} if here is None else {"trained_here": here}
+            found[number] = dataclasses.replace(
+                record, measured={**record.measured, **told}, details={**record.details, **own}
+            )
+    text = re.sub(r"\s+", " ", Page(render_curve([head(cells=6), *found])).text)
+    assert ("seems to have been trained on the held-out data: 99.80 % there, 91.70 % on test data" in text) is known
+    assert ("(here 1.00 points and, on test data, 0.40 points)" in text) is known
+
+
+def test_an_interval_without_width_is_no_certainty() -> None:
+    strip = strip_of(render_curve(records()))
+    assert "chosen in every resampling of the 3 seeds" in strip
+    assert "<small>95 % interval 50.0 to 50.0 %" not in strip
+
+
+def test_amounts_say_what_they_are_of_and_schedules_what_they_do() -> None:
+    found = records()
+    assert "amount 0.5 in the recipe" in strip_of(render_curve(found))
+    for record in found[1:]:
+        if record.cell["kind"] == "pruned":
+            record.details["reached"] = {"budget": {"macs": record.cell["amount"]}}  # type: ignore[index]
+    page = re.sub(r"\s+", " ", render_curve(found))
+    assert "0.5 of the MACs remain, by the recipe" in page and "“remains” is the recipe's amount, of the MACs." in page
+    assert "<b>one-shot</b>, everything leaves at once" in page and "<b>multi-level</b>, in two levels" in page
+    assert "<b>lottery</b>" not in page
+
+
+def test_controls_that_flatten_the_lines_leave_room_for_a_closer_look() -> None:
+    assert "without the dense controls" not in render_curve(records())
+    low = [trial(kind, 0.5, s, 40.0, 40.0 + s / 10, steps=1000) for kind in ("scratch", "thin") for s in range(3)]
+    near = Page(render_curve([head(cells=18), *sweep(MEASURED, DENSE), *low]))
+    assert sum(tag == "figure" for tag, _ in near.tags) == 7
+    rows = near.csv("curve-sparsity-test-closer.csv")[1:]
+    assert {r[0] for r in rows} == {"l1 one-shot"} and len(rows) == 4
+    assert len(near.csv("curve-sparsity-test.csv")) == 1 + 4 + 2 * 2
+
+
+def test_the_limit_is_drawn_where_it_is_held_against_the_lines() -> None:
+    levels = [a for tag, a in Page(render_curve(records())).tags if a.get("class") == "level"]
+    assert len(levels) == 1
+    (at,) = re.findall(r"M52 ([\d.]+)H", str(levels[0]["d"]))
+    first = render_curve(records()).partition("</svg>\n<figcaption")[0]
+    (top, high), (low_at, low) = [
+        (float(y) - 4, float(v)) for y, v in re.findall(r'y="([\d.]+)" text-anchor="end">(\d+)</text>', first)
+    ][:2]
+    value = high + (float(at) - top) * (low - high) / (low_at - top)
+    assert value == pytest.approx(np.mean(DENSE) - 1.0, abs=0.02)  # what is told at a height, by the ticks
+    assert not re.search('class="level"', render_curve(records(limit=None)))
+
+
+def test_words_at_the_sweet_spot_stand_where_nothing_is_drawn() -> None:
+    from paredown.report.curve_figures import Dot, Mark, Series, chart
+
+    def dots(*places: tuple[float, float]) -> tuple[Dot, ...]:
+        return tuple(Dot(x=x, y=y, low=y - 1, high=y + 1, told="") for x, y in places)
+
+    falling = Series(name="a", dots=dots((0, 90), (20, 20), (40, 20)))
+    drawn = chart([falling], x_title="x", y_title="y", alt="", mark=Mark(x=20, y=20, low=None, high=None)).markup
+    (x, y, side) = re.findall(r'class="spotted" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"', drawn)[0]
+    left = float(x) - 96 if side == "end" else float(x)
+    ring = re.findall(r'class="ring" cx="([\d.]+)" cy="([\d.]+)"', drawn)[0]
+    assert not (left < float(ring[0]) < left + 96 and abs(float(y) - float(ring[1])) < 9)
+    assert float(y) < 240  # the line runs along the bottom
+
+
+def test_the_file_to_ship_says_its_own_figure_beside_the_means() -> None:
+    strip = strip_of(render_curve(records()))
+    assert "98.00 % on test data; the figures above are means over 3 seeds" in strip
+    assert "60.0 % smaller" not in strip and "50.0 % fewer MACs" in strip and "dense 0.402 MB" in strip
 
 
 def test_a_control_of_another_lines_shape_says_whose() -> None:
@@ -192,6 +315,8 @@ def test_no_script_no_network_and_valid_structure(page: Page) -> None:
     assert len(ids) == len(set(ids))
     targets = {str(a["href"])[1:] for tag, a in page.tags if tag == "a" and str(a.get("href", "")).startswith("#")}
     assert targets <= set(map(str, ids))
+    files = [str(a.get("aria-label")) for tag, a in page.tags if tag == "a" and "download" in a]
+    assert len(files) == len(set(files)) and all(f.startswith("CSV") for f in files), "links are told apart by name"
     assert "default-src 'none'" in source
     assert len(source) < 300_000
 
@@ -268,6 +393,8 @@ def test_ten_thousand_trials_give_a_small_page_in_seconds(tmp_path: Path) -> Non
 
 def test_the_document_is_plain_json_with_what_remains_and_what_was_removed() -> None:
     document = curve_document(records(failed=True))
+    assert document["dense_answer"] == "No: pruning is better." and "latency (curve.latency)" in document["not_tested"]
+    assert document["doubts"][0].startswith("3 seeds: ")
     assert document["trials"]["failed"] == 1
     assert {line["name"] for line in document["lines"]} >= {"l1 one-shot", "a random criterion"}
     point = document["lines"][0]["points"][-1]
@@ -281,6 +408,13 @@ def test_the_document_is_plain_json_with_what_remains_and_what_was_removed() -> 
 def test_other_records_are_refused(bad: list[Record]) -> None:
     with pytest.raises(RejectedError, match="must begin with the record that describes it"):
         curve_view(bad)
+
+
+def test_a_journal_whose_last_line_is_gone_is_refused() -> None:
+    """A torn line is not read: what is left would be a curve of other seeds."""
+    found = [head(cells=9), *sweep(MEASURED, DENSE)]
+    with pytest.raises(RejectedError, match=r"Got none of seed 2 for l1 one-shot, 0\.25\. Restore records\.jsonl"):
+        curve_view(found[:-1])
 
 
 def test_an_edited_journal_is_refused() -> None:

@@ -136,6 +136,8 @@ def test_page_is_whole_and_harmless() -> None:
     assert boxes and all(a["tabindex"] == "0" and a["role"] == "region" for a in boxes), "tables scroll by keyboard"
     ids = [a["id"] for _, a in shown.tags if "id" in a]
     assert len(ids) == len(set(ids))
+    files = [a.get("aria-label") or a["download"] for t, a in shown.tags if t == "a" and "download" in a]
+    assert len(files) > 5 and len(files) == len(set(files)), "a list of links tells one CSV from another"
     for _, a in shown.tags:
         if (a.get("href") or "").startswith("#"):
             assert a["href"][1:] in ids  # type: ignore[index]
@@ -327,6 +329,43 @@ def test_slower_int8_is_said_and_not_recommended_for_speed() -> None:
     run[4] = dataclasses.replace(run[4], measured=no_ratio)
     assert "slower than the dense FP32 file: not recommended on latency grounds" in Page(render(run)).text
     assert "not recommended on latency grounds" not in Page(render(sample())).text
+
+
+@pytest.mark.parametrize(
+    ("goal", "change", "bounds", "said"),
+    [
+        ("max", -5.0, [], "has one beyond the noise: −5.00 points of accuracy (budget.metric_loss"),
+        ("max", -0.2, [], ""),
+        ("max", 5.0, [], ""),
+        ("min", 5.0, [], "has one beyond the noise: +5.00 points of accuracy"),
+        ("max", -5.0, [{"what": "metric_loss", "bound": 9.0, "value": 5.0, "unit": "%", "met": True, "badge": "measured"}], ""),
+    ],
+)  # fmt: skip
+def test_a_loss_that_nobody_ruled_out_is_said_beside_the_recommended_file(
+    goal: str, change: float, bounds: list[dict[str, Any]], said: str
+) -> None:
+    run = sample()
+    own = Measured(value=change, unit="%", low=change - 0.5, high=change + 0.5, n=540)
+    run[4] = dataclasses.replace(run[4], measured={**run[4].measured, "metric_change": own})
+    metric = {**run[-1].details["metric"], "goal": goal}
+    run[-1] = dataclasses.replace(run[-1], details={**run[-1].details, "bounds": bounds, "metric": metric})
+    text = re.sub(r"\s+", " ", Page(render(run)).text)
+    assert (said in text) if said else ("No loss was ruled out" not in text)
+
+
+def test_a_float_file_that_is_faster_than_the_one_in_codes_is_named() -> None:
+    run = sample()
+    fast = {**run[4].measured, "speedup": Measured(value=8.0, unit="×", low=7.9, high=8.1, timing=True)}
+    run[4] = dataclasses.replace(run[4], measured=fast)
+    assert "Where time decides" not in Page(render(run)).text
+    quick = {**run[3].measured, "speedup": Measured(value=9.0, unit="×", low=8.8, high=9.2, timing=True)}
+    run[3] = dataclasses.replace(run[3], measured=quick)
+    text = re.sub(r"\s+", " ", Page(render(run)).text)
+    assert "(level-2.onnx) is the faster file on this machine: × 9.00 the speed of dense, this one × 8.00;" in text
+    assert "Where time decides, take that one." in text
+    close = {**quick, "speedup": Measured(value=9.0, unit="×", low=0.5, high=9.2, timing=True)}
+    run[3] = dataclasses.replace(run[3], measured=close)
+    assert "Where time decides" not in Page(render(run)).text
 
 
 def test_a_gain_inside_the_noise_is_called_so() -> None:

@@ -16,6 +16,8 @@ from paredown.cli import main
 from paredown.errors import MissingError, RejectedError, UsageError
 from paredown.records import Measured, Record
 from paredown.report.trackers import EVENTS, to_mlflow, to_tensorboard
+from paredown.search.damage import Damage, Hurt, record_of
+from paredown.search.probe import Seen
 
 LOSSES = [(1, 0.9), (2, 0.5), (3, 0.25)]
 
@@ -129,6 +131,20 @@ def test_tensorboard_has_a_run_for_each_trial_and_a_mark_for_a_failed_one(tmp_pa
     to_tensorboard(folder(tmp_path / "run", again), tmp_path / "events")
     assert sorted((tmp_path / "events").rglob("*")) == before
     assert read_back(files[1].parent)["measured/metric"] != told[1][0]["measured/metric"]
+
+
+def test_tensorboard_has_a_run_for_each_point_of_a_sensitivity(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    damages = [Damage(kind="units", name="conv.weight[0]", kept=kept, of=8) for kept in (6, 4)]
+    damages.append(Damage(kind="bits", name="conv.weight", kept=4, of=32))
+    seen = [Seen(metric=1.5, distance=0.25), Seen(metric=3.5, distance=0.5), Seen(metric=0.0, distance=0.125)]
+    points = [record_of(Hurt(damage=d, seen=s), "key", "%", "nats", 100) for d, s in zip(damages, seen, strict=True)]
+    cell = {"stage": "sensitivity", "title": "Sensitivity", "recipe_digest": "ab" * 32, "task": "digits"}
+    files = to_tensorboard(folder(tmp_path / "run", [Record(cell=cell), *points]), tmp_path / "events")
+    assert len({*files}) == 3
+    assert [read_back(f.parent)["measured/distance"] for f in files] == [[(0, s.distance)] for s in seen]
+    assert files[0].parent.name.startswith("units-conv.weight-0-6-of-8-")
+    assert to_tensorboard(tmp_path / "run", tmp_path / "events") == files
 
 
 # -------------------------------------------------------------------------------------------------------------- MLflow

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from paredown.errors import UsageError
+from paredown.errors import InfeasibleError, UsageError
 from paredown.search.asking import search_by_asking, undominated
 from paredown.search.lines import fitted
 
@@ -76,6 +77,37 @@ def test_fault_89_a_trial_that_fails_is_marked_not_zero(asker, tmp_path):
     assert {t.why for t in failed} <= {"ValueError: no such way", "the losses are (nan,)"}
     assert any(t.losses for t in found)
     assert undominated([t.losses for t in found]) == [min((i for i, t in enumerate(found) if t.losses), key=lambda i: found[i].losses)]  # fmt: skip
+
+
+def test_a_trial_that_missed_a_limit_says_the_reason_and_keeps_no_network():
+    import gc
+    import weakref
+
+    alive = []
+
+    def fails(values):
+        network = np.zeros(1000)
+        alive.append(weakref.ref(network))
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise InfeasibleError("macs must be at most 5. Got 7.", advice="Ask for more.") from error
+
+    (trial,) = search_by_asking({"x": (0.0, 1.0)}, fails, trials=1)
+    gc.collect()
+    assert trial.why == "macs must be at most 5. Got 7."
+    assert isinstance(trial.error, InfeasibleError) and trial.error.advice == "Ask for more."
+    assert alive[0]() is None
+    assert trial.error.__traceback__ is not None  # where it was
+
+
+def test_fault_91_the_front_of_ten_thousand_trials_is_quick():
+    points = [tuple(map(float, p)) for p in np.random.default_rng(0).random((10_000, 3))]
+    start = time.process_time()
+    found = undominated(points)
+    assert time.process_time() - start < 5
+    assert len(found) > 20
+    assert found == sorted(found)
 
 
 def test_the_front_is_what_no_other_beats():

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hazards import HAZARDS
-from paredown.allocate import allocate
+from paredown.allocate import Latency, allocate
 from paredown.budget import Budget
 from paredown.couple import couple
-from paredown.errors import InfeasibleError, UsageError
+from paredown.errors import InfeasibleError, NothingToDo, UsageError
 from paredown.examine import examine
 from paredown.export import export
 from paredown.measure.layer_tables import AT_ONCE, Setting
@@ -117,6 +117,16 @@ def test_a_convolution_on_the_frames_of_a_clip_is_left_out():
     layers, cost = layers_and_cost(Frames(), torch.randn(2, 6, 3, 8, 8))
     assert {name: shape.positions for name, shape in layers.items()} == {"head": (6,)}
     assert layers["head"].macs == 6 * 8 * 5 < cost.macs
+
+
+def test_convolutions_that_keep_the_size_are_timed_where_both_sides_are_alike():
+    same = {"padding": "same", "dilation": 2}
+    net = nn.Sequential(nn.Conv2d(3, 16, (3, 5), **same), nn.Conv2d(16, 8, 3, padding="valid"), nn.Conv2d(8, 8, 4, **same))
+    layers, _ = layers_and_cost(net, torch.randn(2, 3, 12, 12))
+    assert {name: shape.padding for name, shape in layers.items()} == {"0": (2, 4), "1": (0, 0), "2": (3, 3)}
+    net[2] = nn.Conv2d(8, 8, 4, padding="same")  # one more on one side
+    layers, _ = layers_and_cost(net, torch.randn(2, 3, 12, 12))
+    assert list(layers) == ["0", "1"]
 
 
 def test_of_a_fixed_batch_every_layer_is_there_with_one_sample():
@@ -239,6 +249,39 @@ def test_of_two_allocations_that_hold_the_one_that_moves_the_output_less_is_take
     assert alone.plan.made_by["allocation"] == "knapsack" and {r.by for r in alone.rounds} == {"knapsack"}
 
 
+@pytest.mark.parametrize("name", ["parameters", "macs", "size_bytes"])
+@pytest.mark.parametrize("share", [0.9995, 0.99])
+def test_a_limit_just_below_what_is_there_is_met_by_the_smallest_step(given, search, name, share):
+    """An allocation comes within a percent, so that to keep all is nearest; a limit is a bound."""
+    whole = {**dataclasses.asdict(given[2]), "size_bytes": search.dense.size_bytes}[name]
+    met = meet(dataclasses.replace(search, asked={name: share * whole}))
+    assert 0.85 * whole <= met.chosen.measured[name] <= share * whole
+
+
+def test_an_allocation_that_finds_nothing_leaves_it_to_the_others(given, search):
+    """Sensitivities at counts that alignment does not allow say nothing, and one share everywhere needs none."""
+    name = given[1].spaces[0].name
+    blind = dataclasses.replace(
+        search, asked={"macs": 0.5 * search.cost.macs}, also=["uniform"], joint=lambda plan: 0.1,
+        options={"allocation": "knapsack", "sensitivity": {name: {31: 0.1}}},
+    )  # fmt: skip
+    assert meet(blind).chosen.by == "uniform"
+    with pytest.raises(NothingToDo, match="sensitivities must cover"):
+        meet(dataclasses.replace(blind, also=[]))
+
+
+def test_fault_86_an_output_that_is_not_finite_is_never_the_better_one(given, search):
+    seen = dict.fromkeys((s.name for s in given[1].spaces), {0.5: 0.1, 0.25: 0.2})
+    by_both = dataclasses.replace(
+        search, asked={"macs": 0.5 * search.cost.macs}, also=["uniform"],
+        joint=lambda plan: float("nan") if plan.made_by["allocation"] == "knapsack" else 0.3,
+        options={"allocation": "knapsack", "sensitivity": seen},
+    )  # fmt: skip
+    met = meet(by_both)
+    assert met.chosen.by == "uniform"
+    assert {r.error for r in met.rounds} == {None, 0.3}  # what a record can write
+
+
 def test_bytes_of_half_a_file_in_float_are_not_pruned_to_the_floor(given, search):
     """A parameter takes four bytes here, where eight bits would lead to expect one; without expectation the first file says it."""
     dense = search.dense.path.stat().st_size
@@ -299,6 +342,23 @@ def test_a_search_that_was_stopped_reads_its_journal(search, tmp_path):
         meet(dataclasses.replace(mine, make=never, key="another"))
 
 
+def test_a_journal_with_a_line_that_says_nothing_keeps_the_others(search, tmp_path):
+    mine = dataclasses.replace(search, asked={"size_bytes": 0.5 * search.dense.size_bytes}, folder=tmp_path)
+    first, made = meet(mine), []
+    journal = tmp_path / "search.jsonl"
+    lines = journal.read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 1
+    lines[0] = '{"cell": {}, "measured": []}'
+    journal.write_text("\n".join(lines) + "\n" + lines[-1][:40], encoding="utf-8")
+
+    def make(plan, path):
+        made.append(plan)
+        return search.make(plan, path)
+
+    assert meet(dataclasses.replace(mine, make=make)).chosen == first.chosen
+    assert made == [None]
+
+
 def test_counts_need_no_file_and_are_kept_exactly(search):
     def never(plan, path):
         raise AssertionError("made")
@@ -324,6 +384,14 @@ def test_latency_takes_turns_with_the_dense_file(given, search, tmp_path, monkey
     assert sum(shares.values()) == pytest.approx(1.0)
     with pytest.raises(InfeasibleError, match=r"latency must be at most 0\.0001 × dense"):
         meet(dataclasses.replace(mine, asked={"latency": 1e-4}, rounds=1))
+
+
+def test_without_a_layer_that_is_timed_alone_latency_follows_the_counts(search, tmp_path):
+    """Else the table is the same for every plan, and the least that floor and alignment allow would be taken at once."""
+    mine = dataclasses.replace(search, asked={"latency": 0.7}, table=Latency(), folder=tmp_path)
+    lines = mine.lines([Round(number=0, plan=None, foreseen={}, measured={"latency": 1.0}, holds=False)])
+    plan, least = mine.allocated(lines, {"latency": 0.7})
+    assert not least and plan.made_by["reached"]["macs"] == pytest.approx(0.7 * search.cost.macs, rel=0.1)
 
 
 def test_memory_is_that_of_a_process(search, tmp_path):

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from paredown.errors import InfeasibleError
-from paredown.records import Measured, Record, write_text
+from paredown.records import Measured, Record, append_line, write_text
 from paredown.sweep.local import RESULT, write_result
+
+
+def prepare() -> None:
+    """As a library that reports what it loads and ends no line."""
+    print("loading ... ", end="")
 
 
 def main(request: Mapping[str, Any], emit: Callable[[Mapping[str, Any]], None]) -> None:
@@ -37,7 +42,9 @@ def main(request: Mapping[str, Any], emit: Callable[[Mapping[str, Any]], None]) 
         "seconds": Measured(value=time.perf_counter(), unit="s", timing=True),
         "threads": Measured(value=int(os.environ["OMP_NUM_THREADS"]), unit=""),
     }
-    write_result(place, Record(cell={k: v for k, v in cell.items() if k != "recipe"}, measured=measured))
+    about = {"versions": request["versions"]}
+    told = {k: v for k, v in cell.items() if k != "recipe"}
+    write_result(place, Record(cell=told, measured=measured, environment=about))
 
 
 def hash_of(digest: str) -> float:
@@ -52,6 +59,8 @@ def _misbehave(how: str) -> None:
     if how == "refuse":
         msg = "nothing is left to remove"
         raise InfeasibleError(msg)
+    if how == "disk full":
+        append_line(Path("/dev/full"), "a checkpoint")
     if how == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     if how == "exit":

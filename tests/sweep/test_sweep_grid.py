@@ -193,6 +193,16 @@ def test_a_random_criterion_needs_no_random_control() -> None:
         ({"amounts": [0.5], "seeds": [1, 1]}, {}, "each cell once. Got 1"),
         ({"amounts": [0.5], "methods": ["l1", "l1"]}, {}, "each cell once. Got l1"),
         ({"amounts": [0.5], "methods": ["l1", {"name": "again", "criterion": "l1"}]}, {}, "which do the same"),
+        (
+            {"amounts": [0.5], "methods": ["l1", {"name": "again", "criterion": "l1"}], "schedules": ["from-scratch"]},
+            {},
+            "which do the same",
+        ),
+        (
+            {"amounts": [0.5], "by": "channels", "methods": ["l1", {"factorize": "svd"}]},
+            {},
+            "curve.by must be parameters or macs for low rank. Got 'channels' with svd",
+        ),
         ({"amounts": [0.5], "schedules": ["oneshot"]}, {}, "Did you mean 'one-shot'"),
         ({"amounts": [0.5], "controls": {"kinds": ["thick"]}}, {}, "Did you mean 'thin'"),
         ({"amounts": [0.5], "controls": {"amounts": [0.4]}}, {}, "must be among curve.amounts"),

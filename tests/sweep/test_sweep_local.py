@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from paredown.errors import Interrupted, UsageError
+from paredown.errors import Interrupted, ResourceError, UsageError
 from paredown.recipe import parse_recipe
 from paredown.records import Record
 from paredown.sweep import Cell, grid
@@ -30,6 +30,7 @@ from paredown.sweep.local import (
     run_missing,
     trial_folder,
 )
+from paredown.sweep.trials import of_other_versions
 
 VERSIONS = {"paredown": "1", "torch": "2"}
 HERE = Path(__file__).parent
@@ -108,7 +109,8 @@ def test_every_cell_gets_a_record_and_nothing_runs_twice(tmp_path: Path) -> None
     assert len(found) == len(some) == 14
     ends = [e for e in events if e.what == "ends"]
     assert len(ends) == 14
-    assert any(e.what == "goes on" and e.told.get("training") == "counting" for e in events)
+    begun = [e for e in events if e.what == "goes on" and e.told == {"training": "counting", "done": 0, "of": 3}]
+    assert len(begun) == 14  # the first of each process too, behind what its libraries print
     for end in ends:
         assert end.outcome is not None and end.outcome.record is not None
         assert end.outcome.record.cell["digest"] == end.cell.digest
@@ -161,12 +163,35 @@ def test_a_trial_has_the_threads_it_is_given(tmp_path: Path) -> None:
     assert {r["measured"]["threads"]["value"] for r in untimed(tmp_path, some).values()} == {2}
 
 
+def test_all_servers_are_told_to_end_before_any_is_waited_for() -> None:
+    """One that still imports takes its seconds: one after the other, Ctrl-C would take them as often as there are processes."""
+    told: list[str] = []
+
+    class Server:
+        cell = None
+
+        def leave(self) -> None:
+            told.append("leave")
+
+        def close(self, seconds: float = 5) -> None:
+            told.append("close")
+            assert seconds <= 5
+
+    servers: Any = [Server(), Server(), Server()]
+    order: Any = SimpleNamespace(machine=machine(processes=3))
+    _Sweep(order=order, slots=servers).stop()
+    assert told == ["leave"] * 3 + ["close"] * 3
+
+
 def test_other_versions_are_other_results(tmp_path: Path) -> None:
     some = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": []})
     run_missing(some, tmp_path, VERSIONS, machine())
     other = {**VERSIONS, "torch": "3"}
     assert read_results(some, tmp_path, other) == {}
+    assert of_other_versions(some, tmp_path, other) == (2, {"torch": ("2", "3")})
+    assert of_other_versions(some, tmp_path, VERSIONS) == (0, {})
     run_missing(some, tmp_path, other, machine())
+    assert of_other_versions(some, tmp_path, other) == (0, {})
     assert len((tmp_path / JOURNAL).read_text().splitlines()) == 4
 
 
@@ -232,6 +257,19 @@ def test_what_needs_a_failed_trial_is_not_run_and_comes_with_its_retry(
     monkeypatch.delenv("MISDEEDS")
     run_missing(some, tmp_path, VERSIONS, machine(), retry=True)
     assert {o.status for o in read_results(some, tmp_path, VERSIONS).values()} == {"done"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_sweep_and_marks_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every trial after it would fail, within seconds, and stay marked."""
+    some = cells(seeds=(0,), controls={"kinds": []})
+    misdeeds(monkeypatch, **{"pruned_0.75_0": "disk full"})
+    with pytest.raises(ResourceError, match=r"/dev/full must be writable. Got No space left.*same command goes on"):
+        run_missing(some, tmp_path, VERSIONS, machine(processes=1))
+    assert [o.status for o in read_results(some, tmp_path, VERSIONS).values()] == ["done"]
+    monkeypatch.delenv("MISDEEDS")
+    run_missing(some, tmp_path, VERSIONS, machine(processes=1))
+    assert [o.status for o in read_results(some, tmp_path, VERSIONS).values()] == ["done"] * 3
 
 
 @pytest.mark.parametrize("bad", [{"processes": 0}, {"processes": -1}])
@@ -335,6 +373,25 @@ def test_a_torn_journal_loses_nothing(tmp_path: Path, finished: Path, tear: str)
     assert untimed(tmp_path, some) == wanted
     assert all(json.loads(line)["key"] for line in journal.read_text().splitlines() if "not json" not in line)
     assert len(journal.read_text().splitlines()) >= len(some)
+
+
+@pytest.mark.parametrize("damage", ["empty result", "half a result", "odd line"])
+def test_what_is_damaged_is_made_again(tmp_path: Path, finished: Path, damage: str) -> None:
+    some, events = cells(), []
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    journal, lost = tmp_path / JOURNAL, some[-1]
+    result = trial_folder(tmp_path, lost.digest, VERSIONS) / "result.json"
+    lines = [line for line in journal.read_text().splitlines() if lost.digest not in line]
+    if damage == "odd line":
+        key = key_of_trial(lost.digest, VERSIONS)
+        lines += [json.dumps({"key": key}), json.dumps({"key": key, "status": "done", "record": {"cell": {}}})]
+        result.unlink()
+    else:
+        result.write_bytes(b"" if damage == "empty result" else result.read_bytes()[:40])
+    journal.write_text("".join(line + "\n" for line in lines))
+    run_missing(some, tmp_path, VERSIONS, machine(processes=1), progress=events.append)
+    assert [e.cell.digest for e in events if e.what == "ends"] == [lost.digest]
+    assert untimed(tmp_path, some) == untimed(finished, some)
 
 
 def test_ten_thousand_trials_are_read_in_seconds(tmp_path: Path) -> None:

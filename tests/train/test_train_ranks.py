@@ -134,6 +134,7 @@ def test_each_rank_has_its_own_samples_and_its_own_dropout(run: Path, told: list
 def test_buffers_are_those_of_rank_0(run: Path, told: list[dict[str, Any]]) -> None:
     buffers, _ = left(run, "observed")
     assert int(buffers["seen"]) == sum(map(len, told[0]["ids"])) == 44
+    assert buffers["short"].dtype == torch.int16 and bool((buffers["short"] == 44).all())
     assert float(buffers["smallest"]) < -2
     assert int(buffers["norm.num_batches_tracked"]) == 8
 

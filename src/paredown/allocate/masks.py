@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from paredown.allocate.levels import weight_floors
 from paredown.allocate.meter import rates
-from paredown.allocate.request import Request
+from paredown.allocate.request import FIX, Request
 from paredown.allocate.search import TOLERANCE
 from paredown.allocate.select import Bools, Cells, cut, kept_in_rows, rounded
 from paredown.allocate.shares import Curve, by_price, equal_increase, erk, in_whole_numbers, scaled
@@ -137,7 +137,7 @@ def allocate_masks(request: Request) -> Plan:
         return _finished(task, {w.name: request.granularity.keep_n_of_m(w.scores) for w in task.weights})
     if task.removed - task.removable > TOLERANCE * task.total:
         nearest = _finished(task, _kept(replace(task, removed=task.removable), at_floor=True))
-        raise InfeasibleError(_infeasible(task, nearest), nearest=nearest)
+        raise InfeasibleError(_infeasible(task, nearest), nearest=nearest, advice=FIX)
     plan = _finished(task, _kept(replace(task, removed=min(task.removed, task.removable))))
     if not plan.masks:
         msg = f"a plan must remove something. Got {request.budget.given()}, to which keeping every weight is nearest."
@@ -447,11 +447,11 @@ def _measured(
     if float(amounts @ floor) > target + TOLERANCE * float(amounts.sum()):
         msg = (
             f"{task.unit} must be reducible by {task.removed:,}. Got {round(float(amounts @ (1 - floor))):,} at the densities "
-            f"that were measured ({len(unmeasured)} weights were not). Measure smaller amounts, or ask for more."
+            f"that were measured ({len(unmeasured)} weights were not)."
         )
         numel = np.array([w.numel for w in task.weights])
         nearest = _finished(task, _chosen(task, np.floor(numel * (1.0 - floor) + 1e-9).astype(np.int64)))
-        raise InfeasibleError(msg, nearest=nearest)
+        raise InfeasibleError(msg, nearest=nearest, advice="Measure smaller amounts, or ask for more.")
     if task.request.allocation == "sensitivity":
         shares = equal_increase(curves, amounts, floor, target)
     else:
@@ -509,7 +509,4 @@ def _infeasible(task: _Task, nearest: Plan) -> str:
     got = {"density": reached["kept"], "parameters": reached["nonzero_parameters"], "macs": reached["effective_macs"]}
     because = f"floor={task.made['floor']}" + (f", {len(task.left_out)} weights left out" if task.left_out else "")
     what = {"density": "weights that stay", "parameters": "parameters that are not zero", "macs": "effective MACs"}
-    return (
-        f"{what[task.unit]} must be reducible to {_asked(task):,}. Got {got[task.unit]:,} at the least ({because}). "
-        "Lower the floor, exclude less, or ask for more."
-    )
+    return f"{what[task.unit]} must be reducible to {_asked(task):,}. Got {got[task.unit]:,} at the least ({because})."

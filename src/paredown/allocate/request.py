@@ -24,6 +24,8 @@ Floor = float | Mapping[str, float]
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "global", "erk", "sensitivity", "greedy", "knapsack")
 MEASURED = ("sensitivity", "greedy", "knapsack")
 """Allocations that read a table of sensitivities."""
+FIX = "Lower the floor, exclude less, or ask for more."
+"""What to do where an amount is out of reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,6 +115,11 @@ class Latency:
     scale: float = 1.0
     """What the layers' sum is multiplied by: what files of this network said (search.latency_model)."""
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether a table says what fewer units take."""
+        return bool(self.by_space) or any(layer.writes.per or layer.reads.per for layer in self.layers)
+
     def total(self, units: Mapping[str, int], kept: Mapping[str, NDArray[np.int64] | Floats]) -> Floats:
         """Milliseconds of all for the counts that each space keeps, of any one shape."""
         parts = [np.asarray(self.of(name, kept[name])) for name in self.by_space]

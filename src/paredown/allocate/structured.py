@@ -14,7 +14,7 @@ from paredown.allocate.amounts import Amounts
 from paredown.allocate.levels import Levels, Protected, floors, levels, protected
 from paredown.allocate.measured import Losses, by_knapsack, equal_loss, greedy
 from paredown.allocate.meter import Counts, Floats, Meter, Removed
-from paredown.allocate.request import MEASURED, Request
+from paredown.allocate.request import FIX, MEASURED, Request
 from paredown.allocate.search import TOLERANCE, Found, Gap, lowest, nearest, ranked, uniform, within
 from paredown.allocate.sensitivity import Latency
 from paredown.couple.space import Coupling
@@ -75,7 +75,7 @@ def allocate_units(request: Request) -> Plan:
     plan = _plan(task, removed, {**made, **_blocked(request.coupling, found)})
     exactly_asked = "channels" in task.given and request.allocation == "uniform"
     if not exactly_asked and found.gap > TOLERANCE and (found.counts == [a[0] for a in allowed]).all():
-        raise InfeasibleError(_infeasible(task, plan), nearest=plan)
+        raise InfeasibleError(_infeasible(task, plan), nearest=plan, advice=FIX)
     if not plan.keep:
         reason = (
             f"the smallest step is too large: {plan.made_by.get('blocked_by') or 'alignment and floor leave no room'}"
@@ -287,8 +287,7 @@ def _infeasible(task: _Task, plan: Plan) -> str:
     because = f"floor={plan.made_by['floor']} and alignment to {task.align}"
     because += f", {len(task.guard.names)} protected spaces" if task.guard.names else ""
     because += ", counts that were measured" if task.request.allocation in MEASURED else ""
-    fix = "Lower the floor, exclude less, or ask for more"
-    return f"{name} must be reducible to {asked[name]:,}. Got {reached[name]:,} at the least ({because}). {fix}."
+    return f"{name} must be reducible to {asked[name]:,}. Got {reached[name]:,} at the least ({because})."
 
 
 def _nothing(task: _Task) -> str:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def compare(
     *things: Annotated[
         Path,
-        Parameter(help="Folders of runs, or model files (.onnx, .xml); two or more, or one run for every runtime."),
+        Parameter(
+            help="Folders of runs or of curves, or model files (.onnx, .xml); two or more, or one run for every runtime."
+        ),
     ],
     samples: Annotated[Path | None, Parameter(help=".npz or .npy of inputs to time with; default: noise.")] = None,
     input: options.OptionalInput = None,
@@ -66,7 +68,7 @@ def compare(
         emit(_document(found, "given" if given else "random" if own is None else "task"))
         return 0
     if found.runs:
-        show(_runs_table(found), *_differences(found), quiet=quiet)
+        show(_runs_table(found), *_differences(found), *found.answers, quiet=quiet)
     if found.timings:
         show(_timings_table(found), _verdict(found), quiet=quiet)
     notes = (*(f"note: {n}" for n in found.notes), *(f"not tested: {n}" for n in found.not_tested))
@@ -131,21 +133,21 @@ def _document(found: Comparison, samples: str) -> dict[str, Any]:
         "as_fast": list(found.as_fast),
         "notes": list(found.notes),
         "not_tested": list(found.not_tested),
+        "answers": list(found.answers),
     }
 
 
 def _runs_table(found: Comparison) -> Any:
-    titles = ("run / stage", "bytes", "gzip", "parameters", "MACs", found.metric.get("label", "metric"), "latency ms")
+    """One row per file or point; a figure that no row has is no column, and stands among what was not tested."""
+    titles = {"bytes": "bytes", "gzip_bytes": "gzip", "parameters": "parameters", "macs": "MACs"}
+    titles |= {"metric": found.metric.get("label", "metric"), "latency_ms": "latency ms"}
+    tell = {"metric": _with_unit, "latency_ms": _spread}
+    shown = [k for k in titles if any(r.figures[k].value is not None for r in found.runs)]
     rows = [
-        (
-            f"{r.run}/{r.stage}{' *' if r.recommended else ''}",
-            *(_count(r.figures[k]) for k in ("bytes", "gzip_bytes", "parameters", "macs")),
-            _with_unit(r.figures["metric"]),
-            _spread(r.figures["latency_ms"]),
-        )
+        (f"{r.run}/{r.stage}{' *' if r.recommended else ''}", *(tell.get(k, _count)(r.figures[k]) for k in shown))
         for r in found.runs
     ]
-    return table(titles, rows)
+    return table(("run / stage", *(titles[k] for k in shown)), rows)
 
 
 def _count(value: Measured) -> str:
@@ -173,7 +175,9 @@ def _differences(found: Comparison) -> list[str]:
     for first, second in dict.fromkeys((d.first, d.second) for d in found.differences):
         pair = [d for d in found.differences if (d.first, d.second) == (first, second)]
         exact = [f"{_EXACT[d.what]} {d.change.value:+,}" for d in pair if d.what in _EXACT]
-        if exact:
+        if exact and not any(d.change.value for d in pair if d.what in _EXACT):
+            lines.append(f"{second} against {first}: as large in everything counted")
+        elif exact:
             lines.append(f"{second} against {first}: {', '.join(exact)}")
         lines += [d.said for d in pair if d.what not in _EXACT]
     return lines

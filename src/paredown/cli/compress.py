@@ -148,14 +148,14 @@ def _dry_run(recipe: Recipe, *, json: bool, quiet: bool, strict: bool) -> int:
         show(*_foreseen(budget), quiet=quiet)
     if plan is None and recipe.prune.levels:
         show("Level 1 finds its own density in its training: nothing can be said before.", quiet=quiet)
-    elif plan is None and budget is not None:
+    elif plan is None and budget is not None and budget.amounts:
         show("The budget is foreseen to be met as it is: nothing leaves.", quiet=quiet)
-    elif plan is None:
+    elif plan is None and budget is None:
         show(
             "No level of pruning is asked for: the model is quantized, exported, checked and measured as it is.",
             quiet=quiet,
         )
-    else:
+    elif plan is not None:
         title = f"Level 1 of {len(recipe.prune.levels)}:" if recipe.prune.levels else "For the budget:"
         show(title, plan_table(coupling, cost, plan), quiet=quiet)
     show(*(f"note: {n}" for n in notes), "Dry run: nothing was trained or written.", quiet=quiet)
@@ -171,7 +171,7 @@ def _amounts(budget: Any) -> dict[str, Any]:
 def _foreseen(budget: Any) -> list[Any]:
     """What a budget is foreseen to lead to: amounts, and layers with their steps."""
     amounts = [(n, f"{a:,.4g}", f"{b:,.4g}", f"{f:,.4g}") for n, (a, b, f) in budget.amounts.items()]
-    lines: list[Any] = [table(("amount", "asked", "as it is", "foreseen (estimated)"), amounts)]
+    lines: list[Any] = [table(("amount", "asked", "as it is", "foreseen (estimated)"), amounts)] if amounts else []
     if budget.layers:
         total = [max(sum(x.ms[i] for x in budget.layers), 1e-12) for i in (0, 1)]
         rows = [

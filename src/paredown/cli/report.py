@@ -41,7 +41,8 @@ def report(
         msg = f"DIR must be the folder of a run, with records.jsonl. Got {str(folder)!r}.{hint}"
         raise UsageError(msg)
     from paredown.report import write_report
-    from paredown.report.curve_document import curve_document, is_curve
+    from paredown.report.curve_document import curve_document
+    from paredown.report.curve_view import is_curve
     from paredown.report.page import read_records
     from paredown.report.sensitivity_document import is_sensitivity, sensitivity_document
 

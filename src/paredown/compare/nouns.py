@@ -10,11 +10,14 @@ from paredown.records import Measured
 
 FIGURES = ("bytes", "gzip_bytes", "parameters", "macs", "metric", "latency_ms")
 """What a row of a run shows, in this order."""
+COUNTED = {"bytes": "bytes", "gzip_bytes": "bytes gzipped", "parameters": "parameters", "macs": "MACs"}
+"""Sizes and counts, in words."""
+WORDS = {**COUNTED, "metric": "metric", "latency_ms": "latency"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One exported file of one run, as its records have it."""
+    """One exported file of one run, as its records have it; of a curve one point, with means over its seeds."""
 
     run: str
     stage: str
@@ -33,7 +36,7 @@ class Difference:
     first: str
     second: str
     change: Measured
-    """second - first; for latencies the first's divided by the second's, × (above 1: the second is faster)."""
+    """second - first, for curves of means over seeds; for latencies the first's divided by the second's, × (above 1: the second is faster)."""
     better: str | None
     said: str
     """The same in a sentence."""
@@ -74,3 +77,5 @@ class Comparison:
     """Those that the data do not tell from the fastest."""
     notes: tuple[str, ...]
     not_tested: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    """The recommended file of each other run against that of the first, in a sentence: size, metric, speed."""

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paredown.compare.nouns import FIGURES, Difference, RunRow
-from paredown.errors import RejectedError, UsageError
+from paredown.compare.nouns import COUNTED, FIGURES, WORDS, Difference, RunRow
+from paredown.compare.refusals import refuse_other_data, refuse_other_metric, short
+from paredown.errors import RejectedError
 from paredown.measure.quality import kept_values, paired
 from paredown.records import Measured, Record
 from paredown.report import read_run
 from paredown.report.reading import View, entry, figure, mapping, runtime, stage_name, stage_title, text, threads
 from paredown.report.wording import difference, digits, interval, times, whole
-
-_EXACT = ("bytes", "gzip_bytes", "parameters", "macs")
-_SAID = {"bytes": "bytes", "gzip_bytes": "bytes gzipped", "parameters": "parameters", "macs": "MACs"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,21 +39,26 @@ class Run:
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs, held to one metric and one test set. Raises UsageError and RejectedError, naming what differs."""
-    names = _short([str(f) for f in folders])
+    names = short([str(f) for f in folders])
     runs = []
     for name, folder in zip(names, folders, strict=True):
         run = Run(name=name, folder=folder, view=read_run(folder))
         kind = stage_name(run.view.records[0]) if run.view.records else ""
         if kind in ("curve", "sensitivity"):
-            msg = f"what is compared must be runs. Got a {kind} in {name!r}. `paredown compress` of a recipe makes a run; `paredown report` shows a {kind}, beside a run of its network too."
+            msg = f"what is compared must be runs, or curves alone. Got a {kind} in {name!r}. `paredown compress` of a recipe makes a run; `paredown report` shows a {kind}, beside a run of its network too."
             raise RejectedError(msg)
         if not run.view.stages:
             msg = f"a run must have at least one measured file. Got none in {str(folder)!r}. Run `paredown compress` into it first."
             raise RejectedError(msg)
         runs.append(run)
     for other in runs[1:]:
-        _refuse_other_metric(runs[0], other)
-        _refuse_other_data(runs[0], other)
+        _refuse_unfinished(runs[0], other)
+        names_of = (runs[0].name, other.name)
+        refuse_other_metric(runs[0].view.metric, other.view.metric, names_of)
+        refuse_other_data(
+            [r.test_data for r in (runs[0], other)], [_samples(r) for r in (runs[0], other)], names_of,
+            [text(mapping(r.view.records[0].cell).get("task")) for r in (runs[0], other)],
+        )  # fmt: skip
     return runs
 
 
@@ -74,8 +77,8 @@ def rows_of(run: Run) -> list[RunRow]:
     ]
 
 
-def differences(first: Run, second: Run) -> tuple[list[Difference], list[str]]:
-    """(differences stage by stage, notes) of two runs; of the recommended files first, where their stages differ."""
+def differences(first: Run, second: Run) -> tuple[list[Difference], list[str], list[str]]:
+    """(differences stage by stage, notes, not tested) of two runs; of the recommended files first, where their stages differ."""
     pairs: list[tuple[str, str]] = []
     best = first.view.recommended, second.view.recommended
     if best[0] and best[1] and best[0] != best[1]:
@@ -83,6 +86,7 @@ def differences(first: Run, second: Run) -> tuple[list[Difference], list[str]]:
     pairs += [(n, n) for n in map(stage_name, first.view.stages) if second.view.stage(n) is not None]
     found: list[Difference] = []
     notes: list[str] = []
+    missing = [*_alone(first, second), *_alone(second, first)]
     for a, b in pairs:
         one, other = first.view.stage(a), second.view.stage(b)
         if one is None or other is None:
@@ -90,45 +94,43 @@ def differences(first: Run, second: Run) -> tuple[list[Difference], list[str]]:
         if text(entry(one, "digest")) and text(entry(one, "digest")) == text(entry(other, "digest")):
             notes.append(f"{second.name}/{b} is the same file as {first.name}/{a}")
             continue
+        missing += _lacking(first, one, second, other)
         found += _exact(first, one, second, other)
         found += _metric(first, one, second, other, notes)
         found += _latency(first, one, second, other, notes)
-    return found, list(dict.fromkeys(notes))
+    return found, list(dict.fromkeys(notes)), list(dict.fromkeys(missing))
+
+
+def _alone(run: Run, other: Run) -> list[str]:
+    """Stages that the other run lacks."""
+    names = [n for n in map(stage_name, run.view.stages) if other.view.stage(n) is None and n != run.view.recommended]
+    return [f"in {other.name}, what {run.name} has: {', '.join(names)}"] if names else []
+
+
+def _lacking(first: Run, one: Record, second: Run, other: Record) -> list[str]:
+    """Figures that were not measured in one of the two, so that nothing is said of them."""
+    a, b = _names(first, one, second, other)
+    words = {**WORDS, "metric": first.view.metric["name"]}
+    out = []
+    for key, word in words.items():
+        without = [name for name, r in ((a, one), (b, other)) if figure(r, key).value is None]
+        if without:
+            out.append(f"{word} of {' and '.join(without)}")
+    return out
 
 
 # --------------------------------------------------------------------------------------------------- what may be compared
 
 
-def _short(paths: list[str]) -> list[str]:
-    """The last part of every path where that tells them apart, else the paths as they were given."""
-    last = [Path(p).resolve().name for p in paths]
-    if len({Path(p).resolve() for p in paths}) < len(paths):
-        msg = f"the things to compare must be different. Got one of them twice: {', '.join(paths)}."
-        raise UsageError(msg)
-    return last if len(set(last)) == len(last) else paths
-
-
-def _refuse_other_metric(first: Run, other: Run) -> None:
-    if mapping(entry(first.view.verdict, "metric")) and mapping(entry(other.view.verdict, "metric")):
-        a, b = first.view.metric, other.view.metric
-        wrong = [f"{k} {a[k]!r} and {b[k]!r}" for k in ("name", "unit", "goal") if a[k] != b[k]]
-        if wrong:
-            msg = f"runs must be of one metric to be compared. Got {'; '.join(wrong)} in {first.name} and {other.name}."
-            raise RejectedError(msg)
+def _refuse_unfinished(first: Run, other: Run) -> None:
+    if all(mapping(entry(r.view.verdict, "metric")) for r in (first, other)):
         return
     msg = f"runs must be finished to be compared. Got no verdict in {first.name if first.view.verdict is None else other.name}. Run `paredown compress` again: it continues."
     raise RejectedError(msg)
 
 
-def _refuse_other_data(first: Run, other: Run) -> None:
-    counts = [{figure(r, "metric").n for r in run.view.stages} - {None} for run in (first, other)]
-    if first.test_data != other.test_data or counts[0] != counts[1]:
-        got = (
-            f"{sorted(map(str, counts[0]))} and {sorted(map(str, counts[1]))} samples" if counts[0] != counts[1] else ""
-        )
-        got = got or f"test data {first.test_data[:12] or 'unknown'} and {other.test_data[:12] or 'unknown'}"
-        msg = f"runs must be measured on the same test set to be compared. Got {got} in {first.name} and {other.name}."
-        raise RejectedError(msg)
+def _samples(run: Run) -> set[Any]:
+    return {figure(r, "metric").n for r in run.view.stages} - {None}
 
 
 # ---------------------------------------------------------------------------------------------------------- differences
@@ -142,16 +144,14 @@ def _exact(first: Run, one: Record, second: Run, other: Record) -> list[Differen
     """Sizes and counts: any difference is one."""
     a, b = _names(first, one, second, other)
     found = []
-    for key in _EXACT:
+    for key, word in COUNTED.items():
         x, y = figure(one, key), figure(other, key)
         if x.value is None or y.value is None or "estimated" in (x.badge, y.badge):
             continue
         change = Measured(value=y.value - x.value, unit=x.unit, protocol="exact, second - first")
         better = None if x.value == y.value else b if y.value < x.value else a
-        said = (
-            f"{b} has {whole(abs(y.value - x.value))} {_SAID[key]} {'fewer' if y.value < x.value else 'more'} than {a}"
-        )
-        said = said if better else f"{b} has as many {_SAID[key]} as {a}"
+        said = f"{b} has {whole(abs(y.value - x.value))} {word} {'fewer' if y.value < x.value else 'more'} than {a}"
+        said = said if better else f"{b} has as many {word} as {a}"
         found.append(Difference(what=key, first=a, second=b, change=change, better=better, said=said))
     return found
 

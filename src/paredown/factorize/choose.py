@@ -233,9 +233,10 @@ class _Table:
             reached = nearest.made_by["reached"][metric]
             msg = (
                 f"{metric} must be reducible to {limit:,}. Got {reached:,} at the least (floor={self.made['floor']}, alignment to "
-                f"{self.made['align']}, {len(self.saving)} layers that can save). Lower the floor, exclude less, or ask for more."
+                f"{self.made['align']}, {len(self.saving)} layers that can save)."
             )
-            raise InfeasibleError(msg, nearest=nearest)
+            advice = "Lower the floor, exclude less, or ask for more."
+            raise InfeasibleError(msg, nearest=nearest, advice=advice)
         plan = self.plan(self._original(found, options), losses, asked={metric: limit})
         if not plan.ranks:
             msg = (

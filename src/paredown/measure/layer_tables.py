@@ -23,7 +23,7 @@ from paredown.errors import UsageError
 from paredown.measure.latency import readings
 from paredown.measure.layer_files import LayerShape, Scheme, feed_for, write_layer
 from paredown.measure.machine import machine, machine_text
-from paredown.records import Measured, Record, append, mend, read, write_text
+from paredown.records import Measured, Record, append, mend, read_whole_lines, write_text
 
 FOLDER = "PAREDOWN_LATENCY"
 """The variable that moves the folder of all times."""
@@ -108,16 +108,16 @@ def cached(setting: Setting) -> dict[LayerShape, Measured]:
     for file in sorted(setting.folder.glob("*.jsonl")):
         for record in _whole_lines(file):
             shape, found = _shape(record.cell), record.measured.get("latency_ms")
-            if shape is not None and found is not None and found.value is not None and 0 < found.value < 1e7:
+            if shape is not None and found is not None and isinstance(found.value, int | float) and 0 < found.value < 1e7:
                 known[shape] = found
     return known
 
 
 def _whole_lines(file: Path) -> list[Record]:
     try:
-        return read(file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # damaged by hand or disk: a cache may be lost
+        return read_whole_lines(file)
+    except OSError:
+        return []  # a cache may be lost
 
 
 def _shape(cell: Mapping[str, Any]) -> LayerShape | None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from paredown.budget import parse_latency
 from paredown.errors import InfeasibleError, UsageError
 from paredown.examine import examine
+from paredown.granularity import Granularity
 from paredown.measure.layer_tables import Setting
 from paredown.pipeline.fitted import Shrinking
 from paredown.pipeline.folder import files_digest, key_of
 from paredown.pipeline.jointly import Step, by_bits, is_joint, jointly
 from paredown.pipeline.run import Run
 from paredown.pipeline.searches import search_of
+from paredown.pipeline.shrink import can_train
 from paredown.pipeline.ways import Here, Way, level_of
 from paredown.plan import Plan
 from paredown.program import Program
@@ -26,6 +28,7 @@ from paredown.recipe_fields import SEARCHED, Level
 from paredown.records import write_text
 from paredown.score import TABLE
 from paredown.search.budgets import LATENCY, Met, Round, meet
+from paredown.train import Task
 
 ALONE = ("channels", "density")
 """Amounts that a level takes as they are: counting is all that they need."""
@@ -59,7 +62,15 @@ def check_budget(recipe: Recipe) -> None:
     if by_bits(recipe) and bounds.rounds and recipe.quantize.spare:
         msg = "quantize.spare must go without budget.size_bytes and bits, which both choose how layers are quantized. Got both. Set budget.bits to [8]."
         raise UsageError(msg)
-    if not asked or not bounds.rounds or recipe.prune.levels:
+    several = [n for n in ("together", "front") if getattr(bounds, n)]
+    if several and not (asked and bounds.rounds):
+        got = "rounds 0, which turns the search off" if asked else "none of them"
+        msg = f"budget.{several[0]} must come with an amount that is searched: {', '.join(SEARCHED)}. Got {got}."
+        raise UsageError(msg)
+    if not asked or not bounds.rounds:
+        return
+    if recipe.prune.levels:
+        _check_after_levels(recipe, asked)
         return
     granularity = recipe.prune.granularity
     if granularity not in ("channel", "head"):
@@ -70,6 +81,28 @@ def check_budget(recipe: Recipe) -> None:
         raise UsageError(msg)
     if set(LATENCY) & set(asked):
         Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
+
+
+TRAINING = "Give train, or train_batches and step: what is pruned must be trained back."
+
+
+def check_training(recipe: Recipe, task: Task) -> None:
+    """Levels come with a way to train; raises UsageError before any work."""
+    if (recipe.prune.levels or level_of(recipe) is not None) and not can_train(task):
+        msg = f"a level of pruning must be followed by a training. Got none. {TRAINING}"
+        raise UsageError(msg)
+
+
+def _check_after_levels(recipe: Recipe, asked: Sequence[str]) -> None:
+    """What levels leave is searched on where they are of units: layers that cannot be timed are no news for after the training."""
+    cuts = [Granularity.parse(recipe.prune.granularity_of(v)) for v in recipe.prune.levels if v.factorize is None]
+    if not set(LATENCY) & set(asked) or not _by_units(recipe) or any(cut.masked for cut in cuts):
+        return
+    try:
+        Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
+    except UsageError as error:
+        msg = f"{error} Or set budget.rounds to 0: the bound is then looked at, and nothing is searched after the levels."
+        raise UsageError(msg) from error
 
 
 def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> Searched | None:
@@ -84,6 +117,10 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
         return Searched(level=alone)
     asked = limits(run, program)
     if not asked or not bounds.rounds or (tuned is not None and tuned.plan.masks) or not _by_units(recipe):
+        return None
+    if not can_train(run.task) and not by_bits(recipe):
+        run.say(f"budget: nothing is searched. {TRAINING}")
+        run.dense["advice"] = TRAINING
         return None
     kept = _kept(run, number, asked, program, tuned)
     if kept is not None:
@@ -211,4 +248,4 @@ def _written(step: Step) -> dict[str, Any]:
     return {"level": step.level.model_dump(exclude_none=True), "plan": step.plan.to_json()}
 
 
-__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "level_of", "limits", "searched"]
+__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "check_training", "level_of", "limits", "searched"]

@@ -14,7 +14,7 @@ from paredown.budget import Budget
 from paredown.environments import python_of
 from paredown.errors import UsageError, must_be
 from paredown.measure import machine
-from paredown.pipeline.budgets import check_budget
+from paredown.pipeline.budgets import check_budget, check_training
 from paredown.pipeline.data import changed, remember, settle
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
@@ -182,6 +182,7 @@ def _run(
     check_ways(recipe, task)
     check_rounding(recipe, task)
     check_budget(recipe)
+    check_training(recipe, task)
     settle(task, recipe.data_path)
     threads = torch.get_num_threads()
     if recipe.threads is not None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paredown.allocate.request import MEASURED
 from paredown.environments import python_of
 from paredown.errors import MissingError, RejectedError, UsageError
 from paredown.pipeline.compress import difference, task_of, versions
 from paredown.pipeline.data import remember, settle
 from paredown.pipeline.folder import RECORDS, opened
+from paredown.pipeline.stages import trains_base
 from paredown.pipeline.sweep_display import Shown, sweep_display
 from paredown.pipeline.ways import check_rounding, check_ways
 from paredown.recipe import Recipe, load_recipe
@@ -25,7 +27,7 @@ from paredown.score.patterns import matches
 from paredown.sweep import local
 from paredown.sweep import ray as on_ray
 from paredown.sweep.grid import Cell, grid
-from paredown.sweep.trials import Machine, Outcome, lacks_a_file, read_results, trial_folder
+from paredown.sweep.trials import Machine, Outcome, lacks_a_file, of_other_versions, read_results, trial_folder
 from paredown.target import named
 from paredown.train import Task
 
@@ -91,9 +93,21 @@ def check_cells(cells: Sequence[Cell], task: Task) -> None:
     for cell in cells:
         if cell.seed == seed and cell.kind in ("pruned", "from-scratch"):
             check_ways(cell.recipe, task)
+            _refuse_one_table(cell, cells, task)
         if cell.kind in ("from-scratch", "scratch", "thin") and task.train is None and task.step is None:
             msg = "a control must have a way to train: step with train_batches, or train. Got a task with neither."
             raise UsageError(msg)
+
+
+def _refuse_one_table(cell: Cell, cells: Sequence[Cell], task: Task) -> None:
+    """A measured sensitivity is of one network: the others of a curve would refuse it once each has trained its base."""
+    asked = cell.recipe.prune
+    seeds = {c.seed for c in cells}
+    if asked.sensitivity is None or asked.allocation not in MEASURED or len(seeds) < 2:
+        return
+    if trains_base(cell.recipe, task):
+        msg = f"prune.sensitivity must be of the one network that a curve prunes. Got {asked.sensitivity} with {len(seeds)} seeds, each of which trains its own. Leave it out, and each measures its own, or use one of curve.seeds."
+        raise UsageError(msg)
 
 
 def _check_float_layers(cells: Sequence[Cell], task: Task) -> None:
@@ -153,6 +167,10 @@ def _say_what_is_there(
     failed = 0 if retry else len(known) - done
     if done or failed:
         shown.there(done, failed)
+    if len(known) < len(cells):
+        others, differ = of_other_versions(cells, folder, found)
+        if others:
+            shown.other(others, differ)
 
 
 def _told(recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]) -> Curved:

@@ -159,8 +159,8 @@ def fitted_bits(thing: Program | Pruned, shrinking: Shrinking, how: Weighing) ->
             spread = solved(groups, codes)
         except TooLarge as error:
             if best is None:
-                msg = f"size_bytes must be reachable: {shrinking.limit:,.0f}. Got {error.least:,} B of codes at the narrowest widths, and some {overhead:,.0f} B beside them. {how.fix}"
-                raise InfeasibleError(msg, nearest=nearest) from error
+                msg = f"size_bytes must be reachable: {shrinking.limit:,.0f}. Got {error.least:,} B of codes at the narrowest widths, and some {overhead:,.0f} B beside them."
+                raise InfeasibleError(msg, nearest=nearest, advice=how.fix) from error
             break
         if repr(spread.bits) in tried:
             break
@@ -179,8 +179,8 @@ def fitted_bits(thing: Program | Pruned, shrinking: Shrinking, how: Weighing) ->
         codes = spread.size_bytes + math.floor(0.9 * room)
     how.path.unlink(missing_ok=True)
     if best is None:
-        msg = f"size_bytes must be at most {shrinking.limit:,.0f} B. Got more in each of {len(tried)} files. {how.fix}"
-        raise InfeasibleError(msg, nearest=nearest)
+        msg = f"size_bytes must be at most {shrinking.limit:,.0f} B. Got more in each of {len(tried)} files."
+        raise InfeasibleError(msg, nearest=nearest, advice=how.fix)
     return best.bits
 
 

@@ -16,7 +16,9 @@ from paredown.records import Record, append, locked, sweep_stale, write_text
 RECIPE, RECORDS, STEPS, LOCK = "recipe.yaml", "records.jsonl", "steps", ".lock"
 Kind = Literal["a run", "a curve", "a sensitivity"]
 """What a folder is of."""
-MADE = (RECIPE, RECORDS, "report.html", "plan.json", "form.json", "model.safetensors")
+MADE = (
+    RECIPE, RECORDS, "report.html", "plan.json", "form.json", "model.safetensors", "curve.json", "sensitivity.json", "sensitivity.csv",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

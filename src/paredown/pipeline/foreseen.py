@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,19 @@ from paredown.budget import Budget, parse_latency
 from paredown.errors import InfeasibleError
 from paredown.measure.layer_tables import Setting
 from paredown.pipeline.budgets import by_bits
+from paredown.pipeline.searches import BYTES, bytes_per_parameter
 from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
 from paredown.recipe import Recipe
 from paredown.recipe_fields import SEARCHED
+from paredown.score.patterns import matches, parents
 from paredown.search.budgets import LATENCY
 from paredown.search.candidates import kept_units
 from paredown.search.layers import latency_table
 from paredown.target import named
+
+LINEAR = ("int8-dynamic", "w4")
+"""Schemes that leave convolutions in float."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,24 +63,31 @@ class ForeseenBudget:
 def foreseen_budget(recipe: Recipe, way: Way, here: Here) -> ForeseenBudget | None:
     """The plan that tables and counts alone would give; None where the budget asks for nothing that is searched.
 
-    Bytes are one per parameter (INT8), memory is left out: both are known only when files are exported.
+    Bytes are those of the scheme per parameter, memory is left out: both are known only when files are exported.
     Raises what the tables, sensitivities and `allocate` raise.
     """
-    asked = {n: v for n in SEARCHED if (v := getattr(recipe.budget, n)) is not None and n != "peak_ram_bytes"}
+    asked = {n: v for n in SEARCHED if (v := getattr(recipe.budget, n)) is not None}
     if not asked or not recipe.budget.rounds:
         return None
+    unknown = asked.pop("peak_ram_bytes", None)
+    notes = ["Nothing is foreseen of peak_ram_bytes, which files say."] if unknown is not None else []
     whole = {"parameters": here.cost.parameters, "macs": here.cost.macs, "size_bytes": here.cost.state_dict_bytes}
     limits = {n: float(v * whole[n]) if n in whole and isinstance(v, float) else v for n, v in asked.items()}
     table, dense_ms = _tables(recipe, here) if set(LATENCY) & asked.keys() else (None, 0.0)
     if "latency" in limits:
         value = limits.pop("latency")
         limits["latency_ms"] = parse_latency(value) if isinstance(value, str) else float(value) * dense_ms
-    note = "Bits per layer are chosen after the training; fewer than 8 leave more channels." if by_bits(recipe) else ""
-    before = _amounts(limits, here, table, None)
+    if table is not None and not table.shrinks:
+        del limits["latency_ms"]
+        notes.append("Nothing is foreseen of latency: no layer that can shrink is timed alone, files say it.")
+    if by_bits(recipe):
+        notes.append("Bits per layer are chosen after the training; fewer than 8 leave more channels.")
+    note, each = " ".join(notes), _bytes_each(recipe, here)
+    before = _amounts(limits, here, table, None, each)
     if all(before[n] <= limit for n, limit in limits.items()):
         return ForeseenBudget(plan=None, amounts={n: (v, before[n], before[n]) for n, v in limits.items()}, note=note)
-    plan, nearest = _plan(recipe, way, here, limits, table)
-    after = _amounts(limits, here, table, plan)
+    plan, nearest = _plan(recipe, way, here, limits, table, each)
+    after = _amounts(limits, here, table, plan, each)
     return ForeseenBudget(
         plan=plan, amounts={n: (v, before[n], after[n]) for n, v in limits.items()}, nearest=nearest, note=note,
         layers=() if table is None else tuple(_layer(layer, here, plan) for layer in table.layers),
@@ -96,20 +109,37 @@ def _counts(here: Here, plan: Plan | None) -> tuple[dict[str, int], dict[str, An
     return {s.name: len(s) for s in here.coupling.spaces}, kept_units(here.coupling, plan)
 
 
-def _amounts(limits: Mapping[str, float], here: Here, table: Latency | None, plan: Plan | None) -> dict[str, float]:
+def _bytes_each(recipe: Recipe, here: Here) -> float:
+    """Bytes of a file for each of its parameters: what the scheme makes of its weights, four for all that it leaves in float."""
+    known, scheme = bytes_per_parameter(recipe), recipe.quantize.scheme
+    if known is not None:
+        return known
+    codes = {"int8-dynamic": 1.0, "w4": 0.5 + 4 / 32, "fp16": 2.0}.get(scheme) or BYTES[scheme]
+    total = 4.0 * here.cost.parameters
+    coded = {n for v in here.cost.by_node for n in v.weights if scheme not in LINEAR or not v.kind.startswith("conv")}
+    for name in coded:
+        if not matches({name, *parents(name)}, recipe.quantize.float_layers):
+            total -= (4.0 - codes) * math.prod(here.cost.parameter_shapes[name])
+    return total / max(here.cost.parameters, 1)
+
+
+def _amounts(
+    limits: Mapping[str, float], here: Here, table: Latency | None, plan: Plan | None, each: float
+) -> dict[str, float]:
     parameters, macs = predict(here.coupling, here.cost, plan or Plan(keep={}))
-    known = {"parameters": float(parameters), "macs": float(macs), "size_bytes": float(parameters)}
+    known = {"parameters": float(parameters), "macs": float(macs), "size_bytes": each * parameters}
     if table is not None:
         known["latency_ms"] = float(table.total(*_counts(here, plan)))
     return {n: known[n] for n in limits}
 
 
 def _plan(
-    recipe: Recipe, way: Way, here: Here, limits: Mapping[str, float], table: Latency | None
+    recipe: Recipe, way: Way, here: Here, limits: Mapping[str, float], table: Latency | None, each: float
 ) -> tuple[Plan | None, bool]:
-    counts: dict[str, Any] = {n: int(limits[n]) for n in ("parameters", "macs") if n in limits}
+    counts = {n: max(2, int(limits[n])) for n in ("parameters", "macs") if n in limits}  # 1 would be ambiguous
     if "size_bytes" in limits:
-        counts["parameters"] = min(counts.get("parameters", int(limits["size_bytes"])), int(limits["size_bytes"]))
+        by_size = max(2, int(limits["size_bytes"] / each))
+        counts["parameters"] = min(counts.get("parameters", by_size), by_size)
     scores, asked = way.scores(here), recipe.prune
     try:
         return allocate(

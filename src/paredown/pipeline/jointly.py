@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from paredown.errors import InfeasibleError, NothingToDo
+from paredown.errors import InfeasibleError, NothingToDo, ParedownError, RejectedError
 from paredown.pipeline.fitted import Shrinking, TooLarge, in_words, solved, weighed, widths_of
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.searches import rank_search_of, search_of
 from paredown.pipeline.shrink import (
     Thing,
+    can_train,
     held_out,
     known_bits,
     moved,
@@ -28,7 +30,7 @@ from paredown.plan import Plan
 from paredown.prune import Pruned
 from paredown.quantize.mixed import Width
 from paredown.recipe_fields import SEARCHED, Level
-from paredown.search.asking import Domain, Trial, Values, search_by_asking, undominated
+from paredown.search.asking import Domain, Trial, Values, reason_of, search_by_asking, undominated
 from paredown.search.budgets import Met, Search, meet
 from paredown.search.probe import UNITS
 
@@ -177,17 +179,17 @@ class Means:
     def answer(self, values: Values) -> tuple[tuple[float, ...], Mapping[str, Any]]:
         """The error of the output at the limits, and at every multiple of them that the front is asked for."""
         front, points, made = self.run.recipe.budget.front, [], _Made()
+        missed: list[ParedownError] = []
         for times in (1.0, *(t for t in front if t != 1.0)):
             try:
                 points.append(self.point(values, times, made))
-            except InfeasibleError as error:
-                if error.nearest is not None:
+            except ParedownError as error:  # of one multiple: the others may be reached
+                missed.append(error)
+                if isinstance(error, InfeasibleError) and error.nearest is not None:
                     self.nearest.append(error.nearest)
-                if not front:
-                    raise
-                points.append({"times": times, "error": None, "why": str(error)[:300]})
-        if all(p["error"] is None for p in points):
-            raise NothingToDo(str(points[0]["why"]))
+                points.append({"times": times, "error": None, "why": reason_of(error)})
+        if len(missed) == len(points):
+            raise missed[0]
         losses = tuple(NOTHING if p["error"] is None else float(p["error"]) for p in points)
         return losses, {**points[0], "points": points}
 
@@ -214,6 +216,9 @@ class Means:
             found |= {"bits": bits, "size_bytes": size}
         quantized = rounded(self.run, variant, bits, repair)
         error = moved(self.run, self.here.program, quantized)
+        if not math.isfinite(error):
+            msg = f"the output of what is tried must be finite. Got an error of {error}. Lower recover.lr, or set budget.trial_epochs to 0."
+            raise RejectedError(msg)
         if self.run.recipe.budget.front:
             found["held_out"] = held_out(self.run, quantized)
         self._say(values, found, error)
@@ -312,7 +317,9 @@ def _trials(means: Means) -> Iterator[Trial]:
         one_by_one = ("channels", "low rank") if bounds.together else ("channels",)
         alone = [{"way": (name,)} for name in one_by_one]
         domain = {"way": ("both",)} if bounds.together else {}
-    if bounds.together:
+    if not can_train(run.task):  # bits ask for no training
+        domain = {}
+    elif bounds.together:
         domain = {**domain, "part": (LEAST_PART, MOST_PART)}
     for single in alone:
         yield from search_by_asking(single, means.answer, trials=1, key=f"{key} {single['way'][0]}", **shared)
@@ -320,7 +327,11 @@ def _trials(means: Means) -> Iterator[Trial]:
         yield from search_by_asking(domain, means.answer, trials=bounds.trials, seed=run.recipe.seed, key=key, **shared)
 
 
-def _out_of_reach(means: Means, trials: Sequence[Trial]) -> InfeasibleError:
+def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
+    """Why no trial holds the limits; where none came so far as to say, what the last one raised."""
+    crashed = [t.error for t in trials if t.error is not None and not isinstance(t.error, InfeasibleError)]
+    if len(crashed) == len(trials):
+        return crashed[-1]
     limits = ", ".join(f"{n} {v:,.0f}" if v >= 100 else f"{n} {v:.4g}" for n, v in means.limits.items())
     what = (
         f"size_bytes must be reachable: {means.limits['size_bytes']:,.0f}"
@@ -328,17 +339,15 @@ def _out_of_reach(means: Means, trials: Sequence[Trial]) -> InfeasibleError:
         else f"the budget must be reachable: {limits}"
     )
     smallest = means.smallest
-    why = (
-        trials[-1]
-        .why.removeprefix("InfeasibleError: ")
-        .removeprefix("NothingToDo: ")
-        .partition(" Lower ")[0]
-        .rstrip(".")
-    )
-    got = f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why
-    fewer = "Allow fewer bits (budget.bits), lower" if means.shrinking is not None else "Lower"
-    msg = f"{what}. Got {got} in {len(trials)} trials. {fewer} prune.floor, or ask for more."
-    return InfeasibleError(msg, nearest=means.nearest[0] if means.nearest else _least(means))
+    why = [t.why or str(t.told.get("why", "")) for t in trials if t.error is None or t.error not in crashed][-1]
+    got = f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why.rstrip(".")
+    others = f", of which {len(crashed)} ended with {reason_of(crashed[-1]).rstrip('.')}" if crashed else ""
+    msg = f"{what}. Got {got} in {len(trials)} trials{others}."
+    fewer = "Allow fewer bits (budget.bits), " if means.shrinking is not None else ""
+    less = "lower prune.floor" if can_train(means.run.task) else "give train, or train_batches and step, for pruning"
+    advice = f"{fewer}{less}, or ask for more."
+    nearest = means.nearest[0] if means.nearest else _least(means)
+    return InfeasibleError(msg, nearest=nearest, advice=advice[0].upper() + advice[1:])
 
 
 def _least(means: Means) -> Plan | None:
@@ -429,9 +438,10 @@ def _row(trial: Trial) -> dict[str, Any]:
 
 def _front_row(means: Means, trial: Trial, point: Mapping[str, Any]) -> dict[str, Any]:
     """A point of the front, with the keys of a recipe that make it."""
-    whole = {"macs": means.here.cost.macs, "parameters": means.here.cost.parameters}  # above it a limit limits nothing
-    limits = {n: point["times"] * v for n, v in means.limits.items()}
-    keys: dict[str, Any] = {f"budget.{n}": _written(n, v) for n, v in limits.items() if v < whole.get(n, v + 1)}
+    # from these on a limit limits nothing, and of the dense file's latency a recipe takes no larger share
+    whole = {"macs": means.here.cost.macs, "parameters": means.here.cost.parameters, "latency": 1.0}
+    limits = {n: _written(n, point["times"] * v) for n, v in means.limits.items()}
+    keys: dict[str, Any] = {f"budget.{n}": v for n, v in limits.items() if v < whole.get(n, v + 1)}
     if point["levels"]:
         keys["prune.levels"] = point["levels"]
     if point.get("bits"):

@@ -71,8 +71,16 @@ def kept_bits(folder: Path, network: str) -> tuple[dict[str, dict[int, float | N
     return found, points[0].measured["distance"].unit
 
 
+def check_kept(folder: Path) -> None:
+    """Raise UsageError where a folder is no measurement of sensitivities: before any work, of which network it is shows later."""
+    _records(folder)
+
+
 def _records(folder: Path) -> list[Record]:
-    records = read(folder / RECORDS)
+    try:
+        records = read(folder / RECORDS)
+    except (OSError, ValueError, KeyError, TypeError):  # a file of that name is something else
+        records = []
     if not records or records[0].cell.get("stage") != STAGE:
         msg = f"prune.sensitivity must be a folder that `paredown sensitivity` finished. Got {folder}. Run it into that folder, or leave the key out."
         raise UsageError(msg)

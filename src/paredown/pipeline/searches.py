@@ -18,7 +18,7 @@ from paredown.search.candidates import maker
 from paredown.search.layers import latency_table
 from paredown.search.ranks import RankSearch
 
-_BYTES = {"int8": 1.0, "w4a8": 0.5, "w4a4": 0.5, "w2": 0.25, "ternary": 0.25, "binary": 0.125}
+BYTES = {"int8": 1.0, "w4a8": 0.5, "w4a4": 0.5, "w2": 0.25, "ternary": 0.25, "binary": 0.125}
 
 
 def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Search:
@@ -69,7 +69,7 @@ def _shared(run: Run, way: Way, here: Here) -> dict[str, Any]:
         "dense": run.dense["artifact"],
         "samples": run.task.calibration_batches,
         "folder": run.folder.steps / f"search-{way.number}",
-        "bytes_per_parameter": _bytes_per_parameter(recipe),
+        "bytes_per_parameter": bytes_per_parameter(recipe),
         "threads": recipe.measure.threads,
         "runs": recipe.measure.runs,
         "seconds": recipe.measure.seconds,
@@ -78,9 +78,9 @@ def _shared(run: Run, way: Way, here: Here) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bytes_per_parameter(recipe: Recipe) -> float | None:
+def bytes_per_parameter(recipe: Recipe) -> float | None:
     """What leaves the file with a parameter; None where some weights stay in float, so that only the file can say."""
-    return None if recipe.quantize.float_layers else _BYTES.get(recipe.quantize.scheme)
+    return None if recipe.quantize.float_layers else BYTES.get(recipe.quantize.scheme)
 
 
 def _align(recipe: Recipe) -> int:

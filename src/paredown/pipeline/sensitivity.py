@@ -93,7 +93,7 @@ def sensitivity(
         ):
             remember(folder.path, recipe.data_path)
             run = run_of(recipe, task, model, given, folder, shown)
-            return _sensed(run, Path(out), tuple(amounts), tuple(bits), distance, shown.measuring)
+            return _sensed(run, Path(out), tuple(dict.fromkeys(amounts)), tuple(bits), distance, shown.measuring)
     finally:
         torch.set_num_threads(threads)
 
@@ -106,6 +106,8 @@ def _sensed(
     program = capture(base_of(run), run.task.inputs())
     run.say("look at the model, score its units")
     way, notes = _way(run)
+    if amounts and way.cut.kind == "n:m":
+        amounts = (way.cut.a / way.cut.b,)  # no other one is to be had
     here = Here.of(program, None)
     scores, asked = way.scores(here), run.recipe.prune
     repair = (

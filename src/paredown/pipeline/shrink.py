@@ -21,7 +21,7 @@ from paredown.quantize import Quantized, quantize
 from paredown.quantize.culprits import some
 from paredown.quantize.mixed import Errors, error_of
 from paredown.target import named
-from paredown.train import recover
+from paredown.train import Task, recover
 from paredown.train.task import metric_values, seed_all
 
 Thing = Program | Pruned
@@ -36,6 +36,11 @@ def prepared(run: Run, way: Way, here: Here, plan: Plan, *, before: Pruned | Non
             step, task.train_batches, step=task.step, num_batches=recipe.prune.score_batches, seed=recipe.seed
         )
     return step if before is None else compose(before, step, seed=recipe.seed)
+
+
+def can_train(task: Task) -> bool:
+    """Whether what is pruned can be trained back; a notebook may give neither way."""
+    return task.train is not None or (task.step is not None and task.train_batches is not None)
 
 
 def recovered(run: Run, dense: Program, pruned: Pruned) -> Pruned:
@@ -126,6 +131,7 @@ __all__ = [
     "Shrinking",
     "Thing",
     "bits_for",
+    "can_train",
     "held_out",
     "joint_error",
     "moved",

@@ -125,7 +125,8 @@ def run_stages(run: Run) -> Compressed:
         verdict=verdict,
         records=records,
     )
-    verdicts.gates(records, verdict, run.dense.get("nearest") or (None if tuned is None else tuned.plan))
+    nearest = run.dense.get("nearest") or (None if tuned is None else tuned.plan)
+    verdicts.gates(records, verdict, nearest, run.dense.get("advice", ""))
     return result
 
 

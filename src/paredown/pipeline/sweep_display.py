@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -29,6 +30,15 @@ class Shown:
         marked = f", {failed} marked as failed (--retry runs them again)" if failed else ""
         self._console.print(f"{done} of {self._total} trials are there{marked}", highlight=False)
         self._advance()
+
+    def other(self, count: int, differ: Mapping[str, tuple[Any, Any]]) -> None:
+        """What an earlier run left that other versions made; `differ` is {name: (version there, version here)}."""
+        names = ", ".join(f"{name} {there} there, {here} here" for name, (there, here) in differ.items())
+        line = (
+            f"{count} of {self._total} trials were made with other versions ({names}) and run again; "
+            "with those versions the same command would find them"
+        )
+        self._console.print(line, highlight=False, markup=False)
 
     def event(self, event: Event) -> None:
         """A trial begins, goes on or ends."""
@@ -65,6 +75,6 @@ def sweep_display(total: int, *, quiet: bool = False) -> Iterator[Shown]:
     if quiet or not sys.stderr.isatty():
         yield Shown(total, None, console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield Shown(total, progress, console)

@@ -45,7 +45,7 @@ from paredown.score import score
 from paredown.strict_yaml import read_yaml
 from paredown.sweep.trials import RESULT, lacks_a_file, write_result
 from paredown.target import named
-from paredown.train import check_roles, recover
+from paredown.train import Task, check_roles, recover
 from paredown.train.shares import refuse_no_share, share_note
 
 Emit = Callable[[Mapping[str, Any]], None]
@@ -341,6 +341,7 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
         options |= recipe.base.model_dump(exclude_none=True)
         options |= {"epochs": asked.epochs, "extra_epochs": 0} if why and asked.epochs else {}
         given = accepted(scratch, options, first="model")
+        why = why or _shorter(task, given, extra_epochs)
         tuned = recover(
             small,
             task.train_batches,
@@ -361,6 +362,15 @@ def _trained_anew(asked: Asked, small: Pruned, extra_epochs: int) -> Record:
             small, task.train_batches, epochs=epochs, distil="none", **own, **shared, **progress, **checkpoint
         )
     return _recorded(asked, tuned, tuned, {"not_comparable": why, "proof": dataclasses.asdict(tuned.proof)})
+
+
+def _shorter(task: Task, given: Mapping[str, Any], extra_epochs: int) -> str:
+    """Why scratch(), with these options, did not train as long as base and recovery together, where no count of steps shows it."""
+    if task.train is not None:
+        return "the recovery is the task's own train(), which tells no length: it was trained as the base alone"
+    if extra_epochs and "extra_epochs" not in given:
+        return "the task's scratch() takes no extra_epochs: it was trained as the base alone"
+    return ""
 
 
 def _recorded(

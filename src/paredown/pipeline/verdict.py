@@ -98,7 +98,8 @@ def fallback(run: Run, by_stage: Mapping[str, Record], *, met: bool) -> str:
     limits = _limits(asked, by_stage["dense"], by_stage[scheme])
     sign = 1.0 if run.task.metric.goal == "max" else -1.0
     dense = by_stage["dense"].measured["metric"].value or 0.0
-    for name in sorted((n for n in by_stage if n.startswith("level-")), reverse=True):
+    levels = [n for n in by_stage if n.startswith("level-")]
+    for name in sorted(levels, key=lambda n: int(n.removeprefix("level-")), reverse=True):
         loss = sign * (dense - (by_stage[name].measured["metric"].value or 0.0))
         if (bound is None or loss <= bound) and _counts_hold(by_stage[name], limits):
             return name
@@ -122,14 +123,25 @@ def not_tested(by_stage: Mapping[str, Record], target: str) -> list[str]:
     return out
 
 
-def gates(records: tuple[Record, ...], verdict: Mapping[str, Any], nearest: Plan | None = None) -> None:
+def gates(records: tuple[Record, ...], verdict: Mapping[str, Any], nearest: Plan | None = None, advice: str = "") -> None:
     """Raise GateError (metric) or InfeasibleError, with the nearest plan, where a bound does not hold."""
     missed = [b for b in verdict["bounds"] if not b["met"]]
     for bound in missed:
-        msg = f"{bound['what']} must be at most {bound['bound']:.6g} {bound['unit']}. Got {bound['value']:.6g} on the quantized file. The report names the best file that keeps it."
+        limit, got = (_figure(bound[k], bound["unit"]) for k in ("bound", "value"))
+        msg = f"{bound['what']} must be at most {limit}. Got {got} on the quantized file. The report names the best file that keeps it."
         if bound["what"] == "metric_loss":
             raise GateError(msg)
-        raise InfeasibleError(msg, nearest=counted(nearest))
+        raise InfeasibleError(msg, nearest=counted(nearest), advice=advice)
+
+
+def _figure(value: float, unit: str) -> str:
+    """Counts and bytes in full, all else in six digits.
+
+    >>> _figure(31457280, "B"), _figure(0.51234567, "ms"), _figure(7.0, "")
+    ('31,457,280 B', '0.512346 ms', '7')
+    """
+    text = f"{value:,.0f}" if unit in ("", "B", "MAC") and value >= 1000 else f"{value:.6g}"
+    return f"{text} {unit}".rstrip()
 
 
 def counted(plan: Plan | None) -> Plan | None:

@@ -24,7 +24,7 @@ from paredown.errors import NothingToDo, UsageError
 from paredown.examine import Cost, examine
 from paredown.factorize import choose_ranks, factorize
 from paredown.granularity import Granularity
-from paredown.pipeline.kept_sensitivity import about_units, kept_table
+from paredown.pipeline.kept_sensitivity import about_units, check_kept, kept_table
 from paredown.pipeline.own_masks import own_masks
 from paredown.plan import Mask, Plan
 from paredown.program import Program, capture
@@ -511,6 +511,8 @@ def check_ways(recipe: Recipe, task: Task) -> None:
     _refuse_unknown(asked.update_options, ["block", "damping"], "prune.update_options")
     for way in ways:
         way.check()
+    if asked.sensitivity is not None and asked.allocation in MEASURED:
+        check_kept(Path(asked.sensitivity))
     if recipe.recover.ranks > 1 and (task.train is not None or any(way.in_training for way in ways)):
         own = "the task's own train()" if task.train is not None else "a level that is pruned in training"
         msg = f"recover.ranks must be 1 with {own}. Got {recipe.recover.ranks}. Leave it out."

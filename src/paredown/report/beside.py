@@ -161,7 +161,7 @@ def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
     """A page's answer, whole and in a line or two."""
     if kind == "curve":
         from paredown.curve import NOUNS, dense_parts  # computes: the page of a lone run needs no numpy
-        from paredown.report.curve_document import curve_view
+        from paredown.report.curve_view import curve_view
 
         seen = curve_view(records)
         parts = dense_parts(seen.spot, seen.comparisons, goal=seen.metric["goal"])

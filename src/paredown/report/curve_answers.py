@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from paredown.curve import CONTROLS, Comparison, Point
-from paredown.report.curve_document import CurveView
+from paredown.report.curve_view import CurveView
 from paredown.report.reading import entry, figure, mapping, number
 from paredown.report.wording import quantity
 
@@ -35,17 +35,36 @@ def dense_answer(seen: CurveView) -> str:
     there = [c for c in dense if _at_spot(seen, c)]
     fair = [c for c in there if c.comparable]
     if not there:
-        return "Not tested at the sweet spot." if seen.spot.point is not None else "There is no sweet spot to ask it of."
+        return (
+            "Not tested at the sweet spot." if seen.spot.point is not None else "There is no sweet spot to ask it of."
+        )
     if not fair:
         return "Not answered: no dense network here compares."
     if any(c.gain.low is None for c in fair):
         return "Not told: one seed has no interval."
     if any(c.gain.high is not None and c.gain.high < 0 for c in fair):
         return "Yes: a dense one is better."
-    return "No: pruning is better." if all(c.gain.low is not None and c.gain.low > 0 for c in fair) else "No difference shows."
+    if any(c.gain.low is not None and c.gain.low <= 0 for c in fair):
+        return "No difference shows."
+    kinds = sorted({c.control for c in fair})
+    return "No: pruning is better." if len(kinds) > 1 else f"Not {CONTROLS[kinds[0]]}: pruning is better."
 
 
-def controls_not_tested(seen: CurveView) -> list[str]:
+def not_tested(seen: CurveView) -> list[str]:
+    """What this page says nothing of, for whoever reads its first lines alone."""
+    codes = any(line.codes for line in seen.lines)
+    found = [] if codes else ["files in codes, such as INT8 (curve.quantized)"]
+    if not any("latency" in p.absolute for p in seen.points):
+        found.append("latency (curve.latency)")
+    if len({r.cell.get("seed") for r in seen.trials}) < 2:
+        found.append("other seeds, so that nothing here has an interval (curve.seeds)")
+    found += _controls_not_tested(seen)
+    if seen.failed:
+        found.append(f"{len(seen.failed)} of {number(entry(seen.head, 'cells')) or 0} trials, which have no result")
+    return [*found, "other devices and runtimes", "disturbed inputs, and for whom the metric changed (compress)"]
+
+
+def _controls_not_tested(seen: CurveView) -> list[str]:
     """Controls without a result, at all or where it matters."""
     kinds = {c.control for c in seen.comparisons}
     missing = [CONTROLS[kind] for kind in ("scratch", "thin", "random") if kind not in kinds]
@@ -62,15 +81,21 @@ def _at_spot(seen: CurveView, found: Comparison) -> bool:
 def doubts(seen: CurveView) -> list[str]:
     """What makes the figures weaker than they look: few seeds, and held-out data that the dense model knows from its training."""
     found = []
-    most = max((len(p.seeds) for p in seen.points), default=0)
-    if most in _HOLDS:
-        found.append(
-            f"{most} seeds: an interval called 95 % is then the range of the seeds, which holds the true mean about {_HOLDS[most]}; "
-            "that of five seeds holds it more than nine times in ten (curve.seeds)."
-        )
+    if few := few_seeds(max((len(p.seeds) for p in seen.points), default=0)):
+        found.append(few)
     if known := _seen_before(seen):
         found.append(known)
     return found
+
+
+def few_seeds(count: int) -> str:
+    """What an interval over so few seeds is worth; "" for five and more, and for one, which has none."""
+    if count not in _HOLDS:
+        return ""
+    return (
+        f"{count} seeds: an interval called 95 % is then the range of the seeds, which holds the true mean about {_HOLDS[count]}; "
+        "that of five seeds holds it more than nine times in ten (curve.seeds)."
+    )
 
 
 def _seen_before(seen: CurveView) -> str:
@@ -100,7 +125,10 @@ def _lost_twice(seen: CurveView, sign: int) -> str:
     if point is None or base is None or not point.loss or not point.test or not base.test:
         return ""
     unit = seen.metric["unit"]
-    losses = float(np.mean([*point.loss.values()])), sign * float(np.mean([*base.test.values()]) - np.mean([*point.test.values()]))
+    losses = (
+        float(np.mean([*point.loss.values()])),
+        sign * float(np.mean([*base.test.values()]) - np.mean([*point.test.values()])),
+    )
     told = [f"{v:.2f} points".replace("-", "−") if unit == "%" else quantity(v, unit) for v in losses]
     return f" (here {told[0]} and, on test data, {told[1]})"
 
@@ -119,7 +147,7 @@ def amounts_of(seen: CurveView) -> str:
 def told_amount(seen: CurveView, amount: float) -> str:
     """An amount of the recipe in words."""
     of = amounts_of(seen)
-    return f"amount {amount:g} in the recipe{f': of the {of}' if of else ''}"
+    return f"{amount:g} of the {of} remain, by the recipe" if of else f"amount {amount:g} in the recipe"
 
 
 def schedules(seen: CurveView) -> list[tuple[str, str]]:
@@ -133,4 +161,6 @@ def of_this_file(seen: CurveView, point: Point) -> str:
     own = number(point.test.get(point.seeds[0])) if point.seeds else None
     if own is None or len(point.seeds) < 2:
         return ""
-    return f"{quantity(own, seen.metric['unit'])} on test data; the figures above are means over {len(point.seeds)} seeds"
+    return (
+        f"{quantity(own, seen.metric['unit'])} on test data; the figures above are means over {len(point.seeds)} seeds"
+    )

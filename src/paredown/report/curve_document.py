@@ -1,95 +1,22 @@
-"""The facts of a curve from its records: what the page draws and what scripts read."""
+"""The facts of a curve as a document: what scripts read, and what `paredown curve` writes as curve.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from paredown.curve import (
-    AXES,
-    Axis,
-    Comparison,
-    Interval,
-    Line,
-    Point,
-    SweetSpot,
-    compared,
-    dense_verdict,
-    interval,
-    lines,
-    pareto,
-    sweet_spot,
-    upper_bound,
-)
-from paredown.errors import RejectedError
+from paredown.curve import Comparison, Interval, Point, interval, upper_bound
 from paredown.records import Record
-from paredown.report.reading import entry, mapping, number, rows, text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurveView:
-    """The records of a sweep, with all that is worked out from them."""
-
-    head: Record
-    trials: tuple[Record, ...]
-    metric: dict[str, str]
-    axis: Axis
-    limit: float | None
-    failed: tuple[Mapping[str, Any], ...]
-    lines: tuple[Line, ...]
-    spot: SweetSpot
-    comparisons: tuple[Comparison, ...]
-    verdict: str
-    front: tuple[Point, ...]
-
-    @property
-    def points(self) -> tuple[Point, ...]:
-        """Every point once, the dense model first."""
-        by_id = {id(p): p for line in self.lines for p in line.points}
-        return tuple(by_id.values())
-
-
-def is_curve(records: Sequence[Record]) -> bool:
-    """Whether records are those of `paredown curve`."""
-    return bool(records) and mapping(records[0].cell).get("stage") == "curve"
-
-
-def curve_view(records: Sequence[Record]) -> CurveView:
-    """Work out lines, sweet spot, comparisons and front. Raises RejectedError where the records are no curve's."""
-    if not is_curve(records):
-        msg = f"a curve must begin with the record that describes it. Got {len(records)} records of another kind. Run `paredown curve` into this folder first."
-        raise RejectedError(msg)
-    head, *trials = records
-    given = mapping(entry(head, "metric"))
-    metric = {
-        "name": text(given.get("name"), 60) or "metric",
-        "unit": text(given.get("unit"), 16),
-        "goal": "min" if given.get("goal") == "min" else "max",
-    }
-    axis: Axis = next((a for a in AXES if a == entry(head, "axis")), "sparsity")
-    limit, failed = number(entry(head, "limit")), tuple(rows(entry(head, "failed")))
-    goal, unit = metric["goal"], metric["unit"]
-    try:
-        found = lines(trials, goal=goal, failed=failed)
-    except (KeyError, TypeError, ValueError) as error:
-        msg = f"every record of a curve must be one of a trial. Got {type(error).__name__}: {text(error)}. Was records.jsonl edited?"
-        raise RejectedError(msg) from error
-    spot = sweet_spot(found, axis, limit=limit, unit=unit)
-    comparisons = compared(found, goal=goal, unit=unit)
-    every = {id(p): p for line in found for p in line.points}  # a random choice too, where it wins
-    return CurveView(
-        head=head, trials=tuple(trials), metric=metric, axis=axis, limit=limit, failed=failed, lines=found, spot=spot,
-        comparisons=comparisons, verdict=dense_verdict(spot, comparisons, goal=goal),
-        front=pareto([*every.values()], axis, goal=goal),
-    )  # fmt: skip
+from paredown.report.curve_answers import dense_answer, doubts, not_tested
+from paredown.report.curve_view import CurveView, curve_view
+from paredown.report.reading import entry, mapping, number, text
 
 
 def curve_document(records: Sequence[Record]) -> dict[str, Any]:
     """A curve as one JSON-ready document, schema 1.
 
     {"schema", "metric", "axis", "limit", "trials": {"cells", "done", "failed"}, "sweet_spot": {"rule", "line", "amount", "codes", "removed",
-    "low", "high", "sentence"}, "dense_verdict", "comparisons": [...], "pareto": [...], "lines": [{"name", "kind", "codes", "points":
+    "low", "high", "sentence"}, "dense_answer", "dense_verdict", "not_tested": [...], "doubts": [...], "comparisons": [...], "pareto": [...], "lines": [{"name", "kind", "codes", "points":
     [...]}], "failed": [...]}. "codes" is the scheme of quantized files, else null. Amounts are what remains, "removed" is in % of the dense model; intervals are over seeds, null with one.
     """
     seen = curve_view(records)
@@ -110,7 +37,10 @@ def curve_document(records: Sequence[Record]) -> dict[str, Any]:
             "high": spot.high,
             "sentence": spot.sentence,
         },
+        "dense_answer": dense_answer(seen) or None,
         "dense_verdict": seen.verdict,
+        "not_tested": not_tested(seen),
+        "doubts": doubts(seen),
         "comparisons": [_comparison(c) for c in seen.comparisons],
         "pareto": [_point(seen, p) for p in seen.front],
         "lines": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ WIDTH, HEIGHT = 440, 330
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
 LINES, POINTS = 8, 40
 """Drawn at most, so that the page stays small; the CSV has more."""
+_WORDS = (96, 18)
+"""Pixels that the words at the sweet spot take in the larger type of small charts."""
 _SHAPES = ("circle", "square", "triangle", "diamond")
 
 
@@ -50,19 +53,23 @@ class Mark:
     high: float | None
 
 
-def chart(series: Sequence[Series], *, x_title: str, y_title: str, alt: str, mark: Mark | None = None) -> Svg:
-    """Lines over what was removed, in %, each dot with its interval over seeds."""
+def chart(
+    series: Sequence[Series], *, x_title: str, y_title: str, alt: str, mark: Mark | None = None, level: float | None = None
+) -> Svg:  # fmt: skip
+    """Lines over what was removed, in %, each dot with its interval over seeds; at `level` what the user allows ends."""
     drawn = [_thinned(s) for s in series[:LINES]]
     dots = [d for s in drawn for d in s.dots]
     if not dots:
         return Svg(markup="")
     x_range = _range([d.x for d in dots] + ([mark.x] if mark else []), 0.04)
     ends = [v for d in dots for v in (d.y, d.low, d.high) if v is not None]
-    y_range = _range(ends, 0.06)
+    y_range = _range(ends if level is None else [*ends, level], 0.06)
     frame = _Frame(x=x_range, y=y_range)
     body = [_grid(frame), _titles(x_title, y_title)]
+    if level is not None:
+        body.append(_level(frame, level))
     if mark is not None:
-        body.append(_spot(frame, mark))
+        body.append(_spot(frame, mark, _ink(frame, drawn)))
     for index, one in enumerate(drawn):
         body.append(_line(frame, one, index, len(drawn)))
     label = html.escape(alt, quote=True)
@@ -144,7 +151,13 @@ def _titles(x_title: str, y_title: str) -> str:
     )
 
 
-def _spot(frame: _Frame, mark: Mark) -> str:
+def _level(frame: _Frame, level: float) -> str:
+    _, at = frame.at(frame.x[0], level)
+    said = f'<text x="{WIDTH - RIGHT - 4}" y="{at - 4:.1f}" text-anchor="end">limit</text>'
+    return f'<path class="level" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>{said}'
+
+
+def _spot(frame: _Frame, mark: Mark, ink: Sequence[tuple[float, float]]) -> str:
     x, y = frame.at(mark.x, mark.y)
     band = ""
     if mark.low is not None and mark.high is not None:
@@ -152,15 +165,48 @@ def _spot(frame: _Frame, mark: Mark) -> str:
         right, _ = frame.at(min(mark.high, frame.x[1]), mark.y)
         width = max(right - left, 2)
         band = f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>'
-    side = "end" if x > WIDTH / 2 else "start"
-    shift = -6 if side == "end" else 6
+    at, up, side = _free_place(x, [*ink, *((x + dx, y + dy) for dx in (-9, 0, 9) for dy in (-9, 0, 9))])
     return (
         f'{band}<path class="spot" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/><circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="9"/>'
-        f'<text class="spotted" x="{x + shift:.1f}" y="{HEIGHT - BOTTOM - 8}" text-anchor="{side}">sweet spot</text>'
+        f'<text class="spotted" x="{at:.1f}" y="{up:.1f}" text-anchor="{side}">sweet spot</text>'
     )
 
 
+def _free_place(x: float, ink: Sequence[tuple[float, float]]) -> tuple[float, float, str]:
+    """(x, y, anchor) beside the upright line at `x` where the words cover least; at the bottom and towards the middle if nothing does."""
+    sides = [(-1, "end"), (1, "start")] if x > WIDTH / 2 else [(1, "start"), (-1, "end")]
+    bottom = HEIGHT - BOTTOM - 8
+    places = [(x + 6 * to, float(up), side) for up in range(bottom, TOP + _WORDS[1], -20) for to, side in sides]
+
+    def covers(place: tuple[float, float, str]) -> int:
+        at, up, side = place
+        left = at - _WORDS[0] if side == "end" else at
+        outside = left < LEFT or left + _WORDS[0] > WIDTH - RIGHT
+        return 10_000 * outside + sum(
+            left - 4 <= a <= left + _WORDS[0] + 4 and up - _WORDS[1] <= b <= up + 5 for a, b in ink
+        )
+
+    return min(places, key=covers)
+
+
+def _ink(frame: _Frame, drawn: Sequence[Series]) -> list[tuple[float, float]]:
+    """Where lines and intervals run, every few pixels."""
+    found = []
+    for one in drawn:
+        ends = [frame.at(d.x, d.y) for d in one.dots]
+        ways = [*itertools.pairwise(ends), *((e, e) for e in ends[:1])]
+        ways += [
+            (frame.at(d.x, d.low), frame.at(d.x, d.high)) for d in one.dots if d.low is not None and d.high is not None
+        ]
+        for (a, b), (c, d) in ways:
+            steps = max(1, math.ceil(max(abs(c - a), abs(d - b)) / 4))
+            found += [(a + (c - a) * k / steps, b + (d - b) * k / steps) for k in range(steps + 1)]
+    return found
+
+
 def _line(frame: _Frame, series: Series, index: int, count: int) -> str:
+    if not series.dots:
+        return ""
     shift = 1.6 * (index - (count - 1) / 2)  # intervals of lines at one amount stand beside each other
     places = [frame.at(d.x, d.y) for d in series.dots]
     way = "".join(f"{'M' if i == 0 else 'L'}{x + shift:.1f} {y:.1f}" for i, (x, y) in enumerate(places))

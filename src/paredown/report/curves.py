@@ -12,8 +12,18 @@ import numpy as np
 from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, dense_parts, interval, upper_bound
 from paredown.records import Record, write_text
 from paredown.report.beside import Beside, found_beside, shown
-from paredown.report.curve_document import CurveView, curve_document, curve_view, is_curve
+from paredown.report.curve_answers import (
+    amounts_of,
+    dense_answer,
+    doubts,
+    not_tested,
+    of_this_file,
+    schedules,
+    told_amount,
+)
+from paredown.report.curve_document import curve_document
 from paredown.report.curve_figures import LINES, POINTS, Dot, Mark, Series, chart, key
+from paredown.report.curve_view import CurveView, curve_view, is_curve
 from paredown.report.layers import csv_link
 from paredown.report.page import _template
 from paredown.report.reading import entry, items, mapping, number, text
@@ -22,6 +32,8 @@ from paredown.report.wording import interval as said_interval
 
 ROWS = 300
 """Of a table, and of a CSV: all points are in curve.json."""
+FLAT = 0.4
+"""Below this share of the height of a chart the lines that prune are drawn once more, without the dense controls."""
 TITLES: dict[Axis, str] = {
     "sparsity": "weights",
     "parameters": "parameters",
@@ -101,32 +113,46 @@ def _capital(word: str) -> str:
 
 def _spot(seen: CurveView) -> dict[str, Any]:
     """The strip: what to take, what it costs, how sure that is."""
-    spot, unit = seen.spot, seen.metric["unit"]
+    spot = seen.spot
     dense = next((p for p in seen.points if p.kind == "base"), None)
     found: dict[str, Any] = {"sentence": spot.sentence, "chosen": spot.point is not None, "cards": []}
     found["ship"] = _ship(seen, spot.point or dense)
-    found["untested"] = "; ".join(_untested(seen))
+    found["untested"] = "; ".join(not_tested(seen))
+    found["answer"] = dense_answer(seen)
+    found |= {"of": amounts_of(seen), "schedules": schedules(seen), "limited": _limit_level(seen) is not None}
     if spot.point is None or spot.removed is None:
         return found
-    point = spot.point
-    spread = "no interval: one seed" if spot.low is None else f"95 % interval {spot.low:.1f} to {spot.high:.1f} %"
-    noun = TITLES[seen.axis]
-    found["headline"] = f"Take {spot.removed:.1f} % of the {noun} out: {spot.name}"
-    cards = [
-        {
-            "title": f"Removed of the {noun}",
-            "value": f"{spot.removed:.1f} %",
-            "notes": [spread, "nothing pruned" if point.amount is None else f"amount {point.amount:g} in the recipe"],
-        }
+    found["headline"] = f"Take {spot.removed:.1f} % of the {TITLES[seen.axis]} out: {spot.name}"
+    found["cards"] = [
+        _removed_card(seen, spot.point, spot.removed),
+        *_metric_cards(seen, spot.point, dense),
+        *_size_cards(spot.point, dense),
+        *(_other_file(seen, other) for other in seen.points if _same_trial(other, spot.point)),
     ]
+    return found
+
+
+def _removed_card(seen: CurveView, point: Point, removed: float) -> dict[str, Any]:
+    low, high = seen.spot.low, seen.spot.high
+    if low is None or high is None:
+        spread = "no interval: one seed"
+    elif high - low < 0.05:  # an interval of no width would look like certainty
+        spread = f"chosen in every resampling of the {len(point.seeds)} seeds"
+    else:
+        spread = f"95 % interval {low:.1f} to {high:.1f} %"
+    amount = "nothing pruned" if point.amount is None else told_amount(seen, point.amount)
+    return {"title": f"Removed of the {TITLES[seen.axis]}", "value": f"{removed:.1f} %", "notes": [spread, amount]}
+
+
+def _metric_cards(seen: CurveView, point: Point, dense: Point | None) -> list[dict[str, Any]]:
+    """What it costs on held-out data, which chose, and on test data."""
+    unit = seen.metric["unit"]
     loss = interval([*point.loss.values()])
-    cards.append(
-        {
-            "title": "Change on held-out data",
-            "value": difference(-_sign(seen) * loss.mean, unit),
-            "notes": [_better_or_worse(loss.mean), *_loss_notes(point, unit)],
-        }
-    )
+    change = {
+        "title": "Change on held-out data",
+        "value": difference(-_sign(seen) * loss.mean, unit),
+        "notes": [_better_or_worse(loss.mean), *_loss_notes(point, unit)],
+    }
     tested = interval([*point.test.values()])
     notes = [_spread(tested, unit)]
     if dense is not None and dense.test:
@@ -135,20 +161,32 @@ def _spot(seen: CurveView) -> dict[str, Any]:
         notes.append(
             f"dense {quantity(whole, unit)}: {difference(-_sign(seen) * lost, unit)}, {_better_or_worse(lost)}"
         )
-    cards.append(
-        {"title": f"{_capital(seen.metric['name'])} on test data", "value": quantity(tested.mean, unit), "notes": notes}
-    )
-    if "bytes" in point.absolute:
-        cards.append(
-            {
-                "title": "File",
-                "value": megabytes(point.absolute["bytes"]),
-                "notes": [f"{point.removed['bytes']:.1f} % smaller, {point.codes or 'float32'}"],
-            }
-        )
-    cards += [_other_file(seen, other) for other in seen.points if _same_trial(other, point)]
-    found["cards"] = cards
-    return found
+    return [
+        change,
+        {
+            "title": f"{_capital(seen.metric['name'])} on test data",
+            "value": quantity(tested.mean, unit),
+            "notes": notes,
+        },
+    ]
+
+
+def _size_cards(point: Point, dense: Point | None) -> list[dict[str, Any]]:
+    """The file, and what else was saved."""
+    if "bytes" not in point.absolute:
+        return []
+    whole = f", dense {megabytes(dense.absolute['bytes'])}" if dense is not None and "bytes" in dense.absolute else ""
+    notes = [f"{_fewer(point, 'bytes', 'smaller')}, {point.codes or 'float32'}{whole}"]
+    notes += [_fewer(point, axis, said) for axis, said in _SAVED.items() if axis in point.removed]
+    return [{"title": "File", "value": megabytes(point.absolute["bytes"]), "notes": notes}]
+
+
+_SAVED: dict[Axis, str] = {"macs": "fewer MACs", "latency": "less latency"}
+
+
+def _fewer(point: Point, axis: Axis, said: str) -> str:
+    """A saving in %; a negative one with its sign, so that it is not taken for one."""
+    return f"{point.removed[axis]:.1f} % {said}".replace("-", "−")
 
 
 def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
@@ -165,7 +203,8 @@ def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
     if seen.spot.point is None and point.held_out:
         larger = ", or allow a larger loss (curve.limit)" if seen.spot.rule == "limit" else ""
         advice = f"For a smaller one train longer (recover.epochs), take less out (curve.amounts){larger}."
-    return {"file": file, "seed": str(point.seeds[0]), "again": again, "advice": advice}
+    own = of_this_file(seen, point)
+    return {"file": file, "seed": str(point.seeds[0]), "again": again, "advice": advice, "own": own}
 
 
 def _same_trial(other: Point, point: Point) -> bool:
@@ -189,21 +228,6 @@ def _other_file(seen: CurveView, other: Point) -> dict[str, Any]:
 def _better_or_worse(loss: float) -> str:
     """Of a change, which a metric that is better when lower leaves open."""
     return "worse than dense" if loss > 0 else "better than dense" if loss < 0 else "as dense"
-
-
-def _untested(seen: CurveView) -> list[str]:
-    """What this page says nothing of, for whoever reads its first lines alone."""
-    codes = any(line.codes for line in seen.lines)
-    found = [] if codes else ["files in codes, such as INT8 (curve.quantized)"]
-    if not any("latency" in p.absolute for p in seen.points):
-        found.append("latency (curve.latency)")
-    if len({r.cell.get("seed") for r in seen.trials}) < 2:
-        found.append("other seeds, so that nothing here has an interval (curve.seeds)")
-    kinds = {c.control for c in seen.comparisons}
-    found += [CONTROLS[kind] for kind in ("scratch", "thin", "random") if kind not in kinds]
-    if seen.failed:
-        found.append(f"{len(seen.failed)} of {number(entry(seen.head, 'cells')) or 0} trials, which have no result")
-    return [*found, "other devices and runtimes", "disturbed inputs, and for whom the metric changed (compress)"]
 
 
 def _loss_notes(point: Point, unit: str) -> list[str]:
@@ -230,16 +254,26 @@ def _interval(found: Interval, unit: str) -> str:
 
 
 def _charts(seen: CurveView) -> list[dict[str, Any]]:
-    """The choice on held-out data, its worth on test data, then test data over the other axes."""
-    wanted: list[tuple[Axis, str]] = [(seen.axis, "held_out"), (seen.axis, "test")]
-    wanted += [(axis, "test") for axis in AXES if axis != seen.axis]
-    made = [_chart(seen, axis, data) for axis, data in wanted]
+    """The choice on held-out data, its worth on test data, both closer where controls flatten them, then test data over the other axes."""
+    drawn = _drawn(seen)
+    near = tuple(line for line in drawn if line.kind not in ("scratch", "thin"))
+    wanted: list[tuple[Axis, str, tuple[Line, ...]]] = [(seen.axis, d, drawn) for d in ("held_out", "test")]
+    wanted += [(a, d, near) for a, d, _ in wanted if _span(near, d) < FLAT * _span(drawn, d)]
+    wanted += [(axis, "test", drawn) for axis in AXES if axis != seen.axis]
+    made = [_chart(seen, axis, data, shown) for axis, data, shown in wanted]
     return [m for m in made if m is not None]
 
 
-def _chart(seen: CurveView, axis: Axis, data: str) -> dict[str, Any] | None:
+def _span(shown: Sequence[Line], data: str) -> float:
+    """How far the values of lines reach, over seeds."""
+    values = [v for line in shown for p in line.points for v in getattr(p, data).values()]
+    return max(values) - min(values) if values else 0.0
+
+
+def _chart(seen: CurveView, axis: Axis, data: str, shown: Sequence[Line]) -> dict[str, Any] | None:
     unit, name = seen.metric["unit"], seen.metric["name"]
-    series = [_series(line, axis, data, unit) for line in _drawn(seen)]
+    drawn = _drawn(seen)
+    series = [_series(line, axis, data, unit, left_out=line not in shown) for line in drawn]
     if not any(s.dots for s in series):
         return None
     where = "held-out data" if data == "held_out" else "test data"
@@ -251,24 +285,37 @@ def _chart(seen: CurveView, axis: Axis, data: str) -> dict[str, Any] | None:
             x=spot.point.removed[axis], y=float(np.mean([*values.values()])), low=spot.low if own else None,
             high=spot.high if own else None,
         )  # fmt: skip
-    title = f"{_capital(name)} on {where} over {TITLES[axis]} removed"
-    told = "; ".join(f"{s.name}: {', '.join(f'{d.y:.4g} at {d.x:.0f} %' for d in s.dots[:8])}" for s in series[:LINES])
-    drawn = chart(
+    closer = len(shown) < len(drawn)
+    title = f"{_capital(name)} on {where} over {TITLES[axis]} removed{', without the dense controls' if closer else ''}"
+    told = "; ".join(
+        f"{s.name}: {', '.join(f'{d.y:.4g} at {d.x:.0f} %' for d in s.dots[:8])}" for s in series[:LINES] if s.dots
+    )
+    drawing = chart(
         series, x_title=f"{TITLES[axis]} removed, %", y_title=f"{name}, {where}{f', {unit}' if unit else ''}", mark=mark,
+        level=_limit_level(seen) if data == "held_out" and axis == seen.axis else None,
         alt=f"{title}. {told}. All numbers are in the CSV and the table.",
     )  # fmt: skip
     return {
         "title": title,
-        "svg": drawn,
-        "csv": csv_link(*_chart_csv(seen, axis, data)),
-        "file": f"curve-{axis}-{data.replace('_', '-')}.csv",
+        "svg": drawing,
+        "csv": csv_link(*_chart_csv(seen, axis, data, shown if closer else seen.lines)),
+        "file": f"curve-{axis}-{data.replace('_', '-')}{'-closer' if closer else ''}.csv",
         "main": axis == seen.axis,
     }
 
 
-def _series(line: Line, axis: Axis, data: str, unit: str) -> Series:
+def _limit_level(seen: CurveView) -> float | None:
+    """The dense model's mean on held-out data less what the user allows to be lost."""
+    dense = next((p for p in seen.points if p.kind == "base" and not p.codes), None)
+    if seen.limit is None or dense is None or not dense.held_out:
+        return None
+    return float(np.mean([*dense.held_out.values()])) - _sign(seen) * seen.limit
+
+
+def _series(line: Line, axis: Axis, data: str, unit: str, *, left_out: bool = False) -> Series:
+    """A line with its dots; with none where it is left out, so that the others keep their colours."""
     dots = []
-    for point in line.points:
+    for point in () if left_out else line.points:
         values = getattr(point, data)
         if axis not in point.removed or not values:
             continue
@@ -290,12 +337,14 @@ def _series(line: Line, axis: Axis, data: str, unit: str) -> Series:
     return Series(name=line.name, dots=tuple(dots), control=line.kind in CONTROLS, codes=bool(line.codes))
 
 
-def _chart_csv(seen: CurveView, axis: Axis, data: str) -> tuple[tuple[str, ...], list[list[Any]]]:
+def _chart_csv(
+    seen: CurveView, axis: Axis, data: str, shown: Sequence[Line]
+) -> tuple[tuple[str, ...], list[list[Any]]]:
     """Heads and lines of the file behind one chart."""
     name = f"{seen.metric['name']} {data.replace('_', '-')}"
     head = ("line", "remains", f"{axis} removed %", axis, f"{name} mean", "low", "high", "seeds", "without result")
     found: list[list[Any]] = []
-    for line in seen.lines:
+    for line in shown:
         for point in line.points:
             values = getattr(point, data)
             if axis in point.removed and values:
@@ -438,6 +487,7 @@ def _failed(seen: CurveView) -> dict[str, Any] | None:
 
 def _warnings(seen: CurveView) -> list[str]:
     found = [text(w, 400) for r in seen.trials if r.cell["kind"] == "base" for w in items(entry(r, "warnings"))]
+    found += doubts(seen)
     if seen.failed:
         found.append(f"{len(seen.failed)} trials have no result. Their points are drawn hollow and are not chosen.")
     found += [
@@ -467,7 +517,9 @@ def _provenance(seen: CurveView) -> list[tuple[str, str]]:
     facts += [(text(k), text(v) or "not installed") for k, v in versions.items()]
     first = mapping(seen.trials[0].environment) if seen.trials else {}
     machine = mapping(first.get("machine"))
-    facts += [(text(k), text(v)) for k, v in machine.items() if not isinstance(v, dict | list)]
+    memory = number(machine.get("memory_bytes"))
+    facts += [("memory", megabytes(memory))] if memory is not None else []
+    facts += [(text(k), text(v)) for k, v in machine.items() if not isinstance(v, dict | list) and k != "memory_bytes"]
     return [*facts, ("threads of a trial", text(first.get("threads"))), ("device", text(first.get("device")))]
 
 

@@ -125,6 +125,9 @@ def read_records(folder: str | Path) -> list[Record]:
 
 
 def _read(path: Path) -> list[Record]:
+    if not path.is_file() and (path.parent / "journal.jsonl").is_file():
+        msg = f"a report must have a records.jsonl. Got a sweep that has not ended at {path.parent}. Run `paredown curve` into it again: it continues."
+        raise RejectedError(msg)
     if not path.is_file():
         msg = f"a report must have a records.jsonl. Got none at {path}. Run `paredown compress` into this folder first."
         raise RejectedError(msg)

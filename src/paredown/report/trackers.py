@@ -1,4 +1,4 @@
-"""Trackers: the records of a run or a sweep, told to TensorBoard or to MLflow. Thin: they read records.jsonl, nothing else.
+"""Trackers: the records of a run, a sweep or a sensitivity, told to TensorBoard or to MLflow. Thin: they read records.jsonl, nothing else.
 
 What a record measured becomes a figure under its badge (`measured/metric`, `estimated/effective_macs`), with
 `…_low` and `…_high` where it has an interval. What was not tested is left out and a failed trial is marked: neither is
@@ -193,15 +193,19 @@ def _of_failure(failed: Mapping[str, Any]) -> _Told:
 
 
 def _digest(cell: Mapping[str, Any]) -> str:
-    """That of a trial, or of a stage of its recipe."""
+    """That of a trial, of a point of a sensitivity, or of a stage of its recipe."""
     given = text(cell.get("digest"))
+    if not given and "kind" in cell:
+        return hashlib.sha256(json.dumps(dict(cell), sort_keys=True, default=str).encode()).hexdigest()
     return given or hashlib.sha256(f"{cell.get('recipe_digest')} {cell.get('stage')}".encode()).hexdigest()
 
 
 def _title(cell: Mapping[str, Any]) -> str:
-    """The stage of a run; what a trial of a sweep does."""
+    """The stage of a run; what a trial of a sweep does, or a point of a sensitivity."""
     if "kind" not in cell:
         return text(cell.get("stage")) or "record"
+    if "kept" in cell:
+        return " ".join(text(cell.get(name)) for name in ("kind", "name", "kept")) + f" of {text(cell.get('of'))}"
     parts = [text(cell.get(name)) for name in ("kind", "method", "schedule", "amount")]
     return " ".join([*(p for p in parts if p and p != "None"), f"seed {text(cell.get('seed'))}"])
 

@@ -8,7 +8,7 @@ from typing import Any
 from paredown.records import Record
 from paredown.report.reading import View, entry, figure, mapping, number, rows, stage_name, stage_title, text
 from paredown.report.stages import NONE, Cell, cell, change, latency, metric, smaller, speed
-from paredown.report.wording import digits, mebibytes, megabytes, quantity
+from paredown.report.wording import difference, digits, mebibytes, megabytes, quantity, times
 
 _NAMES = {
     "size_bytes": "Size",
@@ -35,7 +35,7 @@ def verdict_strip(run: View) -> dict[str, Any]:
         "cards": _cards(run, best, bounds if judged is best else []),
         "bounds": bounds,
         "bounds_of": _judged(run),
-        "sentence": _sentence(run, best),
+        "sentence": " ".join(s for s in (_unasked_loss(run, best), _sentence(run, best)) if s),
     }
 
 
@@ -78,7 +78,42 @@ def _sentence(run: View, best: Record | None) -> str:
     pace, _ = speed(run, best)
     if pace == "slower":
         return "It is recommended for its size. It is slower than the dense FP32 file on this machine."
-    return ""
+    return _faster_in_float(run, best)
+
+
+def _unasked_loss(run: View, best: Record | None) -> str:
+    """Where no bound was set, a file is recommended whatever it lost: what it lost beyond the noise is said first."""
+    change = figure(best, "metric_change")
+    if (
+        best is None
+        or run.verdict is None
+        or rows(entry(run.verdict, "bounds"))
+        or change.low is None
+        or change.high is None
+    ):
+        return ""
+    worse = change.high < 0 if run.metric["goal"] == "max" else change.low > 0
+    if not worse or change.value is None:
+        return ""
+    said = difference(change.value, change.unit or run.metric["unit"])
+    return f"No loss was ruled out, and it has one beyond the noise: {said} of {run.metric['name']} (budget.metric_loss sets a limit)."
+
+
+def _faster_in_float(run: View, best: Record) -> str:
+    """Where a float file of the run beats the recommended one in codes, beyond both intervals: what to take where time decides."""
+    own = figure(best, "speedup")
+    if best is not run.quantized or own.high is None:
+        return ""
+    rivals = [(r, f) for r in run.stages if r not in (best, run.twin) and (f := figure(r, "speedup")).low is not None]
+    rival, found = max(rivals, key=lambda p: p[1].value or 0.0, default=(best, own))
+    if found.low is None or found.low <= own.high or found.value is None or own.value is None:
+        return ""
+    reached = figure(rival, "metric")
+    said = f", {run.metric['name']} {quantity(reached.value, reached.unit)}" if reached.value is not None else ""
+    return (
+        f"It is recommended for its size. {stage_title(rival)} ({text(entry(rival, 'file'))}) is the faster file on this machine: "
+        f"{times(found.value)} the speed of dense, this one {times(own.value)}; {megabytes(_bytes(rival))}{said}. Where time decides, take that one."
+    )
 
 
 def _smaller_in_codes(run: View, best: Record) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paredown.errors import UsageError
+from paredown.errors import InfeasibleError, UsageError
 from paredown.records import append_line
 
 Values = dict[str, float | str]
@@ -30,6 +31,8 @@ class Trial:
     why: str = ""
     told: Mapping[str, Any] = field(default_factory=dict)
     """What else is known of it, as JSON."""
+    error: Exception | None = field(default=None, compare=False, repr=False)
+    """What it raised, where it failed in this process."""
 
 
 Answer = tuple[tuple[float, ...], Mapping[str, Any]]
@@ -78,31 +81,43 @@ def undominated(losses: Sequence[Sequence[float] | None]) -> list[int]:
     >>> undominated([(1.0, 5.0), (2.0, 2.0), (3.0, 3.0), None, (2.0, 2.0)])
     [0, 1]
     """
-    out = []
-    for number, mine in enumerate(losses):
-        if mine is None:
-            continue
-        beaten = any(
-            other is not None
-            and all(o <= m for o, m in zip(other, mine, strict=True))
-            and (tuple(other) != tuple(mine) or at < number)
-            for at, other in enumerate(losses)
-            if at != number
-        )
-        if not beaten:
-            out.append(number)
-    return out
+    front: list[tuple[tuple[float, ...], int]] = []
+    for mine, number in sorted((tuple(v), n) for n, v in enumerate(losses) if v is not None):
+        # sorted: whatever beats a point comes before it, and if that is beaten itself, so by one of the front
+        if not any(all(o <= m for o, m in zip(other, mine, strict=True)) for other, _ in front):
+            front.append((mine, number))
+    return sorted(number for _, number in front)
 
 
 def _tried(values: Values, answer: Callable[[Values], Answer]) -> Trial:
     try:
         losses, told = answer(values)
     except Exception as error:  # whatever a trial raises: it is marked, and the others go on
-        lines = str(error).splitlines() or [""]
-        return Trial(values=values, losses=None, why=f"{type(error).__name__}: {lines[0]}"[:300])
+        return Trial(values=values, losses=None, why=reason_of(error), error=_without_locals(error))
     if not all(math.isfinite(v) for v in losses):
         return Trial(values=values, losses=None, why=f"the losses are {losses}", told=told)
     return Trial(values=values, losses=tuple(float(v) for v in losses), told=told)
+
+
+def reason_of(error: Exception) -> str:
+    """One line: why limits are out of reach, without advice; what kind of error any other is, and what it says.
+
+    >>> reason_of(InfeasibleError("macs must be at most 5. Got 7.", advice="Ask for more.")), reason_of(KeyError("a"))
+    ('macs must be at most 5. Got 7.', "KeyError: 'a'")
+    """
+    text = error.reason if isinstance(error, InfeasibleError) else f"{type(error).__name__}: {error}"
+    return (text.splitlines() or [""])[0][:300]
+
+
+def _without_locals(error: Exception) -> Exception:
+    """The error with its places in the code, without what the frames there held: networks, and memory of a GPU."""
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in seen:
+        traceback.clear_frames(one.__traceback__)
+        seen.append(one)
+        one = one.__cause__ or one.__context__
+    return error
 
 
 def _name(values: Mapping[str, Any], number: int) -> str:

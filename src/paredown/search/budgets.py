@@ -18,7 +18,7 @@ from paredown.export import Artifact
 from paredown.measure import memory
 from paredown.measure.turns import timed_in_turns
 from paredown.plan import Plan
-from paredown.records import Measured, Record, append, mend, read
+from paredown.records import Measured, Record, append, mend, read_whole_lines
 from paredown.score.nouns import Scores
 from paredown.search.candidates import Make, kept_units
 from paredown.search.lines import Line, fitted
@@ -38,6 +38,8 @@ CLOSE = {
     "macs": 0.97,
 }
 """From which share of the limit on a file is near enough to it, and the search ends."""
+_FIRST_TRIES, _TRIES = 32, 8
+"""How often the aims are lowered by three percent for one more plan; at first until the largest step of alignment is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +123,15 @@ class Search:
         parameters, macs = (self.cost.parameters, self.cost.macs) if plan is None else predict(
             self.coupling, self.cost, plan
         )  # fmt: skip
-        if name in LATENCY:
-            assert self.table is not None  # checked
+        if name in LATENCY and self.table is not None and self.foresees:
             units = {s.name: len(s) for s in self.coupling.spaces}
             return float(self.table.total(units, kept_units(self.coupling, plan)))
-        return float(macs if name == "macs" else parameters)
+        return float(macs if name == "macs" or name in LATENCY else parameters)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether a table says milliseconds; else they are a line of multiply-accumulates."""
+        return self.table is not None and self.table.shrinks
 
     def lines(self, rounds: Sequence[Round]) -> dict[str, Line]:
         """Every amount as a line, from the files measured so far."""
@@ -148,23 +154,24 @@ class Search:
         """The plan by the lines as they are, and whether that is the least that floor and alignment allow."""
         counts: dict[str, int] = {}
         for name in self.asked:
-            if name in LATENCY:
+            if name in LATENCY and self.foresees:
                 continue
-            by = "macs" if name == "macs" else "parameters"
+            by = "macs" if name == "macs" or name in LATENCY else "parameters"
             wanted = max(2, int(lines[name].inverse(aims[name])))
             counts[by] = min(counts.get(by, wanted), wanted)
-        timed = next((n for n in self.asked if n in LATENCY), None)
+        timed = next((n for n in self.asked if n in LATENCY and self.foresees), None)
         latency, limit = None, None
-        if timed is not None:
-            assert self.table is not None  # checked
+        if timed is not None and self.table is not None:
             line = lines[timed]
             latency = dataclasses.replace(self.table, scale=line.slope, rest_ms=max(line.offset, 0.0))
             limit = max(aims[timed] - min(line.offset, 0.0), 1e-9)
         budget = Budget(latency_ms=limit, **counts)
         try:
             plan = allocate(self.coupling, self.scores, self.cost, budget, latency=latency, **self.options)
-        except NothingToDo:
-            raise
+        except NothingToDo as error:
+            if error.nearest is None:
+                raise
+            return None, False  # to keep all is nearest: a little less takes something
         except InfeasibleError as error:
             if error.nearest is None:
                 raise
@@ -222,10 +229,7 @@ class Search:
         return None
 
     def _journal(self) -> Iterator[Record]:
-        try:
-            yield from read(self.folder / "search.jsonl")
-        except (ValueError, KeyError, TypeError):
-            return  # edited by hand: what it says is measured again
+        yield from read_whole_lines(self.folder / "search.jsonl")  # what another line was of is measured again
 
     def _keep(self, digest: str, found: Mapping[str, float], why: str) -> None:
         numbers = {n: Measured(value=v, unit=UNITS[n], timing=n in LATENCY) for n, v in found.items()}
@@ -255,9 +259,16 @@ def meet(search: Search) -> Met:
     if not rounds[0].measured:
         msg = f"the network must be exportable as it is. {rounds[0].why}"
         raise InfeasibleError(msg)
+    nothing: list[NothingToDo] = []
     if not rounds[0].holds:
         for allocation in (search.allocation, *(search.also if search.joint is not None else ())):
-            _towards(search if allocation == search.allocation else search.by(allocation), rounds)
+            try:
+                _towards(search if allocation == search.allocation else search.by(allocation), rounds)
+            except NothingToDo as error:  # another allocation may find something, or has
+                nothing.append(error)
+                search.say(f"search: nothing by {allocation}: {error.reason}")
+    if nothing and len(rounds) == 1:
+        raise nothing[0]
     if not any(r.holds for r in rounds):
         raise _infeasible(search, rounds)
     chosen = _chosen(search, rounds)
@@ -294,11 +305,11 @@ def _chosen(search: Search, rounds: list[Round]) -> Round:
         return best[0]
     seen = []
     for found in best:
-        error = search.joint(found.plan) if found.plan is not None else 0.0
-        seen.append(dataclasses.replace(found, error=error))
+        moved = search.joint(found.plan) if found.plan is not None else 0.0
+        seen.append(dataclasses.replace(found, error=moved if math.isfinite(moved) else None))
         rounds[found.number] = seen[-1]
-        search.say(f"search {found.number}: by {found.by} the output moves by {error:.4g}")
-    return min(seen, key=lambda r: r.error if r.error is not None and math.isfinite(r.error) else math.inf)
+        search.say(f"search {found.number}: by {found.by} the output moves by {moved:.4g}")
+    return min(seen, key=lambda r: math.inf if r.error is None else r.error)
 
 
 def layer_shares(search: Search, plan: Plan | None) -> dict[str, float]:
@@ -334,7 +345,7 @@ def _next(search: Search, rounds: Sequence[Round], aims: dict[str, float]) -> Ro
     seen = {r.plan.digest if r.plan is not None else "" for r in rounds}
     kept = {_kept(r.plan) for r in rounds}
     lines, own = search.lines(rounds), rounds[-1] if rounds[-1].by == search.allocation else None
-    for _ in range(8):
+    for _ in range(_TRIES if len(rounds) > 1 else _FIRST_TRIES):
         plan, floored = search.allocated(lines, aims)
         foreseen = {n: lines[n].of(search.x(n, plan)) for n in search.asked}
         if plan is not None and plan.digest not in seen and _kept(plan) not in kept:
@@ -375,11 +386,9 @@ def _infeasible(search: Search, rounds: Sequence[Round]) -> InfeasibleError:
     got = (
         f"{_figure(worst, best.measured[worst])} at the nearest of {len(rounds)} files" if best.measured else "no file"
     )
-    msg = (
-        f"{worst} must be at most {_figure(worst, search.asked[worst])}. Got {got}. "
-        "Lower prune.floor, exclude less, allow more rounds, or ask for more."
-    )
-    return InfeasibleError(msg, nearest=best.plan)
+    msg = f"{worst} must be at most {_figure(worst, search.asked[worst])}. Got {got}."
+    advice = "Lower prune.floor, exclude less, allow more rounds, or ask for more."
+    return InfeasibleError(msg, nearest=best.plan, advice=advice)
 
 
 def _figure(name: str, value: float) -> str:

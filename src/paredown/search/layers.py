@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,8 +221,9 @@ def _shape(node: Any, kind: str, macs: int) -> LayerShape | None:
         return LayerShape(kind=what, out_channels=size[0], in_channels=size[1], positions=(rows,))
     source = [int(s) for s in given["input"].meta["val"].shape[2:]]
     dims = len(source)
-    padding = given.get("padding", 0)
-    if isinstance(padding, str):  # "same" and "valid"
+    dilation = _each(given.get("dilation", 1), dims)
+    padding = _padding(given.get("padding", 0), size[2:], dilation)
+    if padding is None:
         return None
     groups = int(given.get("groups") or 1)
     shape = LayerShape(
@@ -232,11 +233,23 @@ def _shape(node: Any, kind: str, macs: int) -> LayerShape | None:
         positions=tuple(source),
         kernel=tuple(size[2:]),
         stride=_each(given.get("stride", 1), dims),
-        padding=_each(padding, dims),
-        dilation=_each(given.get("dilation", 1), dims),
+        padding=padding,
+        dilation=dilation,
         groups=groups,
     )
     return shape if shape.macs == macs else None  # the frames of a clip in axis 0: a file of one layer has one sample
+
+
+def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...] | None:
+    """On either side of every axis; None where "same" is one more on the other side, as of even kernels.
+
+    >>> _padding("same", (3, 5), (1, 2)), _padding("same", (4,), (1,)), _padding("valid", (3,), (1,)), _padding([1], (3, 3), (1, 1))
+    ((1, 4), None, (0,), (1, 1))
+    """
+    if not isinstance(given, str):
+        return _each(given, len(kernel))
+    both = [d * (k - 1) if given == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+    return None if any(n % 2 for n in both) else tuple(n // 2 for n in both)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
         cells[base.digest] = base
         for cell in _of_seed(recipe, curve, ways, seed, base):
             twin = cells.setdefault(cell.digest, cell)
-            if twin is not cell and cell.kind == "pruned":
+            if twin is not cell and cell.kind in ("pruned", "from-scratch"):
                 msg = f"curve.methods and schedules must give each cell once. Got {twin.name!r} and {cell.name!r}, which do the same."
                 raise UsageError(msg)
     return tuple(cells.values())
@@ -205,6 +205,9 @@ def _pruning(recipe: Recipe, curve: CurveGrid, method: Method, schedule: str, am
     by = curve.by or ("density" if masked else "channels" if method.factorize is None else "parameters")
     if (by == "density") != masked:
         msg = f"curve.by must be {'density for masks' if masked else 'channels, parameters or macs'}. Got {by!r} with granularity {prune.granularity}."
+        raise UsageError(msg)
+    if method.factorize is not None and by == "channels":
+        msg = f"curve.by must be parameters or macs for low rank. Got 'channels' with {method.label}. Left out, it is channels where channels leave and parameters for low rank."
         raise UsageError(msg)
     if schedule in OF_MASKS and not masked:
         msg = f"curve.schedules must be one-shot, multi-level, iterative or from-scratch where channels leave. Got {schedule!r} with granularity {prune.granularity}."

@@ -48,6 +48,9 @@ __all__ = [
     "write_result",
 ]
 
+PATIENCE_S = 5.0
+"""How long servers that were told to end are waited for."""
+
 
 def run_missing(
     cells: Sequence[Cell],
@@ -107,16 +110,22 @@ class Slot:
             return
         *lines, self.heard = (self.heard + read).split(b"\n")
         for line in lines:
-            if line.startswith(MARK.encode()):
-                yield json.loads(line[1:])
+            _, mark, told = line.rpartition(MARK.encode())  # what a library printed may end no line
+            if mark:
+                yield json.loads(told)
 
-    def close(self) -> None:
-        """End the server: the closed pipe ends the trial and all it started."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def leave(self) -> None:
+        """Close the pipe, which ends the trial and all it started, and then the server."""
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def close(self, seconds: float = PATIENCE_S) -> None:
+        """End the server, which is waited for so long: while it imports it does not hear."""
+        assert self.process.stdout is not None
+        self.leave()
         try:
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=max(0.0, seconds))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -145,9 +154,12 @@ class _Sweep:
                             slot.close()
 
     def stop(self) -> None:
-        """End all processes."""
+        """End all processes, all of them within the same seconds."""
+        until = time.monotonic() + PATIENCE_S
         for slot in self.slots:
-            slot.close()
+            slot.leave()
+        for slot in self.slots:
+            slot.close(until - time.monotonic())
 
     def _start(self, selector: selectors.BaseSelector) -> None:
         order = self.order

@@ -11,20 +11,26 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from paredown.errors import Interrupted, UsageError
+from paredown.errors import Interrupted, ResourceError, UsageError
 from paredown.records import Record, append_line, mend, write_text
 from paredown.sweep.grid import Cell
 
 Status = Literal["done", "refused", "crashed", "timeout", "out of memory", "not run"]
 JOURNAL, TRIALS, RESULT = "journal.jsonl", "trials", "result.json"
+_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS)))
+"""What the disk says where the next trial would fail as well."""
+_BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a record raises that is none."""
 _NO_MEMORY = ("MemoryError", "can't allocate memory", "bad_alloc", "OutOfMemoryError", "out of memory")
 
 
@@ -99,7 +105,10 @@ def _known(cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]) -> 
     """(outcomes by digest, digests of those that only their own folder tells of)."""
     keys = {key_of_trial(c.digest, versions): c for c in cells}
     rows = {key: row for row in _rows(folder / JOURNAL) if (key := str(row.get("key"))) in keys}  # the last line counts
-    found = {keys[key].digest: _outcome(keys[key].digest, row) for key, row in rows.items()}
+    found = {}
+    for key, row in rows.items():
+        with contextlib.suppress(*_BROKEN):  # its result is found where it lies
+            found[keys[key].digest] = _outcome(keys[key].digest, row)
     alone = set()
     for key, cell in keys.items():
         noted = found.get(cell.digest)
@@ -109,6 +118,28 @@ def _known(cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]) -> 
                 found[cell.digest] = Outcome(digest=cell.digest, status="done", record=record)
                 alone.add(cell.digest)
     return found, alone
+
+
+def of_other_versions(
+    cells: Sequence[Cell], folder: Path, versions: Mapping[str, Any]
+) -> tuple[int, dict[str, tuple[Any, Any]]]:
+    """(how many cells have a result of other versions alone, {name: (version of the last of these, version here)})."""
+    keys = {c.digest: key_of_trial(c.digest, versions) for c in cells}
+    there: dict[str, Mapping[str, Any]] = {}
+    known = set()
+    for row in _rows(folder / JOURNAL):
+        digest = str(row.get("digest"))
+        if row.get("status") != "done" or digest not in keys:
+            continue
+        if row.get("key") == keys[digest]:
+            known.add(digest)
+        else:
+            with contextlib.suppress(*_BROKEN):
+                there[digest] = dict(row["record"]["environment"]["versions"])
+    others = [made for digest, made in there.items() if digest not in known]
+    last = others[-1] if others else {}
+    names = [name for name in {**last, **versions} if last.get(name) != versions.get(name)] if last else []
+    return len(others), {name: (last.get(name), versions.get(name)) for name in names}
 
 
 def lacks_a_file(record: Record | None) -> bool:
@@ -165,9 +196,15 @@ class Order:
         return {"request": request, "seconds": self.machine.seconds, "memory_bytes": self.machine.memory_bytes}
 
     def ends(self, cell: Cell, answer: Mapping[str, Any], *, seconds: float) -> None:
-        """Judge a trial by what it left and by how its process ended, note it, and let those begin that waited for it."""
+        """Judge a trial by what it left and by how its process ended, note it, and let those begin that waited for it.
+
+        Raises ResourceError where the disk took no more: all that follow would fail, and stay marked.
+        """
         key = key_of_trial(cell.digest, self.versions)
         outcome = self._judged(cell, self.folder / TRIALS / key, answer)
+        if outcome.status == "refused" and any(said in outcome.reason for said in _NO_ROOM):
+            msg = f"{outcome.reason} The sweep was stopped at {cell.name!r}, which is not marked as failed: the same command goes on with it."
+            raise ResourceError(msg)
         _append(self.folder / JOURNAL, cell, key, outcome, seconds=seconds)
         self.ended += 1
         self.progress(Event(cell=cell, what="ends", outcome=outcome))
@@ -294,5 +331,5 @@ def _result(place: Path) -> Record | None:
     file = place / RESULT
     try:
         return Record.from_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, *_BROKEN):  # what a disk spoilt is made again
         return None

@@ -91,15 +91,14 @@ class Ranks:
 
     @torch.no_grad()
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every rank the buffers of rank 0, those of one dtype in one message."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in module.buffers():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        for buffers in by_dtype.values():
-            flat = torch.cat([b.reshape(-1) for b in buffers])
-            torch.distributed.broadcast(flat, src=0)
-            for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-                buffer.copy_(values.view_as(buffer))
+        """Give every rank the buffers of rank 0, in one message of bytes: gloo knows no int16, uint16 or float8."""
+        buffers = [b for b in module.buffers() if b.numel()]
+        if not buffers:
+            return
+        flat = torch.cat([b.contiguous().reshape(-1).view(torch.uint8) for b in buffers])
+        torch.distributed.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, flat.split([b.numel() * b.element_size() for b in buffers]), strict=True):
+            buffer.copy_(values.clone().view(buffer.dtype).view(buffer.shape))  # a copy begins where its dtype may
 
     def agree(self, what: str, digest: str, *, error: type[Exception] = VerificationError) -> None:
         """All ranks must have the same digest; they wait for each other here, and raise together."""
