@@ -429,7 +429,7 @@ def _why(
     if spread[0] is None or spread[1] is None:
         interval_of = "no interval: one seed"
     elif spread[1] - spread[0] < 0.05:
-        interval_of = f"resampling the {loss.size} seeds the rule keeps to this point (95 % interval {spread[0]:.1f} to {spread[1]:.1f} %)"
+        interval_of = f"the rule takes it in nearly every resampling of the {loss.size} seeds"
     else:
         interval_of = f"95 % interval {spread[0]:.1f} to {spread[1]:.1f} % over {loss.size} seeds"
     mean = float(loss.mean())

@@ -190,5 +190,9 @@ def test_runs_are_compared(ran: Path, call: Call) -> None:
     assert size["better"] == "one/dense"
     done = call("compare", "one", "two", "--runs", "5", "--seconds", "0.3")
     assert done.code == 0
-    assert "one/dense *" in done.out and "not paired; their intervals overlap: not distinguishable" in done.out
+    assert "one/" in done.out and "dense *" in done.out and "* recommended" in done.out
+    assert (
+        "two/dense against one/dense, both recommended:" in done.out
+        and "not paired; their intervals overlap: not distinguishable" in done.out
+    )
     assert "one/dense.onnx in ONNX Runtime" in done.out.replace("\n", " ")

@@ -11,11 +11,11 @@ import torch
 from onnx import numpy_helper
 from torch.nn import functional as F
 
-from paredown.errors import UsageError
+from paredown.errors import MissingError, UsageError
 from paredown.export.openvino_session import Session
 from paredown.export.session import open_session
 from paredown.measure.layer_files import LayerShape, feed_for, write_layer
-from paredown.measure.layer_tables import Setting, cached, layer_times
+from paredown.measure.layer_tables import Setting, _version, cached, layer_times
 
 
 def conv(out_channels=8, in_channels=8, groups=1, stride=1, positions=(7, 6)):
@@ -111,6 +111,13 @@ def test_times_that_cannot_be_right_are_measured_again(tmp_path, monkeypatch):
     assert cached(setting) == {}
     file.write_text('{"cell": {"la\n[]\n' + json.dumps(good) + "\n")  # two runs of one process number
     assert set(cached(setting)) == {conv(8)}
+
+
+def test_a_runtime_of_another_package_has_the_version_of_its_module():
+    """As onnxruntime has, where onnxruntime-gpu is installed: json stands for a module without a package of its name."""
+    assert _version("json") == json.__version__
+    with pytest.raises(MissingError, match="pip install no_such_runtime"):
+        _version("no_such_runtime")
 
 
 def test_one_setting_says_nothing_of_another(tmp_path, monkeypatch):

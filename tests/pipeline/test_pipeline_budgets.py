@@ -201,7 +201,9 @@ def test_the_last_of_many_levels_that_keeps_the_bounds_stands_in() -> None:
 
     names = ["dense", *(f"level-{n}" for n in range(1, 12)), "int8"]
     stages: Any = {
-        n: SimpleNamespace(measured={k: Measured(value=100.0 - at, unit="") for k in ("metric", "bytes", "parameters", "macs")})
+        n: SimpleNamespace(
+            measured={k: Measured(value=100.0 - at, unit="") for k in ("metric", "bytes", "parameters", "macs")}
+        )
         for at, n in enumerate(names)
     }
     asked = recipe({"metric_loss": 10.5, "size_bytes": 95})

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 pytest.importorskip("onnxruntime")
 
 import paredown as pare
-from paredown.errors import RejectedError, UsageError
+from paredown.errors import MissingError, RejectedError, UsageError
 from paredown.measure import artifact_at
 from paredown.models import load_task_module
 from paredown.pipeline.compress import compress, task_of, versions
@@ -369,6 +369,13 @@ def test_a_trial_of_ranks_has_cores_and_gpus_for_each(monkeypatch: pytest.Monkey
     two = made.model_copy(update={"recover": made.recover.model_copy(update={"ranks": 2})})
     assert machine_for(two, None).gpus == ("4,5", "6,7")
     assert machine_for(two, None).processes == machine_for(two, None).ranks == 2
+    for hidden, left in (("-1", ()), ("0, 2,-1,3", ("0", "2"))):  # what follows a number below 0 is not seen
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        if left:
+            assert machine_for(made, None).gpus == left
+        else:
+            with pytest.raises(MissingError, match="device cuda must have 1 GPUs"):
+                machine_for(made, None)
     on_cpus = two.model_copy(update={"device": "cpu"})
     assert machine_for(on_cpus, None).processes == max(1, len(os.sched_getaffinity(0)) // 2)
 

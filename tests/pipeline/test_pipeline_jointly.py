@@ -138,17 +138,19 @@ def test_a_reason_comes_without_its_advice_and_says_what_crashed():
 
 
 @pytest.mark.parametrize(
-    ("times", "latency"), [(1.0, 0.6), (1.5, 0.9), (2.0, None)]
-)  # fmt: skip
-def test_the_recipe_of_a_point_is_one_that_can_be_read(times, latency):
-    """No share of the dense file's latency is 1 or more."""
+    ("asked", "times", "latency"),
+    [(0.6, 1.0, 0.6), (0.6, 1.5, 0.9), (0.6, 2.0, None), ("12 ms", 0.5, "6ms")],
+)
+def test_the_recipe_of_a_point_is_one_that_can_be_read(asked, times, latency):
+    """No share of the dense file's latency is 1 or more, and a text stays under its key."""
     cost: Any = SimpleNamespace(macs=100, parameters=10)
-    run: Any = SimpleNamespace(recipe=recipe({"latency": 0.6}))
-    means: Any = SimpleNamespace(run=run, limits={"latency": 0.6, "macs": 60.0}, here=SimpleNamespace(cost=cost))
+    run: Any = SimpleNamespace(recipe=recipe({"latency": asked}))
+    limits = {"latency": 0.6} if asked == 0.6 else {"latency_ms": 12.0}
+    means: Any = SimpleNamespace(run=run, limits={**limits, "macs": 60.0}, here=SimpleNamespace(cost=cost))
     point = {"times": times, "levels": [], "amounts": {}, "error": 0.1}
     keys = _front_row(means, Trial(values={"way": "channels"}, losses=(0.1,)), point)["recipe"]
     assert keys.get("budget.latency") == latency
-    load_recipe("digits", [f"{n}={v}" for n, v in keys.items() if n != "prune.levels"])
+    load_recipe("digits", [f"{n}={v}" for n, v in {"budget.latency": asked, **keys}.items()])
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,25 @@ def test_lines_of_the_journal_that_are_no_points_are_measured_again(tmp_path: Pa
     assert again.measured_now == 2 and again.document == first.document
 
 
+@pytest.mark.parametrize(
+    ("prune", "options", "said"),
+    [
+        ({}, {"amounts": (0.5, 1.5)}, r"amounts must be fractions in \(0, 1\).*Got 1\.5"),
+        ({}, {"amounts": (float("nan"),)}, "amounts must be fractions"),
+        ({}, {"bits": (8, 9)}, "bits must be integers from 1 to 8. Got 9"),
+        ({}, {"amounts": (), "bits": ()}, "amounts or bits. Got neither"),
+        ({"criterion": "tayler"}, {}, "Did you mean 'taylor'"),
+        ({"criterion": "l1", "criterion_options": {"batchez": 3}}, {}, "batchez"),
+    ],
+)
+def test_what_is_refused_is_refused_before_a_base_is_trained(
+    prune: Any, options: Any, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        sensitivity(recipe_of(**prune), out=tmp_path / "out", quiet=True, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path) -> None:
     sensed(tmp_path / "out", bits=(), amounts=(0.5,))
     with pytest.raises(UsageError, match="criterion"):

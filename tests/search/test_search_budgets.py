@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -13,18 +14,19 @@ from hazards import HAZARDS
 from paredown.allocate import Latency, allocate
 from paredown.budget import Budget
 from paredown.couple import couple
-from paredown.errors import InfeasibleError, NothingToDo, UsageError
+from paredown.errors import InfeasibleError, NothingToDo, ResourceError, UsageError
 from paredown.examine import examine
 from paredown.export import export
 from paredown.measure.layer_tables import AT_ONCE, Setting
 from paredown.program import capture
 from paredown.prune import prune
-from paredown.records import Measured
+from paredown.records import Measured, Record
 from paredown.score import score
 from paredown.search import layers as layers_module
 from paredown.search import sensitivity
 from paredown.search.budgets import Round, Search, _infeasible, layer_shares, meet
 from paredown.search.candidates import kept_units, maker
+from paredown.search.journal import measured_files
 from paredown.search.layers import latency_table, timed_layers
 
 
@@ -121,7 +123,9 @@ def test_a_convolution_on_the_frames_of_a_clip_is_left_out():
 
 def test_convolutions_that_keep_the_size_are_timed_where_both_sides_are_alike():
     same = {"padding": "same", "dilation": 2}
-    net = nn.Sequential(nn.Conv2d(3, 16, (3, 5), **same), nn.Conv2d(16, 8, 3, padding="valid"), nn.Conv2d(8, 8, 4, **same))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, (3, 5), **same), nn.Conv2d(16, 8, 3, padding="valid"), nn.Conv2d(8, 8, 4, **same)
+    )
     layers, _ = layers_and_cost(net, torch.randn(2, 3, 12, 12))
     assert {name: shape.padding for name, shape in layers.items()} == {"0": (2, 4), "1": (0, 0), "2": (3, 3)}
     net[2] = nn.Conv2d(8, 8, 4, padding="same")  # one more on one side
@@ -271,7 +275,7 @@ def test_an_allocation_that_finds_nothing_leaves_it_to_the_others(given, search)
 
 
 def test_fault_86_an_output_that_is_not_finite_is_never_the_better_one(given, search):
-    seen = dict.fromkeys((s.name for s in given[1].spaces), {0.5: 0.1, 0.25: 0.2})
+    seen = {s.name: {0.5: 0.1, 0.25: 0.2} for s in given[1].spaces}
     by_both = dataclasses.replace(
         search, asked={"macs": 0.5 * search.cost.macs}, also=["uniform"],
         joint=lambda plan: float("nan") if plan.made_by["allocation"] == "knapsack" else 0.3,
@@ -357,6 +361,33 @@ def test_a_journal_with_a_line_that_says_nothing_keeps_the_others(search, tmp_pa
 
     assert meet(dataclasses.replace(mine, make=make)).chosen == first.chosen
     assert made == [None]
+
+
+def test_fault_91_a_journal_of_thousands_of_files_is_read_once(search, tmp_path):
+    numbers = {n: Measured(value=1.0, unit="") for n in ("parameters", "macs", "size_bytes")}
+    lines = [
+        Record(cell={"stage": "search", "key": search.key}, plan_digest=f"{n:064}", measured=numbers).to_json()
+        for n in range(3000)
+    ]
+    (tmp_path / "search.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    mine, start = measured_files(tmp_path / "search.jsonl"), time.process_time()
+    assert all(len(mine.of(f"{n:064}", search.key)) == 1 for n in range(3000))
+    assert mine.of(f"{5:064}", "another") == mine.of("other", search.key) == []
+    assert time.process_time() - start < 10
+    mine.add(Record(cell={"key": search.key}, plan_digest="other", measured=numbers))
+    assert len(mine.of("other", search.key)) == 1
+    with (tmp_path / "search.jsonl").open("a", encoding="utf-8") as file:  # as another process would
+        file.write(lines[0].replace("0" * 64, "1" * 64) + "\n" + lines[1][:50])
+    assert len(mine.of("1" * 64, search.key)) == 1
+
+
+def test_fault_82_a_full_disk_is_no_file_that_cannot_be_made(search, tmp_path):
+    def full(plan, path):
+        msg = f"{path} must be writable. Got No space left on device."
+        raise ResourceError(msg)
+
+    with pytest.raises(ResourceError, match="No space left"):
+        meet(dataclasses.replace(search, make=full, asked={"size_bytes": 1e9}, folder=tmp_path))
 
 
 def test_counts_need_no_file_and_are_kept_exactly(search):

@@ -255,6 +255,8 @@ def test_what_needs_a_failed_trial_is_not_run_and_comes_with_its_retry(
     assert sum(o.status == "done" for o in found.values()) == 7
     assert len(found) == 8
     monkeypatch.delenv("MISDEEDS")
+    run_missing(some, tmp_path, VERSIONS, machine())
+    assert len(read_results(some, tmp_path, VERSIONS)) == 8
     run_missing(some, tmp_path, VERSIONS, machine(), retry=True)
     assert {o.status for o in read_results(some, tmp_path, VERSIONS).values()} == {"done"}
 
@@ -391,6 +393,22 @@ def test_what_is_damaged_is_made_again(tmp_path: Path, finished: Path, damage: s
     journal.write_text("".join(line + "\n" for line in lines))
     run_missing(some, tmp_path, VERSIONS, machine(processes=1), progress=events.append)
     assert [e.cell.digest for e in events if e.what == "ends"] == [lost.digest]
+    assert untimed(tmp_path, some) == untimed(finished, some)
+
+
+def test_what_a_trial_needs_is_made_again_where_its_folder_is_gone(tmp_path: Path, finished: Path) -> None:
+    """The journal tells of it, but a trial reads its files: of a base its weights, of a pruned model its shape."""
+    some, events = cells(), []
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    lost = next(c for c in some if c.kind == "scratch" and c.seed == 1)
+    journal, gone = tmp_path / JOURNAL, {lost.digest, *(d for _, d in lost.needs)}
+    lines = [line for line in journal.read_text().splitlines() if json.loads(line)["digest"] != lost.digest]
+    journal.write_text("".join(line + "\n" for line in lines))
+    for digest in gone:
+        shutil.rmtree(trial_folder(tmp_path, digest, VERSIONS))
+    assert len(gone) == 3
+    run_missing(some, tmp_path, VERSIONS, machine(), progress=events.append)
+    assert {e.cell.digest for e in events if e.what == "ends"} == gone
     assert untimed(tmp_path, some) == untimed(finished, some)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ def compare(
         emit(_document(found, "given" if given else "random" if own is None else "task"))
         return 0
     if found.runs:
-        show(_runs_table(found), *_differences(found), *found.answers, quiet=quiet)
+        mark = ["* recommended"] if any(r.recommended for r in found.runs) else []
+        show(_runs_table(found), *mark, *_differences(found), *found.answers, quiet=quiet)
     if found.timings:
         show(_timings_table(found), _verdict(found), quiet=quiet)
     notes = (*(f"note: {n}" for n in found.notes), *(f"not tested: {n}" for n in found.not_tested))
@@ -143,10 +145,13 @@ def _runs_table(found: Comparison) -> Any:
     titles |= {"metric": found.metric.get("label", "metric"), "latency_ms": "latency ms"}
     tell = {"metric": _with_unit, "latency_ms": _spread}
     shown = [k for k in titles if any(r.figures[k].value is not None for r in found.runs)]
-    rows = [
-        (f"{r.run}/{r.stage}{' *' if r.recommended else ''}", *(tell.get(k, _count)(r.figures[k]) for k in shown))
-        for r in found.runs
-    ]
+    rows: list[tuple[str, ...]] = []
+    for run, own in itertools.groupby(found.runs, lambda r: r.run):
+        rows.append((f"{run}/", *("" for _ in shown)))
+        rows += [
+            (f"{r.stage}{' *' if r.recommended else ''}", *(tell.get(k, _count)(r.figures[k]) for k in shown))
+            for r in own
+        ]
     return table(("run / stage", *(titles[k] for k in shown)), rows)
 
 

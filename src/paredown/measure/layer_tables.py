@@ -7,6 +7,7 @@ One folder per processor, runtime with its version, number of threads and number
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from paredown.errors import UsageError
+from paredown.errors import MissingError, UsageError
 from paredown.measure.latency import readings
 from paredown.measure.layer_files import LayerShape, Scheme, feed_for, write_layer
 from paredown.measure.machine import machine, machine_text
@@ -60,7 +61,7 @@ class Setting:
             "cpu": facts["cpu"],
             "isa": facts["isa"],
             "runtime": runtime,
-            "version": importlib.metadata.version(runtime),
+            "version": _version(runtime),
             "threads": self.threads,
             "dtype": self.scheme,
         }
@@ -73,6 +74,23 @@ class Setting:
         described = self.described()
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
         return top / f"{described['runtime']}-{self.scheme}-{self.threads}t-{digest}"
+
+
+def _version(runtime: str) -> str:
+    """Of the package of that name, or as the module says it: builds for a GPU come as another package.
+
+    >>> _version("numpy") == np.__version__
+    True
+    """
+    try:
+        return importlib.metadata.version(runtime)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    try:
+        return str(importlib.import_module(runtime).__version__)
+    except (ImportError, AttributeError) as error:
+        msg = f"layers must be timed in {runtime}. Got: {error}. Run: pip install {runtime}"
+        raise MissingError(msg) from error
 
 
 def layer_times(
@@ -108,7 +126,12 @@ def cached(setting: Setting) -> dict[LayerShape, Measured]:
     for file in sorted(setting.folder.glob("*.jsonl")):
         for record in _whole_lines(file):
             shape, found = _shape(record.cell), record.measured.get("latency_ms")
-            if shape is not None and found is not None and isinstance(found.value, int | float) and 0 < found.value < 1e7:
+            if (
+                shape is not None
+                and found is not None
+                and isinstance(found.value, int | float)
+                and 0 < found.value < 1e7
+            ):
                 known[shape] = found
     return known
 

@@ -101,7 +101,9 @@ def _check_after_levels(recipe: Recipe, asked: Sequence[str]) -> None:
     try:
         Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
     except UsageError as error:
-        msg = f"{error} Or set budget.rounds to 0: the bound is then looked at, and nothing is searched after the levels."
+        msg = (
+            f"{error} Or set budget.rounds to 0: the bound is then looked at, and nothing is searched after the levels."
+        )
         raise UsageError(msg) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,9 @@ def _gpus(device: str, ranks: int) -> tuple[str, ...]:
     import torch
 
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = seen.split(",") if seen else [str(n) for n in range(torch.cuda.device_count())]
+    every = [str(n) for n in range(torch.cuda.device_count())]
+    if seen:  # CUDA sees none of what follows a number below 0
+        every = [*itertools.takewhile(lambda name: name and name[0] != "-", map(str.strip, seen.split(",")))]
     return tuple(",".join(every[at : at + ranks]) for at in range(0, len(every) - ranks + 1, ranks))
 
 

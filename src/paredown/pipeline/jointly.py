@@ -306,7 +306,7 @@ def _trials(means: Means) -> Iterator[Trial]:
     """What is asked: first each way that has no number to choose, then the others as often as budget.trials says."""
     run, bounds = means.run, means.run.recipe.budget
     journal = run.folder.steps / f"search-{means.way.number}" / "trials.jsonl"
-    key = key_of(run.recipe.digest, means.here.program.source_digest, run.environment["versions"])
+    key = key_of(run.recipe.digest, means.here.program.source_digest, run.environment)
     shared: dict[str, Any] = {"journal": journal, "objectives": 1 + len([t for t in bounds.front if t != 1.0])}
     domain: Domain
     if means.shrinking is not None:
@@ -340,7 +340,9 @@ def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
     )
     smallest = means.smallest
     why = [t.why or str(t.told.get("why", "")) for t in trials if t.error is None or t.error not in crashed][-1]
-    got = f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why.rstrip(".")
+    got = (
+        f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why.rstrip(".")
+    )
     others = f", of which {len(crashed)} ended with {reason_of(crashed[-1]).rstrip('.')}" if crashed else ""
     msg = f"{what}. Got {got} in {len(trials)} trials{others}."
     fewer = "Allow fewer bits (budget.bits), " if means.shrinking is not None else ""
@@ -442,6 +444,8 @@ def _front_row(means: Means, trial: Trial, point: Mapping[str, Any]) -> dict[str
     whole = {"macs": means.here.cost.macs, "parameters": means.here.cost.parameters, "latency": 1.0}
     limits = {n: _written(n, point["times"] * v) for n, v in means.limits.items()}
     keys: dict[str, Any] = {f"budget.{n}": v for n, v in limits.items() if v < whole.get(n, v + 1)}
+    if "latency_ms" in limits and means.run.recipe.budget.latency is not None:  # the recipe's own key, not a second one
+        keys["budget.latency"] = f"{keys.pop('budget.latency_ms'):g}ms"
     if point["levels"]:
         keys["prune.levels"] = point["levels"]
     if point.get("bits"):

@@ -20,16 +20,17 @@ from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.kept_sensitivity import STAGE, about_units
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.stages import base_of
-from paredown.pipeline.ways import IN_TRAINING, Here, Way
+from paredown.pipeline.ways import IN_TRAINING, Here, Way, check_criterion
 from paredown.program import Program, capture
 from paredown.recipe import Recipe, load_recipe
 from paredown.recipe_fields import Level
 from paredown.records import Record, read, write_text
 from paredown.report.sensitivity import sensitivity_csv, sensitivity_document, write_sensitivity_report
 from paredown.report.sensitivity_document import SAMPLES
-from paredown.search.damage import AMOUNTS, BITS, Hurt, Measuring, hurts, record_of
+from paredown.search.damage import AMOUNTS, BITS, Hurt, Measuring, check_bits, hurts, record_of
 from paredown.search.probe import UNITS, Distance, Probe, probe_key, usual_distance
 from paredown.search.repair import Repair
+from paredown.search.sensitivity import check_amounts
 from paredown.train import check_roles
 from paredown.train.shares import share_note
 
@@ -75,6 +76,9 @@ def sensitivity(
     if not amounts and not bits:
         msg = "sensitivity must be given amounts or bits. Got neither."
         raise UsageError(msg)
+    check_amounts(amounts)
+    check_bits(bits)
+    check_criterion(recipe.prune)
     task, model, given = task_of(recipe)
     settle(task, recipe.data_path)
     threads = torch.get_num_threads()

@@ -123,7 +123,9 @@ def not_tested(by_stage: Mapping[str, Record], target: str) -> list[str]:
     return out
 
 
-def gates(records: tuple[Record, ...], verdict: Mapping[str, Any], nearest: Plan | None = None, advice: str = "") -> None:
+def gates(
+    records: tuple[Record, ...], verdict: Mapping[str, Any], nearest: Plan | None = None, advice: str = ""
+) -> None:
     """Raise GateError (metric) or InfeasibleError, with the nearest plan, where a bound does not hold."""
     missed = [b for b in verdict["bounds"] if not b["met"]]
     for bound in missed:

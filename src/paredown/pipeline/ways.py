@@ -459,10 +459,8 @@ def zeros_held(names: frozenset[str]) -> Hook:
     return Hook(name="zeros of earlier levels", after_backward=gradients, after_step=weights)
 
 
-def check_ways(recipe: Recipe, task: Task) -> None:
-    """Criterion, schedule and their options known, and every level able to run; raises UsageError before any work."""
-    asked, scheme = recipe.prune, recipe.quantize.scheme
-    refuse_target(scheme, named(recipe.target))
+def check_criterion(asked: Prune) -> None:
+    """Raises UsageError where nobody knows the criterion, or it has no such option."""
     known = (*TABLE, *IN_TRAINING)
     if asked.criterion not in known:
         near = difflib.get_close_matches(asked.criterion, known, n=1)
@@ -472,6 +470,13 @@ def check_ways(recipe: Recipe, task: Task) -> None:
     if asked.criterion in TABLE:
         fields = [*OF_SCORE, *(f.name for f in dataclasses.fields(TABLE[asked.criterion].options))]
         _refuse_unknown(asked.criterion_options, fields, "prune.criterion_options")
+
+
+def check_ways(recipe: Recipe, task: Task) -> None:
+    """Criterion, schedule and their options known, and every level able to run; raises UsageError before any work."""
+    asked, scheme = recipe.prune, recipe.quantize.scheme
+    refuse_target(scheme, named(recipe.target))
+    check_criterion(asked)
     alone = level_of(recipe)
     if alone is not None:
         try:

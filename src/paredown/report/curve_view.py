@@ -69,26 +69,32 @@ def curve_view(records: Sequence[Record]) -> CurveView:
     goal, unit = metric["goal"], metric["unit"]
     try:
         found = lines(trials, goal=goal, failed=failed)
-    except (KeyError, TypeError, ValueError) as error:
+        _refuse_lost(found)
+        spot = sweet_spot(found, axis, limit=limit, unit=unit)
+        comparisons = compared(found, goal=goal, unit=unit)
+        every = {id(p): p for line in found for p in line.points}  # a random choice too, where it wins
+        return CurveView(
+            head=head, trials=tuple(trials), metric=metric, axis=axis, limit=limit, failed=failed, lines=found, spot=spot,
+            comparisons=comparisons, verdict=dense_verdict(spot, comparisons, goal=goal),
+            front=pareto([*every.values()], axis, goal=goal),
+        )  # fmt: skip
+    except RejectedError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         msg = f"every record of a curve must be one of a trial. Got {type(error).__name__}: {text(error)}. Was records.jsonl edited?"
         raise RejectedError(msg) from error
-    _refuse_lost(found)
-    spot = sweet_spot(found, axis, limit=limit, unit=unit)
-    comparisons = compared(found, goal=goal, unit=unit)
-    every = {id(p): p for line in found for p in line.points}  # a random choice too, where it wins
-    return CurveView(
-        head=head, trials=tuple(trials), metric=metric, axis=axis, limit=limit, failed=failed, lines=found, spot=spot,
-        comparisons=comparisons, verdict=dense_verdict(spot, comparisons, goal=goal),
-        front=pareto([*every.values()], axis, goal=goal),
-    )  # fmt: skip
 
 
 def _refuse_lost(found: Sequence[Line]) -> None:
-    """A seed without a record must be told among the failures: else lines of the journal are gone, and means would be of other seeds."""
+    """A seed without a record must be told among the failures: else lines of the journal are gone, and means would be of other seeds.
+
+    So must a seed whose figure on held-out data is gone while others have theirs.
+    """
     dense = next((p for line in found for p in line.points if p.kind == "base" and not p.codes), None)
     for line in found:
         for point in line.points:
-            lost = sorted({*(dense.seeds if dense else ())} - {*point.seeds})
+            seeds = {*(dense.seeds if dense else ())}
+            lost = sorted((seeds - {*point.seeds}) | (seeds - {*point.loss} if point.loss else set()))
             if point.complete and lost:
                 msg = (
                     f"a curve must have a record, or a failure, for every seed. Got none of seed {', '.join(map(str, lost))} for {line.name}, "

@@ -137,7 +137,7 @@ def _removed_card(seen: CurveView, point: Point, removed: float) -> dict[str, An
     if low is None or high is None:
         spread = "no interval: one seed"
     elif high - low < 0.05:  # an interval of no width would look like certainty
-        spread = f"chosen in every resampling of the {len(point.seeds)} seeds"
+        spread = f"chosen in nearly every resampling of the {len(point.seeds)} seeds"
     else:
         spread = f"95 % interval {low:.1f} to {high:.1f} %"
     amount = "nothing pruned" if point.amount is None else told_amount(seen, point.amount)

@@ -61,7 +61,7 @@ def _front_csv(points: Sequence[Mapping[str, Any]]) -> str | None:
             text(p.get("way")), number(p.get("times")), number(p.get("error")),
             *(number(mapping(p.get("amounts")).get(n)) for n in amounts), number(p.get("held_out")),
             text(mapping(p.get("recipe")).get("bits"), 200), json.dumps([dict(mapping(v)) for v in items(p.get("levels"))]),
-            *(number(mapping(p.get("recipe")).get(k)) for k in keys),
+            *(_cell(mapping(p.get("recipe")).get(k)) for k in keys),
         ]
         for p in points
     ]  # fmt: skip
@@ -78,6 +78,12 @@ def _front_csv(points: Sequence[Mapping[str, Any]]) -> str | None:
         ],
         lines,
     )
+
+
+def _cell(value: Any) -> float | int | str | None:
+    """A number, or text such as "12ms"."""
+    found = number(value)
+    return text(value) if found is None and isinstance(value, str) else found
 
 
 def _amount(name: str, asked: Any, best: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,15 +12,16 @@ from typing import Any, ClassVar
 from paredown.allocate import Latency, allocate, predict
 from paredown.budget import Budget
 from paredown.couple import Coupling
-from paredown.errors import InfeasibleError, NothingToDo, ParedownError, UsageError
+from paredown.errors import InfeasibleError, MissingError, NothingToDo, ParedownError, ResourceError, UsageError
 from paredown.examine import Cost
 from paredown.export import Artifact
 from paredown.measure import memory
 from paredown.measure.turns import timed_in_turns
 from paredown.plan import Plan
-from paredown.records import Measured, Record, append, mend, read_whole_lines
+from paredown.records import Measured, Record
 from paredown.score.nouns import Scores
 from paredown.search.candidates import Make, kept_units
+from paredown.search.journal import measured_files
 from paredown.search.lines import Line, fitted
 
 LATENCY = ("latency", "latency_ms")
@@ -193,8 +194,8 @@ class Search:
         if found is None:
             try:
                 found = self._read(self.make(plan, self.folder / f"candidate{self.dense.path.suffix}"), plan)
-            except (UsageError, InfeasibleError, KeyboardInterrupt):
-                raise
+            except (UsageError, InfeasibleError, ResourceError, MissingError):
+                raise  # nothing that another plan would change
             except ParedownError as error:
                 found, why = {}, str(error)
             self._keep(digest, found, why)
@@ -222,23 +223,16 @@ class Search:
         return values
 
     def _known(self, digest: str) -> dict[str, float] | None:
-        for record in self._journal():
-            same = record.plan_digest == digest and record.cell.get("key") == self.key and record.measured
-            if same and self.asked.keys() <= record.measured.keys():  # one that was searched for less says too little
+        for record in measured_files(self.folder / "search.jsonl").of(digest, self.key):
+            if self.asked.keys() <= record.measured.keys():  # one that was searched for less says too little
                 return {n: float(m.value) for n, m in record.measured.items() if m.value is not None}
         return None
-
-    def _journal(self) -> Iterator[Record]:
-        yield from read_whole_lines(self.folder / "search.jsonl")  # what another line was of is measured again
 
     def _keep(self, digest: str, found: Mapping[str, float], why: str) -> None:
         numbers = {n: Measured(value=v, unit=UNITS[n], timing=n in LATENCY) for n, v in found.items()}
         cell = {"stage": "search", "key": self.key}
-        mend(self.folder / "search.jsonl")
-        append(
-            self.folder / "search.jsonl",
-            Record(cell=cell, plan_digest=digest, measured=numbers, details={"why": why} if why else {}),
-        )
+        record = Record(cell=cell, plan_digest=digest, measured=numbers, details={"why": why} if why else {})
+        measured_files(self.folder / "search.jsonl").add(record)
 
 
 def meet(search: Search) -> Met:

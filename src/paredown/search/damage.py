@@ -128,12 +128,17 @@ def _of_units(
         yield Damage(kind="units", name=point.name, kept=point.kept, of=point.of), point
 
 
-def _of_bits(program: Program, bits: Sequence[int]) -> Iterator[tuple[Damage, int]]:
-    """With the axis that has a scale per index."""
+def check_bits(bits: Sequence[int]) -> None:
+    """Raises UsageError where they cannot be measured by anyone."""
     wrong = [b for b in bits if isinstance(b, bool) or b not in range(1, 9)]
     if wrong:
         msg = f"bits must be integers from 1 to 8. Got {wrong[0]!r}."
         raise UsageError(msg)
+
+
+def _of_bits(program: Program, bits: Sequence[int]) -> Iterator[tuple[Damage, int]]:
+    """With the axis that has a scale per index."""
+    check_bits(bits)
     if not bits:
         return
     try:

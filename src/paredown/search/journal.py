@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -59,6 +60,41 @@ class Journal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         cell = {"stage": "sensitivity", "key": self._key, "name": name, "kept": kept, "of": of}
         append(self._path, Record(cell=cell, measured={"increase": number}, details={"why": why} if why else {}))
+
+
+class MeasuredFiles:
+    """Amounts of the files that a search has made, one line each, on disk as soon as they are known; read once, not for each file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._size = path, -1
+        self._by_plan: dict[str | None, list[Record]] = {}
+
+    def of(self, plan_digest: str, key: str) -> list[Record]:
+        """What was measured of a plan's file under a key; what a line that is no record was of is measured again."""
+        size = self._on_disk()
+        if size != self._size:  # an earlier process wrote it
+            self._size, self._by_plan = size, {}
+            for record in read_whole_lines(self._path):
+                self._by_plan.setdefault(record.plan_digest, []).append(record)
+        return [r for r in self._by_plan.get(plan_digest, []) if r.measured and r.cell.get("key") == key]
+
+    def add(self, record: Record) -> None:
+        """Write one file's amounts; one that could not be made has none."""
+        mend(self._path)
+        known = self._on_disk() == self._size
+        append(self._path, record)
+        if known:
+            self._by_plan.setdefault(record.plan_digest, []).append(record)
+            self._size = self._on_disk()
+
+    def _on_disk(self) -> int:
+        return self._path.stat().st_size if self._path.exists() else 0
+
+
+@functools.lru_cache(maxsize=4)
+def measured_files(path: Path) -> MeasuredFiles:
+    """The journal at a path, the same for all searches in this process that write there."""
+    return MeasuredFiles(path)
 
 
 def _key(program: Program, scores: Scores, value: Value, batch_norm: Any, seed: int, repair: bool) -> str:

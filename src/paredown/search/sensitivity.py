@@ -250,11 +250,16 @@ def _amounts(amounts: Sequence[float], scores: Scores) -> tuple[float, ...]:
     granularity = Granularity.parse(scores.granularity)
     if granularity.kind == "n:m":
         return (granularity.a / granularity.b,)
-    bad = [a for a in amounts if isinstance(a, bool) or not isinstance(a, float) or not 0 < a < 1]
-    if bad or not amounts:
-        msg = f"amounts must be fractions in (0, 1), what remains. Got {bad[0] if bad else 'none'!r}."
-        raise UsageError(msg)
+    check_amounts(amounts or ("none",))
     return tuple(sorted(set(amounts), reverse=True))
+
+
+def check_amounts(amounts: Sequence[object]) -> None:
+    """Raises UsageError where one is not what may remain of a space."""
+    bad = [a for a in amounts if isinstance(a, bool) or not isinstance(a, float) or not 0 < a < 1]
+    if bad:
+        msg = f"amounts must be fractions in (0, 1), what remains. Got {bad[0]!r}."
+        raise UsageError(msg)
 
 
 def _check_nouns(program: Program, coupling: Coupling, scores: Scores) -> None:

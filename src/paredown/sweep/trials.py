@@ -202,7 +202,9 @@ class Order:
         """
         key = key_of_trial(cell.digest, self.versions)
         outcome = self._judged(cell, self.folder / TRIALS / key, answer)
-        if outcome.status == "refused" and any(said in outcome.reason for said in _NO_ROOM):
+        # Not where files of the user's own, elsewhere, found no room.
+        ours = outcome.status == "refused" or str(self.folder) in outcome.reason
+        if ours and any(said in outcome.reason for said in _NO_ROOM):
             msg = f"{outcome.reason} The sweep was stopped at {cell.name!r}, which is not marked as failed: the same command goes on with it."
             raise ResourceError(msg)
         _append(self.folder / JOURNAL, cell, key, outcome, seconds=seconds)
@@ -249,6 +251,23 @@ class Order:
                 self._skip(other)
 
 
+def _gone(
+    cells: Sequence[Cell], todo: Sequence[Cell], known: Mapping[str, Outcome], folder: Path, versions: Mapping[str, Any]
+) -> list[Cell]:
+    """The cells that those to do read, that are done and whose files are no longer there; and what these read in turn."""
+    by_digest, found = {c.digest: c for c in cells}, dict[str, Cell]()
+    seen, asked = {c.digest for c in todo}, [*todo]
+    while asked:
+        for _, digest in asked.pop().needs:
+            if digest in seen or digest not in known or known[digest].status != "done":
+                continue
+            seen.add(digest)
+            if not (trial_folder(folder, digest, versions) / RESULT).is_file():
+                found[digest] = by_digest[digest]
+                asked.append(by_digest[digest])
+    return [*found.values()]
+
+
 @contextlib.contextmanager
 def order_of(
     cells: Sequence[Cell],
@@ -270,6 +289,7 @@ def order_of(
             todo.append(cell)
         elif cell.digest in alone:
             _append(journal, cell, key_of_trial(cell.digest, versions), outcome)
+    todo += _gone(cells, todo, known, folder, versions)
     order = Order(folder=folder, versions=dict(versions), machine=machine, progress=progress)
     try:
         again = {cell.digest for cell in todo}
