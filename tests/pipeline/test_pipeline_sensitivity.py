@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from paredown.allocate import allocate
 from paredown.errors import Interrupted, UsageError
 from paredown.pipeline.compress import task_of
 from paredown.pipeline.fitted import widths_of
-from paredown.pipeline.kept_sensitivity import kept_bits
+from paredown.pipeline.kept_sensitivity import about_units, kept_bits, kept_table
 from paredown.pipeline.sensitivity import Sensed, sensitivity
 from paredown.pipeline.ways import Here, Way, check_ways
 from paredown.program import capture
@@ -289,6 +290,25 @@ def test_a_folder_that_does_not_fit_is_refused(change: Any, said: str, tmp_path:
         way.plan(here)
     later, _ = way_of(recipe, tmp_path, Level(density=0.5) if masked else Level(macs=0.6), number=2)
     assert later.plan(here).made_by["allocation"] == "knapsack"  # another network: measured there
+
+
+def test_scores_that_differ_by_rounding_alone_leave_the_same_units(tmp_path: Path) -> None:
+    """With other threads the scores of a criterion that reads data differ in their last bits."""
+    sensed(tmp_path / "out", amounts=(0.5,), bits=())
+    way, here = way_of(recipe_of(), tmp_path, Level(macs=0.6))
+    scores = way.scores(here)
+    name, own = next(iter(scores.by_space.items()))
+    near, other = own * (1 + 1e-12), own.copy()
+    other[[0, 1]] = other[[1, 0]]
+    for changed, fits in ((near, True), (other, False)):
+        assert not np.array_equal(changed, own)
+        these = dataclasses.replace(scores, by_space={**scores.by_space, name: changed})
+        about = about_units(here.program, these, repair=False)
+        if fits:
+            assert kept_table(tmp_path / "out", about, these).of[name] == len(own)
+        else:
+            with pytest.raises(UsageError, match=r"the scores of its units.*its threads too"):
+                kept_table(tmp_path / "out", about, these)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from paredown.pipeline.compress import difference, run_of, task_of
 from paredown.pipeline.data import remember, settle
 from paredown.pipeline.display import display
 from paredown.pipeline.folder import RECORDS, opened
-from paredown.pipeline.kept_sensitivity import STAGE, about_units
+from paredown.pipeline.kept_sensitivity import STAGE, about_units, order_of
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.stages import base_of
 from paredown.pipeline.ways import IN_TRAINING, Here, Way, check_criterion
@@ -142,7 +142,7 @@ def _sensed(
         raise NothingToDo(msg)
     odd = share_note(run.task.metric, probe.dense)
     told = [*notes, *roles.warnings, *([odd] if odd else []), *random_note(run), *program.notes]
-    head = _head(run, here, probe, about, amounts, told)
+    head = _head(run, here, probe, {**about, "order": order_of(scores)}, amounts, told)
     head = dataclasses.replace(head, details={**head.details, "test_data": roles.test_digest})
     return _written(out, head, found, key, probe, fresh)
 

@@ -314,7 +314,7 @@ class Way:
         repair = asked.reconstruct and not self.cut.masked
         if asked.sensitivity is not None:
             try:
-                return kept_table(Path(asked.sensitivity), about_units(here.program, scores, repair=repair))
+                return kept_table(Path(asked.sensitivity), about_units(here.program, scores, repair=repair), scores)
             except UsageError:
                 if self.number == 1 and self.steps is not None:  # without steps: a dry run, the base is not trained yet
                     raise
