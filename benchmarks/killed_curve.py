@@ -8,7 +8,7 @@
         --set recover.max_steps=2 --set recover.batch_norm_batches=2 --set prune.score_batches=2 --set curve.controls.epochs=1 --out runs/killed
 
 Every other kill is of the whole process group (a power cut), the others of the main process alone (its trials must end by
-themselves). Each continues at once. One line of JSON at the end; exit code 1 where anything differs, with what it is.
+themselves). Each continues at once; where a sweep ends before the last kill the next one begins. One line of JSON at the end; exit code 1 where anything differs, with what it is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
         sys.executable, "-m", "paredown", "curve", str(asked.recipe), "--processes", str(asked.processes),
         *(part for each in asked.set for part in ("--set", each)), "--out",
     ]  # fmt: skip
-    whole, killed = asked.out / "whole", asked.out / "killed"
+    whole = asked.out / "whole"
     began = time.monotonic()
     if not (whole / "curve.json").exists():
         started(command, whole, asked.out / "whole.log").wait()
@@ -52,12 +52,19 @@ def main() -> int:
         seconds = sum(row["seconds"] or 0 for row in rows(whole / "journal.jsonl")) / asked.processes
     longest = max(row["seconds"] or 0 for row in rows(whole / "journal.jsonl"))
     within = max(2 * seconds / (asked.kills + 2), 1.5 * longest)  # most trials that are begun must be able to end
-    moments = kill_and_continue(
-        command, killed, asked.out / "killed.log", asked.kills, within, random.Random(asked.seed)
-    )
-    wrong = differences(whole, killed)
+    moments: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    rng, sweeps = random.Random(asked.seed), 0
+    while len(moments) < asked.kills:  # a sweep that is done before the last kill is followed by another one
+        sweeps += 1
+        killed, left = asked.out / f"killed-{sweeps}", asked.kills - len(moments)
+        more = kill_and_continue(command, killed, asked.out / f"killed-{sweeps}.log", left, within, rng)
+        moments += [{"sweep": sweeps, **moment} for moment in more]
+        wrong += [f"{killed.name}: {what}" for what in differences(whole, killed)]
+        if not more:
+            break
     told = {
-        "recipe": str(asked.recipe), "set": asked.set, "processes": asked.processes, "kills": len(moments), "moments": moments,
+        "recipe": str(asked.recipe), "set": asked.set, "processes": asked.processes, "kills": len(moments), "sweeps": sweeps, "moments": moments,
         "undisturbed_s": round(seconds), "trials": len(records(whole)) - 1, "different": wrong,
     }  # fmt: skip
     print(json.dumps(told))
