@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from paredown.compare.counted import counted
 from paredown.compare.nouns import COUNTED, Difference, RunRow
 from paredown.compare.refusals import refuse_other_data, refuse_other_metric, short
 from paredown.curve import Line, Point, interval
@@ -17,7 +18,7 @@ from paredown.report.curve_answers import few_seeds
 from paredown.report.curve_view import CurveView, curve_view, is_curve
 from paredown.report.page import read_records
 from paredown.report.reading import entry, figure, mapping, text
-from paredown.report.wording import difference, quantity, whole
+from paredown.report.wording import difference, quantity
 from paredown.report.wording import interval as ends_of
 
 _CODED = {"bytes": "quantized_bytes", "gzip_bytes": "quantized_gzip_bytes", "metric": "quantized_metric"}
@@ -166,17 +167,8 @@ def _latency(point: Point) -> Measured:
 
 def _exact(first: Curve, one: tuple[str, Point], second: Curve, other: tuple[str, Point]) -> list[Difference]:
     a, b = f"{first.name}/{one[0]}", f"{second.name}/{other[0]}"
-    found = []
-    for key, word in COUNTED.items():
-        x, y = _mean(first, one[1], key), _mean(second, other[1], key)
-        if x.value is None or y.value is None or "estimated" in (x.badge, y.badge):
-            continue
-        change = Measured(value=y.value - x.value, unit=x.unit, protocol="means over seeds, second - first")
-        better = None if x.value == y.value else b if y.value < x.value else a
-        said = f"{b} has {whole(abs(y.value - x.value))} {word} {'fewer' if y.value < x.value else 'more'} than {a}"
-        said = said if better else f"{b} has as many {word} as {a}"
-        found.append(Difference(what=key, first=a, second=b, change=change, better=better, said=said))
-    return found
+    of = [{key: _mean(curve, point, key) for key in COUNTED} for curve, point in ((first, one[1]), (second, other[1]))]
+    return counted((a, of[0]), (b, of[1]), "means over seeds, second - first")
 
 
 def _quality(

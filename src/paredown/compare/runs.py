@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paredown.compare.counted import counted
 from paredown.compare.nouns import COUNTED, FIGURES, WORDS, Difference, RunRow
 from paredown.compare.refusals import refuse_other_data, refuse_other_metric, short
 from paredown.errors import RejectedError
@@ -14,7 +15,7 @@ from paredown.measure.quality import kept_values, paired
 from paredown.records import Measured, Record
 from paredown.report import read_run
 from paredown.report.reading import View, entry, figure, mapping, runtime, stage_name, stage_title, text, threads
-from paredown.report.wording import difference, digits, interval, times, whole
+from paredown.report.wording import difference, digits, interval, times
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,19 +142,9 @@ def _names(first: Run, one: Record, second: Run, other: Record) -> tuple[str, st
 
 
 def _exact(first: Run, one: Record, second: Run, other: Record) -> list[Difference]:
-    """Sizes and counts: any difference is one."""
     a, b = _names(first, one, second, other)
-    found = []
-    for key, word in COUNTED.items():
-        x, y = figure(one, key), figure(other, key)
-        if x.value is None or y.value is None or "estimated" in (x.badge, y.badge):
-            continue
-        change = Measured(value=y.value - x.value, unit=x.unit, protocol="exact, second - first")
-        better = None if x.value == y.value else b if y.value < x.value else a
-        said = f"{b} has {whole(abs(y.value - x.value))} {word} {'fewer' if y.value < x.value else 'more'} than {a}"
-        said = said if better else f"{b} has as many {word} as {a}"
-        found.append(Difference(what=key, first=a, second=b, change=change, better=better, said=said))
-    return found
+    of = [{key: figure(record, key) for key in COUNTED} for record in (one, other)]
+    return counted((a, of[0]), (b, of[1]), "exact, second - first")
 
 
 def _metric(first: Run, one: Record, second: Run, other: Record, notes: list[str]) -> list[Difference]:
