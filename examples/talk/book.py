@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -310,7 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = None if given.quick else given.data
     setting = Setting(quick=given.quick, folder=given.out, shared=given.out, data=data, newborn=given.newborn)
     try:
-        return _made(setting, [p for p in PAGES if p in given.pages], given.out)
+        with warnings.catch_warnings():  # those of libraries about their own future, once for every copied graph
+            warnings.simplefilter("ignore", FutureWarning)
+            return _made(setting, [p for p in PAGES if p in given.pages], given.out)
     except (KeyboardInterrupt, Interrupted):
         _say("Interrupted. The same command goes on with this page.")
         return 130

@@ -21,18 +21,16 @@ SCHEMES = {
     "w4": "weights alone in 4 bits, computed in float",
     "w4a8": "static, 4-bit weights",
     "w4a8, trained": "QAT, 4-bit weights",
-    "w4a4": "static, 4-bit weights and activations",
-    "w4a4, trained": "QAT, 4-bit weights and activations",
+    "w4a4": "static, 4-bit weights and activations, in kernels of 8 bits",
+    "w4a4, trained": "QAT, 4-bit weights and activations, in kernels of 8 bits",
     "ternary, trained": "QAT, weights −1, 0, 1",
 }
-SIMULATED = ("w4a4",)
-"""Schemes that no runtime here executes."""
 QUICK = ("int8-dynamic", "int8", "int8, trained", "w4", "w4a8", "w4a8, trained")
 LINEAR = ("int8-dynamic", "int8", "w4")
 
 
 def build(setting: Setting) -> Page:
-    """Every scheme from the same trained networks; accuracy of the files where a runtime executes them."""
+    """Every scheme from the same trained networks; all figures are of the exported files."""
     schemes = setting.pick(QUICK, tuple(SCHEMES))
     convolutions = _rows(setting, nets.dense, schemes, "conv")
     layers = _rows(setting, perceptron, LINEAR, "linear")
@@ -44,11 +42,11 @@ def build(setting: Setting) -> Page:
             "while training. INT8 is 4 times smaller; lower widths are in scope.",
         ),
         parts=(
-            _table(f"A network of convolutions, {seeds}. “file”: executed in ONNX Runtime; “simulated”: in PyTorch. Latency of one image, one thread, in turns with the float file: median, 10th to 90th percentile", convolutions),
+            _table(f"A network of convolutions, {seeds}; files of ONNX Runtime. Latency of one image, one thread, in turns with the float file: median, 10th to 90th percentile", convolutions),
             _table(f"Three linear layers, 64 → 256 → 256 → 10, {seeds}", layers),
         ),
         differ=_findings(convolutions, layers),
-        not_tested=("Phones and processors with VNNI or dot-product instructions, where int8 gains more.", "Repairs of the rounding (`repair=[\"equalize\", \"gptq\"]`) on this page."),
+        not_tested=("Phones, and processors with other instructions for int8 than this one (VNNI, dot products).", "Repairs of the rounding (`repair=[\"equalize\", \"gptq\"]`) on this page."),
         shortened=f"{len(setting.seeds)} seeds, {_epochs(setting)} epochs of QAT; without {' · '.join(s for s in SCHEMES if s not in QUICK)}." if setting.quick else "",
     )  # fmt: skip
 
@@ -81,7 +79,6 @@ def _rows(setting: Setting, make: Make, schemes: Sequence[str], name: str) -> li
             1.0,
             over_seeds(base),
             "–",
-            "file",
             _latency(floats[0]),
             "all",
         )
@@ -89,29 +86,9 @@ def _rows(setting: Setting, make: Make, schemes: Sequence[str], name: str) -> li
     for scheme in schemes:
         networks = [_quantized(setting, make, scheme, seed, name) for seed in setting.seeds]
         path = setting.folder / f"{name}-{scheme.replace(', ', '-')}.onnx"
-        simulated = scheme.partition(",")[0] in SIMULATED
-        things = (
-            networks
-            if simulated
-            else [pare.export(q, path.with_stem(f"{path.stem}-{i}")) for i, q in enumerate(networks)]
-        )
+        things = [pare.export(q, path.with_stem(f"{path.stem}-{i}")) for i, q in enumerate(networks)]
         accuracies = [nets.accuracy(thing) for thing in things]
         lost = over_seeds([a - b for a, b in zip(accuracies, base, strict=True)])
-        if simulated:
-            rows.append(
-                (
-                    scheme,
-                    SCHEMES[scheme],
-                    None,
-                    None,
-                    over_seeds(accuracies),
-                    lost,
-                    "simulated",
-                    None,
-                    "no runtime has it",
-                )
-            )
-            continue
         size, latency = things[0].size_bytes, _latency(things[0], floats[0])
         stayed = pare.check(things[0], networks[0], digits.calibration_batches, strict=False).float_nodes
         rows.append(
@@ -122,7 +99,6 @@ def _rows(setting: Setting, make: Make, schemes: Sequence[str], name: str) -> li
                 floats[0].size_bytes / size,
                 over_seeds(accuracies),
                 lost,
-                "file",
                 latency,
                 _counted(stayed),
             )
@@ -160,7 +136,7 @@ def _table(caption: str, rows: list[tuple[Cell, ...]]) -> Table:
         columns=(
             Column(title="Scheme"), Column(title="What it is"), Column(title="Bytes", mark="measured"), Column(title="Times smaller", mark="measured", form=".2f"),
             Column(title="Accuracy, %", mark="measured", form=".2f"), Column(title="Against float, points", mark="measured", form="+.2f"),
-            Column(title="Accuracy of"), Column(title="Latency, ms", mark="measured"), Column(title="Operations in float", mark="measured"),
+            Column(title="Latency, ms", mark="measured"), Column(title="Operations in float", mark="measured"),
         ),
         rows=rows,
     )  # fmt: skip
