@@ -6,6 +6,7 @@ One folder per processor, runtime with its version, number of threads and number
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -82,10 +83,8 @@ def _version(runtime: str) -> str:
     >>> _version("numpy") == np.__version__
     True
     """
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(runtime)
-    except importlib.metadata.PackageNotFoundError:
-        pass
     try:
         return str(importlib.import_module(runtime).__version__)
     except (ImportError, AttributeError) as error:
