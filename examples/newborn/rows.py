@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from talk import draw
 from talk.page import Cell, Column, Heading, Part, Spread, Table, Text, over_seeds
 
-from paredown.curve import Line, compared, dense_verdict, interval, lines, sweet_spot
+from paredown.controls import compared, dense_verdict
+from paredown.curve import Line, interval, lines, sweet_spot
 from paredown.examine import Cost, examine_onnx
 from paredown.export import predictor
 from paredown.measure import artifact_at, machine_text

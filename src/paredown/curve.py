@@ -42,8 +42,6 @@ CONTROLS = {
     "thin": "a uniformly thinner dense network",
     "random": "a random criterion",
 }
-ALIKE = 0.05
-"""Share by which MACs may differ in a comparison."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,25 +132,6 @@ class SweetSpot:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A pruned point against a control at the same amount, on test data; `gain` is positive where pruning is better."""
-
-    line: str
-    amount: float
-    control: str
-    gain: Interval
-    comparable: bool
-    why: str
-    """Why not, where it is not."""
-    same_as: str = ""
-    """Another control that is the same network."""
-    shape_of: str = ""
-    """The way of pruning whose shape a control from scratch has, where it is not the point's own."""
-    held_out_of_control: float | None
-    sentence: str
-
-
 # ----------------------------------------------------------------------------------------------------------- intervals
 
 
@@ -225,10 +204,12 @@ def _lines(
             dense = point
         else:
             points.setdefault(place[:3], []).append(point)
-    found = []
+    found, kinds = [], [kind for kind, *_ in points]
     for (kind, method, schedule), own in points.items():
         own.sort(key=lambda p: (p.removed.get("sparsity", math.inf), -(p.amount or 0)))
-        name = CONTROLS.get(kind, f"{method} {schedule}") + (f", {codes}" if codes else "")
+        way = f"{method} {schedule}"
+        name = (f"{CONTROLS[kind]}, as {way}" if kinds.count(kind) > 1 else CONTROLS[kind]) if kind in CONTROLS else way
+        name += f", {codes}" if codes else ""
         whole = own if dense is None else [dense, *own]
         found.append(Line(name=name, kind=kind, method=method, schedule=schedule, points=tuple(whole), codes=codes))
     return found
@@ -412,10 +393,8 @@ def _nothing(seen: int, found: Sequence[Line], axis: Axis, limit: float | None, 
     if limit is not None:
         seeds = max(len(p.seeds) for line in prunes for p in line.points)
         if seeds < 2:
-            return f"Nothing was chosen: with one seed there is no bound on the loss to hold against {_points(limit, unit)}."
-        return (
-            f"Nothing was chosen: no reduction has a loss whose one-sided 95 % bound is within {_points(limit, unit)}."
-        )
+            return f"Nothing was chosen: with one seed there is no bound on the loss to hold against {told_loss(limit, unit)}."
+        return f"Nothing was chosen: no reduction has a loss whose one-sided 95 % bound is within {told_loss(limit, unit)}."
     return "Nothing was chosen: no point lies above the chord, so that every reduction costs at least its share."
 
 
@@ -433,14 +412,14 @@ def _why(
     else:
         interval_of = f"95 % interval {spread[0]:.1f} to {spread[1]:.1f} % over {loss.size} seeds"
     mean = float(loss.mean())
-    lost = f"mean {'gain' if mean < 0 else 'loss'} {_points(abs(mean), unit)}"
+    lost = f"mean {'gain' if mean < 0 else 'loss'} {told_loss(abs(mean), unit)}"
     if limit is None:
         curve = "the joint front of all lines' mean curves" if joint else "the mean curve"
         why = f"the point farthest above the chord of {curve}, both axes scaled to 0–1"
         if ends:
             why = f"the largest reduction, which lost nothing in the mean; none lies above the chord of {curve}"
         return f"{where}: {why}; {interval_of}; {lost} on held-out data."
-    return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {_points(most or 0.0, unit)}, is within {_points(limit, unit)}; {interval_of}; {lost} on held-out data."
+    return f"{where}: the largest reduction whose one-sided 95 % bound on the loss, {told_loss(most or 0.0, unit)}, is within {told_loss(limit, unit)}; {interval_of}; {lost} on held-out data."
 
 
 NOUNS: dict[Axis, str] = {
@@ -453,142 +432,13 @@ NOUNS: dict[Axis, str] = {
 """Axis to what a reduction takes from."""
 
 
-def _points(value: float, unit: str) -> str:
+def told_loss(value: float, unit: str) -> str:
     """A loss with its unit: points with two decimals, whatever else with three digits that count."""
-    return f"{value:.{_decimals(value, unit, 3)}f} {'points' if unit == '%' else unit}".rstrip()
+    return f"{value:.{decimals_of(value, unit, 3)}f} {'points' if unit == '%' else unit}".rstrip()
 
 
-def _decimals(value: float, unit: str, count: int) -> int:
+def decimals_of(value: float, unit: str, count: int) -> int:
+    """Decimals that show `count` digits that count; two of a figure in %."""
     if unit == "%":
         return 2
     return min(max(count - 1 - math.floor(math.log10(abs(value))), 0), 12) if value and math.isfinite(value) else 2
-
-
-# -------------------------------------------------------------------------------------------------- the dense question
-
-
-def compared(found: Sequence[Line], *, goal: str, unit: str = "") -> tuple[Comparison, ...]:
-    """Every complete pruned point against every control at its amount, seed by seed, on test data."""
-    points = [p for line in found if line.kind in CONTROLS for p in line.points if p.kind != "base"]
-    controls = {(p.kind, p.amount, p.codes): p for p in points}
-    dense = next((p for line in found for p in line.points if p.kind == "base"), None)
-    out = []
-    for line in found:
-        if line.kind != "pruned":
-            continue
-        for point in line.points:
-            for kind in CONTROLS:
-                control = controls.get((kind, point.amount, point.codes))
-                if point.amount is not None and control is not None and point.complete and control.complete:
-                    out.append(_comparison(line, point, control, dense, goal, unit))
-    return tuple(out)
-
-
-def _comparison(line: Line, point: Point, control: Point, dense: Point | None, goal: str, unit: str) -> Comparison:
-    sign = 1.0 if goal == "max" else -1.0
-    gain = interval([sign * (point.test[s] - control.test[s]) for s in point.seeds if s in control.test])
-    # Controls are those of one way of pruning: another way may leave another shape at the same amount.
-    of = f"{control.method} {control.schedule}"
-    alike = control.kind == "scratch" and len(point.shapes) == 1 and control.shapes == point.shapes
-    other = (control.method, control.schedule) != (line.method, line.schedule) and not alike
-    why = control.not_comparable
-    if not why and other and control.kind != "thin":  # thin has equal MACs, and no line's shape
-        why = f"it has the shape of {of}" if control.kind == "scratch" else f"it was pruned and trained like {of}"
-    if not why:
-        why = _other_macs(control.effective_macs, point.effective_macs)
-    whole = None if dense is None or dense.steps is None or point.steps is None else dense.steps + point.steps
-    if not why and control.kind != "random" and whole and control.steps and control.steps < (1 - ALIKE) * whole:
-        why = f"it was trained for {control.steps:,.0f} steps, base and recovery together for {whole:,.0f}"
-    held_out = float(np.mean([*control.held_out.values()])) if control.held_out else None
-    shape_of = of if other and control.kind == "scratch" else ""
-    assert point.amount is not None
-    return Comparison(
-        line=line.name, amount=point.amount, control=control.kind, gain=gain, comparable=not why, why=why,
-        same_as="" if other else control.same_as, shape_of=shape_of, held_out_of_control=held_out,
-        sentence=_verdict(control.kind, gain, why, shape_of, unit),
-    )  # fmt: skip
-
-
-def _other_macs(control: float, pruned: float) -> str:
-    """How the MACs of a control differ, where they do; a network of tables that are looked up has none."""
-    if pruned == 0:
-        return "the pruned model has no MACs, and it has" if control else ""
-    apart = control / pruned - 1
-    return f"its MACs are {100 * apart:+.0f} % of the pruned model's" if abs(apart) > ALIKE else ""
-
-
-def _verdict(kind: str, gain: Interval, why: str, shape_of: str, unit: str) -> str:
-    """ "pruning bought 1.2 ± 0.4 points over an equal dense model", or that it did not; of what does not compare, no claim."""
-    rival = {
-        "scratch": f"the {f'shape of {shape_of}' if shape_of else 'same shape'} trained from scratch",
-        "thin": "a uniformly thinner dense model at equal MACs",
-        "random": "pruning by a random criterion",
-    }[kind]
-    if why and kind == "thin":
-        rival = "a uniformly thinner dense model"  # its MACs may be the reason
-    subject = "the criterion" if kind == "random" else "pruning"
-    if gain.low is None or gain.high is None:
-        how = "with one seed: no interval is available"
-        if why:
-            said = _points(gain.mean, unit).replace("-", "−")
-            return f"not comparable ({why}): the difference to {rival} is {said} (positive is in favour of {subject}; {how})."
-        better = "better" if gain.mean >= 0 else "worse"
-        return f"{subject} was {_points(abs(gain.mean), unit)} {better} than {rival}, {how}."
-    half = max(gain.high - gain.mean, gain.mean - gain.low)  # a bootstrap interval is not symmetric: its longer side
-    decimals = _decimals(half or gain.mean, unit, 2)
-    said = f"{gain.mean:.{decimals}f} ± {half:.{decimals}f} {'points' if unit == '%' else unit}".rstrip().replace(
-        "-", "−"
-    )
-    n = f"95 % interval over {gain.n} seeds"
-    if why:
-        return f"not comparable ({why}): the difference to {rival} is {said} (positive is in favour of {subject}; {n})."
-    if gain.low > 0:
-        return f"{subject} bought {said} over {rival} ({n})."
-    if gain.high < 0:
-        return f"{subject} bought nothing: it was {said.removeprefix('−')} worse than {rival} ({n})."
-    return f"{subject} did not buy anything that shows over {rival}: {said} ({n})."
-
-
-def dense_verdict(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str) -> str:
-    """The sentences of `dense_parts`, as one text."""
-    return " ".join(text for text, _ in dense_parts(spot, comparisons, goal=goal))
-
-
-def dense_parts(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str) -> tuple[tuple[str, bool], ...]:
-    """(sentence, whether what it says compares) at the sweet spot: against the better of the two dense controls, by held-out
-    data, a comparable one before one that is not; then the others.
-
-    Where no control stands at its amount, the nearest amount with one is told, and the smallest where nothing was chosen; that is said.
-    """
-    if not comparisons:
-        return (("Not tested: no dense control has a result beside a pruned model.", True),)
-    at = spot.point.amount if spot.point is not None else None
-    own = [c for c in comparisons if c.amount == at and c.line == spot.line]
-    where = f"At the sweet spot ({at:g} remains, {spot.line})" if own else ""
-    if not own:
-        last = min(
-            comparisons, key=lambda c: (False, c.amount) if at is None else (c.line != spot.line, abs(c.amount - at))
-        )
-        own = [c for c in comparisons if c.amount == last.amount and c.line == last.line]
-        why = "nothing was chosen" if at is None else f"no control stands at {at:g}"
-        if spot.point is not None and spot.point.kind == "from-scratch":
-            why = f"the sweet spot, {at:g} of {spot.line}, is itself trained from scratch"
-        if spot.point is not None and spot.point.kind == "base":
-            why = "the sweet spot prunes nothing"
-        where = f"At {last.amount:g} of {last.line} ({why})"
-    sign = 1.0 if goal == "max" else -1.0
-    told = [c for c in own if not c.same_as]
-    told.sort(
-        key=lambda c: (
-            c.control == "random",
-            not c.comparable,  # a claim that holds before a figure that claims nothing
-            -sign * (c.held_out_of_control if c.held_out_of_control is not None else -math.inf),
-        )
-    )
-    first, *others = told
-    parts = [(f"{where}, {first.sentence}", first.comparable)]
-    if len(told) < len(own):
-        parts.append(("A uniformly thinner dense model at equal MACs has that very shape.", True))
-    if first.control == "random":
-        parts.append(("Not tested: no dense control has a result there.", True))
-    return (*parts, *((f"{c.sentence[0].upper()}{c.sentence[1:]}", c.comparable) for c in others))

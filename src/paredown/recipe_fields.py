@@ -352,6 +352,25 @@ class Measure(Strict):
     """How far from it is no difference, in the metric's unit; unset: 1 % of known_metric."""
 
 
+def _memory(value: Any) -> Any:
+    return Budget(peak_ram_bytes=value).peak_ram_bytes if isinstance(value, str) else value
+
+
+class Trial(Strict):
+    """What one trial may take; beyond it the trial is marked and the others go on."""
+
+    seconds: float | None = Field(default=None, gt=0)
+    """Time; null: no limit."""
+    memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=1)
+    """Resident memory of its processes: bytes, or a text such as "4 GB"; null: no limit. Needs Linux. With device cuda the
+    driver's and its libraries' count too, some gigabytes."""
+
+    @property
+    def limits(self) -> bool:
+        """Whether there is any."""
+        return self.seconds is not None or self.memory is not None
+
+
 class Bounds(Strict):
     """What the recommended file must keep, and what is searched for; exit code 4 where it cannot be met, 5 for the metric.
 
@@ -397,6 +416,8 @@ class Bounds(Strict):
     """What it tries besides the network as it is: shares of the parameters with bits, else how far channels go before ranks."""
     trial_epochs: int = Field(default=0, ge=0)
     """Training of each trial; 0 fits the layers and measures batch norm anew, which is quick but harder on pruning than on bits."""
+    trial: Trial = Trial()
+    """What each of them may take; each then runs in a process of its own, which captures the network anew. Not in a notebook."""
     rounds: int = Field(default=6, ge=0, le=50)
     """Files that are exported and measured in a search, for each allocation, at most; 0 turns the search off: the bounds are only
     looked at."""
@@ -452,25 +473,21 @@ class Controls(Strict):
     kinds: tuple[Literal["scratch", "thin", "random"], ...] = ("scratch", "thin", "random")
     """scratch: the pruned shape from fresh weights, trained as long as base and recovery together; thin: a dense network of
     equal MACs, every layer narrowed alike, trained as long; random: the same pruning and recovery by a random criterion."""
-    amounts: tuple[float, ...] | None = None
-    """At which amounts of the curve; null: at all of them."""
+    amounts: tuple[float | Literal["sweet-spot"], ...] | None = None
+    """At which amounts of the curve they follow its first way of pruning; null: at all of them. "sweet-spot", and null: what is chosen
+    gets those of its own way too, once the others are through."""
     epochs: int | None = Field(default=None, ge=1)
     """Training of scratch and thin where the task cannot repeat the training of its base (the verdict is then not comparable);
     null: the epochs of the task's scratch(), if it has one, and those of the recovery."""
 
+    @property
+    def at_sweet_spot(self) -> tuple[str, ...]:
+        """Kinds of those of its own way that the chosen point gets."""
+        return self.kinds if self.amounts is None or "sweet-spot" in self.amounts else ()
 
-def _memory(value: Any) -> Any:
-    return Budget(peak_ram_bytes=value).peak_ram_bytes if isinstance(value, str) else value
-
-
-class Trial(Strict):
-    """What one trial may take; beyond it the trial is marked and the others go on."""
-
-    seconds: float | None = Field(default=None, gt=0)
-    """Time; null: no limit."""
-    memory: Annotated[int | None, BeforeValidator(_memory)] = Field(default=None, ge=1)
-    """Resident memory of its processes: bytes, or a text such as "4 GB"; null: no limit. Needs Linux. With device cuda the
-    driver's and its libraries' count too, some gigabytes."""
+    def fixed(self, amounts: tuple[float, ...]) -> list[float]:
+        """Those of a curve's amounts that have controls whatever is chosen."""
+        return [a for a in (amounts if self.amounts is None else self.amounts) if not isinstance(a, str)]
 
 
 def _fraction(amount: Any) -> Any:
@@ -550,9 +567,9 @@ class CurveGrid(Strict):
             if twice:
                 msg = f"curve.{key} must give each cell once. Got {', '.join(twice)} more than once."
                 raise ValueError(msg)
-        strange = [a for a in self.controls.amounts or () if a not in self.amounts]
+        strange = [a for a in self.controls.fixed(self.amounts) if a not in self.amounts]
         if strange:
-            msg = f"curve.controls.amounts must be among curve.amounts {list(self.amounts)}. Got {strange}."
+            msg = f"curve.controls.amounts must be among curve.amounts {list(self.amounts)}, or sweet-spot. Got {strange}."
             raise ValueError(msg)
         if self.axis == "latency" and not self.latency:
             msg = "curve.axis latency must come with curve.latency: true, which times every file. Got false."

@@ -15,18 +15,8 @@ from hypothesis import strategies as st
 
 from curve_records import sweep, trial
 from paredown.bootstrap import expanded, resamples, student_t
-from paredown.curve import (
-    Line,
-    chord_distances,
-    compared,
-    dense_parts,
-    dense_verdict,
-    interval,
-    lines,
-    pareto,
-    sweet_spot,
-    upper_bound,
-)
+from paredown.controls import compared, dense_parts, dense_verdict
+from paredown.curve import Line, chord_distances, interval, lines, pareto, sweet_spot, upper_bound
 from paredown.records import Measured, Record
 
 finite = st.floats(-100, 100, allow_nan=False).map(lambda v: round(v, 3))
@@ -555,6 +545,22 @@ def test_two_ways_that_leave_one_shape_have_one_control(of_control: str | None, 
     other = next(line.name for line in found if line.schedule == "multi-level")
     assert told[other, "scratch"].comparable is alike
     assert ("the same shape trained from scratch" in told[other, "scratch"].sentence) is alike
+
+
+def test_a_control_of_the_points_own_way_goes_before_that_of_another() -> None:
+    records = sweep({0.5: [97.0] * 3}, [98.0] * 3)
+    records += sweep({0.5: [97.5] * 3}, [98.0] * 3, schedule="multi-level")[3:]
+    records += [trial("random", 0.5, s, 96.0, 96.0) for s in range(3)]
+    (first, second) = compared(lines(records, goal="max"), goal="max", unit="%")
+    assert (first.own, second.own) == (True, False)
+    records += [trial("random", 0.5, s, 97.2, 97.2, schedule="multi-level") for s in range(3)]
+    found = lines(records, goal="max")
+    (first, second) = compared(found, goal="max", unit="%")
+    assert (first.gain.mean, first.own, first.comparable) == (pytest.approx(1.0), True, True)
+    assert (second.gain.mean, second.own, second.comparable) == (pytest.approx(0.3), True, True)
+    assert [line.name for line in found if line.kind == "random"] == [
+        "a random criterion, as l1 one-shot", "a random criterion, as l1 multi-level",
+    ]  # fmt: skip
 
 
 def test_a_thinner_network_that_is_the_first_lines_shape_is_no_other_lines() -> None:

@@ -148,7 +148,7 @@ def test_the_dense_question_is_answered_in_a_few_words(added: list[Record], answ
 def test_controls_that_stand_elsewhere_are_not_tested_at_the_sweet_spot() -> None:
     found = [*sweep(MEASURED, DENSE), *controls(0.75, 90.0), *controls(0.25, 90.0)]
     untested = strip_of(render_curve([head(cells=15), *found])).partition("not tested</span>")[2]
-    assert "all controls at the sweet spot, 0.5 (curve.controls.amounts)" in untested
+    assert "all controls at the sweet spot, 0.5 (sweet-spot in curve.controls.amounts)" in untested
     untested = strip_of(render_curve(records())).partition("not tested</span>")[2]
     assert "all controls at the sweet spot" not in untested
 

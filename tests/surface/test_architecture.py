@@ -32,7 +32,7 @@ TIERS = (
     "prune factorize quantize",
     "export",
     "measure",
-    "search curve chord bootstrap ranking",
+    "search curve controls chord bootstrap ranking",
     "sweep",
     "report",
     "compare",
@@ -43,8 +43,8 @@ TIERS = (
 )
 """A room imports rooms above it, and rooms of its own line where that makes no circle."""
 RANK = {room: rank for rank, line in enumerate(TIERS) for room in line.split()}
-WITHOUT_TORCH = "errors budget plan granularity target recipe recipe_fields records strict_yaml environments contents curve chord bootstrap ranking sweep report doctor machine_memory".split()
-REPORT_MAY_IMPORT = {"errors", "records", "curve", "ranking", "report"}
+WITHOUT_TORCH = "errors budget plan granularity target recipe recipe_fields records strict_yaml environments contents curve controls chord bootstrap ranking sweep report doctor machine_memory".split()
+REPORT_MAY_IMPORT = {"errors", "records", "curve", "controls", "ranking", "report"}
 DEFERRED = set(
     "torchao onnx onnxruntime onnxscript onnx_ir openvino executorch litert_torch ai_edge_quantizer ai_edge_litert flatbuffers matplotlib jinja2 sklearn torchvision timm optuna ray tensorboard mlflow transformers".split()
 )

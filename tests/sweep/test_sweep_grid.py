@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from paredown.errors import UsageError
 from paredown.recipe import Recipe, load_recipe, parse_recipe
 from paredown.sweep import Cell, grid
+from paredown.sweep.grid import controls_of
 
 
 def recipe(curve: dict[str, Any], **more: Any) -> Recipe:
@@ -55,6 +56,31 @@ def test_a_base_is_shared_by_its_seed_and_told_by_what_it_depends_on() -> None:
     assert bases[1] < bases[0]
     other = recipe({"amounts": [0.5], "seeds": [1]}, base={"epochs": 3})
     assert not {c.digest for c in grid(other)} & bases[0]
+
+
+def test_controls_of_the_sweet_spot_follow_its_own_way_and_are_no_trial_twice() -> None:
+    curve = {"amounts": [0.5, 0.25], "seeds": [0, 1], "schedules": ["one-shot", "multi-level"]}
+    made = recipe({**curve, "controls": {"amounts": ["sweet-spot", 0.5]}})
+    cells = grid(made)
+    assert {(c.schedule, c.amount) for c in cells if c.kind in ("scratch", "thin", "random")} == {("one-shot", 0.5)}
+    assert made.curve is not None and made.curve.controls.at_sweet_spot == ("scratch", "thin", "random")
+    chosen = [c.digest for c in cells if (c.kind, c.schedule, c.amount) == ("pruned", "multi-level", 0.25)]
+    found = controls_of(made, cells, chosen, ("thin", "random"))
+    assert [(c.kind, c.schedule, c.amount, c.seed) for c in found] == [
+        (kind, "multi-level", 0.25, seed) for seed in (0, 1) for kind in ("thin", "random")
+    ]
+    for cell in found:
+        assert set(dict(cell.needs).values()) <= {c.digest for c in cells}
+    there = [c.digest for c in cells if (c.kind, c.schedule, c.amount) == ("pruned", "one-shot", 0.5)]
+    assert len(there) == 2 and controls_of(made, cells, there, ("scratch", "thin", "random")) == ()
+    assert recipe({**curve, "controls": {"amounts": [0.5]}}).curve.controls.at_sweet_spot == ()  # type: ignore[union-attr]
+    assert recipe(curve).curve.controls.at_sweet_spot  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("amounts", [["sweet spot"], [0.75], ["0.5"], [True]])
+def test_controls_stand_at_amounts_of_the_curve(amounts: list[Any]) -> None:
+    with pytest.raises(UsageError, match=r"curve\.controls\.amounts"):
+        recipe({"amounts": [0.5], "controls": {"amounts": amounts}})
 
 
 def test_equal_recipes_give_equal_cells_and_every_key_counts() -> None:

@@ -71,20 +71,36 @@ def _dry_run(recipe: Recipe, processes: int | None, ray: str | None, *, json: bo
 
     with only_document(json):
         cells = grid(recipe)
-        check_cells(cells, task_of(recipe)[0])
+        later = () if recipe.curve is None else recipe.curve.controls.at_sweet_spot
+        check_cells(cells, task_of(recipe)[0], later=later)
         machine = machine_for(recipe, processes, ray=ray)
     if json:
         rows = [{**c.told(), "name": c.name} for c in cells]
-        emit({"schema": 1, "dry_run": True, "cells": rows, "processes": machine.processes, "threads": machine.threads})
+        emit(
+            {
+                "schema": 1,
+                "dry_run": True,
+                "cells": rows,
+                "at_sweet_spot": [*later],
+                "processes": machine.processes,
+                "threads": machine.threads,
+            }
+        )
         return 0
     at_once = "as many as the cluster has cores for" if machine.processes == MANY else machine.processes
     counts: dict[tuple[str, str, str], int] = {}
+    seeds = {c.seed for c in cells}
     for cell in cells:
         key = (cell.kind, cell.method, cell.schedule if cell.kind in ("pruned", "from-scratch") else "")
         counts[key] = counts.get(key, 0) + 1
     show(
         table(("kind", "method", "schedule", "trials"), [(*key, str(n)) for key, n in counts.items()]),
         f"{len(cells)} trials, {at_once} at a time, {machine.threads} thread(s) each.",
+        *(
+            [f"What is chosen gets those of {', '.join(later)} that it has not: up to {len(later) * len(seeds)} more."]
+            if later
+            else []
+        ),
         "Dry run: nothing was trained or written.",
         quiet=quiet,
     )

@@ -7,7 +7,7 @@ import difflib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from paredown.pipeline.sweep_display import Shown, sweep_display
 from paredown.pipeline.ways import check_rounding, check_ways
 from paredown.recipe import Recipe, load_recipe
 from paredown.records import Record, read, write_text
+from paredown.report.curve_view import curve_view
 from paredown.report.curves import curve_document, write_curve_report
 from paredown.score.patterns import matches
 from paredown.sweep import local
 from paredown.sweep import ray as on_ray
-from paredown.sweep.grid import Cell, grid
+from paredown.sweep.grid import Cell, controls_of, grid
 from paredown.sweep.trials import Machine, Outcome, lacks_a_file, of_other_versions, read_results, trial_folder
 from paredown.target import named
 from paredown.train import Task
@@ -68,7 +69,8 @@ def curve(
     task, _, _ = task_of(recipe)
     settle(task, recipe.data_path)
     cells = grid(recipe)
-    check_cells(cells, task)
+    assert recipe.curve is not None  # else there is no grid
+    check_cells(cells, task, later=recipe.curve.controls.at_sweet_spot)
     folder, found = Path(out), versions()
     machine = machine_for(recipe, processes, ray=ray)
     run_missing = local.run_missing if ray is None else on_ray.run_missing
@@ -79,25 +81,51 @@ def curve(
         with sweep_display(len(cells), quiet=quiet) as shown:
             _say_what_is_there(shown, cells, folder, found, retry)
             run_missing(cells, folder, found, machine, retry=retry, progress=shown.event)
-        return _told(recipe, task, cells, folder, found)
+        beside = _beside_sweet_spot(recipe, task, cells, folder, found)
+        if beside:
+            read_by = {digest for cell in beside for _, digest in cell.needs}
+            with sweep_display(len(beside), quiet=quiet) as shown:
+                shown.also("controls of the sweet spot")
+                _say_what_is_there(shown, beside, folder, found, retry)
+                asked = (*(c for c in cells if c.digest in read_by), *beside)
+                run_missing(asked, folder, found, machine, retry=retry, progress=shown.event)
+        return _told(recipe, task, (*cells, *beside), folder, found)
 
 
-def check_cells(cells: Sequence[Cell], task: Task) -> None:
-    """Names, options and ways of all cells, before any work; raises UsageError."""
+def _beside_sweet_spot(
+    recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]
+) -> tuple[Cell, ...]:
+    """The controls that the chosen point lacks: of its own way and amount, once all others are through. Controls choose nothing."""
+    assert recipe.curve is not None
+    kinds = recipe.curve.controls.at_sweet_spot
+    head, records = _gathered(recipe, task, cells, folder, found)
+    if not kinds or not any(r.cell["kind"] == "pruned" for r in records):
+        return ()
+    seen = curve_view((head, *records))
+    chosen = seen.spot.point
+    if chosen is None or chosen.kind != "pruned":
+        return ()
+    there = {c.control for c in seen.comparisons if c.own and (c.line, c.amount) == (seen.spot.line, chosen.amount)}
+    return controls_of(recipe, cells, chosen.digests, [k for k in kinds if k not in there])
+
+
+def check_cells(cells: Sequence[Cell], task: Task, *, later: Collection[str] = ()) -> None:
+    """Names, options and ways of all cells, before any work; `later` are kinds of controls that may follow. Raises UsageError."""
     target = named(cells[0].recipe.target)
     if target.environment:
         python_of(target)
     if cells[0].quantized:
         check_rounding(cells[0].recipe, task)
         _check_float_layers(cells, task)
+    fresh = {"from-scratch", "scratch", "thin"} & {*later, *(c.kind for c in cells)}
+    if fresh and task.train is None and task.step is None:
+        msg = "a control must have a way to train: step with train_batches, or train. Got a task with neither."
+        raise UsageError(msg)
     seed = cells[0].seed
     for cell in cells:
         if cell.seed == seed and cell.kind in ("pruned", "from-scratch"):
             check_ways(cell.recipe, task)
             _refuse_one_table(cell, cells, task)
-        if cell.kind in ("from-scratch", "scratch", "thin") and task.train is None and task.step is None:
-            msg = "a control must have a way to train: step with train_batches, or train. Got a task with neither."
-            raise UsageError(msg)
 
 
 def _refuse_one_table(cell: Cell, cells: Sequence[Cell], task: Task) -> None:
@@ -176,18 +204,25 @@ def _say_what_is_there(
             shown.other(others, differ)
 
 
-def _told(recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]) -> Curved:
-    """Records in the order of the grid, the choice, the report."""
+def _gathered(
+    recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]
+) -> tuple[Record, list[Record]]:
+    """(the record that describes the sweep, those of the trials in the order of the grid)."""
     known = read_results(cells, folder, found)
     failed = [_failure(cell, known.get(cell.digest)) for cell in cells if not _done(known.get(cell.digest))]
     records = [o.record for c in cells if (o := known.get(c.digest)) is not None and o.record is not None]
+    return _head(recipe, task, cells, failed, found), records
+
+
+def _told(recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]) -> Curved:
+    """Records in the order of the grid, the choice, the report."""
+    head, records = _gathered(recipe, task, cells, folder, found)
     if not any(r.cell["kind"] == "pruned" for r in records) and not any(
         r.cell["kind"] == "from-scratch" for r in records
     ):
-        first = next((f["reason"] for f in failed if f["status"] != "not run"), "no trial ended")
+        first = next((f["reason"] for f in head.details["failed"] if f["status"] != "not run"), "no trial ended")
         msg = f"a curve must have at least one pruned model. Got none of {len(cells)} trials: {first} (see journal.jsonl in {folder}; --retry runs them again)."
         raise RejectedError(msg)
-    head = _head(recipe, task, cells, failed, found)
     write_text(folder / RECORDS, "".join(r.to_json() + "\n" for r in (head, *records)))
     every = tuple(read(folder / RECORDS))  # what `paredown report` will read
     document = curve_document(every)

@@ -31,6 +31,10 @@ class Shown:
         self._console.print(f"{done} of {self._total} trials are there{marked}", highlight=False)
         self._advance()
 
+    def also(self, what: str) -> None:
+        """What follows on the grid, with how many trials it has."""
+        self._console.print(f"{what}: {self._total} more trial{'s' * (self._total != 1)}", highlight=False)
+
     def other(self, count: int, differ: Mapping[str, tuple[Any, Any]]) -> None:
         """What an earlier run left that other versions made; `differ` is {name: (version there, version here)}."""
         names = ", ".join(f"{name} {there} there, {here} here" for name, (there, here) in differ.items())

@@ -160,7 +160,8 @@ def _differences(own: _About, other: _About) -> tuple[str, ...]:
 def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
     """A page's answer, whole and in a line or two."""
     if kind == "curve":
-        from paredown.curve import NOUNS, dense_parts  # computes: the page of a lone run needs no numpy
+        from paredown.controls import dense_parts  # computes: the page of a lone run needs no numpy
+        from paredown.curve import NOUNS
         from paredown.report.curve_view import curve_view
 
         seen = curve_view(records)

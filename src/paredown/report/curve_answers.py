@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from paredown.curve import CONTROLS, Comparison, Point
+from paredown.controls import Comparison
+from paredown.curve import CONTROLS, Point
 from paredown.report.curve_view import CurveView
 from paredown.report.reading import entry, figure, mapping, number
 from paredown.report.wording import quantity
@@ -71,7 +72,7 @@ def _controls_not_tested(seen: CurveView) -> list[str]:
     chosen = seen.spot.point
     if chosen is None or chosen.kind != "pruned" or not kinds or any(_at_spot(seen, c) for c in seen.comparisons):
         return missing
-    return [*missing, f"all controls at the sweet spot, {chosen.amount:g} (curve.controls.amounts)"]
+    return [*missing, f"all controls at the sweet spot, {chosen.amount:g} (sweet-spot in curve.controls.amounts)"]
 
 
 def _at_spot(seen: CurveView, found: Comparison) -> bool:

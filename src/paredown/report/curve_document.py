@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paredown.curve import Comparison, Interval, Point, interval, upper_bound
+from paredown.controls import Comparison
+from paredown.curve import Interval, Point, interval, upper_bound
 from paredown.records import Record
 from paredown.report.curve_answers import dense_answer, doubts, not_tested
 from paredown.report.curve_view import CurveView, curve_view

@@ -6,19 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paredown.curve import (
-    AXES,
-    Axis,
-    Comparison,
-    Line,
-    Point,
-    SweetSpot,
-    compared,
-    dense_verdict,
-    lines,
-    pareto,
-    sweet_spot,
-)
+from paredown.controls import Comparison, compared, dense_verdict
+from paredown.curve import AXES, Axis, Line, Point, SweetSpot, lines, pareto, sweet_spot
 from paredown.errors import RejectedError
 from paredown.records import Record
 from paredown.report.reading import entry, mapping, number, rows, text

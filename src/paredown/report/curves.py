@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, dense_parts, interval, upper_bound
+from paredown.controls import dense_parts
+from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, interval, upper_bound
 from paredown.records import Record, write_text
 from paredown.report.beside import Beside, found_beside, shown
 from paredown.report.curve_answers import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,7 @@ def grid(recipe: Recipe) -> tuple[Cell, ...]:
     """All cells of a recipe's curve, a base before what needs it; equal recipes give equal cells.
 
     Per seed a base, then every amount × method × schedule; controls stand at the amounts they are asked for and follow
-    the first method and its first schedule that prunes a trained model. Raises UsageError where there is no `curve`,
+    the first method and its first schedule that prunes a trained model; those of the sweet spot are known later (`controls_of`). Raises UsageError where there is no `curve`,
     or a method and a schedule do not fit.
 
     >>> from paredown.recipe import load_recipe
@@ -127,7 +127,7 @@ _Way = tuple[Method, str, float, tuple[Prune, Recover]]
 
 def _of_seed(recipe: Recipe, curve: CurveGrid, ways: Sequence[_Way], seed: int, base: Cell) -> Iterator[Cell]:
     trained = next(((m, s) for m, s, _, _ in ways if s != "from-scratch"), None)
-    controlled = set(curve.amounts if curve.controls.amounts is None else curve.controls.amounts)
+    controlled = set(curve.controls.fixed(curve.amounts))
     for method, schedule, amount, (prune, recover) in ways:
         kind: Kind = "from-scratch" if schedule == "from-scratch" else "pruned"
         own = _changed(recipe, seed, prune=prune, recover=recover)
@@ -137,12 +137,32 @@ def _of_seed(recipe: Recipe, curve: CurveGrid, ways: Sequence[_Way], seed: int, 
         )  # fmt: skip
         yield cell
         if (method, schedule) == trained and amount in controlled:
-            yield from _controls(curve, cell, base)
+            yield from _controls(curve, cell, base.digest)
 
 
-def _controls(curve: CurveGrid, first: Cell, base: Cell) -> Iterator[Cell]:
-    """What the pruned model of one amount and seed must beat."""
-    both: tuple[tuple[str, str], ...] = (("base", base.digest), ("pruned", first.digest))
+def controls_of(
+    recipe: Recipe, cells: Sequence[Cell], chosen: Sequence[str], kinds: Collection[str]
+) -> tuple[Cell, ...]:
+    """Controls of these kinds beside the pruned cells of these digests, their own way followed, those left out that are among `cells`.
+
+    >>> from paredown.recipe import load_recipe
+    >>> recipe = load_recipe("digits", ["curve.amounts=[0.5]", "curve.seeds=[0]", "curve.controls.amounts=[sweet-spot]"])
+    >>> cells = grid(recipe)
+    >>> [c.kind for c in cells], [c.kind for c in controls_of(recipe, cells, [cells[1].digest], ("thin",))]
+    (['base', 'pruned'], ['thin'])
+    """
+    assert recipe.curve is not None
+    there = {c.digest for c in cells}
+    controls = recipe.curve.controls.model_copy(update={"kinds": tuple(kinds)})
+    asked = recipe.curve.model_copy(update={"controls": controls})
+    own = [c for c in cells if c.digest in set(chosen) and c.kind == "pruned"]
+    found = {c.digest: c for cell in own for c in _controls(asked, cell, dict(cell.needs)["base"])}
+    return tuple(c for digest, c in found.items() if digest not in there)
+
+
+def _controls(curve: CurveGrid, first: Cell, base: str) -> Iterator[Cell]:
+    """What the pruned model of one amount and seed must beat; `base` is the digest of its base."""
+    both: tuple[tuple[str, str], ...] = (("base", base), ("pruned", first.digest))
     scratch: tuple[tuple[str, str], ...] = ()
     for kind in sorted(curve.controls.kinds, key=[*CONTROLS].index):
         recipe, needs = first.recipe, both if kind != "thin" else both + scratch
