@@ -13,6 +13,7 @@ import hashlib
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -222,26 +223,37 @@ def _lists(file: Path) -> dict[str, Split]:
 
 def _read(file: Path, name: str) -> Split:
     """One list of the archive, decoded; nothing of it is unpickled."""
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            raw, offsets, counts = (found[f"{name}_{part}"] for part in ("jpeg", "offsets", "count"))
-    except FileNotFoundError as error:
-        msg = f"data must be a folder with bccd.npz. Got no file at {file}."
-        raise RejectedError(msg) from error
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        msg = f"bccd.npz must be a NumPy archive with {name}_jpeg, {name}_offsets and {name}_count. Got {type(error).__name__} at {file}: {error}."
-        raise RejectedError(msg) from error
-    fits = raw.dtype == np.uint8 and offsets.ndim == counts.ndim == 1 and len(offsets) == len(counts) + 1 >= 2
-    if not fits or (np.diff(offsets) <= 0).any() or offsets[0] < 0 or offsets[-1] > raw.size:
-        msg = f"bccd.npz must hold ascending offsets into its bytes and one count for each picture. Got something else for {name} at {file}."
+    raw, offsets, counts = _arrays(file, name)
+    fits = raw.ndim == offsets.ndim == counts.ndim == 1 and len(offsets) == len(counts) + 1 >= 2
+    fits &= raw.dtype == np.uint8 and offsets.dtype.kind in "iu" and counts.dtype.kind in "iuf"
+    if not fits or (offsets[1:] <= offsets[:-1]).any() or offsets[0] < 0 or offsets[-1] > raw.size:
+        msg = f"bccd.npz must hold ascending offsets into its bytes and one count for each picture. Got something else for {name} at {file}. Make it anew."
         raise RejectedError(msg)
-    if not np.isfinite(counts).all() or (counts < 0).any():
-        msg = f"counts must be numbers of at least 0. Got {counts[~(counts >= 0)][:3].tolist()} for {name} at {file}."
+    if wrong := counts[~(np.isfinite(counts) & (counts >= 0))][:3].tolist():
+        msg = f"counts must be numbers of at least 0. Got {wrong} for {name} at {file}. Make the archive anew without them."
         raise RejectedError(msg)
     pictures = [_picture(raw[a:b].tobytes(), f"{name} {i} at {file}") for i, (a, b) in enumerate(pairwise(offsets))]
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
     targets = torch.from_numpy((counts.astype(np.float64) - CENTRE) / SPREAD).float()[:, None]
     return Split(pictures=(F.avg_pool2d(x, 2) / 255 - 0.7) / 0.2, targets=targets)
+
+
+def _arrays(file: Path, name: str) -> list[np.ndarray]:
+    """Bytes, offsets and counts as they are."""
+    parts = [f"{name}_{part}" for part in ("jpeg", "offsets", "count")]
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            arrays = [found[part] for part in parts]
+        if not all(isinstance(array, np.ndarray) for array in arrays):
+            raise TypeError("what is in it is no array")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        msg = f"data must be a folder with bccd.npz. Got no file at {file}. Set data to that folder."
+        raise RejectedError(msg) from error
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        told = "" if isinstance(error, ValueError) else f": {error}"  # NumPy's would advise to unpickle it
+        msg = f"bccd.npz must be a NumPy archive with {', '.join(parts)}. Got {type(error).__name__} at {file}{told}. Make it anew."
+        raise RejectedError(msg) from error
+    return arrays
 
 
 def _picture(raw: bytes, where: str) -> np.ndarray:
@@ -250,11 +262,12 @@ def _picture(raw: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(raw), formats=["JPEG"]) as image:
             if image.size != (160, 120):
-                msg = f"pictures must be 160×120. Got {image.size[0]}×{image.size[1]} for {where}."
+                msg = f"pictures must be 160×120. Got {image.size[0]}×{image.size[1]} for {where}. Make the archive anew with pictures of that size."
                 raise RejectedError(msg)
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        msg = f"pictures must be readable JPEG. Got {type(error).__name__}: {error} for {where}."
+    except (OSError, SyntaxError) as error:
+        told = "" if isinstance(error, UnidentifiedImageError) else f": {error}"  # it would name an object in memory
+        msg = f"pictures must be readable JPEG. Got {type(error).__name__}{told} for {where}. Make the archive anew without it."
         raise RejectedError(msg) from error
 
 

@@ -28,7 +28,7 @@ from talk import draw
 from talk.page import Cell, Column, Heading, Part, Spread, Table, Text, over_seeds
 
 from paredown.controls import compared, dense_verdict
-from paredown.curve import Line, interval, lines, sweet_spot
+from paredown.curve import CONTROLS, Line, interval, lines, sweet_spot
 from paredown.examine import Cost, examine_onnx
 from paredown.export import predictor
 from paredown.measure import artifact_at, machine_text
@@ -85,10 +85,13 @@ def read_sweep(folder: Path | None) -> Sweep | None:
     if folder is None or not (folder / "recipe.yaml").is_file():
         return None
     recipe = read_yaml(folder / "recipe.yaml")
+    first = next((s for s in recipe["curve"]["schedules"] if s != "from-scratch"), "")
     files = [*folder.glob("trials/*/result.json"), *longer_folder(folder).glob("*/result.json")]
     found: dict[tuple[Place, int], tuple[Record, Path]] = {}
     for file in sorted(files, key=lambda f: f.stat().st_mtime_ns):
         record = Record.from_json(file.read_text(encoding="utf-8"))
+        if record.cell["kind"] in CONTROLS and record.cell["schedule"] != first:
+            continue  # beside what was chosen, of another way: it stands on the page of the sweep
         found[_place(record), int(record.cell["seed"])] = (record, file.parent)
     if not any(place[0] == "base" for place, _ in found):
         return None
@@ -131,7 +134,7 @@ def _places(curve: Mapping[str, Any]) -> list[Place]:
     return [
         ("base", "", None),
         *pruned,
-        *((kind, "", a) for a in controls["amounts"] or amounts for kind in controls["kinds"]),
+        *((kind, "", a) for a in controls["amounts"] or amounts if a != "sweet-spot" for kind in controls["kinds"]),
     ]
 
 

@@ -2,7 +2,8 @@
 
 Without `data` the pictures are the synthetic twin of scene.py. With `data: DIR` they are your own: DIR/labels.csv has the columns
 `file` (a picture under DIR) and `weight` (g), and may have `subject` and `split` (train, choose or test; without it 70, 10 and 20 %
-of the subjects, by a hash of their names). A subject in two splits is refused, and so is a picture, known by equal pixels at 64×64.
+of the subjects, by a hash of their names). A subject in two splits is refused, and so is a picture in two or with two weights, known by
+equal pixels at 64×64. UTF-8, commas, names of columns in lower case; pictures that Pillow reads, of 8 or 16 bits (no HEIC).
 By any other column, as `clinic` or `age`, the report groups the errors.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import runpy
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -269,91 +272,191 @@ def _synthetic() -> dict[str, Split]:
 
 @cache
 def _own(folder: Path) -> dict[str, Split]:
+    """The user's pictures by role. All lines are looked at before the first picture is."""
     table = folder / "labels.csv"
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, header = list(reader), reader.fieldnames or ()
-    except (OSError, UnicodeError, csv.Error) as error:
-        msg = (
-            f"labels.csv must be readable, in UTF-8. Got {error} at {table}. It needs the columns file and weight (g)."
-        )
-        raise RejectedError(msg) from error
-    if not rows or not {"file", "weight"} <= set(header):
-        got = ", ".join(header) if rows else "no rows"
-        msg = f"labels.csv must have the columns file and weight (g). Got {got} at {table}."
-        raise RejectedError(msg)
-    roles: dict[str, tuple[list[np.ndarray], list[float], list[dict[str, str | None]]]]
-    roles = {r: ([], [], []) for r in COUNTS}
-    seen: dict[str, tuple[str, str]] = {}
+    header, lines = _table(table)
+    rows = [_row(folder, cells, where) for where, cells in lines]
+    _all_there(rows, folder)
+    kept: dict[str, list[tuple[np.ndarray, Row]]] = {role: [] for role in COUNTS}
+    pictures: dict[str, Row] = {}
+    subjects: dict[str, Row] = {}
     damaged: list[str] = []
-    for number, row in enumerate(rows, start=2):
-        where, subject = f"{table}:{number}", (row.get("subject") or "").strip()
-        role, weight, picture = _role(row, where), _grams(row["weight"], where), _read(folder, row["file"], where)
+    for row in rows:
+        picture = _read(row.path, row.where)
         if picture is None:
-            damaged.append(f"{row['file']} (line {number})")
+            damaged.append(f"{row.cells['file']} (line {row.where.rpartition(':')[2]})")
             continue
-        if subject:
-            _in_one_role(f"the subject {subject!r}", role, where, seen)
-        _in_one_role(f"the picture {hashlib.sha256(picture.tobytes()).hexdigest()[:16]}", role, where, seen)
-        roles[role][0].append(picture)
-        roles[role][1].append(weight)
-        roles[role][2].append(row)
+        if subject := row.cells.get("subject"):
+            _in_one_role(f"the subject {subject!r}", row, subjects.setdefault(subject, row))
+        first = pictures.setdefault(hashlib.sha256(picture.tobytes()).hexdigest(), row)
+        same = "" if first.path == row.path else f" (equal to {first.cells['file']!r})"
+        _in_one_role(f"the picture {row.cells['file']!r}{same}", row, first)
+        _of_one_weight(f"the picture {row.cells['file']!r}{same}", row, first)
+        kept[row.role].append((picture, row))
     _tell_damaged(damaged, len(rows), table)
-    empty = [r for r, (p, *_) in roles.items() if not p]
-    if empty:
-        msg = f"every split must have pictures. Got none for {', '.join(empty)} of {len(rows)} rows at {table}."
+    if empty := [role for role, some in kept.items() if not some]:
+        who = len({row.cells.get("subject") or row.cells["file"] for row in rows})
+        msg = f"every split must have pictures. Got none for {', '.join(empty)} of {len(rows)} rows with {who} subject{'s' * (who > 1)} at {table}. Fill the column split, or bring more subjects."
         raise RejectedError(msg)
     others = [name for name in header if name and name not in READ]
     return {
-        r: _split_of(
-            np.stack(p),
-            np.array(w),
-            {**{n: _values([row[n] for row in own]) for n in others}, "id": [row["file"] for row in own]},
+        role: _split_of(
+            np.stack([picture for picture, _ in some]),
+            np.array([row.grams for _, row in some]),
+            {
+                **{n: _values([row.cells[n] for _, row in some]) for n in others},
+                "id": [row.cells["file"] for _, row in some],
+            },
         )
-        for r, (p, w, own) in roles.items()
+        for role, some in kept.items()
     }
 
 
-def _values(texts: Sequence[str | None]) -> Sequence[float | str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of labels.csv, checked as far as it can be without its picture."""
+
+    where: str
+    path: Path | None
+    """None where there is no such file."""
+    role: str
+    grams: float
+    cells: Mapping[str, str]
+
+
+def _table(table: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """The names of the columns, and every line that is not empty, with where it stands."""
+    if not table.is_file():
+        msg = f"data must be a folder with labels.csv. Got no file at {table}. Set data to the folder of the pictures, and name the columns of the table file and weight."
+        raise RejectedError(msg)
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+        reader = csv.reader(io.StringIO(text), strict=True)  # an open quote must not swallow the lines below it
+        header, *lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))] or [(1, [])]
+        if "\0" in text:
+            raise csv.Error("a byte 0")
+    except (OSError, UnicodeError, csv.Error) as error:
+        msg = f"labels.csv must be readable, in UTF-8. Got {error} at {table}. Save it as CSV in UTF-8, with the columns file and weight (in grams)."
+        raise RejectedError(msg) from error
+    names = header[1]
+    _named(names, table)
+    if not lines:
+        msg = f"labels.csv must have rows below the names of its columns. Got none at {table}."
+        raise RejectedError(msg)
+    rows = []
+    for number, cells in lines:
+        where = f"{table}:{number}"
+        if len(cells) != len(names):
+            msg = f"a row must have a cell for each of {len(names)} columns. Got {len(cells)} at {where}. Put what has a comma in it into quotes; write 2900.5 and not 2900,5."
+            raise RejectedError(msg)
+        rows.append((where, {name: cell.strip() for name, cell in zip(names, cells, strict=True)}))
+    return names, rows
+
+
+def _named(names: Sequence[str], table: Path) -> None:
+    """Refuse columns whose names are not what they have to be, or only nearly."""
+    if not names:
+        msg = f"labels.csv must have rows, and the columns file and weight (in grams). Got nothing at {table}."
+        raise RejectedError(msg)
+    if not {"file", "weight"} <= set(names):
+        other = next((sign for sign in ";\t" if sign in names[0]), "")
+        do = "Separate them by commas, and write 2900.5 and not 2900,5" if other else "Name them so in the first line"
+        msg = f"labels.csv must have the columns file and weight (in grams). Got {', '.join(names)} at {table}. {do}."
+        raise RejectedError(msg)
+    for name in names:  # a Subject that is not read would let one newborn into two splits
+        meant = name.strip().lower()
+        if meant in READ and name != meant:
+            msg = f"the column {name!r} must be written {meant}. Got {', '.join(names)} at {table}."
+            raise RejectedError(msg)
+        if name.strip() and names.count(name) > 1:
+            msg = f"the column {name!r} must be there once. Got {', '.join(names)} at {table}."
+            raise RejectedError(msg)
+
+
+def _row(folder: Path, cells: dict[str, str], where: str) -> Row:
+    return Row(
+        where=where, path=_path(folder, cells["file"], where), role=_role(cells, where),
+        grams=_grams(cells["weight"], where), cells=cells,
+    )  # fmt: skip
+
+
+def _path(folder: Path, name: str, where: str) -> Path | None:
+    """The file of that name, however its accents are written: macOS takes letters apart, spreadsheets do not."""
+    if not name:
+        msg = f"file must name a picture under {folder}. Got {name!r} at {where}."
+        raise RejectedError(msg)
+    forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    found = next((form for form in forms if _is_file(folder / form)), name)
+    path = (folder / found).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        msg = f"file must lie under {folder}. Got {name!r} at {where}. Copy the pictures there, and write their paths relative to it."
+        raise RejectedError(msg)
+    return path if _is_file(path) else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
+
+
+def _all_there(rows: Sequence[Row], folder: Path) -> None:
+    absent = [row for row in rows if row.path is None]
+    if absent:
+        first = absent[0]
+        msg = f"file must be a picture. Got no file for {len(absent)} of {len(rows)} rows, the first {first.cells['file']!r} at {first.where}. Write paths relative to {folder}, with / between folders, and with the capitals and the ending of the file."
+        raise RejectedError(msg)
+
+
+def _values(texts: Sequence[str]) -> Sequence[float | str]:
     """A column as numbers where all of them are, since the report groups many different ones by quarters; else as text."""
     try:
-        numbers = [float(text or "") for text in texts]
+        numbers = [float(text) for text in texts]
     except ValueError:
         numbers = [math.nan]
     if all(map(math.isfinite, numbers)):
         return [int(n) if n.is_integer() else n for n in numbers]
-    return [(text or "").strip() or "not given" for text in texts]
+    return [text or "not given" for text in texts]
 
 
-def _in_one_role(what: str, role: str, where: str, seen: dict[str, tuple[str, str]]) -> None:
+def _in_one_role(what: str, row: Row, first: Row) -> None:
     """Training pictures are augmented, so no later check would find them among those of the test."""
-    first, there = seen.setdefault(what, (role, where))
-    if first != role:
-        msg = f"{what} must have one role. Got {first} at {there} and {role} at {where}. Give both rows one split, or one subject without any."
+    if first.role != row.role:
+        msg = f"{what} must have one role. Got {first.role} at {first.where} and {row.role} at {row.where}. Give both rows one split, or one subject without any."
         raise RejectedError(msg)
 
 
-def _role(row: dict[str, str | None], where: str) -> str:
-    given = (row.get("split") or "").strip().lower()
+def _of_one_weight(what: str, row: Row, first: Row) -> None:
+    if first.grams != row.grams:
+        msg = f"{what} must have one weight. Got {first.grams:g} g at {first.where} and {row.grams:g} g at {row.where}. Take out the wrong row."
+        raise RejectedError(msg)
+
+
+def _role(cells: Mapping[str, str], where: str) -> str:
+    given = cells.get("split", "").lower()
     if given in COUNTS:
         return given
     if given:
-        msg = f"split must be train, choose or test. Got {given!r} at {where}."
+        msg = f"split must be train, choose or test. Got {given!r} at {where}. choose is what others call validation."
         raise RejectedError(msg)
-    subject = ((row.get("subject") or "").strip() or row["file"] or "").encode()
+    subject = (cells.get("subject") or cells["file"]).encode()
     share = int.from_bytes(hashlib.sha256(subject).digest()[:4], "big") / 2**32
     return "test" if share < 0.2 else "choose" if share < 0.3 else "train"
 
 
-def _grams(text: str | None, where: str) -> float:
+def _grams(text: str, where: str) -> float:
     try:
-        grams = float(text or "")
+        grams = float(text)
     except ValueError:
         grams = math.nan
     if not 200 <= grams <= 8000:
-        hint = " It looks like kilograms: multiply by 1000." if 0.2 <= grams <= 8 else ""
-        msg = f"weight must be a newborn's in grams, 200 to 8000. Got {text!r} at {where}.{hint}"
+        do = "Correct the row, or take it out"
+        if 0.2 <= grams <= 20:
+            do = "Multiply kilograms by 1000, pounds by 453.6"
+        elif math.isnan(grams) and any(map(str.isdigit, text)):
+            do = "Write it like 2900.5, without a comma and without a unit"
+        msg = f"weight must be a newborn's in grams, 200 to 8000. Got {text!r} at {where}. {do}."
         raise RejectedError(msg)
     return grams
 
@@ -364,27 +467,29 @@ def _tell_damaged(damaged: Sequence[str], num_rows: int, table: Path) -> None:
         return
     shown = ", ".join(damaged[:20]) + (f" and {len(damaged) - 20} more" if len(damaged) > 20 else "")
     if len(damaged) > DAMAGED * num_rows:
-        msg = f"file must be a picture; {DAMAGED:.0%} of them may be damaged. Got {len(damaged)} of {num_rows} that cannot be read at {table}: {shown}."
+        msg = f"file must be a picture; {DAMAGED:.0%} of them may be damaged. Got {len(damaged)} of {num_rows} that cannot be read at {table}: {shown}. Save HEIC and raw pictures as JPEG or PNG; take the rows of damaged ones out."
         raise RejectedError(msg)
     warnings.warn(f"{len(damaged)} of {num_rows} pictures cannot be read and were left out: {shown}", stacklevel=2)
 
 
-def _read(folder: Path, name: str | None, where: str) -> np.ndarray | None:
+def _read(path: Path | None, where: str) -> np.ndarray | None:
     """The picture at SIZE; None where it is damaged."""
     from PIL import Image, ImageOps
 
-    if not name:
-        msg = f"file must name a picture under {folder}. Got {name!r} at {where}."
-        raise RejectedError(msg)
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        msg = f"file must lie under {folder}. Got {name!r} at {where}."
-        raise RejectedError(msg)
+    assert path is not None  # _all_there has looked
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)  # a phone held upright says so beside the pixels
+            if upright.mode.startswith("I;16"):  # Pillow would cut off all above 255
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            if upright.mode in ("I", "F"):
+                got = "floating point" if upright.mode == "F" else "32 bits"
+                msg = f"pixels must have 8 or 16 bits. Got {got} at {where}. Save the picture as JPEG or PNG."
+                raise RejectedError(msg)
             return np.asarray(upright.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-    except (FileNotFoundError, IsADirectoryError, PermissionError, Image.DecompressionBombError) as error:
+    except RejectedError:  # a ValueError too
+        raise
+    except (PermissionError, Image.DecompressionBombError) as error:
         msg = f"file must be a picture. Got {type(error).__name__}: {error} at {where}."
         raise RejectedError(msg) from error
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files, by their kind

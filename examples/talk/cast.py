@@ -57,7 +57,7 @@ def _weights(setting: Setting) -> Table:
         "float32": lambda w: w,
         "float16": lambda w: w.half().float(),
         "int8, plain cast": lambda w: w.round().clamp(-128, 127),
-        "int8, one scale per weight": lambda w: on_grid(w, grid_of(w)),
+        "int8, one scale per tensor": lambda w: on_grid(w, grid_of(w)),
         "int8, one scale per channel": lambda w: on_grid(w, grid_of(w, granularity="channel")),
     }
     rows = []

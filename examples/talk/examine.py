@@ -14,6 +14,11 @@ from paredown.models import load_model
 from talk.page import Column, Heading, Page, Setting, Table, Text
 
 MODEL, TARGET = "torchvision:resnet18", 20_000_000
+NEXT = (
+    ("Prune by L1 or L2, structured or not, by masks of one’s own", "Three ways to prune a matrix"),
+    ("Curves for the ceiling of accuracy; dense models of similar size", "The pruning recipe: curve and sweet spot"),
+    ("Quantize: dynamic, static, QAT", "Dynamic, static and trained quantization"),
+)
 
 
 def build(setting: Setting) -> Page:
@@ -29,7 +34,8 @@ def build(setting: Setting) -> Page:
     return Page(
         title="How to proceed: examine",
         told=(
-            "Examine the architecture: which layers need compression, as bar charts. Sanity check: **file size == state_dict size**. Use the target size to decide. Then prune, then quantize.",
+            "Examine the architecture: which layers need compression, as bar charts. Sanity check: **file size == state_dict size**. Use the target size to decide.",
+            "Then prune (L1, L2, structured or not, masks of one’s own; curves for the ceiling of accuracy; dense models of similar size). Then quantize (dynamic, static, QAT).",
         ),
         parts=(
             Heading(text="Which layers"),
@@ -54,6 +60,8 @@ def build(setting: Setting) -> Page:
                 columns=(Column(title="Layer"), Column(title="Bytes", mark="counted"), Column(title="Cut down to", mark="estimated"), Column(title="Remains, %", mark="estimated", form=".0f", bar=True)),
                 rows=[(x.name, x.parameter_bytes, x.to_bytes, 100 * x.remains) for x in plan.layers],
             ),
+            Heading(text="And then"),
+            Table(caption="Where this book follows each of the next steps", columns=(Column(title="Step"), Column(title="Page")), rows=NEXT),
         ),
         differ=(
             f"The two bar charts name different layers: most bytes are in `{largest.name}`, most multiplications in `{busiest.name}`. Which layers need compression depends on which footprint is too large.",

@@ -33,7 +33,7 @@ LATER = (
     (
         "QuEST",
         "training with 1 to 4 bits in weights and activations from the start",
-        "`w4a4` from trained weights, in simulation; on the same page",
+        "`w4a4` from trained weights, in kernels of 8 bits; on the same page",
     ),
 )
 
@@ -42,7 +42,7 @@ def build(setting: Setting) -> Page:
     """Six subjects, none of them measured here."""
     return Page(
         title="Left for later",
-        told=("The reading list ends with block sparsity, the architecture of GPUs and tiled products, pruning of large language models, MobileLLM, 1-bit LLMs, and QuEST.",),
+        told=("The reading list begins with a survey of pruning and quantization (arXiv 2101.09671) and PyTorch’s own pages on both, whose methods are on the pages before this one.", "It ends with block sparsity, the architecture of GPUs and tiled products, pruning of large language models, MobileLLM, 1-bit LLMs, and QuEST.",),
         parts=(
             Table(
                 caption="None of these was measured for this book",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +41,10 @@ def build(setting: Setting) -> Page:
         ),
     }
     layers = list(trained["dense, trained"])
-    everything = trained | chance
+    everything = {
+        name: {layer: tuple(over_seeds([v[k] for v in values]) for k in (0, 1)) for layer, values in found.items()}
+        for name, found in (trained | chance).items()
+    }
     parts = [
         _table(
             0, "The largest |cosine| of a filter to another one of its layer, mean over filters", everything, layers
@@ -53,20 +56,20 @@ def build(setting: Setting) -> Page:
     ]
     if setting.data is not None:
         parts.append(_resnet20(setting))
-    excess = {
-        now: float(np.mean([trained[now][n][0].value - chance[then][n][0].value for n in layers]))
+    excess = [
+        [
+            float(np.mean([trained[now][n][seed][0] - chance[then][n][seed][0] for n in layers]))
+            for seed in setting.seeds
+        ]
         for now, then in zip(trained, chance, strict=True)
-    }
-    before, after = excess.values()
+    ]
     return Page(
         title="Redundancy of filters",
         told=("Networks are over-parameterised: many parameters encode the same or similar information (the talk cites Blier & Ollivier 2018 on description length). So some can leave.",),
         parts=tuple(parts),
         differ=(
-            f"Trained filters are {'more' if before > 0 else 'not more'} alike than random ones of the same shape: {before:+.2f} in the largest |cosine|, mean over layers. The comparison is needed: in few dimensions even random filters have a near neighbour.",
-            f"After pruning that excess is {after:+.2f}: "
-            + ("what is left is less redundant, as the talk has it." if after < before - 0.005 else "no smaller. Pruning by L1 norm and training again left filters that are as alike as before, only fewer of them.")
-            + " In the share of directions the layers can be compared one by one.",
+            *told_of(*excess),
+            "The comparison with random filters is needed: in few dimensions even they have a near neighbour. In the share of directions the layers can be compared one by one.",
             "Parameters that could be left out without loss need not look alike: similarity is one sign of redundancy, the curve of the pruning recipe is another.",
         ),
         not_tested=("Description length as in Blier & Ollivier.",),
@@ -74,14 +77,33 @@ def build(setting: Setting) -> Page:
     )  # fmt: skip
 
 
-def by_layer(setting: Setting, make: object) -> dict[str, tuple[Spread, Spread]]:
-    """Similarity and use of every convolution with more than one weight per filter, over seeds."""
+def told_of(before: Sequence[float], after: Sequence[float]) -> tuple[str, str]:
+    """What the excess over random filters says, dense and pruned, seed by seed; an interval that leaves out 0 counts."""
+    dense, less = over_seeds(before), over_seeds([a - b for a, b in zip(after, before, strict=True)])
+    alike = "holds here" if dense.low is not None and dense.low > 0 else "is not shown here"
+    word = "is not shown beyond the interval"
+    if less.high is not None and less.high < 0:
+        word = "holds here: what is left is less redundant"
+    elif less.low is not None and less.low > 0:
+        word = "does not hold here: what is left is more alike"
+    return (
+        f"That trained filters are more alike than random ones of the same shape {alike}: {_interval(dense)} in the largest |cosine|, mean over layers.",
+        f"Pruning by L1 norm and training again moves that excess by {_interval(less)}: that redundant filters leave {word}.",
+    )
+
+
+def _interval(some: Spread) -> str:
+    return f"{some.value:+.3f}" + ("" if some.low is None else f" ({some.low:+.3f} to {some.high:+.3f})")
+
+
+def by_layer(setting: Setting, make: object) -> dict[str, list[tuple[float, float]]]:
+    """Similarity and use of every convolution with more than one weight per filter, one pair for each seed."""
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in setting.seeds:
         for name, part in make(setting, seed).named_modules():
             if isinstance(part, nn.Conv2d):
                 found.setdefault(name, []).append(similarity(part.weight))
-    return {n: tuple(over_seeds([v[k] for v in values]) for k in (0, 1)) for n, values in found.items()}
+    return found
 
 
 def _table(

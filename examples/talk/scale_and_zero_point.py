@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import paredown as pare
 from paredown.quantize.facts import numerics_facts
 from paredown.recipes import digits
@@ -23,6 +25,7 @@ def build(setting: Setting) -> Page:
             "scale = (fmax − fmin) / (qmax − qmin); zero point = (fmax + fmin) / 2; Q = F / scale + zero point.",
         ),
         parts=(
+            Text(text=_whole_range(program)),
             _ranges(program),
             Heading(text="The derivation"),
             Text(text="Whole numbers q from qmin to qmax stand for real numbers x, evenly spaced, so by a straight line:"),
@@ -53,6 +56,17 @@ def build(setting: Setting) -> Page:
 
 def _figure(image: drawn.Image, caption: str) -> Figure:
     return Figure(caption=caption, mark="counted", alt=image.alt, source=image.source)
+
+
+def _whole_range(program: pare.Program) -> str:
+    """What is left of the weights where 256 codes have to reach over all of float32."""
+    top = torch.finfo(torch.float32).max
+    step = 2 * top / 255
+    largest = max(float(t.detach().abs().max()) for t in program.state.values() if t.dim() > 1)
+    return (
+        f"From −{top:.3g} to {top:.3g} are {2 * top:.2g}. In 255 equal steps each is {step:.2g} wide, and all weights of this network, of which none is larger than "
+        f"{largest:.2g}, get one and the same code. Over their own range a step is {2 * largest / 255:.1g} wide."
+    )
 
 
 def _ranges(program: pare.Program) -> Table:

@@ -58,7 +58,7 @@ def build(setting: Setting) -> Page:
                 ),
                 rows=[_arithmetic(row, cost) for row, cost in found],
             ),
-            Text(text="MACs per parameter say what bounds a network: where they are few, moving the weights costs more than multiplying by them, and a smaller file is a faster one; where they are many, arithmetic counts."),
+            Text(text="What MACs per parameter are for, as a rule of thumb (not tested here): where they are few, moving the weights costs more than multiplying by them, and a smaller file is likely a faster one; where they are many, arithmetic counts."),
         ),
         differ=tuple(_differences(found)),
         not_tested=("The time that these networks take. MACs do not say it; see the pages on zeros and on tiles.", "Accuracy: all weights here are random."),

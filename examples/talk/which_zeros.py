@@ -12,11 +12,12 @@ from torch import nn
 
 import paredown as pare
 from talk import draw
-from talk.page import Column, Page, Setting, Spread, Table, Text
+from talk.page import Cell, Column, Page, Setting, Spread, Table, Text
 from talk.timing import PROTOCOL, Call, Floats, in_turns, middle, opened
 
 WIDTH, ROWS, BLOCK = 512, 32, "16x16"
 WEIGHTS = ["0.weight", "2.weight"]
+FILES = ("elements", "rows as zeros", f"blocks {BLOCK}", "rows removed")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
@@ -29,11 +30,7 @@ def build(setting: Setting) -> Page:
     )
     files = runtimes(program, shares, setting)
     sparse = torch_formats(program, setting)
-    ways = [
-        (runtime, way)
-        for runtime in ("ONNX Runtime", "OpenVINO")
-        for way in ("elements", "rows as zeros", f"blocks {BLOCK}", "rows removed")
-    ]
+    ways = [(runtime, way) for runtime in ("ONNX Runtime", "OpenVINO") for way in FILES]
     rows = [
         (f"{runtime}: {way}", *(_gain(files, f"{runtime} dense", f"{runtime} {way} {s}") for s in shares))
         for runtime, way in ways
@@ -62,7 +59,8 @@ def build(setting: Setting) -> Page:
                 columns=(Column(title="Format"), Column(title="Break-even, % zeros", mark="estimated", form=".0f")),
                 rows=[(way, at if at is not None else f"not up to {100 * SPARSITIES[-1]:g} %") for way, at in break_even.items()],
             ),
-            Text(text="“Rows removed” are as many rows as the others have zeros: paredown takes them out with the columns of the next layer that read them, so both products get smaller."),
+            _estimated(program, shares[-1], files),
+            Text(text="A row of a linear layer is what a filter is of a convolution. “Rows removed” are as many rows as the others have zeros, to a multiple of 8: paredown takes them out with the columns of the next layer that read them, so both products get smaller."),
         ),
         differ=tuple(_findings(rows, shares, break_even)),
         not_tested=("Block-sparse kernels made for these blocks, and sparse units of GPUs (2:4): a later round.", "OpenVINO’s own sparse decompression, which wants INT8 weights and a processor with AMX."),
@@ -70,11 +68,30 @@ def build(setting: Setting) -> Page:
     )  # fmt: skip
 
 
+def _estimated(program: pare.Program, share: float, files: Mapping[str, Floats]) -> Table:
+    """What a mask could save, beside what is executed and what is gained."""
+    coupling, cost = pare.couple(program), pare.examine(program)
+    rows: list[tuple[Cell, ...]] = [("dense", cost.macs, cost.macs, 1.0)]
+    for way in FILES:
+        then = pare.foresee(coupling, cost, pruned(program, way, share).plan)
+        gain = _gain(files, "ONNX Runtime dense", f"ONNX Runtime {way} {share}")
+        rows.append((way, then.macs, then.effective_macs, gain))
+    return Table(
+        caption=f"Multiply-adds of one row of input at {100 * share:g} % zeros: what a dense runtime executes, what could be saved, and what ONNX Runtime gains",
+        columns=(
+            Column(title="Zeros as"), Column(title="MACs executed", mark="counted"), Column(title="Effective MACs", mark="estimated"),
+            Column(title="Times faster", mark="measured", form=".2f"),
+        ),
+        rows=rows,
+    )  # fmt: skip
+
+
 def pruned(program: pare.Program, way: str, share: float) -> pare.Pruned:
     """The layers with a share of zeros, or of rows removed; by L1 norm."""
     coupling, cost = pare.couple(program), pare.examine(program)
     if way == "rows removed":
-        plan = pare.allocate(coupling, pare.score(program, coupling, "l1"), cost, pare.Budget(channels=1 - share))
+        scores, budget = pare.score(program, coupling, "l1"), pare.Budget(channels=1 - share)
+        plan = pare.allocate(coupling, scores, cost, budget, floor=0.01)  # the default, 0.1, ends at 90 %
         return pare.prune(program, plan)
     granularity = {"elements": "element", "rows as zeros": "row"}.get(way, BLOCK)
     scores = pare.score(program, coupling, "l1", granularity=granularity, include=WEIGHTS)
@@ -86,7 +103,7 @@ def runtimes(program: pare.Program, shares: tuple[float, ...], setting: Setting)
     """Milliseconds of exported files, all in turns."""
     files = {"dense": pare.export(program, setting.folder / "zeros-dense.onnx").path}
     for share in shares:
-        for way in ("elements", "rows as zeros", f"blocks {BLOCK}", "rows removed"):
+        for way in FILES:
             path = setting.folder / f"zeros-{way.replace(' ', '-')}-{share}.onnx"
             files[f"{way} {share}"] = pare.export(pruned(program, way, share), path).path
     sessions = {f"{r} {name}": opened(file, r) for name, file in files.items() for r in ("ONNX Runtime", "OpenVINO")}

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -120,12 +121,50 @@ def test_the_levels_of_the_curve_are_the_talks() -> None:
         ({"val_offsets": np.array([0, 5, 5])}, "ascending"),
         ({"val_jpeg": np.zeros(90_000, np.uint8)}, "readable JPEG"),
         ({"val_count": np.array([object(), 1])}, "NumPy archive"),
+        ({"val_count": np.array([1.0, np.inf])}, r"at least 0. Got \[inf\]"),
+        ({"val_count": np.array(["7", "2"])}, "one count for each"),
+        ({"val_count": np.array([7j, 2])}, "one count for each"),
+        ({"val_offsets": np.array([0.0, 5.0, 9.0])}, "ascending"),
+        ({"val_offsets": np.array([5, 0, 9], np.uint64)}, "ascending"),  # whose differences are never below 0
+        ({"val_jpeg": np.zeros((90_000, 1), np.uint8)}, "ascending"),
+        ({"val_jpeg": np.zeros(90_000, np.uint8)}, "Got UnidentifiedImageError for val 0 at"),
     ],
 )
 def test_an_archive_that_cannot_be_used_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match=said) as raised:
         task.split("choose", archive(tmp_path, **changes))
     assert "bccd.npz" in str(raised.value)
+
+
+def torn_files(whole: bytes) -> list[tuple[bytes, str]]:
+    """(bytes of a file, what it is called in the message)."""
+    array, members, packed = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.save(array, np.zeros(3))
+    with zipfile.ZipFile(members, "w") as file:
+        for name in COUNTS:
+            for part in ("jpeg", "offsets", "count"):
+                file.writestr(f"{name}_{part}.npy", b"no array")
+    with np.load(io.BytesIO(whole)) as found:
+        np.savez_compressed(packed, **found)
+    damaged = bytearray(packed.getvalue())
+    damaged[120:400] = b"\x55" * 280
+    return [
+        (b"", "EOFError"),
+        (b"no archive", "ValueError"),
+        (whole[: len(whole) // 2], "BadZipFile"),
+        (array.getvalue(), "TypeError"),
+        (members.getvalue(), "TypeError"),
+        (bytes(damaged), "error"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_torn_archive_is_refused(number: int, tmp_path: Path) -> None:
+    file = archive(tmp_path) / "bccd.npz"
+    content, called = torn_files(file.read_bytes())[number]
+    file.write_bytes(content)
+    with pytest.raises(RejectedError, match=rf"NumPy archive with .* Got {called} at .*bccd.npz.* Make it anew"):
+        task.split("train", tmp_path)
 
 
 def test_pictures_of_another_size_no_file_and_no_folder_are_refused(tmp_path: Path) -> None:
@@ -135,8 +174,9 @@ def test_pictures_of_another_size_no_file_and_no_folder_are_refused(tmp_path: Pa
     archive(tmp_path, val_jpeg=raw, val_offsets=np.array([0, len(raw)]), val_count=np.array([1.0], np.float32))
     with pytest.raises(RejectedError, match="160×120"):
         task.split("choose", tmp_path)
-    with pytest.raises(RejectedError, match="no file"):
-        task.split("choose", tmp_path / "elsewhere")
+    for none in (tmp_path / "elsewhere", tmp_path / "bccd.npz"):
+        with pytest.raises(RejectedError, match=r"no file at .*Set data to"):
+            task.split("choose", none)
     with pytest.raises(UsageError, match="data"):
         task_from_module(task)
 

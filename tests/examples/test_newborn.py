@@ -166,19 +166,34 @@ def rows_of_six() -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"weight": "3.2"}, "kilograms"),
+        ({"weight": "3.2"}, "Multiply kilograms by 1000, pounds by"),
+        ({"weight": "7.2"}, "Multiply kilograms by 1000, pounds by"),  # 7.2 kg would be a record; 7.2 lb are common
         ({"weight": "heavy"}, "in grams"),
-        ({"split": "validation"}, "train, choose or test"),
+        ({"weight": "3200,5"}, "Write it like 2900.5"),
+        ({"weight": "3,200"}, "Write it like 2900.5"),
+        ({"weight": "3200 g"}, "Write it like 2900.5"),
+        ({"weight": "-3200"}, "Correct the row, or take it out"),
+        ({"weight": ""}, "Correct the row, or take it out"),
+        ({"split": "validation"}, "train, choose or test.*choose is what others call validation"),
         ({"file": "../0.png"}, "must lie under"),
-        ({"file": "nothing.png"}, "must be a picture"),
+        ({"file": "nothing.png"}, "must be a picture.*no file for 1 of 6 rows.*'nothing.png'.*relative to"),
+        ({"file": "a\\0.png"}, "no file for 1 of 6 rows.*with / between folders"),
+        ({"file": "."}, "no file for 1 of 6 rows"),
+        ({"file": "x" * 400}, "no file for 1 of 6 rows"),
+        (
+            {"file": "0.png", "weight": "3100", "split": "train", "subject": "s0"},
+            "picture '0.png' must have one weight. Got 3000 g at .*labels.csv:2 and 3100 g",
+        ),
         ({"file": ""}, "must name a picture"),
         ({"subject": " s1 "}, "'s1' must have one role. Got choose at .*labels.csv:3 and train"),
-        ({"file": "2.png", "subject": ""}, "picture .* must have one role. Got test at .*labels.csv:4 and train"),
+        ({"file": "2.png", "subject": ""}, "picture '2.png' must have one role. Got test at .*labels.csv:4 and train"),
+        ({"file": "copy.png"}, r"picture 'copy.png' \(equal to '2.png'\) must have one role"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(change: dict[str, str], said: str, tmp_path: Path) -> None:
     rows = rows_of_six()
     folder = folder_of(tmp_path, rows)
+    shutil.copy(folder / "2.png", folder / "copy.png")
     rows[3] |= change
     with pytest.raises(RejectedError, match=said) as raised:
         task.split("train", relabelled(folder, rows))
@@ -226,13 +241,101 @@ def test_a_row_that_ends_early_is_named(row: str, tmp_path: Path) -> None:
     [
         ("file,weight\nJosé.png,3000\n".encode("cp1252"), "in UTF-8"),
         (b"file,weight\n" + b"x" * 200_000 + b",3000\n", "in UTF-8. Got field larger"),
-        (b"file;weight\na.png;3000,5\n", "Got file;weight at"),
+        (b"file;weight\na.png;3000,5\n", "Got file;weight at .*Separate them by commas"),
+        ("file,weight\na.png,3000\n".encode("utf-16"), "in UTF-8.*Save it as"),
+        (b"file,weight\na\0.png,3000\n", "in UTF-8. Got a byte 0 at"),
+        (
+            b'file,weight,note\na.png,3000,"open\nb.png,3000,\n',
+            "in UTF-8. Got unexpected end",
+        ),  # else b.png would be lost
+        (b"File,Weight\na.png,3000\n", "columns file and weight.*Got File, Weight at"),
+        (
+            b"file,weight,Subject\na.png,3000,s1\n",
+            "'Subject' must be written subject",
+        ),  # else babies would be split apart
+        (b"file,weight, split\na.png,3000,test\n", "' split' must be written split"),
+        (b"file,weight,weight\na.png,3000,3100\n", "'weight' must be there once"),
+        (b"a.png,3000\nb.png,3100\n", "Got a.png, 3000 at .*first line"),
+        (b"file,weight\n", "must have rows"),
+        (b"", "must have rows"),
+        (
+            b"file,weight,subject\na.png,3000,5,s1\n",
+            r"cell for each of 3 columns. Got 4 at .*labels.csv:2. Put .* quotes",
+        ),
+        (b"file,weight,subject\na.png,3000\n", r"cell for each of 3 columns. Got 2 at .*labels.csv:2"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_refused(text: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(text)
     with pytest.raises(RejectedError, match=said):
         task.split("train", tmp_path)
+
+
+def test_a_folder_without_a_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dir" / "labels.csv").mkdir(parents=True)
+    (tmp_path / "labels.csv").write_text("file,weight\n")
+    for data, got in (
+        (tmp_path / "none", "no file"),
+        (tmp_path / "labels.csv", "no file"),
+        (tmp_path / "dir", "no file"),
+    ):
+        with pytest.raises(RejectedError, match=f"data must be a folder with labels.csv. Got {got} at {data}"):
+            task.split("train", data)
+
+
+def test_lines_are_those_of_the_file_whatever_is_empty_or_goes_over_two(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, rows_of_six())
+    text = (folder / "labels.csv").read_text().splitlines()
+    text[4] = text[4].replace("3000", "heavy")
+    text[2:2] = ["", ",,,"]
+    (folder / "labels.csv").write_text("\r\n".join([*text, "", ",,,"]) + "\r\n")
+    with pytest.raises(RejectedError, match=r"'heavy' at .*labels\.csv:7\."):
+        task.split("train", folder)
+    (folder / "labels.csv").write_text("\n".join([*text]).replace("heavy", "3000"), encoding="utf-8-sig")
+    task._own.cache_clear()
+    assert len(task.split("train", folder).targets) == 2
+
+
+def test_all_pictures_that_are_not_there_are_told_at_once(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, rows_of_six())
+    for gone in (1, 2, 5):
+        (folder / f"{gone}.png").unlink()
+    with pytest.raises(RejectedError, match=r"no file for 3 of 6 rows, the first '1.png' at .*labels.csv:3"):
+        task.split("train", folder)
+
+
+def test_a_split_without_pictures_says_what_to_do(tmp_path: Path) -> None:
+    rows = [{**row, "split": "", "subject": "one"} for row in rows_of_six()]
+    with pytest.raises(RejectedError, match=r"none for .*1 subject.*Fill the column split, or bring more subjects"):
+        task.split("train", folder_of(tmp_path, rows))
+
+
+def test_names_beyond_ascii_in_folders_are_found_composed_or_not(tmp_path: Path) -> None:
+    """macOS writes names decomposed; spreadsheets write them composed."""
+    rows = rows_of_six()
+    folder = folder_of(tmp_path, rows)
+    (folder / "नवजात").mkdir()
+    for i, row in enumerate(rows):
+        composed, apart = f"नवजात/é{i}.png", f"नवजात/e\N{COMBINING ACUTE ACCENT}{i}.png"
+        (folder / row["file"]).rename(folder / (apart, composed)[i % 2])
+        row["file"] = f" {composed}" if i < 3 else apart
+    assert len(task.split("train", relabelled(folder, rows)).targets) == 2
+
+
+def test_deep_pictures_keep_their_tones_and_floats_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = folder_of(tmp_path, rows_of_six())
+    with Image.open(folder / "0.png") as image:
+        grey = np.asarray(image.convert("L"))
+    Image.fromarray(grey).save(folder / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.tif")
+    Image.fromarray(grey / np.float32(255)).save(folder / "real.tif")
+    plain, *deep = (task._read(folder / name, "here") for name in ("grey.png", "deep.png", "deep.tif"))
+    assert plain.std() > 10 and all(np.array_equal(plain, each) for each in deep)
+    with pytest.raises(RejectedError, match=r"8 or 16 bits.*Got floating point at here"):
+        task._read(folder / "real.tif", "here")
 
 
 def test_a_picture_above_pillows_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +355,7 @@ def test_a_phone_that_was_held_upright_gives_upright_pictures(tmp_path: Path) ->
         exif = Image.Exif()
         exif[0x0112] = 6  # to be turned by a quarter to the right
         image.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
-    straight, turned = (task._read(folder, name, "here") for name in ("0.png", "turned.png"))
+    straight, turned = (task._read(folder / name, "here") for name in ("0.png", "turned.png"))
     assert np.array_equal(straight, turned)
 
 

@@ -17,12 +17,25 @@ import pytest
 import scipy.ndimage
 import torch
 
+import paredown
 from paredown.records import Measured, locked
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from talk import book, noise, page, redundancy, thirteen_models, tiles, which_zeros  # noqa: E402  # fmt: skip
+from talk import (  # noqa: E402
+    book,
+    examine,
+    from_scratch,
+    noise,
+    page,
+    pruning_pictures,
+    pruning_recipe,
+    redundancy,
+    thirteen_models,
+    tiles,
+    which_zeros,
+)
 
 CHEAP = ("cast", "alexnet", "scale_and_zero_point", "glossary", "later")
 """Pages that tests build; the others are marked slow."""
@@ -161,6 +174,19 @@ def test_the_zero_points_are_those_of_the_formula(built: dict[str, Any]) -> None
     assert cases["rows"][1][3] > 100 * cases["rows"][0][3]
 
 
+def test_all_of_float32_in_256_values_leaves_one_code(built: dict[str, Any]) -> None:
+    said = next(p["text"] for p in built["scale_and_zero_point"]["page"]["parts"] if p["kind"] == "text")
+    weights = next(t for t in tables(built["scale_and_zero_point"]) if "trained digits" in t["caption"])["rows"]
+    top = float(np.finfo(np.float32).max)
+    codes = np.rint((np.array([v for row in weights for v in row[1:3]]) + top) / (2 * top / 255))
+    assert (
+        len(set(codes.tolist())) == 1
+        and "get one and the same code" in said
+        and "6.8e+38" in said
+        and "2.7e+36" in said
+    )
+
+
 def test_the_glossary_is_that_of_the_docs(built: dict[str, Any]) -> None:
     said = " ".join(p["text"] for p in built["glossary"]["page"]["parts"])
     source = (EXAMPLES.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
@@ -214,6 +240,84 @@ def test_break_even_is_where_the_line_comes_to_one_for_good() -> None:
     assert which_zeros.crossing([(50, at(0.9)), (70, at(1.2)), (90, at(0.8))]) == pytest.approx(80)
     assert which_zeros.crossing([(50, at(2.0)), (90, at(1.1))]) is None
     assert which_zeros.crossing([(50, at(0.5)), (90, at(0.4))]) == 50
+
+
+@pytest.mark.parametrize("share", which_zeros.SPARSITIES)
+def test_every_way_has_as_many_zeros_as_it_says(share: float) -> None:
+    program = paredown.capture(
+        torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512)), torch.zeros(2, 512)
+    )
+    for way in which_zeros.FILES:
+        module = which_zeros.pruned(program, way, share).module
+        if way == "rows removed":  # whole multiples of the target's 8
+            assert module[0].weight.shape == module[2].weight.shape[::-1] and module[0].out_features % 8 == 0
+            assert abs(module[0].out_features - 512 * (1 - share)) <= 4
+        else:
+            zeros = [float((layer.weight == 0).double().mean()) for layer in (module[0], module[2])]
+            assert zeros == pytest.approx([share] * 2, abs=0.001)
+
+
+def test_the_next_steps_of_examine_name_pages_of_the_book() -> None:
+    programs = [(EXAMPLES / "talk" / f"{name}.py").read_text(encoding="utf-8") for name in book.PAGES]
+    assert len(examine.NEXT) == 3
+    for _, title in examine.NEXT:
+        assert sum(f'title="{title}"' in text for text in programs) == 1
+
+
+def test_a_mask_of_ones_own_is_a_chessboard_and_rows_that_leave_are_counted() -> None:
+    board = pruning_pictures._chessboard(pruning_pictures.WEIGHT, torch.zeros(4, 6, 1, 1))
+    assert board is not None and board.shape == (4, 6, 1, 1)
+    assert board[..., 0, 0].tolist() == [[(row + column) % 2 == 0 for column in range(6)] for row in range(4)]
+    assert pruning_pictures._chessboard("another", torch.zeros(4, 6)) is None
+
+    def plan(*rows: int) -> paredown.Plan:
+        kept = np.array([[row not in rows] * 3 for row in range(5)])
+        return paredown.Plan(keep={}, masks={pruning_pictures.WEIGHT: paredown.Mask.of(kept, "row")})
+
+    assert "2 of the 3 rows" in pruning_pictures._by_l2(plan(0, 1, 4), plan(1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "metric", "recipe"),
+    [
+        (0.1, 0.9, "holds here", "it improves"),
+        (-0.9, -0.1, "does not hold", "it is worse"),
+        (-0.2, 0.9, "is not shown", "neither gain nor loss"),
+        (None, None, "one seed", "one seed"),
+    ],
+)
+def test_a_gain_is_one_where_its_interval_leaves_out_zero(
+    low: float | None, high: float | None, metric: str, recipe: str
+) -> None:
+    gain = page.Spread(value=0.4, low=low, high=high)
+    assert metric in noise._shown(gain)
+    assert recipe in pruning_recipe._finding(("50 %", at(99.0), at(20.0), at(99.4), at(-79.0), gain))
+
+
+def of_seeds(*values: float) -> list[dict[float, float]]:
+    """One result for each seed, at one learning rate."""
+    return [{0.1: value} for value in values]
+
+
+def test_a_verdict_on_imposed_masks_needs_an_interval() -> None:
+    """Means alone would have said that it holds in the second case."""
+    best = dict.fromkeys(from_scratch.WEIGHTS, 0.1)
+    others = {"random": of_seeds(90, 91, 92), "rewound": of_seeds(93, 92, 91)}
+    for trained, said in (
+        ((70, 71, 72), "holds here"),
+        ((60, 99, 95), "is not shown"),
+        ((97, 97.5, 98), "does not hold"),
+    ):
+        assert said in from_scratch._verdict({**others, "trained": of_seeds(*trained)}, best)
+    one = {w: of_seeds(90) for w in from_scratch.WEIGHTS}
+    assert "cannot be said from one seed" in from_scratch._verdict(one, best)
+
+
+def test_what_redundancy_says_needs_an_interval() -> None:
+    told = redundancy.told_of([0.20, 0.22, 0.21], [0.10, 0.11, 0.12])
+    assert "more alike than random" in told[0] and "less redundant" in told[1]
+    told = redundancy.told_of([0.20, 0.05, -0.10], [0.10, 0.06, 0.12])
+    assert "is not shown" in told[0] and "is not shown" in told[1]
 
 
 def test_the_step_of_a_tile_is_found_and_a_smooth_line_has_none() -> None:
