@@ -133,6 +133,8 @@ class Recipe(Strict):
         for name in ("together", "front"):
             if not plain["budget"][name]:
                 del plain["budget"][name]
+        if not self.budget.trial.limits:
+            del plain["budget"]["trial"]
         return plain
 
     def _shorten_prune(self, plain: dict[str, Any]) -> None:

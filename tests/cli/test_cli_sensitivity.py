@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from paredown.cli.sensitivity import told
+
 TASK = Path(__file__).parents[1] / "pipeline" / "sensitive_task.py"
 
 
@@ -66,3 +68,14 @@ def test_stopped_it_says_so_and_goes_on(call: Any, recipe: Path, tmp_path: Path,
     assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 2
     monkeypatch.delenv("STOP")
     assert call("sensitivity", recipe, "--out", "out", "--quiet").code == 0
+
+
+@pytest.mark.parametrize(
+    ("unit", "said"), [("", "loss of r2, on 65"), ("g", "loss of r2 in g, on 65"), ("%", "loss of r2 in points, on 65")]
+)
+def test_a_metric_without_a_unit_is_told_without_one(unit: str, said: str) -> None:
+    document: dict[str, Any] = {
+        "units": None, "bits": None, "metric": {"name": "r2", "unit": unit, "goal": "max"}, "distance": {"name": "mse"},
+        "num_samples": 65, "data": "choose_batches", "together": [], "verdict": "none",
+    }  # fmt: skip
+    assert told(document)[0] == f"cells: {said} held-out samples"

@@ -16,7 +16,7 @@ from paredown.cli.compare import compare as told
 from paredown.compare import Comparison, Difference, compare
 from paredown.curve import interval
 from paredown.errors import RejectedError
-from paredown.records import Record, append
+from paredown.records import Measured, Record, append
 
 DENSE = [98.5, 98.3, 98.6]
 LINE = {0.75: [98.4, 98.2, 98.6], 0.5: [98.0, 97.8, 97.9], 0.25: [92.0, 94.0, 90.0]}
@@ -185,3 +185,99 @@ def test_the_command_says_the_same_in_words_and_as_a_document(
     assert "latency ms" not in words and "as large in everything counted" in words
     row = next(r for r in document["runs"] if r["recommended"])
     assert row["file"].endswith("/model.onnx") and row["figures"]["metric"]["n"] == 3
+
+
+FAST = {0.75: 1.2, 0.5: 1.5, 0.25: 2.0}
+
+
+def timed(
+    records: Sequence[Record],
+    speeds: Mapping[float, float],
+    *,
+    dense: str = "dense",
+    wide: float = 1.02,
+    machine: str = "here",
+) -> list[Record]:
+    """The same trials as `curve.latency` leaves them: each in turns with the dense file of its seed; seeds differ by 1 %."""
+    found = []
+    for r in records:
+        seed, base = int(r.cell["seed"]), r.cell["kind"] == "base"
+        speed = 1.0 if base else speeds[r.cell["amount"]] * 1.01**seed
+        ms = 7.0 * (1 + seed)  # the machine was at other clocks for every seed: only ratios hold
+        own = {"latency_ms": Measured(value=ms / speed, unit="ms", machine=machine, timing=True, protocol="1 thread")}
+        if not base:
+            own["baseline_latency_ms"] = Measured(value=ms, unit="ms", timing=True)
+            own["speedup"] = Measured(value=speed, unit="×", low=speed / wide, high=speed * wide, timing=True)
+        details = {**r.details, **({"digest": f"{dense} {seed}"} if base else {})}
+        found.append(dataclasses.replace(r, measured={**r.measured, **own}, details=details))
+    return found
+
+
+def test_speeds_are_ratios_to_the_same_dense_files_seed_by_seed(tmp_path: Path) -> None:
+    a, b = timed(sweep(LINE, DENSE), FAST), timed(sweep(BETTER, DENSE), {**FAST, 0.5: 1.8, 0.25: 2.02})
+    found = compare(curve(tmp_path / "a", a), curve(tmp_path / "b", b))
+    faster = of(found, "latency_ms", "b/l1 one-shot 0.5")
+    assert faster.change.value == pytest.approx(1.8 / 1.5) and faster.better == "b/l1 one-shot 0.5"
+    assert (faster.change.low, faster.change.high) == pytest.approx((1.2 / 1.02**2, 1.2 * 1.02**2))
+    assert "by their speedups over the same dense files (× 1.82 and × 1.52 of dense; 3 seeds)" in faster.said
+    alike = of(found, "latency_ms", "b/l1 one-shot 0.25")
+    assert alike.better is None and alike.said.endswith("not distinguishable")
+    assert not [d for d in found.differences if d.what == "latency_ms" and d.second == "b/dense"]
+    assert any(n.startswith("milliseconds of one curve against those of the other") for n in found.not_tested)
+    row = next(r for r in found.runs if (r.run, r.stage) == ("a", "l1 one-shot 0.5"))
+    assert row.figures["speedup"].value == pytest.approx(1.5 * 1.01)
+    dense = next(r for r in found.runs if (r.run, r.stage) == ("a", "dense")).figures["speedup"]
+    assert (dense.value, dense.low, dense.high) == (1.0, None, None)
+    assert found.answers == (
+        "b/l1 one-shot 0.25 against a/l1 one-shot 0.5, both recommended: 0.100 MB smaller; "
+        "no difference in accuracy that shows; faster.",
+    )
+
+
+def test_the_first_and_the_second_curve_may_change_places(tmp_path: Path) -> None:
+    a, b = timed(sweep(LINE, DENSE), FAST), timed(sweep(BETTER, DENSE), {**FAST, 0.5: 1.8})
+    folders = [curve(tmp_path / "a", a), curve(tmp_path / "b", b)]
+    there, back = compare(*folders), compare(*reversed(folders))
+    one, other = of(there, "latency_ms", "b/l1 one-shot 0.5"), of(back, "latency_ms", "a/l1 one-shot 0.5")
+    assert one.change.value is not None and one.change.value == pytest.approx(1 / float(other.change.value or 0))
+    assert one.better == other.better == "b/l1 one-shot 0.5"
+
+
+def test_other_dense_files_leave_open_which_file_is_faster(tmp_path: Path) -> None:
+    a, b = (
+        timed(sweep(LINE, DENSE), FAST),
+        timed(sweep(BETTER, DENSE), {k: 2 * v for k, v in FAST.items()}, dense="other"),
+    )
+    found = compare(curve(tmp_path / "a", a), curve(tmp_path / "b", b))
+    one = of(found, "latency_ms", "b/l1 one-shot 0.5")
+    assert one.change.value == pytest.approx(2) and one.better is None
+    assert "over its own dense file each" in one.said
+    assert one.said.endswith("their dense files are not the same, so which file is faster is not told")
+    assert "speed of each over its own dense file alone" in found.answers[0]
+
+
+def test_another_machine_and_curves_that_timed_nothing_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = curve(tmp_path / "a", timed(sweep(LINE, DENSE), FAST))
+    b = curve(tmp_path / "b", timed(sweep(BETTER, DENSE), FAST, machine="there"))
+    found = compare(a, b)
+    assert not [d for d in found.differences if d.what == "latency_ms"]
+    assert "speeds are not compared: the curves were timed with another machine (here; there)" in found.notes
+    assert any(n.startswith("which is faster: curves are timed apart") for n in found.not_tested)
+    assert told(a, b) == 0
+    words = capsys.readouterr().out
+    assert "× dense" in words and "latency ms" not in words
+    untimed = compare(a, curve(tmp_path / "c", sweep(BETTER, DENSE)))
+    assert "latency of c, whose files were not timed (curve.latency)" in untimed.not_tested
+    assert untimed.answers[0].endswith("speed not compared.")
+
+
+def test_one_seed_has_the_interval_of_its_timings_alone(tmp_path: Path) -> None:
+    def one(of: Mapping[float, Sequence[float]], speeds: Mapping[float, float]) -> list[Record]:
+        return timed(sweep({k: v[:1] for k, v in of.items()}, DENSE[:1]), speeds, wide=1.2)
+
+    a, b = one(LINE, FAST), one(BETTER, {**FAST, 0.5: 1.8})
+    found = compare(curve(tmp_path / "a", a, seeds=[0]), curve(tmp_path / "b", b, seeds=[0]))
+    speed = of(found, "latency_ms", "b/l1 one-shot 0.5")
+    assert speed.better is None and (speed.change.low, speed.change.high) == pytest.approx((1.2 / 1.44, 1.2 * 1.44))

@@ -1,7 +1,7 @@
 """A task for sensitivities: a perceptron that labels its own data, held-out data, and a count of its evaluations.
 
 Each call of `evaluate` or `calibration_batches` puts a letter into the file COUNT, where there is one; evaluation number
-STOP in it raises KeyboardInterrupt, number FAIL a ValueError. NET and TESTED are the seeds of the network and of the test data, PLAIN=1 has evaluate return one number.
+STOP in it raises KeyboardInterrupt, number FAIL a ValueError. NET and TESTED are the seeds of the network and of the test data, PLAIN=1 has evaluate return one number, BLANK is the accuracy below which it is NaN.
 """
 
 import os
@@ -70,4 +70,6 @@ def step(model, batch):
 def evaluate(predict, batches):
     _count("e")
     hits = 100.0 * np.concatenate([(predict(x).argmax(1) == y).numpy() for x, y in batches])
+    if hits.mean() < float(os.environ.get("BLANK", "0")):
+        return {"accuracy": float("nan")}
     return {"accuracy": float(hits.mean()) if os.environ.get("PLAIN") else hits}

@@ -89,6 +89,24 @@ def test_channels_and_then_ranks_are_one_answer_that_a_second_run_finds_again(tm
     assert dataclasses.replace(again.measured["metric"]) == before
 
 
+@pytest.mark.parametrize("budget", [{"macs": 1_000_000_000}, {"size_bytes": 60_000, "low_rank": False}])
+def test_a_front_is_made_where_the_limits_are_met_already(budget, tmp_path):
+    (name,) = {"macs", "size_bytes"} & {*budget}
+    share = 2.5e5 / 1e9 if name == "macs" else 0.1
+    asked = recipe({**budget, "front": (share,), "trials": 1, "allocation": "uniform"})
+    found = compress(asked, out=tmp_path / "run", quiet=True)
+    search = verdict(tmp_path / "run")["search"]
+    assert search["already_met"] and not found.plan.keep and verdict(tmp_path / "run")["target_met"]
+    less = [p for p in search["front_points"] if p["times"] == share]
+    assert less and all(0 < p["amounts"][name] <= share * budget[name] and p["error"] > 0 for p in less)
+    assert any(p["times"] == 1.0 and not p["levels"] for p in search["front_points"])  # as it is
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "nothing had to leave" in page and f"budget.{name}={int(share * budget[name])}" in page
+    # a second run reads what the first one found
+    again = compress(asked, out=tmp_path / "run", quiet=True)
+    assert again.verdict["search"] == search
+
+
 def test_limits_that_no_means_reaches_are_exit_4_with_the_nearest_plan(tmp_path):
     asked = recipe({"size_bytes": 6500, "macs": 0.001, "trials": 1, "allocation": "uniform", "low_rank": False})
     with pytest.raises(
@@ -135,6 +153,17 @@ def test_a_reason_comes_without_its_advice_and_says_what_crashed():
     )
     assert error.advice == "Lower prune.floor, or ask for more."
     assert _out_of_reach(means, trials[1:]) is trials[1].error
+
+
+def test_the_nearest_of_several_trials_is_what_the_message_tells_and_the_error_carries():
+    run: Any = SimpleNamespace(task=SimpleNamespace(train=None, step=len, train_batches=list))
+    means: Any = SimpleNamespace(run=run, limits={"macs": 5.0}, smallest=[], shrinking=None, nearest=[])
+    plans = [Plan(keep={}, made_by={"reached": {"macs": n}}) for n in (9, 6, 55)]
+    errors = [InfeasibleError(f"some {p.made_by['reached']['macs']} MAC.", p) for p in plans]
+    trials = [Trial(values={"way": "both"}, losses=None, why=e.reason, error=e) for e in errors]
+    error = _out_of_reach(means, trials)
+    assert isinstance(error, InfeasibleError) and error.nearest is plans[1]
+    assert error.reason == "the budget must be reachable: macs 5. Got some 6 MAC in 3 trials."
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from paredown.allocate import allocate
 from paredown.errors import Interrupted, UsageError
-from paredown.pipeline.compress import task_of
+from paredown.pipeline.compress import compress, task_of
 from paredown.pipeline.fitted import widths_of
 from paredown.pipeline.kept_sensitivity import about_units, kept_bits, kept_table
 from paredown.pipeline.sensitivity import Sensed, sensitivity
@@ -311,6 +311,30 @@ def test_scores_that_differ_by_rounding_alone_leave_the_same_units(tmp_path: Pat
                 kept_table(tmp_path / "out", about, these)
 
 
+def test_a_run_does_not_go_on_with_another_measurement_under_the_same_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    sensed(tmp_path / "measured", bits=(), amounts=(0.5,))
+    recipe = load_recipe(
+        {
+            "schema": 1, "task": str(TASK), "dense_twin": {"enabled": False}, "recover": {"epochs": 1},
+            "quantize": {"scheme": "int8-dynamic"}, "measure": {"runs": 5, "seconds": 0.05},
+            "prune": {
+                "allocation": "knapsack", "align": 1, "levels": [{"macs": 0.6}], "sensitivity": str(tmp_path / "measured"),
+            },
+        }
+    )  # fmt: skip
+    first = compress(recipe, out=tmp_path / "run", quiet=True)
+    again = compress(recipe, out=tmp_path / "run", quiet=True)
+    assert [r.to_json() for r in again.records] == [r.to_json() for r in first.records]
+    sensed(tmp_path / "measured", bits=(), amounts=(0.75, 0.5))
+    with pytest.raises(UsageError, match=r"(?s)prune.sensitivity: \S*measured holds another measurement.*--overwrite"):
+        compress(recipe, out=tmp_path / "run", quiet=True)
+    compress(recipe, out=tmp_path / "run", quiet=True, overwrite=True)
+    assert compress(recipe, out=tmp_path / "run", quiet=True).records  # what it is now is on record
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     way, here = way_of(recipe_of(allocation="greedy", sensitivity=str(tmp_path)), tmp_path, Level(macs=0.6))
     with pytest.raises(UsageError, match="that `paredown sensitivity` finished"):
@@ -351,6 +375,32 @@ def test_a_metric_that_fails_on_damage_leaves_a_point_without_a_number(
     again = sensed(tmp_path / "out", bits=())
     assert again.measured_now == 1  # what failed is tried again
     assert len(again.document["units"]["order"]) == 2
+
+
+def test_where_the_metric_is_no_number_the_distance_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A correlation of constant answers is NaN: how far they moved is known, and allocations read that alone."""
+    wanted = sensed(tmp_path / "wanted", bits=()).document["units"]["rows"]
+    cut = float(np.mean([p["metric_loss"] for r in wanted for p in r["points"]]))
+    monkeypatch.setenv("BLANK", str(100 - cut))
+    found = sensed(tmp_path / "out", bits=()).document
+    pairs = [
+        (p, q)
+        for r, s in zip(wanted, found["units"]["rows"], strict=True)
+        for p, q in zip(r["points"], s["points"], strict=True)
+    ]
+    assert [q["distance"] for _, q in pairs] == [p["distance"] for p, _ in pairs]
+    blank = [p["metric_loss"] > cut for p, _ in pairs]
+    assert [q["metric_loss"] is None for _, q in pairs] == blank and 0 < sum(blank) < len(blank)
+    assert {q["why"][:42] for _, q in pairs if q["metric_loss"] is None} == {
+        "RejectedError: the metric 'accuracy' must "
+    }
+    assert found["units"]["ordered_by"] == "distance" and len(found["units"]["order"]) == 2
+    assert f"{sum(blank)} points without a metric (see the tables)" in found["not_tested"]
+    assert "must be finite" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.delenv("BLANK")
+    again = sensed(tmp_path / "out", bits=())
+    assert again.measured_now >= sum(blank)  # tried again
+    assert [r["points"] for r in again.document["units"]["rows"]] == [r["points"] for r in wanted]
 
 
 def test_bits_that_were_measured_are_reused(own: Any, tmp_path: Path) -> None:

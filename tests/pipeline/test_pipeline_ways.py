@@ -1,6 +1,7 @@
 """Every way of pruning that a recipe can name: what leaves, by how much, and what is told of it."""
 
 import dataclasses
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -477,6 +478,35 @@ def test_ranks_by_energy(task: Task, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_before_any_work(prune: dict[str, Any], says: str, task: Task) -> None:
     with pytest.raises(UsageError, match=says.replace("?", r"\?")):
         check_ways(recipe_of(**prune), task)
+
+
+@pytest.mark.parametrize("schedule", ["rigl", "set"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_masks_that_would_never_move_are_refused_before_any_work(schedule: str, sized: bool, task: Task) -> None:
+    """Six batches for four epochs end at three quarters of 24 steps: a mask that moves every 18 steps never does."""
+    asked: list[int] = []
+
+    def batches() -> Any:
+        found = [*itertools.islice(itertools.cycle(task.train_batches()), 6)]  # type: ignore[misc]
+        return found if sized else (asked.append(n) or batch for n, batch in enumerate(found))  # type: ignore[func-returns-value]
+
+    own = dataclasses.replace(task, train_batches=batches)
+    prune = {
+        "granularity": "element",
+        "schedule": schedule,
+        "criterion": "random",
+        "levels": [{"density": 0.5, "epochs": 4}],
+    }
+    for every, moves in ((17, True), (18, False), (100, False)):
+        recipe = recipe_of(**prune, schedule_options={"every": every})
+        if moves:
+            check_ways(recipe, own)
+            continue
+        with pytest.raises(UsageError, match=rf"every must be below 18.*Got every={every} .*24 steps.*{{every: 2}}"):
+            check_ways(recipe, own)
+    asked.clear()
+    check_ways(recipe_of(**prune, schedule_options={"every": 2}), own)
+    assert asked == ([] if sized else [0])  # as many as it takes
 
 
 def of_budget(budget: dict[str, Any], **prune: Any) -> Recipe:

@@ -18,7 +18,7 @@ import pytest
 
 from curve_records import head, sweep, trial
 from paredown.errors import RejectedError
-from paredown.records import Record
+from paredown.records import Measured, Record
 from paredown.report.curve_document import curve_document
 from paredown.report.curve_figures import ticks
 from paredown.report.curve_view import curve_view
@@ -332,10 +332,37 @@ def test_names_are_only_text() -> None:
     assert "&lt;script&gt;" in source
 
 
+def timed(*, low: float = 1.02, protocol: str = "median; 1 thread") -> list[Record]:
+    """Trials with latencies; every interval of a speed reaches down to `low`."""
+    ms = {None: 1.2, 0.75: 0.9, 0.5: 0.7, 0.25: 0.5}
+    found = []
+    for r in sweep(MEASURED, DENSE):
+        own = {"latency_ms": Measured(value=ms[r.cell["amount"]], unit="ms", timing=True, protocol=protocol)}
+        if r.cell["kind"] != "base":
+            own["speedup"] = Measured(value=1.2 / ms[r.cell["amount"]], unit="×", low=low, high=3.0, timing=True)
+        found.append(dataclasses.replace(r, measured={**r.measured, **own}))
+    return [head(), *found]
+
+
+def test_timed_curves_say_what_latency_removed_is_against() -> None:
+    said = "Latency removed is against the dense float32 file that took turns with each file"
+    assert said in render_curve(timed()) and said not in render_curve(records())
+
+
+def test_a_latency_that_no_timing_tells_from_the_dense_one_is_no_saving() -> None:
+    doubt = "less latency: no difference that shows, the timings of a seed overlap those of its dense file"
+    assert "41.7 % less latency" in render_curve(timed()) and doubt not in render_curve(timed())
+    assert doubt in render_curve(timed(low=0.9))
+    said = "Latency: 12 of 12 files were timed beside other load, or throttled"
+    assert said in render_curve(timed(protocol="median; 1 thread; unsteady: both series were disturbed"))
+    assert "Latency: " not in Page(render_curve(timed())).text
+
+
 def test_one_seed_has_no_interval_anywhere() -> None:
     one = [r for r in records(seeds=[0]) if r.cell.get("seed", 0) == 0]
     page = Page(render_curve(one))
     assert "one seed" in page.text
+    assert "For a choice give two seeds or more (curve.seeds)" in page.text and "train longer" not in page.text
     assert not any(a.get("class") == "bar" for _, a in page.tags)
     assert "± 0.00" not in page.text
 

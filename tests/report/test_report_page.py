@@ -609,6 +609,24 @@ def test_long_fronts_fit() -> None:
     assert "and 900 more, in front.csv" in harmless(render([*sample()[:-1], verdict(search=search)])).text
 
 
+@pytest.mark.parametrize(("bits", "badge"), [(None, "measured"), ({"a": 4}, "estimated")])
+def test_amounts_of_trials_are_counts_and_say_how_they_are_known(bits: Any, badge: str) -> None:
+    amounts = {"parameters": 890.0, "macs": 512.0, "size_bytes": 91_300.0}
+    trial = {
+        "way": "channels",
+        "error": 0.5,
+        "bits": bits,
+        "amounts": amounts,
+        "recipe": {"bits": "1 × 4 bits"} if bits else {},
+    }
+    search = {"asked": {"macs": 600.0, "size_bytes": 95_000.0}, "trials": [trial], "chosen": 0, "front": [0]}
+    text = Page(render([*sample()[:-1], verdict(search=search)])).text
+    assert "890 parameters, 512 MAC" in text and "890.0" not in text
+    assert "macs: asked at most 600 MAC, found 512 MAC (counted)" in text
+    assert f"91.3 kB ({badge})" in text
+    assert "1 file or trial" in text
+
+
 def test_same_records_same_page() -> None:
     assert render(sample()) == render(sample())
 

@@ -73,6 +73,15 @@ def test_an_order_of_noise_is_not_to_be_relied_on() -> None:
     assert "Do not rely on the order" in sensitivity_document([head(), *noise])["verdict"]
 
 
+def test_one_number_for_all_samples_is_told_as_why_the_order_was_not_tested() -> None:
+    rng = np.random.default_rng(1)
+    noise = [point(f"l{i}", 5, 10, float(i), rng.normal(size=32)) for i in range(12)]
+    one_number = [dataclasses.replace(p, details={**p.details, "metric": []}) for p in noise]
+    found = sensitivity_document([head(), *one_number])["units"]
+    assert found["ordered_by"] == "metric" and found["stability"]["distance"]["low"] < 0.5
+    assert "not tested: evaluate returns one number for all samples, not one for each." in found["sentence"]
+
+
 def test_units_that_only_come_near_an_amount_stand_in_its_column() -> None:
     some = [point("a", 5, 11, 1.0), point("b", 48, 96, 2.0), point("b", 23, 96, 3.0)]
     assert sensitivity_document([head(), *some])["units"]["columns"] == [50.0, 25.0]
@@ -106,12 +115,14 @@ def test_what_failed_is_marked_and_takes_no_rank() -> None:
 def test_what_failed_stands_in_the_printed_table_and_its_reason_in_the_sentence() -> None:
     from paredown.cli.sensitivity import told
 
-    document = sensitivity_document([head(), point("whole", 5, 10, 1.0), point("odd", 5, 10, None)])
+    odd = point("odd", 5, 10, None)
+    odd = dataclasses.replace(odd, details={**odd.details, "why": "RuntimeError: no."})
+    document = sensitivity_document([head(), point("whole", 5, 10, 1.0), odd])
     shown = [[str(cell) for cell in column.cells] for column in told(document)[0].columns]
     assert [name.split()[0] for name in shown[0]] == ["whole", "odd"]
     assert "not tested" in shown[1]
     assert "Only 1 of 2 spaces has all its numbers: no order" in document["verdict"]
-    assert "odd: RuntimeError: no" in document["verdict"]
+    assert "(odd: RuntimeError: no)." in document["verdict"]
 
 
 def test_where_the_metric_is_the_same_everywhere_the_outputs_give_the_order() -> None:
@@ -132,6 +143,22 @@ def test_where_the_metric_is_the_same_everywhere_the_outputs_give_the_order() ->
         found = sensitivity_document([head(), *told])["units"]
         assert found["ordered_by"] == "distance"
         assert re.search(r"outputs move by 0\.001\d*, error ±0 g", found["sentence"])
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_readers_that_were_fitted_anew_are_told(repair: bool) -> None:
+    records = [head(units={"repair": repair}), *clear()[1:]]
+    assert sensitivity_document(records)["repair"] is repair
+    said = "the layers that read it are fitted anew by least squares (prune.reconstruct), everything else stays dense"
+    assert (said in render_sensitivity(records)) is repair
+
+
+def test_the_verdict_says_that_the_order_is_by_the_mean() -> None:
+    """One amount is quoted: there another space may lose more than the one to leave alone."""
+    found = sensitivity_document(clear())
+    assert "The order, by error (mean over 2 amounts), holds" in found["verdict"]
+    one = [head(amounts=[0.5]), *(r for r in clear()[1:] if r.cell["kept"] == 5)]
+    assert "The order, by error, holds" in sensitivity_document(one)["verdict"]
 
 
 def test_calibration_samples_are_not_called_held_out() -> None:

@@ -27,7 +27,8 @@ def main(request: Mapping[str, Any], emit: Callable[[Mapping[str, Any]], None]) 
     place, cell = Path(request["folder"]), request["cell"]
     place.mkdir(parents=True, exist_ok=True)
     misdeeds = json.loads(os.environ.get("MISDEEDS", "{}"))
-    print("a line of user code on stdout")
+    if "silent" not in misdeeds.values():
+        print("a line of user code on stdout")
     _misbehave(misdeeds.get(f"{cell['kind']} {cell['amount']} {cell['seed']}", ""))
     for role, folder in request["needs"].items():
         assert (Path(folder) / RESULT).exists(), role
@@ -52,32 +53,36 @@ def hash_of(digest: str) -> float:
     return int(digest[:12], 16) / 16**12
 
 
+RAISED = {
+    "raise": RuntimeError("the loss is no number"),
+    "refuse": InfeasibleError("nothing is left to remove"),
+    "raise lines": RuntimeError("the loss is no number\nin the second batch\n\n  (see above)"),
+    "refuse lines": InfeasibleError("nothing is left to remove:\n  a\n  b"),
+    "no memory": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+    ),
+}
+
+
 def _misbehave(how: str) -> None:
-    if how == "raise":
-        msg = "the loss is no number"
-        raise RuntimeError(msg)
-    if how == "refuse":
-        msg = "nothing is left to remove"
-        raise InfeasibleError(msg)
+    if how in RAISED:
+        raise RAISED[how]
+    if how == "syntax":
+        compile("x = = 1", "task.py", "exec")
     if how == "disk full":
         append_line(Path("/dev/full"), "a checkpoint")
     if how == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if how == "exit":
+    if how in ("exit", "silent"):
         os._exit(3)
-    if how == "hang":
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        time.sleep(600)
+    if how in ("hang", "daemon"):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=how == "daemon")
+        time.sleep(600 if how == "hang" else 0)
     if how == "grow":
         kept = []
         while True:
             kept.append(bytearray(os.urandom(1 << 20)) * 16)
             time.sleep(0.02)
-    if how == "no memory":
-        msg = (
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
-        )
-        raise RuntimeError(msg)
     if how == "kill the server":
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(600)

@@ -106,6 +106,16 @@ def test_another_checkpoint_under_the_same_name_is_another_base(tmp_path: Path) 
         assert [c.kind for c in first] == [c.kind for c in plain]
 
 
+def test_another_measurement_under_the_same_path_makes_other_cells_of_the_same_base(tmp_path: Path) -> None:
+    prune = {"allocation": "knapsack", "sensitivity": str(tmp_path)}
+    (tmp_path / "records.jsonl").write_text("one")
+    first, again = (grid(recipe({"amounts": [0.5], "seeds": [0]}, prune=prune)) for _ in range(2))
+    (tmp_path / "records.jsonl").write_text("two")
+    other = grid(recipe({"amounts": [0.5], "seeds": [0]}, prune=prune))
+    assert [c.digest for c in first] == [c.digest for c in again]
+    assert [c.kind for c in first if c.digest in {o.digest for o in other}] == ["base"] and len(first) == 5
+
+
 def test_a_cells_recipe_is_one_that_compress_runs() -> None:
     made = recipe(
         {"amounts": [0.5], "seeds": [3], "schedules": ["multi-level"], "methods": ["taylor"]}, recover={"epochs": 5}

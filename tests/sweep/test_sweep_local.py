@@ -8,8 +8,9 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 from paredown.errors import Interrupted, ResourceError, UsageError
 from paredown.recipe import parse_recipe
 from paredown.records import Record
-from paredown.sweep import Cell, grid
+from paredown.sweep import Cell, grid, serve
 from paredown.sweep.local import (
     JOURNAL,
     Event,
@@ -201,12 +202,12 @@ def test_other_versions_are_other_results(tmp_path: Path) -> None:
 FAILURES = {
     0.9: ("raise", "crashed", "RuntimeError: the loss is no number"),
     0.8: ("refuse", "refused", "nothing is left to remove"),
-    0.7: ("segfault", "crashed", "signal 11"),
+    0.7: ("segfault", "crashed", "signal 11 (SIGSEGV): File"),
     0.6: ("exit", "crashed", "a line of user code on stdout"),
     0.5: ("hang", "timeout", "not done in 6 s"),
     0.4: ("grow", "out of memory", "more than 0.3 GB in memory"),
     0.3: ("no memory", "out of memory", "can't allocate memory"),
-    0.2: ("kill the server", "crashed", "signal 9"),
+    0.2: ("kill the server", "crashed", "the process that starts trials was ended by signal 9 (SIGKILL), perhaps"),
 }
 
 
@@ -259,6 +260,81 @@ def test_what_needs_a_failed_trial_is_not_run_and_comes_with_its_retry(
     assert len(read_results(some, tmp_path, VERSIONS)) == 8
     run_missing(some, tmp_path, VERSIONS, machine(), retry=True)
     assert {o.status for o in read_results(some, tmp_path, VERSIONS).values()} == {"done"}
+
+
+def test_a_fault_in_native_code_says_in_which_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": []})
+    misdeeds(monkeypatch, **{"pruned_0.5_0": "segfault"})
+    run_missing(some, tmp_path, VERSIONS, machine(processes=1))
+    outcome = read_results(some, tmp_path, VERSIONS)[some[1].digest]
+    wanted = (HERE / "sweep_worker.py").read_text().splitlines().index(
+        "        os.kill(os.getpid(), signal.SIGSEGV)"
+    ) + 1
+    assert f'sweep_worker.py", line {wanted} in _misbehave' in outcome.reason
+    assert outcome.tail[0].startswith("Fatal Python error: Segmentation fault")
+
+
+def test_the_reason_is_the_first_line_of_a_message_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {
+        0.5: ("raise lines", "crashed", "RuntimeError: the loss is no number"),
+        0.4: ("refuse lines", "refused", "nothing is left to remove:"),
+        0.3: ("syntax", "crashed", "SyntaxError: invalid syntax"),
+    }
+    some = cells(amounts=(*wanted,), seeds=(0,), controls={"kinds": []})
+    misdeeds(monkeypatch, **{f"pruned_{amount}_0": how for amount, (how, _, _) in wanted.items()})
+    run_missing(some, tmp_path, VERSIONS, machine(processes=1))
+    found = read_results(some, tmp_path, VERSIONS)
+    told = {c.amount: (found[c.digest].status, found[c.digest].reason) for c in some if c.amount is not None}
+    assert told == {amount: (status, reason) for amount, (_, status, reason) in wanted.items()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans fall to a server on Linux alone")
+def test_what_a_trial_leaves_running_in_a_session_of_its_own_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some, running = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": ["random"]}), []
+    misdeeds(monkeypatch, **{"base_None_0": "daemon", "pruned_0.5_0": "daemon"})
+
+    def progress(event: Event) -> None:
+        if event.what == "ends":
+            running.append([line for line in servers() if "time.sleep(600)" in line])
+
+    run_missing(some, tmp_path, VERSIONS, machine(processes=1), progress=progress)
+    assert running == [[], [], []]
+    assert {o.status for o in read_results(some, tmp_path, VERSIONS).values()} == {"done"}
+
+
+def test_a_trial_that_ends_without_a_word_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": []})
+    misdeeds(monkeypatch, **{"pruned_0.5_0": "silent"})
+    run_missing(some, tmp_path, VERSIONS, machine(processes=1))
+    outcome = read_results(some, tmp_path, VERSIONS)[some[1].digest]
+    assert (outcome.status, outcome.reason) == ("crashed", "ended with exit code 3, without a result or a message")
+
+
+def test_what_a_trial_prints_does_not_fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "PRINTED_BYTES", 1_000_000)
+    printing = "import sys; print('x' * 3_000_000, flush=True); input(); print('the end', flush=True); input()"
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen([sys.executable, "-c", printing], stdin=subprocess.PIPE, stdout=errors) as process,
+    ):
+        assert process.stdin is not None
+        wait_for(lambda: os.fstat(errors.fileno()).st_size == 3_000_001)
+        serve.shorten(errors)
+        assert os.fstat(errors.fileno()).st_size == 20_000
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        wait_for(lambda: os.fstat(errors.fileno()).st_size == 20_008)
+        serve.shorten(errors)
+        assert serve._last_lines(errors)[-1] == "the end"
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -353,6 +429,18 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("STEP_SECONDS", "0")
     run_missing(some, tmp_path, VERSIONS, machine())
     assert len(read_results(some, tmp_path, VERSIONS)) == 14
+
+
+def test_ctrl_c_after_the_last_trial_speaks_of_no_others(tmp_path: Path) -> None:
+    some, ended = cells(amounts=(0.5,), seeds=(0,), controls={"kinds": []}), []
+
+    def stop(event: Event) -> None:
+        ended.extend([event] if event.what == "ends" else [])
+        if len(ended) == len(some):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"all 2 trials are done or marked; the same command goes on\.$"):
+        run_missing(some, tmp_path, VERSIONS, machine(processes=1), progress=stop)
 
 
 @pytest.mark.parametrize("tear", ["half a line", "no line end", "garbage between", "journal lost"])

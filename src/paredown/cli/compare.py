@@ -142,9 +142,11 @@ def _document(found: Comparison, samples: str) -> dict[str, Any]:
 def _runs_table(found: Comparison) -> Any:
     """One row per file or point; a figure that no row has is no column, and stands among what was not tested."""
     titles = {"bytes": "bytes", "gzip_bytes": "gzip", "parameters": "parameters", "macs": "MACs"}
-    titles |= {"metric": found.metric.get("label", "metric"), "latency_ms": "latency ms"}
-    tell = {"metric": _with_unit, "latency_ms": _spread}
-    shown = [k for k in titles if any(r.figures[k].value is not None for r in found.runs)]
+    titles |= {"metric": found.metric.get("label", "metric"), "latency_ms": "latency ms", "speedup": "× dense"}
+    tell = {"metric": _with_unit, "latency_ms": _spread, "speedup": _spread}
+    shown = [k for k in titles if any(k in r.figures and r.figures[k].value is not None for r in found.runs)]
+    if "speedup" in shown and len({r.figures["latency_ms"].machine for r in found.runs} - {""}) > 1:
+        shown.remove("latency_ms")  # milliseconds of two machines in one column would be read as one scale
     rows: list[tuple[str, ...]] = []
     for run, own in itertools.groupby(found.runs, lambda r: r.run):
         rows.append((f"{run}/", *("" for _ in shown)))

@@ -85,10 +85,9 @@ def told(document: dict[str, Any]) -> list[Any]:
         missing = [name for name in rows if name not in found["order"]]
         lines = [_line(rows[name], found["columns"], metric) for name in (*found["order"], *missing)]
         shown.append(table(head, lines))
-    unit = (
-        "" if metric is None else f"loss of {metric['name']} in {'points' if metric['unit'] == '%' else metric['unit']}"
-    )
-    what = unit or f"output distance ({document['distance']['name']})"
+    unit = "" if metric is None else "points" if metric["unit"] == "%" else metric["unit"]
+    loss = "" if metric is None else f"loss of {metric['name']}" + (f" in {unit}" if unit else "")
+    what = loss or f"output distance ({document['distance']['name']})"
     return [
         *shown,
         f"cells: {what}, on {document['num_samples']:,} {SAMPLES.get(str(document['data']), 'samples')}",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from paredown.compare.counted import counted
+from paredown.compare.curve_speeds import APART, MILLISECONDS, Speeds, compared, speeds_of
 from paredown.compare.nouns import COUNTED, Difference, RunRow
 from paredown.compare.refusals import refuse_other_data, refuse_other_metric, short
 from paredown.curve import Line, Point, interval
@@ -23,8 +24,6 @@ from paredown.report.wording import interval as ends_of
 
 _CODED = {"bytes": "quantized_bytes", "gzip_bytes": "quantized_gzip_bytes", "metric": "quantized_metric"}
 _Place = tuple[str, str, str, float | None, str]
-SPEED = "which is faster: curves are timed apart, if at all; give the files themselves to time them in turns"
-"""Two curves are two schedules: their latencies do not compare, and none is measured here."""
 MOST_MISSING = 12
 """Points of one curve alone that are named."""
 
@@ -89,7 +88,10 @@ def rows_of(curve: Curve) -> list[RunRow]:
             RunRow(
                 run=curve.name, stage=name, title=name, file=f"{recipe.rpartition('/')[0]}/{text(made.get('file'))}" if recipe else "",
                 recommended=point is curve.view.spot.point,
-                figures={"metric": _metric(curve, point), "latency_ms": _latency(point), **{k: _mean(curve, point, k) for k in COUNTED}},
+                figures={
+                    "metric": _metric(curve, point), "latency_ms": _latency(curve, point), "speedup": _speeds(curve, point).mean,
+                    **{k: _mean(curve, point, k) for k in COUNTED},
+                },
             )
         )  # fmt: skip
     return rows
@@ -111,9 +113,14 @@ def differences(first: Curve, second: Curve) -> tuple[list[Difference], list[str
             continue
         found += _exact(first, one, second, other)
         found += _quality(first, one, second, other, notes)
+        found += _speed(first, one, second, other, notes)
     if same:
         notes.append(f"the same files in {first.name} and {second.name}: {', '.join(same)}")
-    return found, list(dict.fromkeys(notes)), [*_missing(first, second), *_missing(second, first), SPEED]
+    return (
+        found,
+        list(dict.fromkeys(notes)),
+        [*_missing(first, second), *_missing(second, first), *_untimed(first, second, found)],
+    )
 
 
 def _name(line: Line, point: Point) -> str:
@@ -156,10 +163,16 @@ def _metric(curve: Curve, point: Point) -> Measured:
     )
 
 
-def _latency(point: Point) -> Measured:
+def _latency(curve: Curve, point: Point) -> Measured:
     value = point.absolute.get("latency")
-    badge = "not tested" if value is None else "measured"
-    return Measured(value=value, unit="ms", badge=badge, timing=True, protocol="mean over seeds")  # type: ignore[arg-type]
+    if value is None:
+        return Measured(value=None, unit="ms", badge="not tested")
+    where = "; ".join(_speeds(curve, point).place)
+    return Measured(value=value, unit="ms", timing=True, machine=where, protocol="mean over seeds")
+
+
+def _speeds(curve: Curve, point: Point) -> Speeds:
+    return speeds_of([*_records(curve, point)], curve.bases, point.codes)
 
 
 # --------------------------------------------------------------------------------------------------------- differences
@@ -169,6 +182,22 @@ def _exact(first: Curve, one: tuple[str, Point], second: Curve, other: tuple[str
     a, b = f"{first.name}/{one[0]}", f"{second.name}/{other[0]}"
     of = [{key: _mean(curve, point, key) for key in COUNTED} for curve, point in ((first, one[1]), (second, other[1]))]
     return counted((a, of[0]), (b, of[1]), "means over seeds, second - first")
+
+
+def _speed(
+    first: Curve, one: tuple[str, Point], second: Curve, other: tuple[str, Point], notes: list[str]
+) -> list[Difference]:
+    of = [(f"{c.name}/{name}", _speeds(c, p)) for c, (name, p) in ((first, one), (second, other))]
+    dense = one[1].kind == other[1].kind == "base" and not one[1].codes and not other[1].codes
+    return [] if dense else compared(of[0], of[1], notes)  # a dense file is as fast as itself
+
+
+def _untimed(first: Curve, second: Curve, found: Iterable[Difference]) -> list[str]:
+    """What of speeds nobody measured, or must not be compared."""
+    timed = {c.name: any("latency" in p.absolute for _, p in c.points.values()) for c in (first, second)}
+    alone = [name for name, known in timed.items() if not known] if any(timed.values()) else []
+    lacking = [f"latency of {name}, whose files were not timed (curve.latency)" for name in alone]
+    return [*lacking, MILLISECONDS if any(d.what == "latency_ms" for d in found) else APART]
 
 
 def _quality(

@@ -25,7 +25,7 @@ class RunRow:
     file: str
     recommended: bool
     figures: Mapping[str, Measured]
-    """By the names of FIGURES; what was not measured has value None."""
+    """By the names of FIGURES, and of a curve's points "speedup" (× over the dense float files, in turns); what was not measured has value None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paredown.compare import curves
+from paredown.compare.curve_speeds import OWN
 from paredown.compare.files import time_files, told
 from paredown.compare.nouns import WORDS, Comparison, Difference, RunRow, Timing
 from paredown.compare.runs import Run, differences, files_of, read_runs, rows_of
@@ -35,7 +36,8 @@ def compare(
     sizes exactly, the metric paired over samples where both runs kept them (else by whether the intervals are apart),
     speed on one machine by the speedups over the dense file that both have. Then, unless `recorded`, the dense and the recommended files of all runs are timed here.
     Folders of `paredown curve`: one row per point with means over seeds; against the first curve the difference of the sweet
-    spots and of every common point, sizes as means, the metric on test data paired by seed; nothing is timed.
+    spots and of every common point, sizes as means, the metric on test data and the speeds over each one's own dense file (where both
+    were timed on one machine) paired by seed; nothing is timed.
     Files: each in its own runtime and in every other one that is installed and executes it (an .onnx file in ONNX
     Runtime and OpenVINO), taking turns; medians, 10th–90th percentile, ratio to the fastest with a 95 % interval. A runtime
     that answers otherwise than the file's own one is shown and never called the fastest. An integer file that is slower
@@ -158,6 +160,8 @@ def _speed_said(pair: Mapping[str, Difference]) -> str:
     if "latency_ms" not in pair:
         return "speed not compared"
     found = pair["latency_ms"]
+    if OWN in found.said:
+        return "speed of each over its own dense file alone"
     if found.better is None:
         return "no difference in speed that shows"
     return "faster" if found.better == found.second else "slower"

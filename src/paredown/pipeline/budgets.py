@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from paredown.pipeline.fitted import Shrinking
 from paredown.pipeline.folder import files_digest, key_of
 from paredown.pipeline.jointly import Step, by_bits, is_joint, jointly
 from paredown.pipeline.run import Run
-from paredown.pipeline.searches import search_of
+from paredown.pipeline.searches import as_it_is, search_of
 from paredown.pipeline.shrink import can_train
 from paredown.pipeline.ways import Here, Way, level_of
 from paredown.plan import Plan
@@ -62,6 +63,8 @@ def check_budget(recipe: Recipe) -> None:
     if by_bits(recipe) and bounds.rounds and recipe.quantize.spare:
         msg = "quantize.spare must go without budget.size_bytes and bits, which both choose how layers are quantized. Got both. Set budget.bits to [8]."
         raise UsageError(msg)
+    if bounds.trial.limits:
+        _check_trial(recipe)
     several = [n for n in ("together", "front") if getattr(bounds, n)]
     if several and not (asked and bounds.rounds):
         got = "rounds 0, which turns the search off" if asked else "none of them"
@@ -81,6 +84,18 @@ def check_budget(recipe: Recipe) -> None:
         raise UsageError(msg)
     if set(LATENCY) & set(asked):
         Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
+
+
+def _check_trial(recipe: Recipe) -> None:
+    if not is_joint(recipe) or not recipe.budget.rounds:
+        msg = "budget.trial must come with trials: with budget.together or front, or size_bytes and bits. Got a search without them. Leave it out."
+        raise UsageError(msg)
+    if recipe.given:
+        msg = "budget.trial must be used with a recipe and its task module, which a process of its own can import. Got functions of a notebook. Leave it out."
+        raise UsageError(msg)
+    if recipe.budget.trial.memory is not None and sys.platform != "linux":
+        msg = f"budget.trial.memory must be used on Linux. Got {sys.platform}. Leave it out."
+        raise UsageError(msg)
 
 
 TRAINING = "Give train, or train_batches and step: what is pruned must be trained back."
@@ -165,21 +180,30 @@ def _by_units(recipe: Recipe) -> bool:
     return recipe.prune.granularity in ("channel", "head") and recipe.prune.criterion in TABLE
 
 
+def way_of(run: Run, number: int) -> Way:
+    """How a search for the budget decides what leaves, after so many levels."""
+    prune = run.recipe.prune.model_copy(update={"allocation": run.recipe.budget.allocation})
+    return Way(
+        recipe=run.recipe.model_copy(update={"prune": prune}), task=run.task, level=Level(parameters=0.5), number=number,
+        weights_given=run.weights_given, steps=run.folder.steps,
+    )  # fmt: skip
+
+
 def _found(run: Run, number: int, asked: Mapping[str, float], program: Program, tuned: Pruned | None) -> Searched:
-    recipe, bounds = run.recipe, run.recipe.budget
+    recipe = run.recipe
     run.say(f"budget: search for {', '.join(asked)}")
     here = Here.of(program, tuned)
-    way = Way(
-        recipe=recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"allocation": bounds.allocation})}),
-        task=run.task, level=Level(parameters=0.5), number=number, weights_given=run.weights_given, steps=run.folder.steps,
-    )  # fmt: skip
+    way = way_of(run, number)
     (run.folder.steps / f"search-{number}").mkdir(exist_ok=True)
     if not is_joint(recipe):
+        held = as_it_is(run, way, here, asked)  # before layers are timed and spaces measured
+        if held.holds:
+            return _as_level(Met(plan=None, asked=dict(asked), rounds=(held,), chosen=held), run)
         return _as_level(meet(search_of(run, way, here, asked)), run)
-    found = jointly(run, way, here, asked)
-    if found is None:
+    found = jointly(run, way, here, asked, program=program, before=tuned)
+    if found is None or found.told["already_met"]:
         run.say("budget: met already, nothing leaves")
-        return Searched(level=None, told={"asked": dict(asked), "already_met": True})
+        return Searched(level=None, told={"asked": dict(asked), "already_met": True} if found is None else found.told)
     last = found.steps[-1] if found.steps else None
     return Searched(
         level=None if last is None else last.level, plan=None if last is None else last.plan, told=found.told,
@@ -250,4 +274,4 @@ def _written(step: Step) -> dict[str, Any]:
     return {"level": step.level.model_dump(exclude_none=True), "plan": step.plan.to_json()}
 
 
-__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "check_training", "level_of", "limits", "searched"]
+__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "check_training", "level_of", "limits", "searched", "way_of"]

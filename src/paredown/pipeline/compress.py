@@ -15,7 +15,7 @@ from paredown.environments import python_of
 from paredown.errors import UsageError, must_be
 from paredown.measure import machine
 from paredown.pipeline.budgets import check_budget, check_training
-from paredown.pipeline.data import changed, remember, settle
+from paredown.pipeline.data import changed, changed_sensitivity, remember, remember_sensitivity, settle
 from paredown.pipeline.display import Display, display
 from paredown.pipeline.folder import RunFolder, opened
 from paredown.pipeline.run import Run, device_told
@@ -189,10 +189,11 @@ def _run(
         torch.set_num_threads(recipe.threads)
     try:
         with (
-            opened(out, recipe.to_yaml(), lambda there: difference(there, recipe, out), overwrite=overwrite) as folder,
+            opened(out, recipe.to_yaml(), lambda there: _difference(there, recipe, out), overwrite=overwrite) as folder,
             display(quiet=quiet) as shown,
         ):
             remember(out, recipe.data_path)
+            remember_sensitivity(out, recipe.prune.sensitivity)
             return run_stages(run_of(recipe, task, model, given, folder, shown))
     finally:
         torch.set_num_threads(threads)
@@ -202,6 +203,12 @@ def difference(there: str, recipe: Recipe, folder: Path) -> str:
     """How the recipe in a run folder, or its data, differ from those asked for; "" where they do not."""
     asked = recipe.to_yaml()
     return "\n".join(filter(None, ("" if there == asked else diff(there, asked), changed(folder, recipe.data_path))))
+
+
+def _difference(there: str, recipe: Recipe, folder: Path) -> str:
+    """`difference`, and how the sensitivity that a run reads differs."""
+    told = (difference(there, recipe, folder), changed_sensitivity(folder, recipe.prune.sensitivity))
+    return "\n".join(filter(None, told))
 
 
 def run_of(

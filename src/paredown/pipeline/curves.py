@@ -221,7 +221,7 @@ def _told(recipe: Recipe, task: Task, cells: Sequence[Cell], folder: Path, found
         r.cell["kind"] == "from-scratch" for r in records
     ):
         first = next((f["reason"] for f in head.details["failed"] if f["status"] != "not run"), "no trial ended")
-        msg = f"a curve must have at least one pruned model. Got none of {len(cells)} trials: {first} (see journal.jsonl in {folder}; --retry runs them again)."
+        msg = f"a curve must have at least one pruned model. Got none of {len(cells)} trials: {first.rstrip('.')} (see journal.jsonl in {folder}; --retry runs them again)."
         raise RejectedError(msg)
     write_text(folder / RECORDS, "".join(r.to_json() + "\n" for r in (head, *records)))
     every = tuple(read(folder / RECORDS))  # what `paredown report` will read

@@ -1,4 +1,4 @@
-"""What a run's data were when it began: the same command must not go on with other ones."""
+"""What a run's data, and the sensitivity it reads, were when it began: the same command must not go on with other ones."""
 
 from __future__ import annotations
 
@@ -7,18 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from paredown.contents import contents
-from paredown.pipeline.folder import STEPS
+from paredown.pipeline.folder import RECORDS, STEPS
 from paredown.records import write_text
 from paredown.train import Task
 from paredown.train.task import kept_randomness
 
-FILE = "data.json"
+FILE, SENSITIVITY = "data.json", "sensitivity.json"
 _SHOWN = 5
 
 
-def changed(folder: Path, data: Path | None) -> str:
+def changed_sensitivity(folder: Path, asked: str | None) -> str:
+    """That `prune.sensitivity` holds another measurement than a run folder began with; "" as `changed`."""
+    if asked is None or not changed(folder, Path(asked, RECORDS), SENSITIVITY):
+        return ""
+    return f"  prune.sensitivity: {asked} holds another measurement than the one that the run there began with"
+
+
+def remember_sensitivity(folder: Path, asked: str | None) -> None:
+    """Write down what `prune.sensitivity` holds, once."""
+    remember(folder, None if asked is None else Path(asked, RECORDS), SENSITIVITY)
+
+
+def changed(folder: Path, data: Path | None, file: str = FILE) -> str:
     """How the data differ from those that a run folder began with; "" where they do not, or where none are on record."""
-    known = folder / STEPS / FILE
+    known = folder / STEPS / file
     if data is not None and not known.is_file() and (folder / "trials").is_dir():
         return f"  files of {data}: not on record, the sweep there was begun before they counted"
     if data is None or not known.is_file():
@@ -46,9 +58,9 @@ def settle(task: Task, data: Path | None) -> None:
                 next(iter(batches()), None)
 
 
-def remember(folder: Path, data: Path | None) -> None:
+def remember(folder: Path, data: Path | None, file: str = FILE) -> None:
     """Write down what the data are, once."""
-    known = folder / STEPS / FILE
+    known = folder / STEPS / file
     if data is not None and data.exists() and not known.exists():
         write_text(known, json.dumps(contents(data)))
 

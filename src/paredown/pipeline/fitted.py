@@ -153,20 +153,16 @@ def fitted_bits(thing: Program | Pruned, shrinking: Shrinking, how: Weighing) ->
     codes = max(1, int(shrinking.limit - overhead))
     best: Solved | None = None
     tried: dict[str, int] = {}
-    nearest = counted(thing.plan if isinstance(thing, Pruned) else None)
     for _ in range(_ROUNDS):
         try:
             spread = solved(groups, codes)
-        except TooLarge as error:
-            if best is None:
-                msg = f"size_bytes must be reachable: {shrinking.limit:,.0f}. Got {error.least:,} B of codes at the narrowest widths, and some {overhead:,.0f} B beside them."
-                raise InfeasibleError(msg, nearest=nearest, advice=how.fix) from error
-            break
+        except TooLarge as error:  # by what is estimated; at the end the file of the narrowest says it
+            if best is not None:
+                break
+            spread = solved(groups, error.least)
         if repr(spread.bits) in tried:
             break
-        made = export(
-            quantize(thing, **how.options, bits=spread.bits), how.path, target=how.options["target"]
-        ).size_bytes
+        made = _weight(thing, spread, how)
         tried[repr(spread.bits)] = made
         how.say(f"budget: {made:,} B with {in_words(spread.bits)}, asked {shrinking.limit:,.0f} B")
         room = shrinking.limit - made
@@ -179,9 +175,15 @@ def fitted_bits(thing: Program | Pruned, shrinking: Shrinking, how: Weighing) ->
         codes = spread.size_bytes + math.floor(0.9 * room)
     how.path.unlink(missing_ok=True)
     if best is None:
-        msg = f"size_bytes must be at most {shrinking.limit:,.0f} B. Got more in each of {len(tried)} files."
-        raise InfeasibleError(msg, nearest=nearest, advice=how.fix)
+        msg = f"size_bytes must be reachable: {shrinking.limit:,.0f}. Got {min(tried.values()):,} B in the smallest of {len(tried)} files."
+        raise InfeasibleError(msg, nearest=counted(thing.plan if isinstance(thing, Pruned) else None), advice=how.fix)
     return best.bits
+
+
+def _weight(thing: Program | Pruned, spread: Solved, how: Weighing) -> int:
+    """Bytes of the file with these widths."""
+    quantized = quantize(thing, **how.options, bits=spread.bits)
+    return export(quantized, how.path, target=how.options["target"]).size_bytes
 
 
 def in_words(bits: Mapping[str, int]) -> str:

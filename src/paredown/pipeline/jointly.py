@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from paredown.errors import InfeasibleError, NothingToDo, ParedownError, RejectedError
+from paredown.pipeline.apart import Learnt, apart
 from paredown.pipeline.fitted import Shrinking, TooLarge, in_words, solved, weighed, widths_of
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
-from paredown.pipeline.searches import rank_search_of, search_of
+from paredown.pipeline.searches import as_it_is, rank_search_of, search_of
 from paredown.pipeline.shrink import (
     Thing,
     can_train,
@@ -27,10 +29,11 @@ from paredown.pipeline.shrink import (
 )
 from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
+from paredown.program import Program
 from paredown.prune import Pruned
 from paredown.quantize.mixed import Width
 from paredown.recipe_fields import SEARCHED, Level
-from paredown.search.asking import Domain, Trial, Values, reason_of, search_by_asking, undominated
+from paredown.search.asking import Answer, Domain, Trial, Values, reason_of, search_by_asking, undominated
 from paredown.search.budgets import Met, Search, meet
 from paredown.search.probe import UNITS
 
@@ -210,7 +213,8 @@ class Means:
                 made.groups[name] = widths_of(
                     variant, plain_options(self.run), repair_of(self.run), self.shrinking.widths, known
                 )
-            bits, size, losses = self._bits(variant, made.groups[name], values, times)
+                made.beside[name] = self._beside(variant) if steps else self.shrinking.overhead
+            bits, size, losses = self._bits(made.groups[name], made.beside[name], values, times)
             repair = repair_of(self.run)
             amounts["size_bytes"] = size
             found |= {"bits": bits, "size_bytes": size}
@@ -225,11 +229,18 @@ class Means:
         alike = known is None or unit == UNITS["mse"]  # a sum of nats says nothing of a squared error
         return {**found, "error": error, "forecast": _forecast(steps, losses, error) if alike else None, "why": ""}
 
+    def _beside(self, variant: Thing) -> float:
+        """Bytes of the variant's file with 8 bits that are no codes: two factors take more of them than one layer."""
+        assert self.shrinking is not None
+        file = self.run.folder.steps / f"search-{self.way.number}" / "trial.onnx"
+        _, known = weighed(variant, plain_options(self.run), file, self.shrinking.limit, self.shrinking.widths)
+        file.unlink()
+        return known.overhead
+
     def _bits(
-        self, variant: Thing, groups: Sequence[Sequence[Width]], values: Values, times: float
+        self, groups: Sequence[Sequence[Width]], overhead: float, values: Values, times: float
     ) -> tuple[dict[str, int], int, float]:
         assert self.shrinking is not None
-        overhead = self.shrinking.overhead_of(variant, (g[0].layer for g in groups))
         try:
             spread = solved(groups, max(1, int(times * self.shrinking.limit - overhead)))
         except TooLarge as large:
@@ -255,6 +266,8 @@ class _Made:
 
     variants: dict[str, Thing] = field(default_factory=dict)
     groups: dict[str, list[list[Width]]] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
+    """Bytes of a variant's file that are no codes."""
 
 
 def by_bits(recipe: Any) -> bool:
@@ -271,7 +284,16 @@ def is_joint(recipe: Any) -> bool:
     return given and (by_bits(recipe) or recipe.budget.together or bool(recipe.budget.front))
 
 
-def jointly(run: Run, way: Way, here: Here, limits: Mapping[str, float]) -> Joint | None:
+def means_of(run: Run, way: Way, here: Here, limits: Mapping[str, float], shrinking: Shrinking | None) -> Means:
+    """All that trials share, here or in a process of their own."""
+    rest = {n: v for n, v in limits.items() if shrinking is None or n != "size_bytes"}
+    search = search_of(run, way, here, rest) if rest or run.recipe.budget.together else None
+    return Means(run=run, way=way, here=here, limits=limits, search=search, shrinking=shrinking)
+
+
+def jointly(
+    run: Run, way: Way, here: Here, limits: Mapping[str, float], *, program: Program, before: Pruned | None
+) -> Joint | None:
     """The way, and how far to go it, so that within all limits the output moves least.
 
     Trials: channels, low rank (svd), or channels and then ranks (budget.together); with bits also the share of the parameters
@@ -279,9 +301,10 @@ def jointly(run: Run, way: Way, here: Here, limits: Mapping[str, float]) -> Join
     measured), exported and measured where a limit needs it; bits are those of least summed error within the bytes, by an integer
     program. The result is fitted to the dense activations, has its batch norm re-estimated (and is trained for
     budget.trial_epochs). A trial's loss is the squared error of its output on calibration data over the mean square of
-    the dense output; with budget.front one for each multiple of the limits.
+    the dense output; with budget.front one for each multiple of the limits. Where budget.trial limits them, each trial has a
+    process of its own, which reads `program` and what levels made of it `before`.
 
-    None where the file holds all limits as it is. Raises InfeasibleError where no trial holds them.
+    None where the file holds all limits as it is, and no front is asked for. Raises InfeasibleError where no trial holds them.
     """
     shrinking, fits = None, True
     if by_bits(run.recipe):
@@ -290,19 +313,40 @@ def jointly(run: Run, way: Way, here: Here, limits: Mapping[str, float]) -> Join
         run.say(f"budget: {size:,} B with 8 bits and nothing pruned, asked {limits['size_bytes']:,.0f} B")
         fits = size <= limits["size_bytes"]
     rest = {n: v for n, v in limits.items() if shrinking is None or n != "size_bytes"}
-    search = search_of(run, way, here, rest) if rest or run.recipe.budget.together else None
-    if fits and (not rest or search is None or search.measured(0, None, {}).holds):
+    met = fits and (not rest or as_it_is(run, way, here, rest).holds)
+    if met and not run.recipe.budget.front:
         return None
-    means = Means(run=run, way=way, here=here, limits=limits, search=search, shrinking=shrinking)
-    trials = tuple(_trials(means))
+    means = means_of(run, way, here, limits, shrinking)
+    with _answering(means, program, before) as answer:
+        trials = tuple(_trials(means, answer))
     good = [t for t in trials if t.losses is not None and t.told.get("error", t.losses[0]) is not None]
     if not good:
         raise _out_of_reach(means, trials)
     best = min(good, key=lambda t: (t.losses or (NOTHING,))[0])
+    if met:  # only the front was asked for
+        return Joint(steps=(), shrinking=None, told={**_told(means, trials, best), "already_met": True})
     return Joint(steps=means.steps(dict(best.values), 1.0).steps, shrinking=shrinking, told=_told(means, trials, best))
 
 
-def _trials(means: Means) -> Iterator[Trial]:
+@contextmanager
+def _answering(means: Means, program: Program, before: Pruned | None) -> Iterator[Callable[[Values], Answer]]:
+    """Who answers trials: this process, or one for each of them."""
+    if not means.run.recipe.budget.trial.limits:
+        yield means.answer
+        return
+
+    def learn(said: Learnt) -> None:
+        means.smallest.extend(said.smallest)
+        means.nearest.extend(said.nearest)
+
+    with apart(
+        means.run, number=means.way.number, program=program, before=before, here=means.here, limits=means.limits,
+        shrinking=means.shrinking, learn=learn,
+    ) as asked:  # fmt: skip
+        yield asked.answer
+
+
+def _trials(means: Means, answer: Callable[[Values], Answer]) -> Iterator[Trial]:
     """What is asked: first each way that has no number to choose, then the others as often as budget.trials says."""
     run, bounds = means.run, means.run.recipe.budget
     journal = run.folder.steps / f"search-{means.way.number}" / "trials.jsonl"
@@ -322,9 +366,9 @@ def _trials(means: Means) -> Iterator[Trial]:
     elif bounds.together:
         domain = {**domain, "part": (LEAST_PART, MOST_PART)}
     for single in alone:
-        yield from search_by_asking(single, means.answer, trials=1, key=f"{key} {single['way'][0]}", **shared)
+        yield from search_by_asking(single, answer, trials=1, key=f"{key} {single['way'][0]}", **shared)
     if bounds.trials and domain:
-        yield from search_by_asking(domain, means.answer, trials=bounds.trials, seed=run.recipe.seed, key=key, **shared)
+        yield from search_by_asking(domain, answer, trials=bounds.trials, seed=run.recipe.seed, key=key, **shared)
 
 
 def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
@@ -340,16 +384,29 @@ def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
     )
     smallest = means.smallest
     why = [t.why or str(t.told.get("why", "")) for t in trials if t.error is None or t.error not in crashed][-1]
+    plans = [
+        (e.nearest, e.reason) for t in trials if isinstance(e := t.error, InfeasibleError) and e.nearest is not None
+    ]
+    nearest, why = min(
+        plans, key=lambda p: _excess(p[0], means.limits), default=(means.nearest[0] if means.nearest else None, why)
+    )
     got = (
         f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why.rstrip(".")
     )
     others = f", of which {len(crashed)} ended with {reason_of(crashed[-1]).rstrip('.')}" if crashed else ""
     msg = f"{what}. Got {got} in {len(trials)} trials{others}."
-    fewer = "Allow fewer bits (budget.bits), " if means.shrinking is not None else ""
-    less = "lower prune.floor" if can_train(means.run.task) else "give train, or train_batches and step, for pruning"
+    trains, bits = can_train(means.run.task), means.shrinking is not None
+    fewer = "Allow fewer bits (budget.bits), " if bits else ""
+    less = "lower prune.floor" if trains else "give train, or train_batches and step, for pruning"
+    less = f"more trials (budget.trials), {less}" if bits and trains else less
     advice = f"{fewer}{less}, or ask for more."
-    nearest = means.nearest[0] if means.nearest else _least(means)
-    return InfeasibleError(msg, nearest=nearest, advice=advice[0].upper() + advice[1:])
+    return InfeasibleError(msg, nearest=nearest or _least(means), advice=advice[0].upper() + advice[1:])
+
+
+def _excess(plan: Plan, limits: Mapping[str, float]) -> float:
+    """How far a plan is above the limits that can be counted."""
+    reached = plan.made_by.get("reached") or {}
+    return max((float(reached[n]) / v for n, v in limits.items() if n in reached), default=math.inf)
 
 
 def _least(means: Means) -> Plan | None:
@@ -463,4 +520,4 @@ def _written(name: str, value: float) -> Any:
     return round(value, 4) if name in ("latency", "latency_ms") else int(value)
 
 
-__all__ = ["Joint", "Step", "by_bits", "is_joint", "jointly"]
+__all__ = ["Joint", "Means", "Step", "by_bits", "is_joint", "jointly", "means_of"]

@@ -13,7 +13,7 @@ from paredown.pipeline.run import Run
 from paredown.pipeline.shrink import joint_error
 from paredown.pipeline.ways import Here, Way
 from paredown.recipe import Recipe
-from paredown.search.budgets import LATENCY, Search
+from paredown.search.budgets import LATENCY, Round, Search, in_a_line
 from paredown.search.candidates import maker
 from paredown.search.layers import latency_table
 from paredown.search.ranks import RankSearch
@@ -41,6 +41,16 @@ def search_of(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Sea
             "sensitivity": way.sensitivity(here, scores) if measured else None,
         },
     )  # fmt: skip
+
+
+def as_it_is(run: Run, way: Way, here: Here, asked: Mapping[str, float]) -> Round:
+    """The file of the network as it is against the limits, before layers are timed and spaces measured; the search finds it measured."""
+    key = key_of(run.recipe.digest, here.program.source_digest, run.environment)
+    search = Search(**_shared(run, way, here), asked=asked, key=key)
+    found = search.measured(0, None, {})
+    if found.holds:
+        run.say(in_a_line(search, found))
+    return found
 
 
 def rank_search_of(run: Run, way: Way, here: Here, by_channels: Search) -> RankSearch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -121,22 +122,23 @@ def _sensed(
     )
     probe = Probe(
         run.task, program.module, distance or _usual(program, run.recipe), device=run.recipe.device,
-        seed=run.recipe.seed,
+        seed=run.recipe.seed, folder=run.folder.steps,
     )  # fmt: skip
-    about = about_units(program, scores, repair=repair is not None)
-    key = probe_key(probe, [run.recipe.digest, run.environment["versions"], run.environment["threads"], about])
-    fresh = 0
+    with contextlib.closing(probe):
+        about = about_units(program, scores, repair=repair is not None)
+        key = probe_key(probe, [run.recipe.digest, run.environment["versions"], run.environment["threads"], about])
+        fresh = 0
 
-    def progress(state: Measuring) -> None:
-        nonlocal fresh
-        fresh += state.fresh
-        shown(state.done, state.total, state.damage.name)
+        def progress(state: Measuring) -> None:
+            nonlocal fresh
+            fresh += state.fresh
+            shown(state.done, state.total, state.damage.name)
 
-    run.say(f"measure on {probe.num_samples:,} {SAMPLES[_data(run)]}")
-    found = hurts(
-        program, here.coupling, scores, probe, amounts=amounts, bits=bits, include=asked.include, exclude=asked.exclude,
-        repair=repair, journal=out / JOURNAL, key=key, progress=progress,
-    )  # fmt: skip
+        run.say(f"measure on {probe.num_samples:,} {SAMPLES[_data(run)]}")
+        found = hurts(
+            program, here.coupling, scores, probe, amounts=amounts, bits=bits, include=asked.include,
+            exclude=asked.exclude, repair=repair, journal=out / JOURNAL, key=key, progress=progress,
+        )  # fmt: skip
     if all(h.seen is None for h in found):
         msg = f"a sensitivity must have at least one number. Got none of {len(found)}: {found[0].why}."
         raise NothingToDo(msg)

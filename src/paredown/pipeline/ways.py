@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from paredown.search import sensitivity
 from paredown.target import named
 from paredown.train import Task
 from paredown.train.loop import Hook, Training, private_copy
-from paredown.train.task import seed_all, stream
+from paredown.train.task import kept_randomness, seed_all, stream
 
 OF_SCORE = ("group", "bias", "reduction", "member_norm")
 """Options of every criterion of the table."""
@@ -161,6 +162,20 @@ class Way:
             granularity=str(self.cut), criterion=self._criterion(), schedule=self._schedule(), regularize=self._regularize(),
             density=amount if self.cut.masked else None, budget=budget,
         )  # fmt: skip
+        self._check_moves()
+
+    def _check_moves(self) -> None:
+        """Whether the training is long enough for a mask that moves. Its batches are counted as far as that takes, where they have no length."""
+        schedule, recover = self._schedule(), self.recipe.of_level(self.level)
+        if not isinstance(schedule, Regrowth) or not recover.epochs or self.task.train_batches is None:
+            return
+        enough = math.ceil((schedule.every + 1) / schedule.end / recover.epochs)
+        with kept_randomness():
+            batches = self.task.train_batches()
+            count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in itertools.islice(batches, enough))
+        steps = count if recover.max_steps is None else min(count, recover.max_steps)
+        if 0 < steps < enough:  # an epoch without a batch is told where it is trained
+            schedule.points(0.5, steps * recover.epochs)
 
     # ------------------------------------------------------------------------------------------------------- at once
 

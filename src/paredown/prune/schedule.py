@@ -176,7 +176,7 @@ class Regrowth:
         stop = math.ceil(self.end * steps)
         _check(
             "every", self.every < stop, f"below {stop}, so that the mask moves at least once before {self.end:g} of the training",
-            f"every={self.every} in a training of {steps} steps", f"Train longer, or give Regrowth(every={max(steps // 10, 1)}).",
+            f"every={self.every} in a training of {steps} steps", f"Train longer, or give Regrowth(every={max(steps // 10, 1)}), in a recipe prune.schedule_options: {{every: {max(steps // 10, 1)}}}.",
         )  # fmt: skip
         return ((0, density), *((t, density) for t in range(self.every, stop, self.every)))
 

@@ -13,6 +13,7 @@ from paredown.controls import dense_parts
 from paredown.curve import AXES, CONTROLS, Axis, Interval, Line, Point, interval, upper_bound
 from paredown.records import Record, write_text
 from paredown.report.beside import Beside, found_beside, shown
+from paredown.report.criteria import explained
 from paredown.report.curve_answers import (
     amounts_of,
     dense_answer,
@@ -27,7 +28,7 @@ from paredown.report.curve_figures import LINES, POINTS, Dot, Mark, Series, char
 from paredown.report.curve_view import CurveView, curve_view, is_curve
 from paredown.report.layers import csv_link
 from paredown.report.page import _template
-from paredown.report.reading import entry, items, mapping, number, text
+from paredown.report.reading import entry, figure, items, mapping, number, text
 from paredown.report.wording import difference, digits, large, megabytes, quantity
 from paredown.report.wording import interval as said_interval
 
@@ -72,6 +73,7 @@ def _content(seen: CurveView) -> dict[str, Any]:
         "target": text(cell.get("target")) or "unknown target",
         "metric": {**seen.metric, "label": _capital(seen.metric["name"])},
         "spot": _spot(seen),
+        "criteria": explained(line.method for line in seen.lines),
         "verdict": dense_parts(seen.spot, seen.comparisons, goal=seen.metric["goal"]),
         "legend": [
             {"name": line.name, "key": key(i, control=line.kind in CONTROLS, codes=bool(line.codes))}
@@ -127,7 +129,7 @@ def _spot(seen: CurveView) -> dict[str, Any]:
     found["cards"] = [
         _removed_card(seen, spot.point, spot.removed),
         *_metric_cards(seen, spot.point, dense),
-        *_size_cards(spot.point, dense),
+        *_size_cards(seen, spot.point, dense),
         *(_other_file(seen, other) for other in seen.points if _same_trial(other, spot.point)),
     ]
     return found
@@ -172,14 +174,23 @@ def _metric_cards(seen: CurveView, point: Point, dense: Point | None) -> list[di
     ]
 
 
-def _size_cards(point: Point, dense: Point | None) -> list[dict[str, Any]]:
+def _size_cards(seen: CurveView, point: Point, dense: Point | None) -> list[dict[str, Any]]:
     """The file, and what else was saved."""
     if "bytes" not in point.absolute:
         return []
     whole = f", dense {megabytes(dense.absolute['bytes'])}" if dense is not None and "bytes" in dense.absolute else ""
     notes = [f"{_fewer(point, 'bytes', 'smaller')}, {point.codes or 'float32'}{whole}"]
     notes += [_fewer(point, axis, said) for axis, said in _SAVED.items() if axis in point.removed]
+    if "latency" in point.removed and not _apart(seen, point):
+        notes[-1] += ": no difference that shows, the timings of a seed overlap those of its dense file"
     return [{"title": "File", "value": megabytes(point.absolute["bytes"]), "notes": notes}]
+
+
+def _apart(seen: CurveView, point: Point) -> bool:
+    """Whether for every seed the interval of its speed against the dense file leaves out 1, to the side of the mean."""
+    key, less = "quantized_speedup" if point.codes else "speedup", point.removed["latency"] > 0
+    found = [figure(r, key) for r in seen.trials if r.cell.get("digest") in point.digests]
+    return all(f.value is None or f.low is None or f.high is None or (f.low > 1 if less else f.high < 1) for f in found)
 
 
 _SAVED: dict[Axis, str] = {"macs": "fewer MACs", "latency": "less latency"}
@@ -200,12 +211,17 @@ def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
     made = mapping(entry(record, "quantized")) if point.codes else record.details
     file = f"{recipe.rpartition('/')[0]}/{text(made.get('file'), 100)}"
     again = f"paredown compress {recipe}" if point.kind in ("pruned", "random") else ""
-    advice = ""
-    if seen.spot.point is None and point.held_out:
-        larger = ", or allow a larger loss (curve.limit)" if seen.spot.rule == "limit" else ""
-        advice = f"For a smaller one train longer (recover.epochs), take less out (curve.amounts){larger}."
+    advice = _advice(seen) if seen.spot.point is None and point.held_out else ""
     own = of_this_file(seen, point)
     return {"file": file, "seed": str(point.seeds[0]), "again": again, "advice": advice, "own": own}
+
+
+def _advice(seen: CurveView) -> str:
+    """What may help where nothing was chosen: more seeds where one has no bound, else less to ask."""
+    if seen.spot.rule == "limit" and max((len(p.seeds) for p in seen.points), default=0) < 2:
+        return "For a choice give two seeds or more (curve.seeds): their spread is what bounds the loss."
+    larger = ", or allow a larger loss (curve.limit)" if seen.spot.rule == "limit" else ""
+    return f"For a smaller one train longer (recover.epochs), take less out (curve.amounts){larger}."
 
 
 def _same_trial(other: Point, point: Point) -> bool:
@@ -489,6 +505,12 @@ def _failed(seen: CurveView) -> dict[str, Any] | None:
 def _warnings(seen: CurveView) -> list[str]:
     found = [text(w, 400) for r in seen.trials if r.cell["kind"] == "base" for w in items(entry(r, "warnings"))]
     found += doubts(seen)
+    unsteady = sum("unsteady" in text(figure(r, "latency_ms").protocol, 400) for r in seen.trials)
+    if unsteady:
+        found.append(
+            f"Latency: {unsteady} of {len(seen.trials)} files were timed beside other load, or throttled, twice over. "
+            "Their milliseconds, and what was removed of them, are not sure; on a quiet machine another folder (--out) has them anew."
+        )
     if seen.failed:
         found.append(f"{len(seen.failed)} trials have no result. Their points are drawn hollow and are not chosen.")
     found += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from paredown.errors import MissingError, RejectedError
 from paredown.records import Record
 from paredown.report import evidence, insight, layers, masks
 from paredown.report.beside import BROKEN, Beside, found_beside, shown
+from paredown.report.criteria import explained
 from paredown.report.document import not_tested
 from paredown.report.reading import View, block, entry, items, mapping, number, text, view
 from paredown.report.searching import search_lines
@@ -22,6 +24,10 @@ from paredown.report.wording import mebibytes, megabytes, whole
 
 MOST_BYTES = 1_000_000
 """Of a page. What of a neighbour would take it beyond is linked and not put into it."""
+
+
+_PLAIN = frozenset(string.ascii_letters + string.digits + " ,.-")
+"""Characters that a CSS string holds as they are."""
 
 
 def render(records: list[Record], beside: Sequence[Beside] = ()) -> str:
@@ -81,6 +87,7 @@ def _template(name: str = "page.html") -> Any:
     loader = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters["breakable"] = _breakable
+    env.globals["labels"] = _labels
     return env.get_template(name)
 
 
@@ -89,6 +96,18 @@ def _breakable(name: str) -> Any:
     import markupsafe  # comes with Jinja2
 
     return markupsafe.Markup(str(markupsafe.escape(name)).replace(".", ".<wbr>"))
+
+
+def _labels(*heads: Sequence[str]) -> Any:
+    """The heads of a table as its style, once: on a phone its rows are stacked, and each cell takes the one of its column from there."""
+    import markupsafe  # comes with Jinja2
+
+    told = [str(head) for part in heads for head in part]
+    said = [
+        f"--l{at}:'{''.join(c if c in _PLAIN else f'{chr(92)}{ord(c):x} ' for c in head)}'"
+        for at, head in enumerate(told, 1)
+    ]
+    return markupsafe.Markup('style="{}"').format(";".join(said)) if told else ""
 
 
 def write_report(folder: str | Path) -> Path:
@@ -157,6 +176,7 @@ def _content(run: View) -> dict[str, Any]:
         "layers": layers.layer_table(run),
         "removed": layers.removed_table(run),
         "reached": layers.reached_lines(run),
+        "criteria": explained(text(mapping(entry(r, "reached")).get("criterion"), 40) for r in run.stages),
         "search": search_lines(run),
         "left_out": masks.left_out_lines(run),
         "masks": masks.masks_table(run),

@@ -92,8 +92,12 @@ def _amount(name: str, asked: Any, best: Mapping[str, Any]) -> str:
         value = number(mapping(best.get(key)).get(name))
         if value is not None:
             parts.append(f"{key if key == 'foreseen' else 'found'} {_said(name, value)} ({badge})")
+    of_trial = number(mapping(best.get("amounts")).get(name))
     if best.get("size_bytes") is not None and name == "size_bytes":
         parts.append(f"foreseen {_said(name, best['size_bytes'])} (estimated)")
+    elif of_trial is not None:
+        how = "counted" if name in ("parameters", "macs") else "measured before the training"
+        parts.append(f"found {_said(name, of_trial)} ({how})")
     return f"{text(name).replace('_', ' ')}: {', '.join(parts)}"
 
 
@@ -145,10 +149,11 @@ def _key(name: Any, value: Any) -> str:
 
 
 def _amounts(found: Mapping[str, Any]) -> str:
-    """What a trial comes to: bytes are estimated, times measured before the training."""
+    """What a trial comes to: bytes are estimated where bits were chosen, else measured of a file, as times are, before the training."""
     known = mapping(found.get("amounts")) or {"size_bytes": found.get("size_bytes")}
+    bits = found.get("bits") or "bits" in mapping(found.get("recipe")) or "amounts" not in found
     badges = {
-        "size_bytes": " (estimated)",
+        "size_bytes": " (estimated)" if bits else " (measured)",
         "latency": " (measured)",
         "latency_ms": " (measured)",
         "peak_ram_bytes": " (measured)",
@@ -183,4 +188,6 @@ def _numbers(value: Any) -> list[float]:
 
 def _said(name: str, value: Any) -> str:
     known = number(value)
+    if known is not None and name in ("parameters", "macs"):  # counted
+        return f"{known:,.0f} {_UNITS[name]}".rstrip()
     return "not given" if known is None else quantity(known, _UNITS.get(name, ""))

@@ -23,6 +23,7 @@ from paredown.report.sensitivity_document import (
 )
 from paredown.report.wording import difference, digits, large, quantity, whole
 
+FITTED = "the layers that read it are fitted anew by least squares (prune.reconstruct), "
 ROWS = 250
 """Of a table: more would take the page beyond a megabyte. The CSV file beside the page has all."""
 
@@ -100,7 +101,8 @@ def _part(document: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
         "id": "spaces" if units else "bits",
         "title": "Spaces, by what is cut" if units else "Layers, by bits of the weight",
         "hint": (
-            "One coupled space alone keeps less: what the criterion ranks lowest leaves, everything else stays dense."
+            "One coupled space alone keeps less: what the criterion ranks lowest leaves, "
+            f"{FITTED if document['repair'] else ''}everything else stays dense."
             if units
             else "The weight of one layer alone is rounded, a scale per output channel; all else, and all activations, stay in float."
         ),

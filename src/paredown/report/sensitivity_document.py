@@ -43,7 +43,7 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
     """Schema 1. "units" and "bits" are null where nothing of the kind was measured.
 
     {"schema", "name", "task", "target", "metric", "dense", "distance", "num_samples", "data", "verdict", "not_tested",
-    "notes", "units", "bits"}; of each table: rows [{name, kind, of, parameters, points [{at, kept, of, metric_loss, distance,
+    "notes", "repair": whether readers were fitted anew, "units", "bits"}; of each table: rows [{name, kind, of, parameters, points [{at, kept, of, metric_loss, distance,
     badge, why}], mean_metric_loss, mean_distance, rank, rank_low, rank_high}], "columns", "ordered_by", "order" (least hurt
     first), "stability" {metric, distance: {tau, low, high, splits, groups} | null, between: τ | null}, "sentence".
     "together": all spaces at one amount, or all layers at one width, beside the sum of what each cost alone: [{kind, at, parts,
@@ -59,7 +59,9 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
         kind: _table(head, [r for r in records[1:] if r.cell.get("kind") == kind], kind) for kind in ("units", "bits")
     }
     together = [_together(head, records, r) for r in records[1:] if text(r.cell.get("kind")).startswith("all ")]
-    lost = sum(p["distance"] is None for t in tables.values() if t for row in t["rows"] for p in row["points"])
+    points = [p for t in tables.values() if t for row in t["rows"] for p in row["points"]]
+    lost = sum(p["distance"] is None for p in points)
+    bare = sum(p["metric_loss"] is None and p["distance"] is not None for p in points) if metric else 0
     not_tested = [
         *([] if metric else ["the metric: the task has no choose_batches with evaluate(predict, batches)"]),
         *(
@@ -68,6 +70,7 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
             if not tables[kind]
         ),
         *([f"{lost} point{'' if lost == 1 else 's'} without a number (see the tables)"] if lost else []),
+        *([f"{bare} point{'' if bare == 1 else 's'} without a metric (see the tables)"] if bare else []),
         *(
             []
             if any(t["distance"] for t in together)
@@ -88,6 +91,7 @@ def sensitivity_document(records: Sequence[Record]) -> dict[str, Any]:
         "verdict": " ".join(t["sentence"] for t in tables.values() if t),
         "not_tested": not_tested,
         "notes": [text(n, 500) for n in items(entry(head, "notes"))],
+        "repair": bool(mapping(entry(head, "units")).get("repair")),
         **tables,
         "together": together,
     }
@@ -307,7 +311,7 @@ def _sentence(head: Record, table: Mapping[str, Any], kind: str) -> str:
         if few
         else ""
     )
-    return f"{what} {first['name']} first ({costs[0]}); leave {last['name']} alone ({costs[1]}). {_reliance(head, table)}{said}"
+    return f"{what} {first['name']} first ({costs[0]}); leave {last['name']} alone ({costs[1]}). {_reliance(head, table, kind)}{said}"
 
 
 def _no_order(table: Mapping[str, Any], what: str) -> str:
@@ -315,7 +319,9 @@ def _no_order(table: Mapping[str, Any], what: str) -> str:
     of, order = len(table["rows"]), table["order"]
     if of < 2:
         return f"There is only one {what}: no order."
-    lost = next(f" ({r['name']}: {p['why']})" for r in table["rows"] for p in r["points"] if p["distance"] is None)
+    lost = next(
+        f" ({r['name']}: {p['why'].rstrip('.')})" for r in table["rows"] for p in r["points"] if p["distance"] is None
+    )
     return f"Only {len(order)} of {of} {what}s {'has' if len(order) == 1 else 'have'} all {'its' if len(order) == 1 else 'their'} numbers: no order{lost}."
 
 
@@ -333,12 +339,17 @@ def _cost(head: Record, row: Mapping[str, Any], kind: str, ordered_by: str) -> s
     return f"{where}: {moved}, {lost}" if ordered_by == "distance" and moved else f"{where}: {lost}"
 
 
-def _reliance(head: Record, table: Mapping[str, Any]) -> str:
+def _reliance(head: Record, table: Mapping[str, Any], kind: str) -> str:
+    """The order is by the mean over all amounts, and the one figure that is quoted beside it may say otherwise."""
     found, measure = table["stability"], table["ordered_by"]
     name = text(mapping(entry(head, "metric")).get("name"), 40) if measure == "metric" else "output distance"
+    many = len(table["columns"])
+    name += f" (mean over {many} {'amounts' if kind == 'units' else 'widths'})" if many > 1 else ""
     mine, count = found[measure], number(entry(head, "num_samples"))
     if mine is None:
         why = "fewer than three of them" if len(table["order"]) < 3 else "samples cannot be told apart, or are too few"
+        if len(table["order"]) > 2 and measure == "metric" and found["distance"] is not None:
+            why = "evaluate returns one number for all samples, not one for each"
         return f"Order by {name}; whether it is stable was not tested: {why}."
     agree = f"disjoint halves of the {count:,} samples agree by τ = {mine['tau']:.2f} ({mine['low']:.2f} to {mine['high']:.2f})"
     if mine["low"] >= HOLDS:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paredown.errors import InfeasibleError, UsageError
+from paredown.errors import InfeasibleError, RejectedError, ResourceError, UsageError
 from paredown.records import append_line
 
 Values = dict[str, float | str]
@@ -35,6 +35,22 @@ class Trial:
     """What it raised, where it failed in this process."""
 
 
+class FailedApart(RejectedError):
+    """A trial that failed in a process of its own; `reason` is what `reason_of` said there."""
+
+    def __init__(self, reason: str, where: str) -> None:
+        super().__init__(f"a trial of a search must end well. Got {reason.rstrip('.')}{where}.")
+        self.reason = reason
+
+
+class OverLimit(ResourceError):
+    """A trial that used up its `limit`, "time" or "memory": a search that goes on does not try it again."""
+
+    def __init__(self, reason: str, limit: str) -> None:
+        super().__init__(f"a trial of a search must stay within its {limit}. Got one that {reason}. Allow more.")
+        self.reason, self.limit = reason, limit
+
+
 Answer = tuple[tuple[float, ...], Mapping[str, Any]]
 
 
@@ -52,7 +68,8 @@ def search_by_asking(
 
     Optuna's TPE sampler with this seed asks, where Optuna is installed (the extra `search`); else points spread evenly
     (Halton 1960). An answer that raises an Exception is a failed trial and the search goes on. With a `journal` every answer
-    is on disk before the next question; the same call goes on from there to the same result. Raises UsageError.
+    is on disk before the next question; the same call goes on from there to the same result. Answers that failed are tried again then,
+    but for those over a limit (OverLimit). Raises UsageError.
 
     >>> found = search_by_asking({"x": (0.0, 1.0)}, lambda v: ((abs(float(v["x"]) - 0.5),), {}), trials=3)
     >>> len(found), min(t.losses for t in found)[0] < 0.5
@@ -93,7 +110,8 @@ def _tried(values: Values, answer: Callable[[Values], Answer]) -> Trial:
     try:
         losses, told = answer(values)
     except Exception as error:  # whatever a trial raises: it is marked, and the others go on
-        return Trial(values=values, losses=None, why=reason_of(error), error=_without_locals(error))
+        limit = {"limit": error.limit} if isinstance(error, OverLimit) else {}
+        return Trial(values=values, losses=None, why=reason_of(error), told=limit, error=_without_locals(error))
     if not all(math.isfinite(v) for v in losses):
         return Trial(values=values, losses=None, why=f"the losses are {losses}", told=told)
     return Trial(values=values, losses=tuple(float(v) for v in losses), told=told)
@@ -105,7 +123,10 @@ def reason_of(error: Exception) -> str:
     >>> reason_of(InfeasibleError("macs must be at most 5. Got 7.", advice="Ask for more.")), reason_of(KeyError("a"))
     ('macs must be at most 5. Got 7.', "KeyError: 'a'")
     """
-    text = error.reason if isinstance(error, InfeasibleError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, InfeasibleError | FailedApart | OverLimit):
+        text = error.reason
+    else:
+        text = f"{type(error).__name__}: {error}"
     return (text.splitlines() or [""])[0][:300]
 
 
@@ -136,11 +157,13 @@ def _told(journal: Path | None, key: str) -> dict[str, Trial]:
         try:
             said = json.loads(line)
             losses = None if said["losses"] is None else tuple(float(v) for v in said["losses"])
-            if said["key"] == key and losses is not None:  # one that failed is tried again
+            limit = said["told"].get("limit")
+            if said["key"] == key and (losses is not None or limit):  # one that failed otherwise is tried again
                 known[_name(said["values"], said["number"])] = Trial(
-                    values=said["values"], losses=losses, why=said["why"], told=said["told"]
-                )
-        except (ValueError, KeyError, TypeError):
+                    values=said["values"], losses=losses, why=said["why"], told=said["told"],
+                    error=OverLimit(said["why"], limit) if limit else None,
+                )  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return known
 

@@ -85,7 +85,6 @@ class Search:
 
     coupling: Coupling
     cost: Cost
-    scores: Scores
     asked: Mapping[str, float]
     make: Make
     dense: Artifact
@@ -93,6 +92,8 @@ class Search:
     samples: Any
     folder: Path
     """Where files lie while they are measured, and the journal of the rounds."""
+    scores: Scores | None = None
+    """None where files are only measured, and none is chosen."""
     table: Latency | None = None
     bytes_per_parameter: float | None = 4.0
     """Expected, where files say nothing yet; None takes what the first file has."""
@@ -153,6 +154,7 @@ class Search:
 
     def allocated(self, lines: Mapping[str, Line], aims: Mapping[str, float]) -> tuple[Plan | None, bool]:
         """The plan by the lines as they are, and whether that is the least that floor and alignment allow."""
+        assert self.scores is not None  # they choose
         counts: dict[str, int] = {}
         for name in self.asked:
             if name in LATENCY and self.foresees:
@@ -249,7 +251,7 @@ def meet(search: Search) -> Met:
     """
     _checked(search)
     rounds = [search.measured(0, None, {})]
-    search.say(_told(search, rounds[0]))
+    search.say(in_a_line(search, rounds[0]))
     if not rounds[0].measured:
         msg = f"the network must be exportable as it is. {rounds[0].why}"
         raise InfeasibleError(msg)
@@ -283,7 +285,7 @@ def _towards(search: Search, rounds: list[Round]) -> None:
         if done is None:
             return
         rounds.append(done)
-        search.say(_told(search, done))
+        search.say(in_a_line(search, done))
         if _is_near(search, done):
             return
 
@@ -391,8 +393,8 @@ def _figure(name: str, value: float) -> str:
     return f"{text} {unit}".strip() if unit != "×" else f"{text} × dense"
 
 
-def _told(search: Search, found: Round) -> str:
-    """One line of a round, for a person."""
+def in_a_line(search: Search, found: Round) -> str:
+    """A round, for a person."""
     if not found.measured:
         return f"search {found.number}: no file: {found.why[:200]}"
     parts = []

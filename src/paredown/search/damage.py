@@ -22,7 +22,7 @@ from paredown.quantize.schemes import levels_at, weight_range
 from paredown.records import Measured, Record, append, mend, read_whole_lines
 from paredown.score.nouns import Scores
 from paredown.search.masked import Copy
-from paredown.search.probe import UNITS, Probe, Seen
+from paredown.search.probe import UNITS, Probe, Seen, in_a_line
 from paredown.search.repair import Repair
 from paredown.search.sensitivity import Point, points_of, stays_of
 
@@ -51,7 +51,7 @@ Job = tuple[Damage, What]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hurt:
-    """A damage and what it did; `seen` is None where there is no number, and `why` says why."""
+    """A damage and what it did; `seen` is None where there is no number, or has no metric, and `why` says why."""
 
     damage: Damage
     seen: Seen | None
@@ -181,15 +181,15 @@ def _measured(copy: Copy, scores: Scores, probe: Probe, damage: Damage, point: W
     """The damage done, looked at, and undone; a point without a number says why."""
     try:
         with torch.no_grad(), _done(copy, scores, damage, point) as module:
-            return Hurt(damage=damage, seen=probe.of(module))
+            seen = probe.of(module)
+            return Hurt(damage=damage, seen=seen, why=seen.why)
     except KeyboardInterrupt as error:
         msg = f"measuring was stopped at {damage.name}. The same command goes on from its journal."
         raise Interrupted(msg) from error
     except MissingError:
         raise
     except Exception as error:  # whatever the user's metric raises on a damaged model
-        first = str(error).splitlines()[0] if str(error) else ""
-        return Hurt(damage=damage, seen=None, why=f"{type(error).__name__}: {first}"[:300])
+        return Hurt(damage=damage, seen=None, why=in_a_line(error))
 
 
 def _done(copy: Copy, scores: Scores, damage: Damage, point: What) -> AbstractContextManager[nn.Module]:
@@ -267,14 +267,14 @@ def _keep(journal: Path, key: str, hurt: Hurt, probe: Probe) -> None:
 
 
 def _known(journal: Path | None, key: str) -> dict[Damage, Hurt]:
-    """Points with a number in the journal."""
+    """Points with all their numbers in the journal."""
     if journal is None:
         return {}
     mend(journal)
     found: dict[Damage, Hurt] = {}
     for record in read_whole_lines(journal):
         moved = record.measured.get("distance")
-        if record.cell.get("key") != key or moved is None or moved.value is None:
+        if record.cell.get("key") != key or moved is None or moved.value is None or record.details.get("why"):
             continue
         damage = Damage(**{f.name: record.cell[f.name] for f in dataclasses.fields(Damage)})
         seen = Seen(

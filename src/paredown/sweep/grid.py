@@ -133,7 +133,7 @@ def _of_seed(recipe: Recipe, curve: CurveGrid, ways: Sequence[_Way], seed: int, 
         own = _changed(recipe, seed, prune=prune, recover=recover)
         cell = _cell(
             kind, seed=seed, recipe=own, method=_label(recipe, method), schedule=schedule, amount=amount,
-            latency=curve.latency, quantized=curve.quantized, needs=(("base", base.digest),),
+            latency=curve.latency, quantized=curve.quantized, needs=(("base", base.digest),), files=_measured(own),
         )  # fmt: skip
         yield cell
         if (method, schedule) == trained and amount in controlled:
@@ -180,7 +180,7 @@ def _controls(curve: CurveGrid, first: Cell, base: str) -> Iterator[Cell]:
         cell = _cell(
             kind, seed=first.seed, recipe=recipe, method=first.method, schedule=first.schedule, amount=first.amount,
             latency=curve.latency, quantized=curve.quantized, needs=needs,
-            epochs=None if kind == "random" else curve.controls.epochs,
+            epochs=None if kind == "random" else curve.controls.epochs, files=_measured(recipe),
         )  # fmt: skip
         if kind == "scratch":
             scratch = (("scratch", cell.digest),)  # thin is the same where its shape is
@@ -198,6 +198,13 @@ def _files(recipe: Recipe) -> list[str]:
     if recipe.data_path is not None and recipe.data_path.exists():
         found.append(digest_of(recipe.data_path))
     return found
+
+
+def _measured(recipe: Recipe) -> list[str]:
+    """A digest of what `prune.sensitivity` holds, where a recipe names it: another measurement makes other plans."""
+    asked = recipe.prune.sensitivity
+    records = None if asked is None else Path(asked, "records.jsonl")
+    return [digest_of(records)] if records is not None and records.is_file() else []
 
 
 def _cell(

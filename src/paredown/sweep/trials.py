@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -226,7 +227,8 @@ class Order:
         record = _result(place)
         if record is not None:
             return Outcome(digest=cell.digest, status="done", record=record)
-        last = next((line for line in reversed(tail) if line.strip()), "no message")
+        silent = f"ended with exit code {code}, without a result or a message"
+        last = next((line for line in reversed(tail) if line.strip()), silent)
         status: Status = "crashed"
         if answer["stopped"] == "time":
             status, reason = "timeout", f"not done in {self.machine.seconds:g} s"
@@ -235,7 +237,8 @@ class Order:
         elif any(sign in line for sign in _NO_MEMORY for line in tail[-3:]):
             status, reason = "out of memory", last
         elif code < 0:
-            reason = f"ended by signal {-code}" + (", perhaps for want of memory" if code == -9 else f": {last}")
+            reason = _by_signal(-code, tail)
+            reason = f"the process that starts trials was {reason}" if answer.get("server") else reason
         else:
             ours = last.startswith("paredown.errors.")  # a sentence of ours needs no name of a class before it
             status, reason = ("refused", last.partition(": ")[2] or last) if ours else ("crashed", last)
@@ -249,6 +252,17 @@ class Order:
         for other in self.after.pop(cell.digest, []):
             if self.waiting.pop(other.digest, None) is not None:
                 self._skip(other)
+
+
+def _by_signal(number: int, tail: Sequence[str]) -> str:
+    """Which signal ended a trial, and where in its code, or the last that it said."""
+    names = {int(s): s.name for s in signal.Signals}
+    told = f"ended by signal {number}" + (f" ({names[number]})" if number in names else "")
+    if number == signal.SIGKILL:
+        return f"{told}, perhaps for want of memory"
+    lines = [line.strip() for line in tail if line.strip()]
+    said = next((line for line in lines if line.startswith('File "')), lines[-1] if lines else "")
+    return f"{told}: {said}" if said else told
 
 
 def _gone(
@@ -297,7 +311,8 @@ def order_of(
         yield order
     except KeyboardInterrupt as error:
         missing = len(todo) - order.ended
-        msg = f"{len(cells) - missing} of {len(cells)} trials are done or marked; the same command goes on with the others."
+        done = f"{len(cells) - missing} of {len(cells)}" if missing else f"all {len(cells)}"
+        msg = f"{done} trials are done or marked; the same command goes on{' with the others' if missing else ''}."
         raise Interrupted(msg) from error
 
 
