@@ -53,7 +53,13 @@ def task_with(folder: Path, more: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("budget", [{"trial_epochs": 1}, {"size_bytes": 6500, "macs": 0.9, "front": (0.8, 1.5)}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"trial_epochs": 1},
+        pytest.param({"size_bytes": 6500, "macs": 0.9, "front": (0.8, 1.5)}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_trial_in_its_own_process_answers_the_same(budget, tmp_path):
     for name, trial in (("here", {}), ("apart", ROOMY)):
         compress(recipe(trial, **budget), out=tmp_path / name, quiet=True)
@@ -70,8 +76,8 @@ ONLY_RANKS = "if any('fac' in n or '.0.' in n or '.1.' in n for n, _ in model.na
     ("does", "trial", "why", "tried_again"),
     [
         ("keep = bytearray(b'1') * 3_000_000_000; __import__('time').sleep(600)", {"memory": "2 GB"}, "took more than 2,000,000,000 B (budget.trial.memory)", False),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", ROOMY, "a process that ended with signal 11: ", True),
-        ("raise RuntimeError('no such shape')", ROOMY, "RuntimeError: no such shape", True),
+        pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", ROOMY, "a process that ended with signal 11: ", True, marks=pytest.mark.slow),
+        pytest.param("raise RuntimeError('no such shape')", ROOMY, "RuntimeError: no such shape", True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_fault_90_a_trial_that_ends_badly_is_marked_and_the_search_goes_on(does, trial, why, tried_again, tmp_path):
@@ -93,7 +99,7 @@ def test_fault_90_a_trial_that_ends_badly_is_marked_and_the_search_goes_on(does,
 @pytest.mark.parametrize(
     ("does", "trial", "error", "says"),
     [
-        ("__import__('time').sleep(600)", {"seconds": 8.0}, ResourceError, r"within its time\. Got one that took more than 8 s"),
+        pytest.param("__import__('time').sleep(600)", {"seconds": 8.0}, ResourceError, r"within its time\. Got one that took more than 8 s", marks=pytest.mark.slow),
         ("raise RuntimeError('no such width')", ROOMY, RejectedError, r"must end well\. Got RuntimeError: no such width, at own_task\.py:\d+, in step\."),
     ],
 )  # fmt: skip
@@ -104,6 +110,7 @@ def test_where_no_trial_ends_well_it_says_why(does, trial, error, says, tmp_path
             compress(asked, out=tmp_path / "run", quiet=True)
 
 
+@pytest.mark.slow
 def test_fault_90_killed_in_a_trial_nothing_is_left_and_the_same_comes_out(tmp_path):
     asked = recipe(ROOMY, trials=0)
     file = tmp_path / "recipe.yaml"

@@ -117,7 +117,7 @@ def apart(
     shrinking: Shrinking | None,
     learn: Callable[[Learnt], None],
 ) -> Iterator[Apart]:
-    """Everything that trials of a search read, on disk, and who asks them; all of it ends with the block."""  # fmt: skip
+    """Everything that trials of a search read, on disk, and who asks them; all of it ends with the block."""
     folder = run.folder.steps / f"search-{number}" / "apart"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
