@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import paredown
-from paredown.export import check, export
+from paredown.export import check, export, onnx_kernels
 from paredown.export.session import EXACT, has_exact_products
 from paredown.program import capture
 from paredown.quantize import quantize
@@ -164,6 +164,28 @@ def test_codes_that_break_the_rule_are_not_called_exact(tmp_path: Path, layer: s
     assert has_exact_products(export(quantized, tmp_path / "fits.onnx").path)
     quantized.weights["0.weight" if layer == "conv" else "3.weight"].codes[0].fill_(65)  # 65 + 65
     assert not has_exact_products(export(quantized, tmp_path / "breaks.onnx").path)
+
+
+@pytest.mark.parametrize(("outputs", "exact"), [(4, True), (8, False)])
+def test_several_outputs_of_a_channel_have_neighbours_where_the_runtime_unfolds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outputs: int, exact: bool
+) -> None:
+    """One output per channel has a kernel of its own, without pairs; several go through a product of matrices, tap beside tap."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, outputs, 3, groups=4), nn.ReLU(), nn.Conv2d(outputs, 2, 1)
+    ).eval()
+    nn.init.constant_(net[2].weight, 0.1)
+    x = torch.rand(32, 3, 6, 6)
+    quantized = quantize(capture(net, x[:2]), target="onnxruntime-x86", calibrate=[x])
+    assert int(quantized.weights["2.weight"].codes.min()) > 64  # two of them are beyond 128
+    monkeypatch.setattr(onnx_kernels, "rewrite", lambda model, forms: 0)  # as a layer is left that fits no form
+    artifact = export(quantized, tmp_path / "a.onnx")
+    assert has_exact_products(artifact.path) is exact
+    if exact:
+        fast, safe = both_sessions(artifact.path, x)
+        assert (fast == safe).all()
+    assert check(artifact, quantized, [x]).layer_share == 1
 
 
 def test_what_another_tool_makes_of_our_float_file_is_not_called_exact(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def _exact(node: ir.Node, place: int, value: ir.Value) -> bool:
     if codes is None or place != 1 or codes.ndim < 2:
         return False
     if node.op_type == "Conv":
-        alone = codes.shape[1] == 1 and node.attributes.get_int("group", 1) != 1
+        # One output per channel has a kernel of its own, without pairs; several are unfolded, and taps of one channel are neighbours.
+        alone = codes.shape[1] == 1 < codes.shape[0] == node.attributes.get_int("group", 1)
         return alone or _within(codes)
     across = codes.swapaxes(-1, -2).reshape(-1, codes.shape[-2])
     along = codes.reshape(-1, codes.shape[-1])
