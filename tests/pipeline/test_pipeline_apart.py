@@ -96,10 +96,11 @@ def test_fault_90_a_trial_that_ends_badly_is_marked_and_the_search_goes_on(does,
     assert search(tmp_path / "run")["trials"] == [channels, ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("does", "trial", "error", "says"),
     [
-        pytest.param("__import__('time').sleep(600)", {"seconds": 8.0}, ResourceError, r"within its time\. Got one that took more than 8 s", marks=pytest.mark.slow),
+        ("__import__('time').sleep(600)", {"seconds": 8.0}, ResourceError, r"within its time\. Got one that took more than 8 s"),
         ("raise RuntimeError('no such width')", ROOMY, RejectedError, r"must end well\. Got RuntimeError: no such width, at own_task\.py:\d+, in step\."),
     ],
 )  # fmt: skip
