@@ -65,7 +65,7 @@ def test_a_trial_in_its_own_process_answers_the_same(budget, tmp_path):
         compress(recipe(trial, **budget), out=tmp_path / name, quiet=True)
     here, apart = search(tmp_path / "here"), search(tmp_path / "apart")
     assert here == apart
-    assert sum(t["error"] is not None for t in here["trials"]) >= 3
+    assert sum(t["error"] is not None for t in here["trials"]) >= 2  # in the second case bytes are out of reach of some
     assert not (tmp_path / "apart" / "steps" / "search-1" / "apart").exists()
 
 
