@@ -54,18 +54,19 @@ def task_with(folder: Path, more: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "budget",
+    ("budget", "least"),
     [
-        {"trial_epochs": 1},
-        pytest.param({"size_bytes": 6500, "macs": 0.9, "front": (0.8, 1.5)}, marks=pytest.mark.slow),
+        ({"trial_epochs": 1}, 3),
+        # bytes are out of reach of some
+        pytest.param({"size_bytes": 6500, "macs": 0.9, "front": (0.8, 1.5)}, 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_trial_in_its_own_process_answers_the_same(budget, tmp_path):
+def test_a_trial_in_its_own_process_answers_the_same(budget, least, tmp_path):
     for name, trial in (("here", {}), ("apart", ROOMY)):
         compress(recipe(trial, **budget), out=tmp_path / name, quiet=True)
     here, apart = search(tmp_path / "here"), search(tmp_path / "apart")
     assert here == apart
-    assert sum(t["error"] is not None for t in here["trials"]) >= 2  # in the second case bytes are out of reach of some
+    assert sum(t["error"] is not None for t in here["trials"]) >= least
     assert not (tmp_path / "apart" / "steps" / "search-1" / "apart").exists()
 
 

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,14 @@ def test_the_chosen_point_gets_controls_of_its_own_way_whichever_it_is(tmp_path:
     told, lines = untimed(out), (out / "journal.jsonl").read_text().count("\n")
     curve(asked, out=out, quiet=True)
     assert (out / "journal.jsonl").read_text().count("\n") == lines == 10 and untimed(out) == told
+    # as if it had been killed when the grid was through: what is missing follows from the records
+    for cell in beside[1:]:
+        shutil.rmtree(out / Path(found.records[0].details["recipes"][cell["digest"]]).parent)
+    kept = [row for row in (out / "journal.jsonl").read_text().splitlines() if '"name": "control' not in row]
+    (out / "journal.jsonl").write_text("\n".join([*kept, ""]))
+    assert len(kept) == 6
+    curve(asked, out=out, quiet=True, processes=2)
+    assert untimed(out) == told
 
 
 def test_trials_of_other_versions_are_told_before_they_run_again(
