@@ -280,6 +280,20 @@ def test_of_two_results_at_one_place_the_later_one_counts(sweep: Path, files: di
     assert [r.measured["metric"].value for r in found.at(("pruned", "one-shot", 0.75))] == [115.0, 99.0, 121.0]
 
 
+def test_controls_that_the_sweet_spot_got_of_another_way_are_no_rows(sweep: Path, files: dict[float, Path]) -> None:
+    asked = yaml.safe_load((sweep / "recipe.yaml").read_text())
+    asked["curve"]["controls"]["amounts"] = ["sweet-spot", 0.5]
+    (sweep / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    before = rows.read_sweep(sweep)
+    place = sweep / "trials" / "of-the-sweet-spot"
+    place.mkdir()
+    (place / "result.json").write_text(record_of(("scratch", "multi-level", 0.5), 1, 99.0, files[0.5]).to_json())
+    after = rows.read_sweep(sweep)
+    assert before is not None and after is not None
+    assert after.at(("scratch", "", 0.5)) == before.at(("scratch", "", 0.5)) != []
+    assert after.num_trials == before.num_trials == 3 * (1 + 4 + 1)
+
+
 def test_the_csv_has_every_trial(sweep: Path) -> None:
     found = rows.read_sweep(sweep)
     assert found is not None
