@@ -77,7 +77,7 @@ def capture(model: nn.Module, inputs: Any, *, train: bool = True, dynamic_batch:
     """
     model, notes = plain_copy(model)
     refuse_bad_weights(model)
-    args, kwargs = _as_inputs(inputs)
+    args, kwargs = as_inputs(inputs)
     _try_forward(model, args, kwargs)
     example, batch = _batched(args, kwargs) if dynamic_batch else (Inputs(args, kwargs), "fixed: asked for")
     with quiet():
@@ -349,7 +349,12 @@ def call_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
-def _as_inputs(inputs: Any) -> Inputs:
+def as_inputs(inputs: Any) -> Inputs:
+    """What `capture` takes for inputs, as (args, kwargs) of copies on the CPU; raises RejectedError where it holds no tensor.
+
+    >>> as_inputs(torch.zeros(2, 3)).args[0].shape
+    torch.Size([2, 3])
+    """
     if isinstance(inputs, Inputs):
         args, kwargs = inputs
     elif isinstance(inputs, Mapping) and set(inputs) <= {"args", "kwargs"} and inputs:

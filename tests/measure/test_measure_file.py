@@ -180,6 +180,43 @@ def test_a_disturbed_series_is_repeated_once_and_never_averaged_in(
         assert said in found[name].protocol and unsaid not in found[name].protocol
 
 
+SLOWED = {"this": [1.5, 1.51, 1.52] * 20, "baseline": [2.4, 2.41, 2.42] * 20}
+"""Steady, on a machine with other load: the baseline takes a fifth longer, the file by half."""
+FREE = {"this": STEADY, "baseline": [2.0, 2.01, 2.02] * 20}
+
+
+@pytest.mark.parametrize(
+    ("series", "known", "value", "said"),
+    [
+        ([SLOWED], None, 1.51, "median"),
+        ([SLOWED, FREE], 2.0, 1.01, "series 2 of 2: the first was disturbed"),
+        ([FREE], 1.9, 1.01, "median"),
+        (
+            [SLOWED, FREE],
+            1.0,
+            1.01,
+            "this one, 2 of 2, was slowed by other load: the baseline took 2.01 × its least time",
+        ),
+        (
+            [FREE, SLOWED],
+            1.0,
+            1.01,
+            "this one, 1 of 2, was slowed by other load: the baseline took 2.01 × its least time",
+        ),
+    ],
+)
+def test_a_series_that_other_load_slows_throughout_is_seen_by_the_baseline(
+    monkeypatch: pytest.MonkeyPatch, series: list, known: float | None, value: float, said: str
+) -> None:
+    waiting = iter(series)
+    monkeypatch.setattr(latencies, "readings", lambda *_, **__: (next(waiting), {"this": 1, "baseline": 1}))
+    found = latencies.latency(
+        {"this": object(), "baseline": object()}, {}, threads=1, runs=60, seconds=1.0, machine="m", baseline_ms=known
+    )
+    assert next(waiting, None) is None
+    assert found["this"].value == value and said in found["this"].protocol
+
+
 def test_the_memory_module_runs_by_itself(files: tuple[Artifact, Artifact]) -> None:
     command = [sys.executable, "-m", "paredown.measure.memory", str(files[1].path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

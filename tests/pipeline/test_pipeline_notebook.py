@@ -287,3 +287,13 @@ def test_an_untrained_network_is_no_teacher_and_the_records_say_so(job: dict, tm
     for notes in (stages["examine"].details["notes"], made["mse"].verdict["warnings"]):
         assert any(told in n and "batch norms have never seen a batch" in n for n in notes)
     assert not any("recover.distil" in n for n in made["none"].verdict["warnings"])
+
+
+def test_one_output_column_cannot_be_distilled_by_kl_and_that_is_told_first(job: dict, tmp_path: Path) -> None:
+    loop = {"train": None, "train_batches": lambda: [samples(32, 5)] * 4, "step": mean_error}
+    options = {**QUICK, "recover": {"batch_norm_batches": 0, "epochs": 1}, "budget": {"macs": 0.7}}
+    with pytest.raises(
+        UsageError, match=r"two classes to compare\. Got an output of shape \(\d+, 1\)\. Use distil: mse"
+    ):
+        call(job, tmp_path / "run", model=Scale(), options=options, **loop)
+    assert not [*(tmp_path / "run").rglob("*.onnx")], "told before any file is made"

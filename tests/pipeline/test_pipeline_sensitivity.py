@@ -190,6 +190,18 @@ def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path) -> None:
         sensitivity(recipe_of(criterion="l2"), out=tmp_path / "out", quiet=True)
 
 
+def test_another_curve_leaves_a_measurement_as_it_is(tmp_path: Path) -> None:
+    def measured(amounts: list[float]) -> Sensed:
+        asked = {"schema": 1, "name": "own", "task": str(TASK), "curve": {"amounts": amounts}}
+        recipe = load_recipe(asked)
+        assert recipe.digest  # as one who compares recipes has asked for it
+        return sensitivity(recipe, out=tmp_path / "out", quiet=True)
+
+    first, again = measured([0.5]), measured([0.7, 0.3])
+    assert (first.measured_now, again.measured_now) == (POINTS, 0)
+    assert first.document == again.document == sensed(tmp_path / "without").document
+
+
 def test_the_order_and_what_it_is_worth(tmp_path: Path) -> None:
     found = sensed(tmp_path / "out").document
     bits = found["bits"]

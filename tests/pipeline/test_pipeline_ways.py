@@ -15,7 +15,7 @@ from torch.nn.utils import prune as torch_prune
 import paredown as pare
 from paredown.errors import Interrupted, NothingToDo, UsageError
 from paredown.pipeline.folder import RunFolder
-from paredown.pipeline.levels import one_level, started, without_random_teacher
+from paredown.pipeline.levels import checked_teacher, one_level, started, without_random_teacher
 from paredown.pipeline.run import Run
 from paredown.pipeline.ways import IN_TRAINING, Here, Way, check_ways
 from paredown.prune import obs
@@ -405,6 +405,41 @@ def test_a_network_that_nothing_trained_does_not_teach(task: Task, tmp_path: Pat
     snip = recipe_of(granularity="element", criterion="snip", levels=[{"density": 0.5}])
     same, (note,) = without_random_teacher(run_of(bare, snip, tmp_path), seen)
     assert same.recipe is snip and "criterion snip is one for untrained networks" in note
+
+
+class Sides(nn.Module):
+    """Answers otherwise while it trains."""
+
+    def __init__(self, training: int, after: int) -> None:
+        super().__init__()
+        self.sides = nn.ModuleDict({"True": nn.Linear(12, training), "False": nn.Linear(12, after)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sides[str(self.training)](x.flatten(1)[:, :12])
+
+
+class Wants(nn.Module):
+    """Trains with targets alone."""
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        assert target is not None or not self.training, "give targets"
+        return x.flatten(1)[:, :1]
+
+
+def test_what_kl_compares_is_the_answer_of_a_network_that_trains(task: Task, tmp_path: Path) -> None:
+    trained = dataclasses.replace(task, base=None)
+    run = run_of(trained, recipe_of(levels=[{"channels": 0.5}]), tmp_path)
+    for fits in (Sides(10, 1), Wants()):
+        checked_teacher(run, fits.eval())
+        assert not fits.training
+    with pytest.raises(UsageError, match=r"Got an output of shape \(\d+, 1\)\. Use distil: mse, or none"):
+        checked_teacher(run, Sides(1, 10))
+    untrained = run.recipe.model_copy(update={"recover": run.recipe.recover.model_copy(update={"epochs": 0})})
+    for asks_nothing in (
+        dataclasses.replace(run, recipe=untrained),
+        dataclasses.replace(run, task=dataclasses.replace(trained, train=lambda net: net)),
+    ):
+        checked_teacher(asks_nothing, Sides(1, 1))
 
 
 def test_options_of_a_penalty_reach_it(task: Task, tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from paredown.measure.bundled.runner import spread as range_of
 from paredown.records import Measured
 
 _WARM = 10
+CALM = 1.08
+"""Where a file takes more than this times its least known time, other load disturbs it. That does not slow all files alike: INT8
+took half longer where float took a sixth, so that turns alone do not make up for it."""
 _SHORTEST_S = 5e-4
 """Runs shorter than this are timed in groups: the clock and the call would be a visible part of them."""
 
@@ -28,6 +31,7 @@ def latency(
     seconds: float,
     machine: str,
     batch: int = 1,
+    baseline_ms: float | None = None,
 ) -> dict[str, Measured]:
     """Median latency of every session in milliseconds, with the 10th–90th percentile, taking turns.
 
@@ -36,10 +40,11 @@ def latency(
     rounds or `seconds`, whichever comes first, but not before 5 rounds. `batch`: samples in one run, for the protocol.
 
     Such a series that other load or throttling disturbed, of any session, is taken once more; the steady one of the two counts,
-    or the steadier, never both together, and the protocol says which.
+    or the steadier, never both together, and the protocol says which. Disturbed is also a series in which the baseline takes
+    CALM times `baseline_ms` or more; of two such ones that in which it took less counts.
     """
     names = list(sessions)
-    times, groups, repeated = _series(sessions, feeds, runs, seconds)
+    times, groups, repeated = _series(sessions, feeds, runs, seconds, baseline_ms)
     measured = {}
     for name in names:
         what = protocol(threads, groups[name], batch) + (", in turns with the other file" if len(names) > 1 else "")
@@ -52,25 +57,40 @@ def latency(
 
 
 def _series(
-    sessions: dict[str, Any], feeds: dict[str, Any], runs: int, seconds: float
+    sessions: dict[str, Any], feeds: dict[str, Any], runs: int, seconds: float, baseline_ms: float | None
 ) -> tuple[dict[str, list[float]], dict[str, int], str]:
     """A steady series where one of two is: `readings`, and what the protocol says of a repetition."""
     taken = [readings(sessions, feeds, runs=runs, seconds=seconds)]
-    why = [_disturbed(taken[0][0])]
+    why = [_disturbed(taken[0][0], baseline_ms)]
     if why[0]:
         taken.append(readings(sessions, feeds, runs=runs, seconds=seconds))
-        why.append(_disturbed(taken[1][0]))
+        why.append(_disturbed(taken[1][0], baseline_ms))
     if not why[0]:
         return *taken[0], ""
     if not why[1]:
         return *taken[1], "; series 2 of 2: the first was disturbed by other load or throttling, and is left out"
-    used = min((0, 1), key=lambda i: max(range_of(times) for times in taken[i][0].values()))
+    used = min((0, 1), key=lambda i: _unrest(taken[i][0], baseline_ms))
     return *taken[used], f"; unsteady: both series were disturbed, this one, {used + 1} of 2, {why[used]}"
 
 
-def _disturbed(times: dict[str, list[float]]) -> str:
-    """Why a series is no one speed, of the first session that is not; "" where all are steady."""
-    return next((why for values in times.values() if (why := disturbed(values))), "")
+def _disturbed(times: dict[str, list[float]], baseline_ms: float | None) -> str:
+    """Why a series is no one speed, of the first session that is not, or not the machine's usual one; "" where all are steady."""
+    why = next((why for values in times.values() if (why := disturbed(values))), "")
+    if why or baseline_ms is None or len(times) < 2:
+        return why
+    took = float(np.median([*times.values()][1]))
+    return (
+        f"was slowed by other load: the baseline took {took / baseline_ms:.2f} × its least time"
+        if took > CALM * baseline_ms
+        else ""
+    )
+
+
+def _unrest(times: dict[str, list[float]], baseline_ms: float | None) -> float:
+    """How much a series was disturbed: how long the baseline took, where its least time is known, else the widest spread."""
+    if baseline_ms is not None and len(times) > 1:
+        return float(np.median([*times.values()][1]))
+    return max(range_of(values) for values in times.values())
 
 
 def protocol(threads: int, group: int, batch: int = 1) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from paredown.errors import MissingError, UsageError
-from paredown.measure.latency import readings
+from paredown.measure.latency import CALM, readings
 from paredown.measure.layer_files import LayerShape, Scheme, feed_for, write_layer
 from paredown.measure.machine import machine, machine_text
 from paredown.records import Measured, Record, append, mend, read_whole_lines, write_text
@@ -32,6 +33,13 @@ FOLDER = "PAREDOWN_LATENCY"
 RUNS, SECONDS, AT_ONCE = 25, 1.5, 80
 """Readings of a shape at most; seconds for SHAPES of them; shapes that are timed in turns."""
 SHAPES = 36
+PULSE = LayerShape(
+    kind="conv", out_channels=64, in_channels=64, positions=(28, 28), kernel=(3, 3), stride=(1, 1), padding=(1, 1),
+    dilation=(1, 1),
+)  # fmt: skip
+"""A layer in float32 that takes turns with all others: where it is slower than elsewhere, other load disturbed them."""
+TRIES = 3
+"""How often shapes are timed at most, where the pulse takes CALM times its least time."""
 RUNTIMES = {"onnxruntime-x86": "onnxruntime", "onnxruntime-arm": "onnxruntime", "openvino-x86": "openvino"}
 """Targets whose layers can be timed here, and the runtime that does it."""
 PROTOCOL = (
@@ -101,22 +109,44 @@ def layer_times(
     """Milliseconds of every shape, one sample, measured in the runtime; known ones from the cache.
 
     The shapes of one group (a layer at several numbers of channels) are timed in turns, so that a change of the machine's
-    load meets all of them. `progress` gets (shapes known, shapes in all) after each group. Raises UsageError (target,
+    load meets all of them; what other load disturbed (see PULSE) is timed again. `progress` gets (shapes known, shapes in all) after each group. Raises UsageError (target,
     threads), MissingError (the runtime), ResourceError (the cache cannot be written).
     """
     wanted = [list(dict.fromkeys(group)) for group in groups]
     known = cached(setting)
     total, where = len({s for group in wanted for s in group}), machine_text()
     mine = setting.folder / f"{os.getpid()}.jsonl"
+    taken: list[tuple[list[LayerShape], float]] = []
     for group in wanted:
         missing = [s for s in group if s not in known]
         for start in range(0, len(missing), AT_ONCE):
-            found = _timed(missing[start : start + AT_ONCE], setting, where)
+            shapes = missing[start : start + AT_ONCE]
+            found, pulse = _calmly(shapes, setting, where, least=min((p for _, p in taken), default=math.inf))
+            taken.append((shapes, pulse))
             _keep(mine, setting, found)
             known |= found
         if progress is not None:
             progress(len({s for g in wanted for s in g if s in known}), total)
+    least = min((p for _, p in taken), default=math.inf)
+    for shapes, pulse in taken:
+        if pulse > CALM * least:  # the first ones had nothing to compare with
+            found, again = _calmly(shapes, setting, where, least=least)
+            if again < pulse:
+                _keep(mine, setting, found)
+                known |= found
     return {s: known[s] for group in wanted for s in group}
+
+
+def _calmly(
+    shapes: Sequence[LayerShape], setting: Setting, where: str, *, least: float
+) -> tuple[dict[LayerShape, Measured], float]:
+    """Times of shapes, and of the pulse beside them: those of the series with the least pulse, of the first that is calm."""
+    best = _timed(shapes, setting, where)
+    for _ in range(TRIES - 1):
+        if best[1] <= CALM * least:
+            break
+        best = min(best, _timed(shapes, setting, where), key=lambda found: found[1])
+    return best
 
 
 def cached(setting: Setting) -> dict[LayerShape, Measured]:
@@ -159,15 +189,15 @@ def _keep(file: Path, setting: Setting, found: Mapping[LayerShape, Measured]) ->
         append(file, Record(cell=cell, measured={"latency_ms": measured}))
 
 
-def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> dict[LayerShape, Measured]:
-    """All of them in turns."""
-    if not shapes:
-        return {}
+def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> tuple[dict[LayerShape, Measured], float]:
+    """All of them in turns, with the pulse; its milliseconds too."""
     with tempfile.TemporaryDirectory(prefix="paredown-layers-") as folder:
         names = [str(number) for number in range(len(shapes))]
         files = [write_layer(s, Path(folder) / f"{n}.onnx", setting.scheme) for n, s in zip(names, shapes, strict=True)]
         sessions = {n: _session(f, setting) for n, f in zip(names, files, strict=True)}
         feeds = {n: feed_for(s, setting.scheme) for n, s in zip(names, shapes, strict=True)}
+        sessions["pulse"] = _session(write_layer(PULSE, Path(folder) / "pulse.onnx"), setting)
+        feeds["pulse"] = feed_for(PULSE, "fp32")
         clock = time.process_time_ns if setting.threads == 1 else time.perf_counter_ns
         times, _ = readings(sessions, feeds, runs=RUNS, seconds=SECONDS * max(1.0, len(shapes) / SHAPES), clock=clock)
     out = {}
@@ -177,7 +207,7 @@ def _timed(shapes: Sequence[LayerShape], setting: Setting, where: str) -> dict[L
             value=value, unit="ms", low=value, high=high, n=len(times[name]), timing=True, machine=where,
             protocol=f"{PROTOCOL}, {setting.threads} thread; high is the 90th percentile",
         )  # fmt: skip
-    return out
+    return out, float(min(times["pulse"]))
 
 
 def _session(path: Path, setting: Setting) -> Any:

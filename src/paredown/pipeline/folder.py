@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paredown.errors import RejectedError, UsageError
-from paredown.records import Record, append, locked, sweep_stale, write_text
+from paredown.records import Record, append, locked, read_whole_lines, sweep_stale, write_text
 
 RECIPE, RECORDS, STEPS, LOCK = "recipe.yaml", "records.jsonl", "steps", ".lock"
 Kind = Literal["a run", "a curve", "a sensitivity"]
@@ -44,6 +44,14 @@ class RunFolder:
         write_text(file, json.dumps(kept, sort_keys=True) + "\n")
         self.write_records()
         return record
+
+    def least_dense_ms(self) -> float | None:
+        """Milliseconds that the dense file took at least, by itself or in turns with another; None before it was timed."""
+        times = []
+        for record in read_whole_lines(self.path / RECORDS) if (self.path / RECORDS).exists() else ():
+            name = "latency_ms" if record.cell.get("stage") == "dense" else "baseline_latency_ms"
+            times += [m.value for m in (record.measured.get(name),) if m is not None and m.value]
+        return min(map(float, times), default=None)
 
     def write_records(self) -> None:
         """records.jsonl anew from all finished stages, in order."""

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from paredown.couple import Space
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.simulated import told
 from paredown.pipeline.ways import Here, Way
+from paredown.plain import deep_copy
 from paredown.plan import Plan
-from paredown.program import Program, capture
+from paredown.program import Program, as_inputs, capture
 from paredown.prune import Pruned, compose, prune, take_over
 from paredown.prune.given import torch_masks
 from paredown.prune.mask import apply_masks
@@ -27,6 +30,7 @@ from paredown.prune.reconstruct import reconstruct
 from paredown.recipe_fields import SEARCHED, STREAMS, Level
 from paredown.records import whole_file
 from paredown.train import recover
+from paredown.train.distil import check_classes
 from paredown.train.task import seed_all, stream
 
 
@@ -65,28 +69,53 @@ AT_INITIALISATION = ("snip", "grasp", "synflow")
 def without_random_teacher(run: Run, dense: nn.Module) -> tuple[Run, tuple[str, ...]]:
     """The run, without distillation where the dense network is known to be untrained, and what to tell of it.
 
-    Its teacher would be noise. The digest stays that of the recipe that was asked for: the same recipe decides the same.
+    Its teacher would be noise. A teacher that stays must be one that `checked_teacher` lets through. The digest stays that of the recipe that was asked for: the same recipe decides the same.
     """
     recipe, asked = run.recipe, run.recipe.prune
-    pruned = asked.levels or any(getattr(recipe.budget, n) is not None for n in (*SEARCHED, "channels", "density"))
-    epochs = (recipe.recover.epochs, *(v.epochs or 0 for v in asked.levels)) if pruned else ()
-    trains = any(e > 0 for e in (recipe.quantize.epochs, *epochs))
-    if recipe.recover.distil == "none" or not trains or run.task.train is not None or _brought_weights(run):
-        return run, ()
+    if not _distils(run) or _brought_weights(run):
+        return checked_teacher(run, dense), ()
     why = "its batch norms have never seen a batch" if newborn(dense) else ""
     why = why if run.weights_given else "no weights were given"
     if not why:
         moving = asked.schedule in ("rigl", "set") and asked.criterion == "random"
         if not moving and asked.criterion not in AT_INITIALISATION:
-            return run, ()
+            return checked_teacher(run, dense), ()
         what = f"schedule {asked.schedule} with criterion random" if moving else f"criterion {asked.criterion}"
         note = f"{what} is one for untrained networks: if the dense network is one, it teaches noise by recover.distil {recipe.recover.distil}. Then set recover.distil: none."
-        return run, (note,)
+        return checked_teacher(run, dense), (note,)
     recover_ = recipe.recover.model_copy(update={"distil": "none", "distil_layers": []})
     taught = recipe.model_copy(update={"recover": recover_})
     taught.__dict__["digest"] = recipe.digest
     note = f"recover.distil {recipe.recover.distil} was left out: the dense network, which would teach, is untrained ({why}). Give weights, or set recover.distil: none."
     return dataclasses.replace(run, recipe=taught), (note,)
+
+
+def checked_teacher(run: Run, network: nn.Module) -> Run:
+    """The run, where a network whose answers will be distilled by kl has classes: told before searches and trainings, not by the first step after them.
+
+    Raises UsageError. A network that cannot be called like this while it trains (it wants targets) is left to that step.
+    """
+    if run.recipe.recover.distil != "kl" or not _distils(run):
+        return run
+    args, kwargs = as_inputs(run.task.inputs())
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            outputs = pytree.tree_leaves(deep_copy(network).train()(*args, **kwargs))
+    except Exception:
+        return run
+    floats = [t for t in outputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if floats:
+        check_classes(floats[0])
+    return run
+
+
+def _distils(run: Run) -> bool:
+    """Whether the recipe's teacher teaches in some training."""
+    recipe, asked = run.recipe, run.recipe.prune
+    pruned = asked.levels or any(getattr(recipe.budget, n) is not None for n in (*SEARCHED, "channels", "density"))
+    epochs = (recipe.recover.epochs, *(v.epochs or 0 for v in asked.levels)) if pruned else ()
+    trains = any(e > 0 for e in (recipe.quantize.epochs, *epochs))
+    return recipe.recover.distil != "none" and trains and run.task.train is None
 
 
 def _brought_weights(run: Run) -> bool:

@@ -73,7 +73,7 @@ def sensitivity(
 
     Raises UsageError (2), RejectedError (3), NothingToDo (4), Interrupted (130, resumable).
     """
-    recipe = what if isinstance(what, Recipe) else load_recipe(what, list(overrides))
+    recipe = _alone(what if isinstance(what, Recipe) else load_recipe(what, list(overrides)))
     if not amounts and not bits:
         msg = "sensitivity must be given amounts or bits. Got neither."
         raise UsageError(msg)
@@ -101,6 +101,13 @@ def sensitivity(
             return _sensed(run, Path(out), tuple(dict.fromkeys(amounts)), tuple(bits), distance, shown.measuring)
     finally:
         torch.set_num_threads(threads)
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """The recipe without its curve, which a measurement does not read: another curve leaves what was measured as it is."""
+    alone = recipe.model_copy(update={"curve": None})
+    alone.__dict__.pop("digest", None)  # of the whole recipe, where somebody asked for it
+    return alone
 
 
 def _sensed(

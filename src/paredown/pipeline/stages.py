@@ -30,7 +30,7 @@ from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, files_digest, key_of
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
-from paredown.pipeline.levels import one_level, started, without_random_teacher
+from paredown.pipeline.levels import checked_teacher, one_level, started, without_random_teacher
 from paredown.pipeline.own_masks import check_own_masks
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
@@ -88,6 +88,8 @@ def run_stages(run: Run) -> Compressed:
     """All stages of one run, in order."""
     recipe, task = run.recipe, run.task
     roles = check_roles(task)
+    if trains_base(recipe, task):
+        checked_teacher(run, task.model())
     start = started(run, base_of(run))
     dense, program, tuned = start.dense, start.program, start.before
     run, untaught = without_random_teacher(run, dense)
@@ -335,13 +337,9 @@ def _measured(
     baseline = run.dense.get("artifact")
     options = run.recipe.measure
     found = measure(
-        artifact,
-        run.task.calibration_batches,
-        baseline=baseline,
-        threads=options.threads,
-        runs=options.runs,
-        seconds=options.seconds,
-    )
+        artifact, run.task.calibration_batches, baseline=baseline, baseline_ms=run.folder.least_dense_ms(),
+        threads=options.threads, runs=options.runs, seconds=options.seconds,
+    )  # fmt: skip
     values, watch = _seen(run, artifact)
     if values.ndim:
         keep_values(run.folder.path, name, values)

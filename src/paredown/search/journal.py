@@ -71,12 +71,20 @@ class MeasuredFiles:
 
     def of(self, plan_digest: str, key: str) -> list[Record]:
         """What was measured of a plan's file under a key; what a line that is no record was of is measured again."""
+        self._read()
+        return [r for r in self._by_plan.get(plan_digest, []) if r.measured and r.cell.get("key") == key]
+
+    def under(self, key: str) -> list[Record]:
+        """What was measured of all files under a key."""
+        self._read()
+        return [r for found in self._by_plan.values() for r in found if r.measured and r.cell.get("key") == key]
+
+    def _read(self) -> None:
         size = self._on_disk()
         if size != self._size:  # an earlier process wrote it
             self._size, self._by_plan = size, {}
             for record in read_whole_lines(self._path):
                 self._by_plan.setdefault(record.plan_digest, []).append(record)
-        return [r for r in self._by_plan.get(plan_digest, []) if r.measured and r.cell.get("key") == key]
 
     def add(self, record: Record) -> None:
         """Write one file's amounts; one that could not be made has none."""

@@ -44,6 +44,16 @@ def distil_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (log_t.exp() * (log_t - log_s)).sum(dim=axis).mean() * temperature**2
 
 
+def check_classes(output: Tensor) -> None:
+    """That kl has classes to compare; raises UsageError where the output has fewer than two.
+
+    >>> check_classes(torch.zeros(4, 10))
+    """
+    if output.dim() == 0 or output.shape[1 if output.dim() > 3 else -1] < 2:
+        msg = f"distil: kl must have at least two classes to compare. Got an output of shape {tuple(output.shape)}. Use distil: mse, or none."
+        raise UsageError(msg)
+
+
 Layers = dict[str, list[Tensor]]
 """Floating outputs of the layers of one call, by name."""
 
@@ -195,12 +205,7 @@ class Teacher:
             )
             raise RejectedError(msg)
         if self._kind == "kl":
-            if student[0].dim() == 0 or student[0].shape[1 if student[0].dim() > 3 else -1] < 2:
-                msg = (
-                    "distil: kl must have at least two classes to compare. Got an output of shape "
-                    f"{tuple(student[0].shape)}. Use distil: mse."
-                )
-                raise UsageError(msg)
+            check_classes(student[0])
             return distil_kl(student[0], teacher[0], self._temperature)
         return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
 
