@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import os
 import re
 import sys
@@ -88,6 +89,23 @@ def _nets() -> frozenset[str]:
     """Names of the hazard nets, read from the sources: the process that deals out tests need not load torch."""
     sources = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("hazards*.py"))
     return frozenset(name for text in sources for name in re.findall(r"(?ms)^@hazard\b.*?^def (\w+)\(", text))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    """pytest keeps each test's name in the environment: servers of trials that differ in nothing else could not be shared."""
+    os.environ["PYTEST_CURRENT_TEST"] = "a test"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_of_trials_are_shared() -> Iterator[None]:
+    if importlib.util.find_spec("torch") is None:  # what needs no torch is tested without it too
+        yield
+        return
+    from paredown.sweep.slots import servers_kept
+
+    with servers_kept():
+        yield
 
 
 @pytest.fixture(autouse=True)

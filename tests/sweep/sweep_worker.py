@@ -41,6 +41,7 @@ def main(request: Mapping[str, Any], emit: Callable[[Mapping[str, Any]], None]) 
     measured = {
         "metric": Measured(value=value, unit="%"),
         "seconds": Measured(value=time.perf_counter(), unit="s", timing=True),
+        "server": Measured(value=os.getppid(), unit="", timing=True),
         "threads": Measured(value=int(os.environ["OMP_NUM_THREADS"]), unit=""),
     }
     about = {"versions": request["versions"]}

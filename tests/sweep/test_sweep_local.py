@@ -20,7 +20,7 @@ import pytest
 from paredown.errors import Interrupted, ResourceError, UsageError
 from paredown.recipe import parse_recipe
 from paredown.records import Record
-from paredown.sweep import Cell, grid, serve
+from paredown.sweep import Cell, grid, serve, slots
 from paredown.sweep.local import (
     JOURNAL,
     Event,
@@ -31,6 +31,7 @@ from paredown.sweep.local import (
     run_missing,
     trial_folder,
 )
+from paredown.sweep.slots import Slot, given_back, servers_kept
 from paredown.sweep.trials import of_other_versions
 
 VERSIONS = {"paredown": "1", "torch": "2"}
@@ -67,6 +68,15 @@ def servers() -> list[str]:
 def cells(amounts: tuple[float, ...] = (0.75, 0.5), seeds: tuple[int, ...] = (0, 1), **curve: Any) -> tuple[Cell, ...]:
     asked = {"amounts": [*amounts], "seeds": [*seeds], "controls": {"kinds": ["scratch", "random"]}, **curve}
     return grid(parse_recipe({"schema": 1, "task": "digits", "curve": asked}))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_server_is_kept() -> Iterator[None]:
+    """The suite shares servers of trials; here it is looked at what is left of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        slots._closed(slots._idle)
+        patch.setattr(slots, "_keepers", [])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +138,7 @@ def test_a_new_server_has_the_gpu_of_the_one_that_ended(monkeypatch: pytest.Monk
         given.append(env["CUDA_VISIBLE_DEVICES"])
         return SimpleNamespace(stdout=object())
 
-    monkeypatch.setattr("paredown.sweep.local.subprocess.Popen", started)
+    monkeypatch.setattr("paredown.sweep.slots.subprocess.Popen", started)
     selector: Any = SimpleNamespace(register=lambda *told: None)
     order: Any = SimpleNamespace(machine=machine(processes=3, gpus=("0", "1", "2")))
     running = _Sweep(order=order)
@@ -182,6 +192,43 @@ def test_all_servers_are_told_to_end_before_any_is_waited_for() -> None:
     order: Any = SimpleNamespace(machine=machine(processes=3))
     _Sweep(order=order, slots=servers).stop()
     assert told == ["leave"] * 3 + ["close"] * 3
+
+
+def test_sweeps_in_a_block_share_servers_that_would_begin_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = cells(amounts=(0.5,), seeds=(0, 1), controls={"kinds": []})
+
+    def by(folder: str, **more: Any) -> set[int]:
+        """The servers that ran a sweep."""
+        run_missing(some, tmp_path / folder, VERSIONS, machine(**more))
+        records = [o.record for o in read_results(some, tmp_path / folder, VERSIONS).values()]
+        return {int(r.measured["server"].value or 0) for r in records if r is not None}
+
+    with servers_kept():
+        first = by("a")
+        assert len(first) == 2 and by("b") == first
+        with servers_kept():
+            assert by("c", processes=1) < first
+        assert by("d") == first, "the outer block keeps them"
+        assert not by("e", threads=2) & first, "another number of threads is another server"
+        monkeypatch.setenv("ANYTHING", "else")
+        assert not by("f") & first
+        assert len(servers()) == 2, "those that begin otherwise end"
+        ended = slots._idle[0].process
+        ended.kill()
+        ended.wait()
+        assert len(by("g") - {ended.pid}) == 2, "one that ended is none"
+    assert not servers() and not slots._idle
+
+
+def test_a_server_at_work_is_not_kept() -> None:
+    with servers_kept():
+        slot = Slot(machine(), 0)
+        slot.ask(None, {"request": {"folder": "nowhere"}})
+        assert not given_back(slot)
+        slot.close()
+    assert not servers()
 
 
 def test_other_versions_are_other_results(tmp_path: Path) -> None:

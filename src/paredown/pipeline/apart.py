@@ -27,7 +27,7 @@ from paredown.program import Program
 from paredown.prune import Pruned, save
 from paredown.records import whole_file, write_text
 from paredown.search.asking import Answer, FailedApart, OverLimit, Values
-from paredown.sweep.local import Slot
+from paredown.sweep.slots import Slot, given_back, slot_for
 from paredown.sweep.trials import Machine
 
 WORKER = "paredown.pipeline.search_trial"
@@ -57,7 +57,7 @@ class Apart:
         """That of one trial. Raises OverLimit, InfeasibleError, and FailedApart for whatever else ended it."""
         trial, threads = self.run.recipe.budget.trial, int(self.run.environment["threads"])
         if not self.slots:
-            self.slots.append(Slot(Machine(worker=WORKER, processes=1, threads=threads), 0))
+            self.slots.append(slot_for(Machine(worker=WORKER, processes=1, threads=threads), 0))
         request = {"folder": str(self.folder), "values": dict(values)}
         self.slots[0].ask(None, {"request": request, "seconds": trial.seconds, "memory_bytes": trial.memory})
         answer, end = self._heard(self.slots[0])
@@ -147,5 +147,6 @@ def apart(
         yield asked
     finally:
         for slot in asked.slots:
-            slot.close()
+            if not given_back(slot):
+                slot.close()
         shutil.rmtree(folder, ignore_errors=True)

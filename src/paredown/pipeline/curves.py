@@ -29,6 +29,7 @@ from paredown.score.patterns import matches
 from paredown.sweep import local
 from paredown.sweep import ray as on_ray
 from paredown.sweep.grid import Cell, controls_of, grid
+from paredown.sweep.slots import servers_kept
 from paredown.sweep.trials import Machine, Outcome, lacks_a_file, of_other_versions, read_results, trial_folder
 from paredown.target import named
 from paredown.train import Task
@@ -74,9 +75,9 @@ def curve(
     folder, found = Path(out), versions()
     machine = machine_for(recipe, processes, ray=ray)
     run_missing = local.run_missing if ray is None else on_ray.run_missing
-    with opened(
+    with servers_kept(), opened(
         folder, recipe.to_yaml(), lambda there: difference(there, recipe, folder), overwrite=overwrite, kind="a curve"
-    ):
+    ):  # fmt: skip
         remember(folder, recipe.data_path)
         with sweep_display(len(cells), quiet=quiet) as shown:
             _say_what_is_there(shown, cells, folder, found, retry)

@@ -5,21 +5,16 @@ Where they lie and what is noted: `trials`.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import selectors
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from paredown.errors import ResourceError
 from paredown.sweep.grid import Cell
-from paredown.sweep.serve import MARK
+from paredown.sweep.slots import PATIENCE_S, Slot, given_back, slot_for
 from paredown.sweep.trials import (
     JOURNAL,
     RESULT,
@@ -48,9 +43,6 @@ __all__ = [
     "write_result",
 ]
 
-PATIENCE_S = 5.0
-"""How long servers that were told to end are waited for."""
-
 
 def run_missing(
     cells: Sequence[Cell],
@@ -72,64 +64,6 @@ def run_missing(
             sweep.run()
         finally:
             sweep.stop()
-
-
-class Slot:
-    """A server, and the cell it is at work on."""
-
-    def __init__(self, machine: Machine, number: int) -> None:
-        gpus = {"CUDA_VISIBLE_DEVICES": machine.gpus[number % len(machine.gpus)]} if machine.gpus else {}
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": str(machine.threads), **gpus,
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whoever asks for a GPU before the fork would leave none to the trials
-        }  # fmt: skip
-        self.number = number
-        self.cell: Cell | None = None
-        self.began = 0.0
-        self.heard = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "paredown.sweep.serve", machine.worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-
-    def ask(self, cell: Cell | None, request: Mapping[str, Any]) -> None:
-        """Begin a trial."""
-        self.cell, self.began = cell, time.monotonic()
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is read as the end of the server
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def answers(self) -> Iterable[dict[str, Any]]:
-        """What came since the last time; the end of the server is an answer too."""
-        assert self.process.stdout is not None
-        read = os.read(self.process.stdout.fileno(), 1 << 16)
-        if not read:
-            code = self.process.wait()
-            yield {"ended": code, "stopped": "", "tail": ["the process that starts trials ended"], "server": True}
-            return
-        *lines, self.heard = (self.heard + read).split(b"\n")
-        for line in lines:
-            _, mark, told = line.rpartition(MARK.encode())  # what a library printed may end no line
-            if mark:
-                yield json.loads(told)
-
-    def leave(self) -> None:
-        """Close the pipe, which ends the trial and all it started, and then the server."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-
-    def close(self, seconds: float = PATIENCE_S) -> None:
-        """End the server, which is waited for so long: while it imports it does not hear."""
-        assert self.process.stdout is not None
-        self.leave()
-        try:
-            self.process.wait(timeout=max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,11 +88,12 @@ class _Sweep:
                             slot.close()
 
     def stop(self) -> None:
-        """End all processes, all of them within the same seconds."""
+        """End all processes, all of them within the same seconds, but for those that the next sweep may take."""
         until = time.monotonic() + PATIENCE_S
-        for slot in self.slots:
+        busy = [slot for slot in self.slots if not given_back(slot)]
+        for slot in busy:
             slot.leave()
-        for slot in self.slots:
+        for slot in busy:
             slot.close(until - time.monotonic())
 
     def _start(self, selector: selectors.BaseSelector) -> None:
@@ -176,7 +111,7 @@ class _Sweep:
     def _new_slot(self, selector: selectors.BaseSelector) -> Slot:
         number = min(set(range(len(self.slots) + 1)) - {s.number for s in self.slots})  # the GPU of one that ended
         try:
-            slot = Slot(self.order.machine, number)
+            slot = slot_for(self.order.machine, number)
         except OSError as error:
             msg = f"a process for trials must start. Got {error.strerror or error}. Use fewer --processes."
             raise ResourceError(msg) from error

@@ -26,7 +26,7 @@ from typing import Any
 from paredown.errors import MissingError, UsageError
 from paredown.records import whole_file
 from paredown.sweep.grid import Cell
-from paredown.sweep.local import Slot
+from paredown.sweep.slots import Slot
 from paredown.sweep.trials import RESULT, Event, Machine, Order, order_of, read_results, trial_folder
 
 __all__ = ["read_results", "run_missing"]
