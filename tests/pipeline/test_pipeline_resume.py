@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import forked
+from paredown.pipeline.folder import RunFolder
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torchao")
@@ -73,6 +74,15 @@ def test_the_run_did_its_job(whole: Path) -> None:
     assert len(records["examine"]["details"]["network"]) == 64  # by which a curve and a sensitivity know it
     assert records["level-2"]["details"]["proof"]["moved"] > 0
     assert (whole / "int8.onnx").stat().st_size == records["int8"]["measured"]["bytes"]["value"]
+
+
+def test_the_dense_file_is_known_by_its_times_in_turns(whole: Path, tmp_path: Path) -> None:
+    """By itself it has the caches for itself: that is no measure of what disturbs it in turns."""
+    records = [json.loads(line)["measured"] for line in (whole / "records.jsonl").read_text().splitlines()]
+    in_turns = [r["baseline_latency_ms"]["value"] for r in records if "baseline_latency_ms" in r]
+    assert len(in_turns) == 3  # two levels and their codes
+    assert RunFolder(path=whole).least_dense_ms() == min(in_turns)
+    assert RunFolder(path=tmp_path).least_dense_ms() is None
 
 
 @pytest.mark.slow
