@@ -136,6 +136,16 @@ def test_fault_79_what_a_task_raises_in_every_trial_is_no_limit_out_of_reach(tmp
     assert code == 3 and "your own code raised RuntimeError: no such width, at" in said and "crashing_task.py" in said
 
 
+def test_what_the_narrowest_file_takes_is_weighed_before_anything_is_trained(tmp_path):
+    """The ops that unpack a few bits are most of a file this small, and an estimate: exit 4 came after the training."""
+    asked = recipe({"size_bytes": 4100, "trials": 2, "low_rank": False})
+    with pytest.raises(InfeasibleError, match=r"Got some 4,\d{3} B at the least \(channels, .* weighed\) in 3 trials"):
+        compress(asked, out=tmp_path / "run", quiet=True)
+    trials = (tmp_path / "run" / "steps" / "search-1" / "trials.jsonl").read_text()
+    assert "the file with the fewest bits must fit 4,100 B" in trials
+    assert not [*(tmp_path / "run").rglob("*level-1*.json")], "no level was carried out"
+
+
 def test_a_reason_comes_without_its_advice_and_says_what_crashed():
     task: Any = SimpleNamespace(train=None, step=len, train_batches=list)
     run: Any = SimpleNamespace(task=task)

@@ -180,6 +180,16 @@ def fitted_bits(thing: Program | Pruned, shrinking: Shrinking, how: Weighing) ->
     return best.bits
 
 
+def narrowest_bytes(
+    thing: Program | Pruned, groups: Sequence[Sequence[Width]], options: Mapping[str, Any], path: Path
+) -> int:
+    """Bytes of the file with the fewest bits of every layer: what can be reached at all, weighed; the file goes again."""
+    bits = {g[0].layer: min(g, key=lambda w: w.size_bytes).bits for g in groups}
+    size = export(quantize(thing, **options, bits=bits), path, target=options["target"]).size_bytes
+    path.unlink()
+    return size
+
+
 def _weight(thing: Program | Pruned, spread: Solved, how: Weighing) -> int:
     """Bytes of the file with these widths."""
     quantized = quantize(thing, **how.options, bits=spread.bits)

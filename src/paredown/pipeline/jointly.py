@@ -11,7 +11,7 @@ from typing import Any
 
 from paredown.errors import InfeasibleError, NothingToDo, ParedownError, RejectedError
 from paredown.pipeline.apart import Learnt, apart
-from paredown.pipeline.fitted import Shrinking, TooLarge, in_words, solved, weighed, widths_of
+from paredown.pipeline.fitted import Shrinking, TooLarge, in_words, narrowest_bytes, solved, weighed, widths_of
 from paredown.pipeline.folder import key_of
 from paredown.pipeline.run import Run
 from paredown.pipeline.searches import as_it_is, rank_search_of, search_of
@@ -41,6 +41,9 @@ LEAST_SHARE, MOST_SHARE = 0.15, 0.95
 """Of the parameters that a trial leaves, where bits take what is still too much."""
 LEAST_PART, MOST_PART = 0.2, 0.8
 """How far channels go before ranks: of the way from what is to what is asked, by ratios."""
+TIGHT, HOPELESS = 0.7, 1.5
+"""Between these shares of the limit the narrowest file, by the estimate, is made and weighed."""
+ESTIMATED = "estimated"
 NOTHING = 100.0
 """What a trial without an answer is told as, in a search for several: a relative squared error of no use (zeros have 1)."""
 
@@ -214,7 +217,7 @@ class Means:
                     variant, plain_options(self.run), repair_of(self.run), self.shrinking.widths, known
                 )
                 made.beside[name] = self._beside(variant) if steps else self.shrinking.overhead
-            bits, size, losses = self._bits(made.groups[name], made.beside[name], values, times)
+            bits, size, losses = self._bits(variant, name, values, times, made)
             repair = repair_of(self.run)
             amounts["size_bytes"] = size
             found |= {"bits": bits, "size_bytes": size}
@@ -238,17 +241,29 @@ class Means:
         return known.overhead
 
     def _bits(
-        self, groups: Sequence[Sequence[Width]], overhead: float, values: Values, times: float
+        self, variant: Thing, name: str, values: Values, times: float, made: _Made
     ) -> tuple[dict[str, int], int, float]:
+        """Widths of least summed error within the bytes. Where little room is left the narrowest file is made: what its ops
+        take is an estimate until then, and after the training too late a surprise."""
         assert self.shrinking is not None
-        try:
-            spread = solved(groups, max(1, int(times * self.shrinking.limit - overhead)))
-        except TooLarge as large:
-            what = f"{values['way']}, {float(values['share']):.2f} of the parameters"
-            self.smallest.append((large.least + overhead, what))
-            raise
+        groups, overhead, limit = made.groups[name], made.beside[name], times * self.shrinking.limit
+        least = sum(min(w.size_bytes for w in g) for g in groups)
+        what = f"{values['way']}, {float(values['share']):.2f} of the parameters"
+        if least + overhead > HOPELESS * limit:
+            self.smallest.append((least + overhead, f"{what}, {ESTIMATED}"))
+            msg = f"codes of the narrowest widths must fit {limit - overhead:,.0f} B. Got {least:,} B"
+            raise TooLarge(msg, least)
+        if least + overhead > TIGHT * limit:
+            if name not in made.narrowest:
+                file = self.run.folder.steps / f"search-{self.way.number}" / "trial.onnx"
+                made.narrowest[name] = narrowest_bytes(variant, groups, plain_options(self.run), file)
+            if made.narrowest[name] > limit:
+                self.smallest.append((made.narrowest[name], f"{what}, weighed"))
+                msg = f"the file with the fewest bits must fit {limit:,.0f} B. Got {made.narrowest[name]:,} B"
+                raise TooLarge(msg, least)
+        spread = solved(groups, max(least, int(limit - overhead)))
         losses = sum(w.error for g in groups for w in g if spread.bits[w.layer] == w.bits)
-        return spread.bits, round(spread.size_bytes + overhead), losses
+        return spread.bits, round(min(spread.size_bytes + overhead, limit)), losses
 
     def _say(self, values: Values, found: Mapping[str, Any], error: float) -> None:
         how = f"{values['way']} {float(values['share']):.2f}" if "share" in values else _in_words(values)
@@ -268,6 +283,8 @@ class _Made:
     groups: dict[str, list[list[Width]]] = field(default_factory=dict)
     beside: dict[str, float] = field(default_factory=dict)
     """Bytes of a variant's file that are no codes."""
+    narrowest: dict[str, int] = field(default_factory=dict)
+    """Bytes of a variant's file with the fewest bits, where it was weighed."""
 
 
 def by_bits(recipe: Any) -> bool:
@@ -382,7 +399,7 @@ def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
         if [*means.limits] == ["size_bytes"]
         else f"the budget must be reachable: {limits}"
     )
-    smallest = means.smallest
+    least = min(means.smallest, key=lambda s: (s[1].endswith(ESTIMATED), s[0]), default=None)
     why = [t.why or str(t.told.get("why", "")) for t in trials if t.error is None or t.error not in crashed][-1]
     plans = [
         (e.nearest, e.reason) for t in trials if isinstance(e := t.error, InfeasibleError) and e.nearest is not None
@@ -390,9 +407,7 @@ def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
     nearest, why = min(
         plans, key=lambda p: _excess(p[0], means.limits), default=(means.nearest[0] if means.nearest else None, why)
     )
-    got = (
-        f"some {min(smallest)[0]:,.0f} B at the least ({min(smallest)[1]}, estimated)" if smallest else why.rstrip(".")
-    )
+    got = f"some {least[0]:,.0f} B at the least ({least[1]})" if least is not None else why.rstrip(".")
     others = f", of which {len(crashed)} ended with {reason_of(crashed[-1]).rstrip('.')}" if crashed else ""
     msg = f"{what}. Got {got} in {len(trials)} trials{others}."
     trains, bits = can_train(means.run.task), means.shrinking is not None
