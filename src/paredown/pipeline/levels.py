@@ -95,7 +95,8 @@ def checked_teacher(run: Run, network: nn.Module) -> Run:
 
     Raises UsageError. A network that cannot be called like this while it trains (it wants targets) is left to that step.
     """
-    if run.recipe.recover.distil != "kl" or not _distils(run):
+    trains = run.task.step is not None and run.task.train_batches is not None
+    if run.recipe.recover.distil != "kl" or not trains or not _distils(run):
         return run
     args, kwargs = as_inputs(run.task.inputs())
     try:
