@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sweep_local import HERE, VERSIONS, cells, machine, misdeeds, servers, untimed
+from test_sweep_local import (
+    HERE,
+    VERSIONS,
+    _no_server_is_kept,  # noqa: F401 - here too it is looked at what is left of servers
+    cells,
+    machine,
+    misdeeds,
+    servers,
+    untimed,
+)
 
 from paredown.errors import Interrupted, MissingError, UsageError
 from paredown.sweep import Cell, local
