@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from paredown.errors import MissingError, UsageError
 from paredown.export.openvino_session import Session
 from paredown.export.session import open_session
+from paredown.measure import layer_tables
 from paredown.measure.layer_files import LayerShape, feed_for, write_layer
 from paredown.measure.layer_tables import Setting, _version, cached, layer_times
 
@@ -94,6 +95,25 @@ def test_a_shape_is_timed_once_and_a_cut_cache_goes_on(target, tmp_path, monkeyp
     assert again[conv(8)] == first[conv(8)]
     assert set(again) == {conv(8), conv(16)}
     assert layer_times([[conv(16)]], setting)[conv(16)] == again[conv(16)]  # what was measured anew was kept
+
+
+@pytest.mark.parametrize("busy", [(), (0,), (1,), (0, 1), (1, 2), range(100)], ids=str)
+def test_shapes_that_other_load_disturbed_are_timed_again(busy, tmp_path, monkeypatch):
+    """The pulse shows it, a fifth slower; the shapes beside it take half longer. What is kept is what was timed in calm."""
+    monkeypatch.setenv("PAREDOWN_LATENCY", str(tmp_path))
+    taken = []
+
+    def readings(sessions, feeds, **_):
+        slowed = len(taken) in busy
+        taken.append(slowed)
+        usual = {name: 2.0 if name == "pulse" else 1.0 for name in sessions}
+        return {n: [ms * (1 + slowed * (0.2 if n == "pulse" else 0.5))] * 5 for n, ms in usual.items()}, {}
+
+    monkeypatch.setattr(layer_tables, "readings", readings)
+    found = layer_times([[conv(8)], [conv(16)], [conv(24)]], Setting())
+    calm = 1.5 if busy == range(100) else 1.0  # always the same load is no disturbance
+    assert {t.value for t in found.values()} == {t.value for t in cached(Setting()).values()} == {calm}
+    assert len(taken) == 3 + (0 if busy == range(100) else len(busy))
 
 
 def test_times_that_cannot_be_right_are_measured_again(tmp_path, monkeypatch):

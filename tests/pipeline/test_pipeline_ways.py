@@ -15,7 +15,7 @@ from torch.nn.utils import prune as torch_prune
 import paredown as pare
 from paredown.errors import Interrupted, NothingToDo, UsageError
 from paredown.pipeline.folder import RunFolder
-from paredown.pipeline.levels import checked_teacher, one_level, started, without_random_teacher
+from paredown.pipeline.levels import check_teacher, one_level, started, without_random_teacher
 from paredown.pipeline.run import Run
 from paredown.pipeline.ways import IN_TRAINING, Here, Way, check_ways
 from paredown.prune import obs
@@ -430,16 +430,16 @@ def test_what_kl_compares_is_the_answer_of_a_network_that_trains(task: Task, tmp
     trained = dataclasses.replace(task, base=None)
     run = run_of(trained, recipe_of(levels=[{"channels": 0.5}]), tmp_path)
     for fits in (Sides(10, 1), Wants()):
-        checked_teacher(run, fits.eval())
+        check_teacher(run, fits.eval())
         assert not fits.training
     with pytest.raises(UsageError, match=r"Got an output of shape \(\d+, 1\)\. Use distil: mse, or none"):
-        checked_teacher(run, Sides(1, 10))
+        check_teacher(run, Sides(1, 10))
     untrained = run.recipe.model_copy(update={"recover": run.recipe.recover.model_copy(update={"epochs": 0})})
     for asks_nothing in (
         dataclasses.replace(run, recipe=untrained),
         dataclasses.replace(run, task=dataclasses.replace(trained, train=lambda net: net)),
     ):
-        checked_teacher(asks_nothing, Sides(1, 1))
+        check_teacher(asks_nothing, Sides(1, 1))
 
 
 def test_options_of_a_penalty_reach_it(task: Task, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from paredown.couple import couple
 from paredown.errors import InfeasibleError, NothingToDo, ResourceError, UsageError
 from paredown.examine import examine
 from paredown.export import export
+from paredown.measure.latency import TRIES
 from paredown.measure.layer_tables import AT_ONCE, Setting
 from paredown.program import capture
 from paredown.prune import prune
@@ -24,7 +25,7 @@ from paredown.records import Measured, Record
 from paredown.score import score
 from paredown.search import budgets, sensitivity
 from paredown.search import layers as layers_module
-from paredown.search.budgets import SCHEDULES, Round, Search, _infeasible, layer_shares, meet
+from paredown.search.budgets import Round, Search, _infeasible, layer_shares, meet
 from paredown.search.candidates import kept_units, maker
 from paredown.search.journal import measured_files
 from paredown.search.layers import latency_table, timed_layers
@@ -453,7 +454,7 @@ def test_schedules_that_other_load_disturbed_are_taken_again(wide, busy, tmp_pat
     share = wide.make(met.plan, tmp_path / "chosen.onnx").size_bytes / wide.dense.size_bytes
     assert 0.975 * 0.5 <= share <= 0.5, told
     assert met.chosen.measured["latency"] == pytest.approx(share, rel=1e-3)
-    assert any("other load disturbed it" in line for line in told) == (0 in busy or len(busy) == SCHEDULES)
+    assert any("other load disturbed it" in line for line in told) == (0 in busy or len(busy) == TRIES)
 
     def never(plan, path):
         raise AssertionError("made again")
@@ -469,7 +470,7 @@ def test_load_that_stays_ends_a_search_too(wide, tmp_path, monkeypatch):
     monkeypatch.setattr(budgets, "timed_in_turns", clock)
     met = meet(dataclasses.replace(wide, folder=tmp_path, key="always"))
     assert met.chosen.measured["latency"] <= 0.5
-    assert clock.number < 6 * budgets.SCHEDULES * wide.rounds
+    assert clock.number < 6 * TRIES * wide.rounds
 
 
 def test_without_a_layer_that_is_timed_alone_latency_follows_the_counts(search, tmp_path):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from paredown.errors import MissingError, UsageError
-from paredown.measure.latency import CALM, readings
+from paredown.measure.latency import CALM, calmest, readings
 from paredown.measure.layer_files import LayerShape, Scheme, feed_for, write_layer
 from paredown.measure.machine import machine, machine_text
 from paredown.records import Measured, Record, append, mend, read_whole_lines, write_text
@@ -38,8 +38,6 @@ PULSE = LayerShape(
     dilation=(1, 1),
 )  # fmt: skip
 """A layer in float32 that takes turns with all others: where it is slower than elsewhere, other load disturbed them."""
-TRIES = 3
-"""How often shapes are timed at most, where the pulse takes CALM times its least time."""
 RUNTIMES = {"onnxruntime-x86": "onnxruntime", "onnxruntime-arm": "onnxruntime", "openvino-x86": "openvino"}
 """Targets whose layers can be timed here, and the runtime that does it."""
 PROTOCOL = (
@@ -117,11 +115,15 @@ def layer_times(
     total, where = len({s for group in wanted for s in group}), machine_text()
     mine = setting.folder / f"{os.getpid()}.jsonl"
     taken: list[tuple[list[LayerShape], float]] = []
+
+    def timed(shapes: list[LayerShape], least: float) -> tuple[dict[LayerShape, Measured], float]:
+        return calmest(lambda: _timed(shapes, setting, where), lambda found: found[1], least_ms=least)
+
     for group in wanted:
         missing = [s for s in group if s not in known]
         for start in range(0, len(missing), AT_ONCE):
             shapes = missing[start : start + AT_ONCE]
-            found, pulse = _calmly(shapes, setting, where, least=min((p for _, p in taken), default=math.inf))
+            found, pulse = timed(shapes, min((p for _, p in taken), default=math.inf))
             taken.append((shapes, pulse))
             _keep(mine, setting, found)
             known |= found
@@ -130,23 +132,11 @@ def layer_times(
     least = min((p for _, p in taken), default=math.inf)
     for shapes, pulse in taken:
         if pulse > CALM * least:  # the first ones had nothing to compare with
-            found, again = _calmly(shapes, setting, where, least=least)
+            found, again = timed(shapes, least)
             if again < pulse:
                 _keep(mine, setting, found)
                 known |= found
     return {s: known[s] for group in wanted for s in group}
-
-
-def _calmly(
-    shapes: Sequence[LayerShape], setting: Setting, where: str, *, least: float
-) -> tuple[dict[LayerShape, Measured], float]:
-    """Times of shapes, and of the pulse beside them: those of the series with the least pulse, of the first that is calm."""
-    best = _timed(shapes, setting, where)
-    for _ in range(TRIES - 1):
-        if best[1] <= CALM * least:
-            break
-        best = min(best, _timed(shapes, setting, where), key=lambda found: found[1])
-    return best
 
 
 def cached(setting: Setting) -> dict[LayerShape, Measured]:

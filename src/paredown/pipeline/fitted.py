@@ -162,7 +162,7 @@ def fitted_bits(thing: Program | Pruned, shrinking: Shrinking, how: Weighing) ->
             spread = solved(groups, error.least)
         if repr(spread.bits) in tried:
             break
-        made = _weight(thing, spread, how)
+        made = _weight(thing, spread.bits, how.options, how.path)
         tried[repr(spread.bits)] = made
         how.say(f"budget: {made:,} B with {in_words(spread.bits)}, asked {shrinking.limit:,.0f} B")
         room = shrinking.limit - made
@@ -184,16 +184,14 @@ def narrowest_bytes(
     thing: Program | Pruned, groups: Sequence[Sequence[Width]], options: Mapping[str, Any], path: Path
 ) -> int:
     """Bytes of the file with the fewest bits of every layer: what can be reached at all, weighed; the file goes again."""
-    bits = {g[0].layer: min(g, key=lambda w: w.size_bytes).bits for g in groups}
-    size = export(quantize(thing, **options, bits=bits), path, target=options["target"]).size_bytes
+    size = _weight(thing, {g[0].layer: min(g, key=lambda w: w.size_bytes).bits for g in groups}, options, path)
     path.unlink()
     return size
 
 
-def _weight(thing: Program | Pruned, spread: Solved, how: Weighing) -> int:
+def _weight(thing: Program | Pruned, bits: Mapping[str, int], options: Mapping[str, Any], path: Path) -> int:
     """Bytes of the file with these widths."""
-    quantized = quantize(thing, **how.options, bits=spread.bits)
-    return export(quantized, how.path, target=how.options["target"]).size_bytes
+    return export(quantize(thing, **options, bits=bits), path, target=options["target"]).size_bytes
 
 
 def in_words(bits: Mapping[str, int]) -> str:

@@ -263,7 +263,8 @@ class Means:
                 raise TooLarge(msg, least)
         spread = solved(groups, max(least, int(limit - overhead)))
         losses = sum(w.error for g in groups for w in g if spread.bits[w.layer] == w.bits)
-        return spread.bits, round(min(spread.size_bytes + overhead, limit)), losses
+        weighed_now = made.narrowest.get(name) if spread.size_bytes == least else None
+        return spread.bits, weighed_now or round(spread.size_bytes + overhead), losses
 
     def _say(self, values: Values, found: Mapping[str, Any], error: float) -> None:
         how = f"{values['way']} {float(values['share']):.2f}" if "share" in values else _in_words(values)

@@ -69,20 +69,27 @@ AT_INITIALISATION = ("snip", "grasp", "synflow")
 def without_random_teacher(run: Run, dense: nn.Module) -> tuple[Run, tuple[str, ...]]:
     """The run, without distillation where the dense network is known to be untrained, and what to tell of it.
 
-    Its teacher would be noise. A teacher that stays must be one that `checked_teacher` lets through. The digest stays that of the recipe that was asked for: the same recipe decides the same.
+    Its teacher would be noise. The digest stays that of the recipe that was asked for: the same recipe decides the same.
+    A teacher that stays is one that `check_teacher` lets through.
     """
+    taught, told = _taught(run, dense)
+    check_teacher(taught, dense)
+    return taught, told
+
+
+def _taught(run: Run, dense: nn.Module) -> tuple[Run, tuple[str, ...]]:
     recipe, asked = run.recipe, run.recipe.prune
     if not _distils(run) or _brought_weights(run):
-        return checked_teacher(run, dense), ()
+        return run, ()
     why = "its batch norms have never seen a batch" if newborn(dense) else ""
     why = why if run.weights_given else "no weights were given"
     if not why:
         moving = asked.schedule in ("rigl", "set") and asked.criterion == "random"
         if not moving and asked.criterion not in AT_INITIALISATION:
-            return checked_teacher(run, dense), ()
+            return run, ()
         what = f"schedule {asked.schedule} with criterion random" if moving else f"criterion {asked.criterion}"
         note = f"{what} is one for untrained networks: if the dense network is one, it teaches noise by recover.distil {recipe.recover.distil}. Then set recover.distil: none."
-        return checked_teacher(run, dense), (note,)
+        return run, (note,)
     recover_ = recipe.recover.model_copy(update={"distil": "none", "distil_layers": []})
     taught = recipe.model_copy(update={"recover": recover_})
     taught.__dict__["digest"] = recipe.digest
@@ -90,24 +97,23 @@ def without_random_teacher(run: Run, dense: nn.Module) -> tuple[Run, tuple[str, 
     return dataclasses.replace(run, recipe=taught), (note,)
 
 
-def checked_teacher(run: Run, network: nn.Module) -> Run:
-    """The run, where a network whose answers will be distilled by kl has classes: told before searches and trainings, not by the first step after them.
+def check_teacher(run: Run, network: nn.Module) -> None:
+    """That a network whose answers will be distilled by kl has classes: told before searches and trainings, not by the first step after them.
 
     Raises UsageError. A network that cannot be called like this while it trains (it wants targets) is left to that step.
     """
     trains = run.task.step is not None and run.task.train_batches is not None
     if run.recipe.recover.distil != "kl" or not trains or not _distils(run):
-        return run
+        return
     args, kwargs = as_inputs(run.task.inputs())
     try:
         with torch.no_grad(), torch.random.fork_rng():
             outputs = pytree.tree_leaves(deep_copy(network).train()(*args, **kwargs))
     except Exception:
-        return run
+        return
     floats = [t for t in outputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if floats:
         check_classes(floats[0])
-    return run
 
 
 def _distils(run: Run) -> bool:

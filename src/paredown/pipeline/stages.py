@@ -30,7 +30,7 @@ from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, files_digest, key_of
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
-from paredown.pipeline.levels import checked_teacher, one_level, started, without_random_teacher
+from paredown.pipeline.levels import check_teacher, one_level, started, without_random_teacher
 from paredown.pipeline.own_masks import check_own_masks
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
@@ -89,7 +89,7 @@ def run_stages(run: Run) -> Compressed:
     recipe, task = run.recipe, run.task
     roles = check_roles(task)
     if trains_base(recipe, task):
-        checked_teacher(run, task.model())
+        check_teacher(run, task.model())
     start = started(run, base_of(run))
     dense, program, tuned = start.dense, start.program, start.before
     run, untaught = without_random_teacher(run, dense)

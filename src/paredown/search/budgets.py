@@ -16,7 +16,7 @@ from paredown.errors import InfeasibleError, MissingError, NothingToDo, Paredown
 from paredown.examine import Cost
 from paredown.export import Artifact
 from paredown.measure import memory
-from paredown.measure.latency import CALM
+from paredown.measure.latency import CALM, calmest
 from paredown.measure.turns import timed_in_turns
 from paredown.plan import Plan
 from paredown.records import Measured, Record
@@ -40,8 +40,6 @@ CLOSE = {
     "macs": 0.97,
 }
 """From which share of the limit on a file is near enough to it, and the search ends."""
-SCHEDULES = 3
-"""At most, for one file: where the dense file takes CALM times its least time the next one is taken, and the calmest counts."""
 _FIRST_TRIES, _TRIES = 32, 8
 """How often the aims are lowered by three percent for one more plan; at first until the largest step of alignment is one."""
 
@@ -233,16 +231,12 @@ class Search:
 
     def _timed(self, file: Artifact) -> dict[str, float]:
         """The file beside the dense one, in the calmest of a few schedules."""
-        least, best = self._least_dense_ms(), dict[str, float]()
-        for _ in range(SCHEDULES):
-            times = timed_in_turns(
-                {"this": file, "dense": self.dense}, self.samples, threads=self.threads, runs=self.runs, seconds=self.seconds
-            )  # fmt: skip
-            if not best or times["dense"] < best["dense"]:
-                best = times
-            if best["dense"] <= CALM * least:
-                break
-        return best
+        files = {"this": file, "dense": self.dense}
+        return calmest(
+            lambda: timed_in_turns(
+                files, self.samples, threads=self.threads, runs=self.runs, seconds=self.seconds
+            ), lambda times: times["dense"], least_ms=self._least_dense_ms(),
+        )  # fmt: skip
 
     def _least_dense_ms(self) -> float:
         """Of the schedules that the journal has of this search; inf where it has none."""
