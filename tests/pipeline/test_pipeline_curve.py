@@ -236,6 +236,9 @@ def test_what_another_recipe_drew_does_not_stay_behind(tmp_path: Path) -> None:
     kept.touch()
     for name in ("recipe.yaml", "curve.json", "records.jsonl", "sensitivity.json", "sensitivity.csv", "journal.jsonl"):
         (tmp_path / name).touch()
+    refused = pytest.raises(UsageError, match=r"or --overwrite \(trials that both recipes have are kept\)\.")
+    with refused, opened(tmp_path, "seed: 1", lambda there: "seed", overwrite=False, kind="a curve"):
+        pass
     with opened(tmp_path, "seed: 1", lambda there: "seed", overwrite=True, kind="a curve"):
         left = sorted(f.name for f in tmp_path.iterdir() if f.is_file())
     assert left == [".lock", "journal.jsonl", "recipe.yaml"] and kept.is_file()

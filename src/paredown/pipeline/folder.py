@@ -105,7 +105,8 @@ def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overw
         if not changed:
             return
         if not overwrite and _made_something(path):
-            msg = f"{path} holds another run. The recipe or its data differ:\n{changed}\nChoose another --out, or --overwrite."
+            kept = " (trials that both recipes have are kept)" if (path / "trials").is_dir() else ""
+            msg = f"{path} holds another run. The recipe or its data differ:\n{changed}\nChoose another --out, or --overwrite{kept}."
             if "given." in changed:  # a notebook's functions count with all that they reach by name
                 msg += " What a function keeps its results in, by a way that is not seen in its code, differs after every run: make it inside the function."
             raise UsageError(msg)

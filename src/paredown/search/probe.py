@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from paredown.errors import RejectedError, ResourceError
 from paredown.measure.watched import Watch
 from paredown.search.value import divergences
+from paredown.train.distil import class_axis
 from paredown.train.loop import on_device, private_copy, usable_device
 from paredown.train.task import Task, call_inputs, kept_randomness, metric_values, predictor, seed_all
 
@@ -227,9 +228,8 @@ def usual_distance(probe_output: Tensor, distil: str) -> Distance:
     >>> usual_distance(torch.zeros(4, 10), "kl"), usual_distance(torch.zeros(4, 1), "kl"), usual_distance(torch.zeros(4, 10), "mse")
     ('kl', 'mse', 'mse')
     """
-    if distil != "kl" or probe_output.dim() < 2:
-        return "mse"
-    return "kl" if probe_output.shape[1 if probe_output.dim() > 3 else -1] > 1 else "mse"
+    has_classes = probe_output.dim() > 1 and probe_output.shape[class_axis(probe_output)] > 1
+    return "kl" if distil == "kl" and has_classes else "mse"
 
 
 def probe_key(probe: Probe, about: Sequence[Any]) -> str:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
 from paredown.statistics.batches import Given, as_number, check_whole, once, taken
+from paredown.train.distil import class_axis
 from paredown.train.given import code_digest
 from paredown.train.loop import on_device, usable_device
 from paredown.train.task import Metric, Predict, Step, batch_length, call_inputs, metric_values, predictor
@@ -158,12 +159,12 @@ def _batches(batches: Given | None, num_batches: int) -> tuple[Any, ...]:
 def divergences(scores: Tensor, wanted: Tensor) -> Tensor:
     """KL(wanted || scores) of class scores in nats, [N] float64: of each sample, the mean over its other positions.
 
-    The class axis is the last, or 1 of a map [N, C, H, W]. Raises UsageError for outputs without one.
+    Classes lie where `train.distil.class_axis` has them. Raises UsageError for outputs without one.
 
     >>> divergences(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist()
     [0.0, 0.0]
     """
-    axis = 1 if wanted.dim() > 3 else -1
+    axis = class_axis(wanted)
     if wanted.dim() < 2 or wanted.shape[axis] < 2:
         msg = f"distance 'kl' must have class scores to compare. Got an output of shape {tuple(wanted.shape)}. Take 'mse'."
         raise UsageError(msg)

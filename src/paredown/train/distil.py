@@ -38,10 +38,19 @@ def distil_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     >>> float(distil_kl(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]]), 4.0))
     0.0
     """
-    axis = 1 if student.dim() > 3 else -1
+    axis = class_axis(student)
     log_s = F.log_softmax(student / temperature, dim=axis)
     log_t = F.log_softmax(teacher / temperature, dim=axis)
     return (log_t.exp() * (log_t - log_s)).sum(dim=axis).mean() * temperature**2
+
+
+def class_axis(output: Tensor) -> int:
+    """Where the classes of scores lie: on the last axis of up to three ([N, C], [N, T, C]), on axis 1 of a map ([N, C, H, W]).
+
+    >>> class_axis(torch.zeros(4, 10)), class_axis(torch.zeros(4, 10, 8, 8))
+    (-1, 1)
+    """
+    return 1 if output.dim() > 3 else -1
 
 
 def check_classes(output: Tensor) -> None:
@@ -49,7 +58,7 @@ def check_classes(output: Tensor) -> None:
 
     >>> check_classes(torch.zeros(4, 10))
     """
-    if output.dim() == 0 or output.shape[1 if output.dim() > 3 else -1] < 2:
+    if output.dim() == 0 or output.shape[class_axis(output)] < 2:
         msg = f"distil: kl must have at least two classes to compare. Got an output of shape {tuple(output.shape)}. Use distil: mse, or none."
         raise UsageError(msg)
 
