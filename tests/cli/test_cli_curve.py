@@ -91,9 +91,9 @@ def test_ctrl_c_says_how_to_go_on_and_another_recipe_is_refused(call: Any, recip
     assert process.wait(timeout=60) == 130
     assert "must have one owner" in second.stderr
     assert re.search("[01] of 2 trials are done or marked; the same command goes on with the others", process.stderr)
-    done = call("curve", str(recipe), "--out", "run", "--set", "curve.limit=2.0")
+    done = call("curve", str(recipe), "--out", "run", "--set", "recover.epochs=2")
     assert done.code == 2
-    assert "curve.limit: null → 2.0" in done.err
+    assert "recover.epochs: 1 → 2" in done.err
 
 
 def test_a_narrow_terminal_gets_lines_in_the_place_of_broken_words(

@@ -167,6 +167,26 @@ def test_the_same_recipe_runs_nothing_again_and_another_is_refused(done: Curved)
         curve(recipe(amounts=[0.75], schedules=["one-shot", "multi-level", "from-scratch"]), out=done.out, quiet=True)
 
 
+def test_a_sweep_may_grow_and_keeps_what_it_has(tmp_path: Path) -> None:
+    """More amounts, another limit: nothing is trained twice, and the result is that of the larger sweep begun anew."""
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    controls = {"amounts": [0.5], "kinds": ["random"]}
+    curve(recipe(controls=controls), out=out, quiet=True)
+    stamps = {f: f.stat().st_mtime_ns for f in out.glob("trials/*/result.json")}
+    assert len(stamps) == 3
+    asked = recipe(amounts=[0.75, 0.5], controls=controls, limit=2.0)
+    grown = curve(asked, out=out, quiet=True)
+    assert {f: f.stat().st_mtime_ns for f in stamps} == stamps
+    assert len([*out.glob("trials/*/result.json")]) == 4
+    assert (grown.document["sweet_spot"]["rule"], grown.document["trials"]["done"]) == ("limit", 4)
+    curve(asked, out=alone, quiet=True)
+    assert untimed(out) == untimed(alone)
+    for fewer in (recipe(controls=controls), recipe(amounts=[0.75, 0.5], controls=controls, limit=2.0, seeds=[1])):
+        with pytest.raises(UsageError, match=r"(?s)holds another run.*or --overwrite \(trials that both recipes have are kept\)"):
+            curve(fewer, out=out, quiet=True)
+    assert (out / "curve.json").is_file()
+
+
 def test_the_chosen_point_gets_controls_of_its_own_way_whichever_it_is(tmp_path: Path) -> None:
     asked = recipe(
         seeds=[0, 1], schedules=["one-shot", "multi-level"], limit=100.0,

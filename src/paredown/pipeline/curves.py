@@ -14,18 +14,19 @@ from typing import Any
 
 from paredown.allocate.request import MEASURED
 from paredown.environments import python_of
-from paredown.errors import MissingError, RejectedError, UsageError
+from paredown.errors import MissingError, ParedownError, RejectedError, UsageError
 from paredown.pipeline.compress import difference, task_of, versions
-from paredown.pipeline.data import remember, settle
+from paredown.pipeline.data import changed, remember, settle
 from paredown.pipeline.folder import RECORDS, opened
 from paredown.pipeline.stages import trains_base
 from paredown.pipeline.sweep_display import Shown, sweep_display
 from paredown.pipeline.ways import check_rounding, check_ways
-from paredown.recipe import Recipe, load_recipe
+from paredown.recipe import Recipe, load_recipe, parse_recipe
 from paredown.records import Record, read, write_text
 from paredown.report.curve_view import curve_view
 from paredown.report.curves import curve_document, write_curve_report
 from paredown.score.patterns import matches
+from paredown.strict_yaml import read_yaml
 from paredown.sweep import local
 from paredown.sweep import ray as on_ray
 from paredown.sweep.grid import Cell, controls_of, grid
@@ -60,7 +61,7 @@ def curve(
     """Run what is missing of a recipe's curve, choose the sweet spot, compare with the dense controls, write the report.
 
     Every trial is a process of its own; `processes` of them run at once (default: cores / threads of the recipe). The same
-    recipe in the same `out` continues, whatever stopped it, to the same records; `retry` runs failed trials again, and those whose file in codes failed. `ray`, the
+    recipe in the same `out` continues, whatever stopped it, to the same records, and one with more trials (seeds, amounts, controls) or another limit goes on from those that are there; `retry` runs failed trials again, and those whose file in codes failed. `ray`, the
     address of a Ray cluster (or "auto"), has them run there. Writes recipe.yaml, records.jsonl, curve.json, report.html, journal.jsonl and trials/.
 
     Raises UsageError (2: no `curve`, another recipe in `out`), RejectedError (3: no trial has a result), ResourceError (7),
@@ -76,7 +77,8 @@ def curve(
     machine = machine_for(recipe, processes, ray=ray)
     run_missing = local.run_missing if ray is None else on_ray.run_missing
     with servers_kept(), opened(
-        folder, recipe.to_yaml(), lambda there: difference(there, recipe, folder), overwrite=overwrite, kind="a curve"
+        folder, recipe.to_yaml(), lambda there: difference(there, recipe, folder), overwrite=overwrite, kind="a curve",
+        grows=lambda there: _grows(there, cells, folder, recipe),
     ):  # fmt: skip
         remember(folder, recipe.data_path)
         with sweep_display(len(cells), quiet=quiet) as shown:
@@ -91,6 +93,17 @@ def curve(
                 asked = (*(c for c in cells if c.digest in read_by), *beside)
                 run_missing(asked, folder, found, machine, retry=retry, progress=shown.event)
         return _told(recipe, task, (*cells, *beside), folder, found)
+
+
+def _grows(there: str, cells: Sequence[Cell], folder: Path, recipe: Recipe) -> bool:
+    """Whether every trial of the sweep that is there is one of this sweep: more seeds or amounts, another limit."""
+    if changed(folder, recipe.data_path):
+        return False
+    try:
+        before = grid(parse_recipe(read_yaml(there)))
+    except ParedownError:  # written by another version
+        return False
+    return {c.digest for c in before} <= {c.digest for c in cells}
 
 
 def _beside_sweet_spot(

@@ -17,7 +17,7 @@ RECIPE, RECORDS, STEPS, LOCK = "recipe.yaml", "records.jsonl", "steps", ".lock"
 Kind = Literal["a run", "a curve", "a sensitivity"]
 """What a folder is of."""
 MADE = (
-    RECIPE, RECORDS, "report.html", "plan.json", "form.json", "model.safetensors", "curve.json", "sensitivity.json", "sensitivity.csv",
+    RECORDS, "report.html", "plan.json", "form.json", "model.safetensors", "curve.json", "sensitivity.json", "sensitivity.csv",
 )  # fmt: skip
 
 
@@ -62,12 +62,14 @@ class RunFolder:
 
 @contextmanager
 def opened(
-    path: Path, recipe_yaml: str, difference: Callable[[str], str], *, overwrite: bool, kind: Kind = "a run"
-) -> Iterator[RunFolder]:
+    path: Path, recipe_yaml: str, difference: Callable[[str], str], *, overwrite: bool, kind: Kind = "a run",
+    grows: Callable[[str], bool] = lambda there: False,
+) -> Iterator[RunFolder]:  # fmt: skip
     """Take a run folder: a new one, or one that holds the same recipe; a second process is refused (exit 7).
 
     `difference(yaml)` says how the recipe that is there differs from this one, "" where it does not. Another recipe,
-    or a folder with other files in it, is refused (UsageError) unless `overwrite`; one of another `kind` always.
+    or a folder with other files in it, is refused (UsageError) unless `overwrite`, or where it `grows(yaml)`: all that was
+    made counts for the new recipe as well. A folder of another `kind` is refused always.
     """
     if path.exists() and not path.is_dir():
         msg = f"out must be a folder. Got the file {path}."
@@ -78,7 +80,7 @@ def opened(
     with locked(path / LOCK, writable="out must be a writable folder", held=held):
         if (path / RECIPE).exists():
             _refuse_another_kind(path, kind)
-        _claim(path, recipe_yaml, difference, overwrite)
+        _claim(path, recipe_yaml, difference, grows, overwrite)
         sweep_stale(path)
         (path / STEPS).mkdir(exist_ok=True)
         yield RunFolder(path=path)
@@ -98,13 +100,17 @@ def _refuse_another_kind(path: Path, kind: Kind) -> None:
         raise UsageError(msg)
 
 
-def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overwrite: bool) -> None:
-    recipe = path / RECIPE
+def _claim(
+    path: Path, recipe_yaml: str, difference: Callable[[str], str], grows: Callable[[str], bool], overwrite: bool
+) -> None:
+    recipe, grown = path / RECIPE, False
     if recipe.exists():
-        changed = difference(recipe.read_text(encoding="utf-8"))
+        there = recipe.read_text(encoding="utf-8")
+        changed = difference(there)
         if not changed:
             return
-        if not overwrite and _made_something(path):
+        grown = grows(there)
+        if not overwrite and not grown and _made_something(path):
             kept = " (trials that both recipes have are kept)" if (path / "trials").is_dir() else ""
             msg = f"{path} holds another run. The recipe or its data differ:\n{changed}\nChoose another --out, or --overwrite{kept}."
             if "given." in changed:  # a notebook's functions count with all that they reach by name
@@ -113,7 +119,7 @@ def _claim(path: Path, recipe_yaml: str, difference: Callable[[str], str], overw
     elif not overwrite and any(p.name != LOCK for p in path.iterdir()):
         msg = f"out must be an empty folder or one of a run. Got {path} with other files in it. Choose another --out, or --overwrite."
         raise UsageError(msg)
-    _clear(path)
+    _clear(path, steps=not grown)  # what its data were stays on record
     write_text(recipe, recipe_yaml)
 
 
@@ -123,15 +129,14 @@ def _made_something(path: Path) -> bool:
     return others or any((path / STEPS).glob("*"))
 
 
-def _clear(path: Path) -> None:
-    """Delete what a run makes, and nothing else."""
+def _clear(path: Path, *, steps: bool) -> None:
+    """Delete what a run makes, and nothing else. Its recipe is replaced: killed in between, the folder is still one of a run."""
     for name in MADE:
         (path / name).unlink(missing_ok=True)
     for model in (*path.glob("*.onnx*"), *(f for x in path.glob("*.xml") for f in (x, x.with_suffix(".bin")))):
         model.unlink(missing_ok=True)
-    steps = path / STEPS
-    if steps.is_dir():
-        for file in steps.iterdir():
+    if steps and (path / STEPS).is_dir():
+        for file in (path / STEPS).iterdir():
             if file.is_file():
                 file.unlink()
 
