@@ -16,6 +16,8 @@ from paredown.curve import CONTROLS, Interval, Line, Point, SweetSpot, decimals_
 
 ALIKE = 0.05
 """Share by which MACs may differ in a comparison."""
+EVEN = 0.85
+"""Of an interval whose shorter side is at least this share of its longer one "± its longer side" is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,8 @@ def _comparison(line: Line, point: Point, control: Point, dense: Point | None, g
     gain = interval([sign * (point.test[s] - control.test[s]) for s in point.seeds if s in control.test])
     # Controls are those of one way of pruning: another way may leave another shape at the same amount.
     of = f"{control.method} {control.schedule}"
-    alike = control.kind == "scratch" and len(point.shapes) == 1 and control.shapes == point.shapes
+    same_shape = len(point.shapes) == 1 and control.shapes == point.shapes
+    alike = control.kind == "scratch" and same_shape
     other = (control.method, control.schedule) != (line.method, line.schedule) and not alike
     why = control.not_comparable
     if not why and other and control.kind != "thin":  # thin has equal MACs, and no line's shape
@@ -80,7 +83,7 @@ def _comparison(line: Line, point: Point, control: Point, dense: Point | None, g
     return Comparison(
         line=line.name, amount=point.amount, control=control.kind, gain=gain, comparable=not why, why=why,
         own=not other or control.kind == "thin",
-        same_as="" if other else control.same_as, shape_of=shape_of, held_out_of_control=held_out,
+        same_as=control.same_as if same_shape or not other else "", shape_of=shape_of, held_out_of_control=held_out,
         sentence=_verdict(control.kind, gain, why, shape_of, unit),
     )  # fmt: skip
 
@@ -110,19 +113,32 @@ def _verdict(kind: str, gain: Interval, why: str, shape_of: str, unit: str) -> s
             return f"not comparable ({why}): the difference to {rival} is {said} (positive is in favour of {subject}; {how})."
         better = "better" if gain.mean >= 0 else "worse"
         return f"{subject} was {told_loss(abs(gain.mean), unit)} {better} than {rival}, {how}."
-    half = max(gain.high - gain.mean, gain.mean - gain.low)  # a bootstrap interval is not symmetric: its longer side
-    decimals = decimals_of(half or gain.mean, unit, 2)
-    said = f"{gain.mean:.{decimals}f} ± {half:.{decimals}f} {'points' if unit == '%' else unit}".rstrip().replace(
-        "-", "−"
-    )
-    n = f"95 % interval over {gain.n} seeds"
+    said, n = _with_interval(gain.mean, gain.low, gain.high, gain.n, unit)
     if why:
         return f"not comparable ({why}): the difference to {rival} is {said} (positive is in favour of {subject}; {n})."
     if gain.low > 0:
         return f"{subject} bought {said} over {rival} ({n})."
     if gain.high < 0:
-        return f"{subject} bought nothing: it was {said.removeprefix('−')} worse than {rival} ({n})."
+        said, n = _with_interval(-gain.mean, -gain.high, -gain.low, gain.n, unit)
+        return f"{subject} bought nothing: it was {said} worse than {rival} ({n})."
     return f"{subject} did not buy anything that shows over {rival}: {said} ({n})."
+
+
+def _with_interval(mean: float, low: float, high: float, seeds: int, unit: str) -> tuple[str, str]:
+    """(figure, its interval): a bootstrap interval is seldom even, and ± of its longer side reaches where it does not.
+
+    >>> _with_interval(1.2, 0.8, 1.5, 3, "%"), _with_interval(-5.49, -13.91, 5.93, 5, "g")
+    (('1.20 ± 0.40 points', '95 % interval over 3 seeds'), ('−5.5 g', '95 % interval −13.9 to 5.9 g over 5 seeds'))
+    """
+    below, above = mean - low, high - mean
+    half, unit_said = max(below, above), "points" if unit == "%" else unit
+    decimals = decimals_of(half or mean, unit, 2)
+    if min(below, above) >= EVEN * half:
+        said = f"{mean:.{decimals}f} ± {half:.{decimals}f} {unit_said}"
+        return said.rstrip().replace("-", "−"), f"95 % interval over {seeds} seeds"
+    decimals = max(decimals, decimals_of(mean, unit, 2))
+    of = f"95 % interval {low:.{decimals}f} to {high:.{decimals}f} {unit_said}".rstrip()
+    return f"{mean:.{decimals}f} {unit_said}".rstrip().replace("-", "−"), f"{of} over {seeds} seeds".replace("-", "−")
 
 
 def dense_verdict(spot: SweetSpot, comparisons: Sequence[Comparison], *, goal: str) -> str:

@@ -547,6 +547,40 @@ def test_two_ways_that_leave_one_shape_have_one_control(of_control: str | None, 
     assert ("the same shape trained from scratch" in told[other, "scratch"].sentence) is alike
 
 
+def test_a_thinner_network_that_is_the_shape_from_scratch_is_so_for_all_ways_of_that_shape() -> None:
+    records = sweep({0.5: [97.0, 97.1, 97.2]}, [98.0] * 3)[:3]
+    for schedule in ("one-shot", "multi-level"):
+        records += [
+            trial("pruned", 0.5, s, 97.0 + s / 10, 97.0, schedule=schedule, steps=100, details={"shapes": "a1"})
+            for s in range(3)
+        ]
+    for kind in ("scratch", "thin"):
+        own = {"shapes": "a1", **({"same_as": "scratch"} if kind == "thin" else {})}
+        records += [trial(kind, 0.5, s, 96.0, 96.0, steps=1000, details=own) for s in range(3)]
+    found = compared(lines(records, goal="max"), goal="max", unit="%")
+    assert [(c.line, c.same_as) for c in found if c.control == "thin"] == [
+        ("l1 one-shot", "scratch"), ("l1 multi-level", "scratch"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([1.0, 1.4, 1.2], "bought 1.20 ± 0.20 points over"),
+        ([1.0, 1.1, 1.8], "bought 1.30 points over"),
+        ([-1.0, -1.1, -1.8], "bought nothing: it was 1.30 points worse than"),
+        ([-1.0, 0.1, 3.0], "did not buy anything that shows over"),
+    ],
+)
+def test_a_plus_minus_stands_only_where_both_sides_are_alike(gains: list[float], said: str) -> None:
+    """± of the longer side reaches where the interval does not."""
+    (found,) = compared(with_control("thin", [v - g for v, g in zip((97.0, 97.4, 97.2), gains, strict=True)]), goal="max", unit="%")
+    assert said in found.sentence
+    low, high = sorted((found.gain.low, found.gain.high), key=abs) if max(gains) < 0 else (found.gain.low, found.gain.high)
+    ends = f"(95 % interval {abs(low) if max(gains) < 0 else low:.2f} to {abs(high) if max(gains) < 0 else high:.2f} points over 3 seeds)"
+    assert (ends.replace("-", "−") in found.sentence) is ("±" not in found.sentence)
+
+
 def test_a_control_of_the_points_own_way_goes_before_that_of_another() -> None:
     records = sweep({0.5: [97.0] * 3}, [98.0] * 3)
     records += sweep({0.5: [97.5] * 3}, [98.0] * 3, schedule="multi-level")[3:]

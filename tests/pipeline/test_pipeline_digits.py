@@ -64,6 +64,15 @@ def test_the_twin_stands_beside(stages: dict[str, dict]) -> None:
     assert twin["metric"]["badge"] == "measured"
 
 
+def test_the_twin_is_paired_with_the_pruned_file(out: Path, stages: dict[str, dict]) -> None:
+    pruned, dense = (np.load(out / "steps" / f"values-{name}.npy") for name in ("int8", "twin-int8"))
+    found = stages["twin-int8"]["measured"]["change_from_pruned"]
+    assert found["value"] == pytest.approx(dense.mean() - pruned.mean())
+    assert found["low"] < found["value"] < found["high"] and found["n"] == len(dense)
+    assert "change_from_pruned" not in stages["int8"]["measured"]
+    assert stages["verdict"]["details"]["name"] == "digits"
+
+
 def test_accuracy_is_that_of_the_file_by_hand(out: Path, stages: dict[str, dict]) -> None:
     """Counted here with the runtime alone, not with paredown's predictor or evaluate."""
     import onnxruntime

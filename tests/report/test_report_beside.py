@@ -106,6 +106,23 @@ def test_the_report_of_a_run_holds_its_curve_and_its_sensitivity(runs: Path) -> 
     assert "From digits-curve , recipe abc" in text_of(page)
 
 
+def test_a_curve_says_in_a_run_what_it_knows_of_the_way_of_that_run(tmp_path: Path) -> None:
+    """Two levels here: the sweet spot's verdict, on one shot, is of another network."""
+    there = [dataclasses.replace(r, details={**r.details, "reached": {**r.details["reached"], "criterion": "l1"}})
+             if str(r.cell["stage"]).startswith("level-") else r for r in run()]  # fmt: skip
+    one, shape = curve(amounts=1), {"shapes": "a1"}
+    other = [trial("pruned", 0.9, s, 96.0, 96.0 + s / 10, schedule="multi-level", steps=100, details=shape) for s in range(3)]
+    one = [dataclasses.replace(r, details={**r.details, **shape}) if r.cell.get("kind") in ("pruned", "scratch") else r for r in one]
+    written(tmp_path / "digits", there)
+    written(tmp_path / "digits-curve", [*one, *other])
+    top = text_of(write_report(tmp_path / "digits").read_text().partition('<section id="stages"')[0])
+    assert "the sweet spot is l1 one-shot" in top
+    assert "This run prunes by l1 multi-level. Of that, at 0.9: pruning bought" in top
+    written(tmp_path / "alone" / "digits", there)
+    written(tmp_path / "alone" / "digits-curve", one)
+    assert "This run prunes by" not in write_report(tmp_path / "alone" / "digits").read_text()
+
+
 def test_a_neighbour_without_a_page_is_named_and_not_linked(runs: Path) -> None:
     (runs / "digits-curve" / "report.html").unlink()
     written(runs / "other", curve(digest="f" * 64))

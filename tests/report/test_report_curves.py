@@ -241,8 +241,22 @@ def test_words_at_the_sweet_spot_stand_where_nothing_is_drawn() -> None:
 
 def test_the_file_to_ship_says_its_own_figure_beside_the_means() -> None:
     strip = strip_of(render_curve(records()))
-    assert "98.00 % on test data; the figures above are means over 3 seeds" in strip
+    assert "98.00 % on test data (the dense network of this seed 98.50 %); the figures above are means over 3 seeds" in strip
     assert "60.0 % smaller" not in strip and "50.0 % fewer MACs" in strip and "dense 0.402 MB" in strip
+
+
+def test_the_most_that_was_tried_is_no_limit_of_what_can_be_removed() -> None:
+    most = "more than 60.0 % removed, the most that was tried (curve.amounts)"
+    assert most not in strip_of(render_curve(records())), "90 % were tried, and cost too much"
+    found = sweep({0.4: [98.0, 98.1, 98.2], 0.6: [98.3, 98.4, 98.5]}, DENSE)
+    assert most in strip_of(render_curve([head(cells=len(found)), *found]))
+    assert most not in strip_of(render_curve([head(cells=len(found), limit=None), *found]))
+
+
+def test_steps_of_what_is_pruned_stand_behind_those_of_its_base(page: Page) -> None:
+    base, pruned = (next(p.steps for p in curve_view(records()).points if p.kind == k) for k in ("base", "pruned"))
+    assert base and pruned
+    assert f"{base:,.0f} + {pruned:,.0f}" in page.text and "MB1,000" in page.text, "from scratch there is no base"
 
 
 def test_a_control_of_another_lines_shape_says_whose() -> None:

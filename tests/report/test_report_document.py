@@ -97,6 +97,13 @@ def test_schema_and_order() -> None:
     assert last["float_nodes"] == ["Softmax: probabilities"]
 
 
+def test_one_training_is_told_where_something_was_trained() -> None:
+    told = "other seeds: everything was trained once"
+    assert any(t.startswith(told) for t in document(sample())["verdict"]["not_tested"])
+    untrained = [dataclasses.replace(r, details={k: v for k, v in r.details.items() if k != "history"}) for r in sample()]
+    assert not any(t.startswith(told) for t in document(untrained)["verdict"]["not_tested"])
+
+
 @pytest.mark.parametrize("best", ["level-2", "dense", "int8"])
 def test_first_is_dense_and_last_is_recommended(best: str) -> None:
     found = document([*sample()[:-1], verdict(recommended=best)])

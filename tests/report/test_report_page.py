@@ -318,6 +318,33 @@ def test_an_estimate_never_looks_measured() -> None:
     assert "latency ms of int8" in Page(html).text.split("Estimated, not measured")[1]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-1.9, -0.3, "+1.11 points, interval +0.30 to +1.90 points, on the same samples: pruning kept more."),
+        (-1.9, 0.3, "interval −0.30 to +1.90 points, on the same samples: no difference shows, and each was trained once."),
+        (0.2, 1.9, "the smaller dense network does better. It can be shipped in place of the pruned one (twin-int8.onnx)."),
+    ],
+)  # fmt: skip
+def test_the_twin_is_compared_on_the_same_samples(low: float, high: float, said: str) -> None:
+    """Two intervals against the dense file that overlap say nothing of a difference of the two."""
+    run = sample()
+    at = next(i for i, r in enumerate(run) if r.cell["stage"] == "twin-int8")
+    change = Measured(value=(low + high) / 2, unit="%", low=low, high=high, n=540)
+    run[at] = dataclasses.replace(run[at], measured={**run[at].measured, "change_from_pruned": change})
+    assert said in Page(render(run)).text
+    assert "by these no difference shows" not in Page(render(run)).text
+
+
+def test_the_name_of_a_recipe_heads_its_page() -> None:
+    run = sample()
+    assert "digits: what compression did to it" in Page(render(run)).text
+    run[-1] = dataclasses.replace(run[-1], details={**run[-1].details, "name": "scales at home"})
+    assert "scales at home: what compression did to it" in Page(render(run)).text
+    run[-1] = dataclasses.replace(run[-1], details={**run[-1].details, "name": "run"})
+    assert "digits: what compression did to it" in Page(render(run)).text
+
+
 def test_slower_int8_is_said_and_not_recommended_for_speed() -> None:
     run = sample()
     slow = measured((8, 24, 40), 98.52, -0.37, 0.2, int8=True)

@@ -20,7 +20,6 @@ from paredown.couple import couple
 from paredown.errors import RejectedError, UsageError, VerificationError
 from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
-from paredown.export.session import has_exact_products
 from paredown.granularity import Granularity
 from paredown.measure import evaluated, measure, paired, summarize
 from paredown.measure.quality import keep_values, kept_values
@@ -34,14 +33,13 @@ from paredown.pipeline.levels import check_teacher, one_level, started, without_
 from paredown.pipeline.own_masks import check_own_masks
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
-from paredown.pipeline.snippet import input_of, snippet
 from paredown.pipeline.spared import quantized_but_few
 from paredown.pipeline.unchanged import unchanged
 from paredown.pipeline.ways import check_rounding
 from paredown.plan import Plan
 from paredown.program import Program, capture
 from paredown.prune import Pruned, save
-from paredown.quantize import SCHEMES, Quantized, quantize
+from paredown.quantize import Quantized, quantize
 from paredown.recipe import Recipe
 from paredown.recipe_fields import STREAMS
 from paredown.records import Measured, Record, whole_file
@@ -300,8 +298,10 @@ def _stage_int8(run: Run, order: int, name: str, title: str, quantized: Quantize
         record = _measured(run, name, title, artifact, quantized.program, checked, plan, details)
         unit, file = run.task.metric.unit, kept_values(run.folder.path, name)
         measured = {**record.measured, "simulated_metric": summarize(simulated, unit)}
-        if file is not None and file.shape == simulated.shape:
-            measured["simulated_change"] = paired(simulated, file, unit)
+        pruned = kept_values(run.folder.path, run.recipe.quantize.scheme) if name.startswith("twin-") else None
+        for key, other in (("simulated_change", simulated), ("change_from_pruned", pruned)):
+            if file is not None and other is not None and file.shape == other.shape:
+                measured[key] = paired(other, file, unit)
         return dataclasses.replace(record, measured=measured)
 
     record = run.folder.stage(order, name, _key(run, artifact), make)
@@ -535,29 +535,7 @@ def _verdict(run: Run, program: Program, roles: Roles) -> tuple[tuple[Record, ..
     recommended = run.recipe.quantize.scheme if met else otherwise
     _closer(run, by_stage, recommended, program)
 
-    def example(stage: str) -> str:
-        file = str(by_stage[stage].details["file"])
-        # a file that computes in float has no products of codes
-        in_float = stage != run.recipe.quantize.scheme or SCHEMES[stage].activations == "float"
-        exact = in_float or has_exact_products(run.folder.path / file)
-        return snippet(file, run.task.normalisation, program, exact=exact)
-
-    details = {
-        "recommended": recommended,
-        "otherwise": otherwise,
-        "quantized": run.recipe.quantize.scheme,
-        "target_met": met if bounds else None,
-        "metric": dataclasses.asdict(run.task.metric),
-        "bounds": bounds,
-        **({"search": run.dense["search"]} if "search" in run.dense else {}),
-        "not_tested": verdicts.not_tested(by_stage, run.recipe.target),
-        "normalisation": run.task.normalisation,
-        "input": input_of(program),
-        "snippet": example(recommended),
-        "otherwise_snippet": example(otherwise),
-        "warnings": [*roles.warnings, *random_note(run), *_alarms(by_stage)],
-        "test_data": roles.test_digest,
-    }
+    details = verdicts.details(run, by_stage, bounds, recommended, otherwise, program, roles)
     record = run.folder.stage(
         90,
         "verdict",
@@ -576,16 +554,6 @@ def _closer(run: Run, by_stage: Mapping[str, Record], recommended: str, program:
     files = [by_stage[n].details["digest"] for n in ("dense", subject)]
     key = key_of(run.recipe.digest, subject, files, run.environment, run.dense["slices"])
     run.folder.stage(80, INSIGHT, key, lambda: insight(run, subject, program, lambda name: _artifact(run, name)))
-
-
-def _alarms(by_stage: Mapping[str, Record]) -> Iterator[str]:
-    """What was odd in an evaluation or a calibration, by stage."""
-    for name, record in by_stage.items():
-        if name == "examine":
-            continue
-        alarms = record.details.get("alarms", ())
-        told = (n for n in record.details.get("notes", ()) if n.startswith("calibration") and n not in alarms)
-        yield from (f"{name}: {alarm}" for alarm in (*alarms, *told))
 
 
 def _model_file(run: Run, stage: str) -> Path:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paredown.budget import parse_latency
 from paredown.errors import GateError, InfeasibleError
+from paredown.export.session import has_exact_products
+from paredown.pipeline.run import random_note
+from paredown.pipeline.snippet import input_of, snippet
 from paredown.plan import Plan
+from paredown.quantize import SCHEMES
 from paredown.records import Record
 
 if TYPE_CHECKING:  # stages runs the verdict
     from paredown.pipeline.run import Run
+    from paredown.program import Program
+    from paredown.train import Roles
 
 
 _OF_DENSE = ("size_bytes", "latency", "parameters", "macs")
@@ -121,6 +127,53 @@ def not_tested(by_stage: Mapping[str, Record], target: str) -> list[str]:
     if not any("metric_change" in r.measured for r in by_stage.values()):
         out.append("the paired interval of the metric: evaluate returns no value per sample")
     return out
+
+
+def details(
+    run: Run,
+    by_stage: Mapping[str, Record],
+    found: Sequence[Mapping[str, Any]],
+    recommended: str,
+    otherwise: str,
+    program: Program,
+    roles: Roles,
+) -> dict[str, Any]:
+    """What the record of the verdict says; `found` are the bounds."""
+
+    def example(stage: str) -> str:
+        file = str(by_stage[stage].details["file"])
+        # a file that computes in float has no products of codes
+        in_float = stage != run.recipe.quantize.scheme or SCHEMES[stage].activations == "float"
+        exact = in_float or has_exact_products(run.folder.path / file)
+        return snippet(file, run.task.normalisation, program, exact=exact)
+
+    return {
+        "name": run.recipe.name,
+        "recommended": recommended,
+        "otherwise": otherwise,
+        "quantized": run.recipe.quantize.scheme,
+        "target_met": all(b["met"] for b in found) if found else None,
+        "metric": dataclasses.asdict(run.task.metric),
+        "bounds": [*found],
+        **({"search": run.dense["search"]} if "search" in run.dense else {}),
+        "not_tested": not_tested(by_stage, run.recipe.target),
+        "normalisation": run.task.normalisation,
+        "input": input_of(program),
+        "snippet": example(recommended),
+        "otherwise_snippet": example(otherwise),
+        "warnings": [*roles.warnings, *random_note(run), *_alarms(by_stage)],
+        "test_data": roles.test_digest,
+    }
+
+
+def _alarms(by_stage: Mapping[str, Record]) -> Iterator[str]:
+    """What was odd in an evaluation or a calibration, by stage."""
+    for name, record in by_stage.items():
+        if name == "examine":
+            continue
+        alarms = record.details.get("alarms", ())
+        told = (n for n in record.details.get("notes", ()) if n.startswith("calibration") and n not in alarms)
+        yield from (f"{name}: {alarm}" for alarm in (*alarms, *told))
 
 
 def gates(

@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from paredown import records as journal
 from paredown.errors import ParedownError
 from paredown.records import Record
-from paredown.report.reading import entry, mapping, text, view
+from paredown.report.reading import View, entry, figure, mapping, stage_name, text, view
+
+if TYPE_CHECKING:
+    from paredown.report.curve_view import CurveView  # computes: the page of a lone run needs no numpy
 
 Kind = Literal["run", "curve", "sensitivity"]
 TITLES: dict[Kind, str] = {"run": "Run", "curve": "Curve", "sensitivity": "Sensitivity"}
@@ -74,7 +77,7 @@ def found_beside(folder: Path, records: Sequence[Record]) -> tuple[Beside, ...]:
         try:
             there = tuple(journal.read(place / "records.jsonl"))
             other = _about(there)
-            said, brief = _said(other.kind, there)
+            said, brief = _said(other.kind, there, records if own.kind == "run" else ())
             found.append(
                 Beside(
                     kind=other.kind, name=place.name, folder=place, records=there, differs=_differences(own, other),
@@ -157,8 +160,8 @@ def _differences(own: _About, other: _About) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
-    """A page's answer, whole and in a line or two."""
+def _said(kind: Kind, records: Sequence[Record], run: Sequence[Record] = ()) -> tuple[str, str]:
+    """A page's answer, whole and in a line or two; that of a curve says what it knows of the way that `run` prunes, too."""
     if kind == "curve":
         from paredown.controls import dense_parts  # computes: the page of a lone run needs no numpy
         from paredown.curve import NOUNS
@@ -171,7 +174,9 @@ def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
             if seen.spot.removed is None
             else f"the sweet spot is {seen.spot.name} with {seen.spot.removed:.1f} % of {NOUNS[seen.axis]} removed"
         )
-        return text(f"{seen.spot.sentence} {seen.verdict}", 1600), text(f"{place}. {parts[0][0] if parts else ''}", 600)
+        brief = f"{place}. {parts[0][0] if parts else ''}"
+        own = _of_the_way(seen, view([*run])) if run else ""
+        return text(f"{seen.spot.sentence} {seen.verdict}", 1600), text(f"{brief} {own}".strip(), 900)
     if kind == "sensitivity":
         from paredown.report.sensitivity_document import sensitivity_document
 
@@ -183,6 +188,25 @@ def _said(kind: Kind, records: Sequence[Record]) -> tuple[str, str]:
     told = verdict_strip(view([*records]))
     said = text(f"{told['headline']}. Recommended: {told['file'] or told['recommended'] or 'no file yet'}.", 300)
     return said, said
+
+
+def _of_the_way(seen: CurveView, run: View) -> str:
+    """What a curve says against dense controls of the way in which a run prunes, where its sweet spot is of another; "" elsewhere."""
+    levels = [r for r in run.stages if stage_name(r).startswith("level-")]
+    before = figure(run.stage("dense"), "parameters").value
+    left = figure(levels[-1], "parameters").value if levels else None
+    if not levels or not before or left is None:
+        return ""
+    reached = mapping(entry(levels[-1], "reached"))
+    schedule = {1: text(reached.get("schedule")) or "one-shot", 2: "multi-level"}.get(len(levels), "iterative")
+    name, removed = f"{text(reached.get('criterion'))} {schedule}", 100 * (1 - left / before)
+    told = [c for c in seen.comparisons if c.line == name and c.control != "random"]
+    if name == seen.spot.line or not told:
+        return ""
+    at = {p.amount: p.removed.get("parameters", 0.0) for line in seen.lines if line.name == name for p in line.points}
+    nearest = min({c.amount for c in told}, key=lambda a: abs(at.get(a, 0.0) - removed))
+    first = min((c for c in told if c.amount == nearest), key=lambda c: not c.comparable)
+    return f"This run prunes by {name}. Of that, at {nearest:g}: {first.sentence}"
 
 
 def shown(found: Sequence[Beside], embedded: Sequence[Beside] = (), why_not: str = "") -> dict[str, object]:

@@ -60,9 +60,20 @@ def not_tested(seen: CurveView) -> list[str]:
     if len({r.cell.get("seed") for r in seen.trials}) < 2:
         found.append("other seeds, so that nothing here has an interval (curve.seeds)")
     found += _controls_not_tested(seen)
+    if (most := _largest_tried(seen)) is not None:
+        found.append(f"more than {most:.1f} % removed, the most that was tried (curve.amounts)")
     if seen.failed:
         found.append(f"{len(seen.failed)} of {number(entry(seen.head, 'cells')) or 0} trials, which have no result")
     return [*found, "other devices and runtimes", "disturbed inputs, and for whom the metric changed (compress)"]
+
+
+def _largest_tried(seen: CurveView) -> float | None:
+    """What the chosen point removes, where a limit chose it and nothing that takes out more was tried; None elsewhere."""
+    spot = seen.spot
+    if spot.rule != "limit" or spot.point is None or spot.removed is None or spot.point.kind == "base":
+        return None
+    tried = [p.removed[seen.axis] for p in seen.points if seen.axis in p.removed and p.kind not in CONTROLS]
+    return spot.removed if spot.removed >= max(tried) - 0.05 else None
 
 
 def _controls_not_tested(seen: CurveView) -> list[str]:
@@ -162,6 +173,8 @@ def of_this_file(seen: CurveView, point: Point) -> str:
     own = number(point.test.get(point.seeds[0])) if point.seeds else None
     if own is None or len(point.seeds) < 2:
         return ""
-    return (
-        f"{quantity(own, seen.metric['unit'])} on test data; the figures above are means over {len(point.seeds)} seeds"
-    )
+    unit = seen.metric["unit"]
+    bases = next((p.test for p in seen.points if p.kind == "base" and not p.codes), {})
+    dense = number(bases.get(point.seeds[0]))
+    beside = "" if dense is None else f" (the dense network of this seed {quantity(dense, unit)})"
+    return f"{quantity(own, unit)} on test data{beside}; the figures above are means over {len(point.seeds)} seeds"

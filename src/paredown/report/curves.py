@@ -29,10 +29,10 @@ from paredown.report.curve_view import CurveView, curve_view, is_curve
 from paredown.report.layers import csv_link
 from paredown.report.page import _template
 from paredown.report.reading import entry, figure, items, mapping, number, text
-from paredown.report.wording import difference, digits, large, megabytes, quantity
+from paredown.report.wording import difference, digits, heading, large, megabytes, quantity
 from paredown.report.wording import interval as said_interval
 
-ROWS = 300
+ROWS = 280
 """Of a table, and of a CSV: all points are in curve.json."""
 FLAT = 0.4
 """Below this share of the height of a chart the lines that prune are drawn once more, without the dense controls."""
@@ -71,7 +71,7 @@ def _content(seen: CurveView) -> dict[str, Any]:
         "name": text(entry(seen.head, "name")) or text(cell.get("task")) or "curve",
         "task": text(cell.get("task")),
         "target": text(cell.get("target")) or "unknown target",
-        "metric": {**seen.metric, "label": _capital(seen.metric["name"])},
+        "metric": {**seen.metric, "label": heading(seen.metric["name"])},
         "spot": _spot(seen),
         "criteria": explained(line.method for line in seen.lines),
         "verdict": dense_parts(seen.spot, seen.comparisons, goal=seen.metric["goal"]),
@@ -108,10 +108,6 @@ def _drawn(seen: CurveView) -> tuple[Line, ...]:
         for line in seen.lines
     ]
     return tuple(line for line in named if line.kind != "thin")
-
-
-def _capital(word: str) -> str:
-    return word[:1].upper() + word[1:] if word.islower() else word
 
 
 def _spot(seen: CurveView) -> dict[str, Any]:
@@ -167,7 +163,7 @@ def _metric_cards(seen: CurveView, point: Point, dense: Point | None) -> list[di
     return [
         change,
         {
-            "title": f"{_capital(seen.metric['name'])} on test data",
+            "title": f"{heading(seen.metric['name'])} on test data",
             "value": quantity(tested.mean, unit),
             "notes": notes,
         },
@@ -232,7 +228,7 @@ def _same_trial(other: Point, point: Point) -> bool:
 
 def _other_file(seen: CurveView, other: Point) -> dict[str, Any]:
     """The card of the same network's other file."""
-    title = f"{_capital(seen.metric['name'])} of the same in {other.codes or 'float32'}"
+    title = f"{heading(seen.metric['name'])} of the same in {other.codes or 'float32'}"
     if not other.test:
         return {"title": title, "value": "no file", "notes": ["see “Before you rely on this”"]}
     unit, tested = seen.metric["unit"], interval([*other.test.values()])
@@ -303,7 +299,7 @@ def _chart(seen: CurveView, axis: Axis, data: str, shown: Sequence[Line]) -> dic
             high=spot.high if own else None,
         )  # fmt: skip
     closer = len(shown) < len(drawn)
-    title = f"{_capital(name)} on {where} over {TITLES[axis]} removed{', without the dense controls' if closer else ''}"
+    title = f"{heading(name)} on {where} over {TITLES[axis]} removed{', without the dense controls' if closer else ''}"
     told = "; ".join(
         f"{s.name}: {', '.join(f'{d.y:.4g} at {d.x:.0f} %' for d in s.dots[:8])}" for s in series[:LINES] if s.dots
     )
@@ -447,13 +443,22 @@ def _row(seen: CurveView, point: Point) -> dict[str, Any]:
         "macs": large(round(point.absolute["macs"])) if "macs" in point.absolute else "",
         "bytes": megabytes(point.absolute["bytes"]) if "bytes" in point.absolute else "",
         "latency": f"{digits(point.absolute['latency'])} ms" if "latency" in point.absolute else "",
-        "steps": "" if point.steps is None else f"{point.steps:,.0f}",
+        "steps": _steps(seen, point),
         "seeds": len(point.seeds),
         "failed": len(point.failed),
         "best": point is seen.spot.point,
         "recipe": recipe,
         "command": f"paredown compress {recipe}" if recipe and runs else "",
     }
+
+
+def _steps(seen: CurveView, point: Point) -> str:
+    """Steps of training; of what is pruned those of its base first, where the sweep trained it."""
+    if point.steps is None:
+        return ""
+    base = next((p.steps for p in seen.points if p.kind == "base"), None)
+    before = f"{base:,.0f} + " if base and point.kind in ("pruned", "random") else ""
+    return f"{before}{point.steps:,.0f}"
 
 
 def _name(point: Point) -> str:

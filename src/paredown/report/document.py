@@ -8,6 +8,7 @@ from paredown.records import Record
 from paredown.report.reading import (
     View,
     entry,
+    epoch_losses,
     figure,
     items,
     runtime,
@@ -64,6 +65,10 @@ def _device(run: View, record: Record) -> dict[str, Any]:
 def not_tested(run: View) -> list[str]:
     """What the verdict says was not tested, and the figures that the stages lack."""
     told = [text(t, 300) for t in items(entry(run.verdict, "not_tested"))]
+    if any(epoch_losses(r) for r in run.records):
+        told.append(
+            "other seeds: everything was trained once, and intervals are over the test samples alone (paredown curve repeats it)"
+        )
     if run.devices:  # a bundle runs on any machine: which of them are phones the reader must judge
         where = f" (measured on: {'; '.join(stage_title(r) for r in run.devices)})"
         told = [t + where if t.startswith("latency on the phone") else t for t in told]

@@ -17,6 +17,7 @@ from paredown.report.reading import (
     items,
     mapping,
     number,
+    rows,
     stage_name,
     stage_title,
     text,
@@ -223,9 +224,10 @@ def _file(record: Record) -> dict[str, str]:
 
 
 def _protocols(run: View) -> list[tuple[str, str]]:
-    """How each kind of figure was measured: the protocol of the last stage that says one."""
+    """How each kind of figure was measured: the protocol of the recommended file where it has one, else of the last that does."""
     told: dict[str, str] = {}
-    for record in run.stages:
+    first = run.stage(run.recommended)
+    for record in (*run.stages, *([first] if first is not None else [])):
         for key in sorted(mapping(record.measured), key=str):
             found = figure(record, key)
             if found.value is not None and found.protocol:
@@ -262,6 +264,8 @@ def estimates(run: View) -> list[str]:
         ]
         if names:
             out.append(f"{', '.join(sorted(names))} of {stage_name(record)}")
+    if rows(entry(run.insight, "roofline")):
+        out.append("the roofline: what bounds a layer, its share of the time, and what 8 bits gain at most")
     if number(entry(run.examine, "peak_activation_bytes")) is not None:
         out.append("peak activation memory of the dense model: from the lifetimes of its tensors")
     return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paredown.report.figures import bar, roof, scatter
-from paredown.report.layers import SMALL, csv_link
+from paredown.report.layers import LARGE, SMALL, csv_link
 from paredown.report.reading import (
     View,
     entry,
@@ -102,6 +102,7 @@ def changed_lines(run: View) -> dict[str, Any] | None:
         "best": [_sample(one, unit) for one in best[:20]],
         "scatter": scatter(points) if len(points) > 1 else None,
         "ends": _ends(points, unit),
+        "drawn": _drawn(len(points), number(found.get("n")) or 0),
         "csvs": [
             (
                 "slices.csv",
@@ -193,7 +194,18 @@ def bias_lines(run: View) -> dict[str, Any] | None:
             }
         )
         points += [[text(name, 40), *p] for p in pairs]
-    return {"lines": out, "csv": _csv(("file", "target", "prediction"), points)} if out else None
+    most = max((number(mapping(v).get("n")) or 0 for v in files.values()), default=0)
+    link = csv_link(("file", "target", "prediction"), points, LARGE)
+    return {"lines": out, "csv": link, "drawn": _drawn(len(points) // max(1, len(out)), most)} if out else None
+
+
+def _drawn(drawn: int, every: float) -> str:
+    """That not all samples are drawn; "" where they are."""
+    return (
+        f"Drawn are {whole(drawn)} of the {whole(every)} samples, evenly spread in their order; the largest and the smallest may be others."
+        if 0 < drawn < every
+        else ""
+    )
 
 
 def _ranges(about: Mapping[str, Any]) -> str:

@@ -161,7 +161,7 @@ def _content(run: View) -> dict[str, Any]:
     """Everything that the template names."""
     cell = mapping(run.records[0].cell)
     return {
-        "task": text(cell.get("task")) or "model",
+        "task": _name(run) or text(cell.get("task")) or "model",
         "target": text(cell.get("target")) or "unknown target",
         "facts": _dense_facts(run),
         "verdict": verdict_strip(run),
@@ -204,6 +204,12 @@ def _content(run: View) -> dict[str, Any]:
         ],
         "estimates": evidence.estimates(run),
     }
+
+
+def _name(run: View) -> str:
+    """What the recipe calls itself; "" where it does not, and goes by its default."""
+    name = text(entry(run.verdict, "name"))
+    return "" if name == "run" else name
 
 
 def _dense_facts(run: View) -> list[tuple[str, str]]:

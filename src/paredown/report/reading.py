@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paredown.records import Measured, Record
+from paredown.report.wording import heading
 
 _UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 """Control characters, line separators, half characters, and marks that turn the direction of text around."""
@@ -69,7 +70,7 @@ class View:
         unit = text(given.get("unit"), 16) or next((u for u in units if u), "")
         goal = "min" if given.get("goal") == "min" else "max"
         name = text(given.get("name"), 60) or "metric"
-        return {"name": name, "label": _capital(name), "unit": unit, "goal": goal}
+        return {"name": name, "label": heading(name), "unit": unit, "goal": goal}
 
     @property
     def warnings(self) -> list[str]:
@@ -157,11 +158,6 @@ def text(value: Any, longest: int = 160) -> str:
         return line
     half = (longest - 1) // 2
     return f"{line[:half]}…{line[-half:]}"
-
-
-def _capital(line: str) -> str:
-    """A plain word with a capital; "mAP" stays as it is."""
-    return line[:1].upper() + line[1:] if line.islower() else line
 
 
 def block(value: Any, longest: int = 20_000) -> str:

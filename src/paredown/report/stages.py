@@ -171,7 +171,9 @@ def latency(run: View, record: Record, *, say_place: bool = True) -> Cell:
         else "no spread"
     )
     pace, said = speed(run, record)
-    unsteady = _unsteady(found)
+    unsteady, beside = _unsteady(found), figure(record, "baseline_latency_ms").value
+    if said and beside is not None:
+        said += f"; dense beside it {digits(beside)} ms"
     warning = "slower than the dense FP32 file: not recommended on latency grounds" if pace == "slower" else ""
     return cell(
         found, lambda v: f"{digits(v)} ms", ends, _place(record) if say_place else "", said, unsteady, warning=warning
@@ -262,14 +264,26 @@ def _twin_sentence(run: View, ours: Record, twin: Record) -> str:
     this, other = figure(ours, "metric"), figure(twin, "metric")
     if this.value is None or other.value is None:
         return "Their quality was not compared."
-    gap = difference(this.value - other.value, this.unit or run.metric["unit"])
-    lead = f"{run.metric['label']} of the pruned network minus that of the twin: {gap}."
+    unit = this.unit or run.metric["unit"]
+    lead = f"{run.metric['label']} of the pruned network minus that of the twin: {difference(this.value - other.value, unit)}."
+    apart = figure(twin, "change_from_pruned")
+    if apart.low is not None and apart.high is not None:
+        return f"{lead.removesuffix('.')}, interval {interval(-apart.high, -apart.low, unit, signed=True)}, on the same samples: {_so(run, twin, -apart.high, -apart.low)}"
     changes = figure(ours, "metric_change"), figure(twin, "metric_change")
     if all(c.low is not None and c.high is not None for c in changes):
         this, other = changes  # the same samples for both, so these intervals are the narrower ones
     if this.low is None or this.high is None or other.low is None or other.high is None:
         return f"{lead} No interval was measured: this may be noise."
     if this.low <= other.high and other.low <= this.high:
-        return f"{lead} Their intervals overlap: these data show no difference."
+        return f"{lead} Their intervals against the dense file overlap: by these no difference shows."
     better = (this.low > other.high) == (run.metric["goal"] == "max")
     return f"{lead} Their intervals are apart: {'pruning kept more' if better else 'the smaller dense network does better'}."
+
+
+def _so(run: View, twin: Record, low: float, high: float) -> str:
+    """What the paired interval of "pruned less twin" says; each network was trained once."""
+    if low <= 0 <= high:
+        return "no difference shows, and each was trained once."
+    if (low > 0) == (run.metric["goal"] == "max"):
+        return "pruning kept more."
+    return f"the smaller dense network does better. It can be shipped in place of the pruned one ({text(entry(twin, 'file'))})."

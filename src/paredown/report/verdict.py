@@ -110,10 +110,20 @@ def _faster_in_float(run: View, best: Record) -> str:
         return ""
     reached = figure(rival, "metric")
     said = f", {run.metric['name']} {quantity(reached.value, reached.unit)}" if reached.value is not None else ""
+    why = (
+        ""
+        if _sums_codes(best)
+        else " This processor has no instructions for sums of 8-bit products: where a device has them, time may decide otherwise."
+    )
     return (
         f"It is recommended for its size. {stage_title(rival)} ({text(entry(rival, 'file'))}) is the faster file on this machine: "
-        f"{times(found.value)} the speed of dense, this one {times(own.value)}; {megabytes(_bytes(rival))}{said}. Where time decides, take that one."
+        f"{times(found.value)} the speed of dense, this one {times(own.value)}; {megabytes(_bytes(rival))}{said}. Where time decides, take that one.{why}"
     )
+
+
+def _sums_codes(record: Record) -> bool:
+    """Whether the processor that timed a file sums 8-bit products by instructions of its own, or is not known to lack them."""
+    return mapping(mapping(record.environment).get("machine")).get("int8_dot") is not False
 
 
 def _smaller_in_codes(run: View, best: Record) -> str:

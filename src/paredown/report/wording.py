@@ -78,6 +78,20 @@ def difference(value: float, unit: str) -> str:
     return f"{sign}{quantity(abs(value), unit)}"
 
 
+_ACRONYMS = {"iou": "IoU", "miou": "mIoU", "map": "mAP", "r2": "R²"} | {
+    a.lower(): a for a in ("MAE", "MSE", "RMSE", "MAPE", "AUC", "AUROC", "PSNR", "SSIM", "WER", "CER", "BLEU", "F1")
+}  # fmt: skip
+
+
+def heading(name: str) -> str:
+    """The name of a metric as a heading: a plain word with a capital, what is known as an acronym as one, all else as it is.
+
+    >>> heading("accuracy"), heading("mae"), heading("mAP"), heading("error of the angle")
+    ('Accuracy', 'MAE', 'mAP', 'Error of the angle')
+    """
+    return _ACRONYMS.get(name, name[:1].upper() + name[1:] if name.islower() else name)
+
+
 def interval(low: float | None, high: float | None, unit: str, *, signed: bool = False) -> str:
     """Both ends of an interval; "" where there is none.
 
