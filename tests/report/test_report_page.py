@@ -336,6 +336,37 @@ def test_the_twin_is_compared_on_the_same_samples(low: float, high: float, said:
     assert "by these no difference shows" not in Page(render(run)).text
 
 
+def test_a_reader_can_work_out_what_the_page_says() -> None:
+    """What a reader without the records asked for: which dense time, which file's readings, how many samples are drawn."""
+    run = sample()
+    names = [r.cell["stage"] for r in run]
+    for at, name in enumerate(names):
+        if name in ("level-1", "level-2", "int8", "twin-int8"):
+            beside = Measured(value=0.05 + at / 100, unit="ms")
+            own = dataclasses.replace(run[at].measured["latency_ms"], protocol=f"median of {name}")
+            run[at] = dataclasses.replace(
+                run[at], measured={**run[at].measured, "baseline_latency_ms": beside, "latency_ms": own}
+            )
+    text = Page(render(run)).text
+    for at, name in enumerate(names):
+        if name in ("level-1", "level-2", "int8", "twin-int8"):
+            assert f"dense beside it 0.0{5 + at}00 ms" in text
+    assert "median of int8" in text and "median of twin-int8" not in text, "the recommended file's, not the last one's"
+    assert "Drawn are 3 of the 540 samples" in text and "Drawn are 2 of the 540 samples" in text
+    assert "the roofline: what bounds a layer" in text.split("Estimated, not measured")[1]
+
+
+@pytest.mark.parametrize(("sums", "told"), [(False, True), (True, False), (None, False)])
+def test_a_processor_that_does_not_sum_codes_is_told_where_int8_is_the_slower_file(sums: bool | None, told: bool) -> None:
+    run = sample()
+    at = next(i for i, r in enumerate(run) if r.cell["stage"] == "int8")
+    slow = {**run[at].measured, "speedup": Measured(value=1.2, low=1.1, high=1.3, unit="×")}
+    run[at] = dataclasses.replace(run[at], measured=slow, environment={"machine": {"int8_dot": sums}})
+    text = Page(render(run)).text
+    assert "is the faster file on this machine" in text
+    assert ("no instructions for sums of 8-bit products" in text) is told
+
+
 def test_the_name_of_a_recipe_heads_its_page() -> None:
     run = sample()
     assert "digits: what compression did to it" in Page(render(run)).text
