@@ -138,12 +138,26 @@ def test_fault_79_what_a_task_raises_in_every_trial_is_no_limit_out_of_reach(tmp
 
 def test_what_the_narrowest_file_takes_is_weighed_before_anything_is_trained(tmp_path):
     """The ops that unpack a few bits are most of a file this small, and an estimate: exit 4 came after the training."""
-    asked = recipe({"size_bytes": 4100, "trials": 2, "low_rank": False})
-    with pytest.raises(InfeasibleError, match=r"Got some 4,\d{3} B at the least \(channels, .* weighed\) in 3 trials"):
+    asked = recipe({"size_bytes": 4100, "trials": 2, "low_rank": False}, prune={"align": 1, "floor": 0.7})
+    with pytest.raises(InfeasibleError, match=r"Got some 4,\d{3} B at the least \(channels, .* weighed\) in 4 trials") as caught:
         compress(asked, out=tmp_path / "run", quiet=True)
+    assert "more trials" not in caught.value.advice, "the fewest channels were tried"
     trials = (tmp_path / "run" / "steps" / "search-1" / "trials.jsonl").read_text()
     assert "the file with the fewest bits must fit 4,100 B" in trials
     assert not [*(tmp_path / "run").rglob("*level-1*.json")], "no level was carried out"
+
+
+def test_bytes_that_no_share_that_was_asked_holds_are_reached_by_fewer_channels(tmp_path):
+    """Shares are drawn, and two draws may both be too large: what floor and alignment allow decides what is out of reach."""
+    asked = recipe({"size_bytes": 4100, "trials": 2, "low_rank": False})
+    compress(asked, out=tmp_path / "run", quiet=True)
+    search = verdict(tmp_path / "run")["search"]
+    assert [t["error"] is None for t in search["trials"]][:4] == [True, True, True, False]
+    held = [t for t in search["trials"] if t["error"] is not None]
+    assert all(t["way"] == "channels" and t["size_bytes"] <= 4100 for t in held)
+    missed = min(t["share"] for t in search["trials"] if t["error"] is None and t["way"] == "channels")
+    assert max(t["share"] for t in held) < missed
+    assert (tmp_path / "run" / "int8.onnx").stat().st_size <= 4100
 
 
 def test_a_reason_comes_without_its_advice_and_says_what_crashed():

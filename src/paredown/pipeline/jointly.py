@@ -43,6 +43,8 @@ LEAST_PART, MOST_PART = 0.2, 0.8
 """How far channels go before ranks: of the way from what is to what is asked, by ratios."""
 TIGHT, HOPELESS = 0.7, 1.5
 """Between these shares of the limit the narrowest file, by the estimate, is made and weighed."""
+REACHING = 3
+"""Trials between the fewest channels, where these hold the bytes and nothing else did, and what did not."""
 ESTIMATED = "estimated"
 NOTHING = 100.0
 """What a trial without an answer is told as, in a search for several: a relative squared error of no use (zeros have 1)."""
@@ -337,7 +339,7 @@ def jointly(
     means = means_of(run, way, here, limits, shrinking)
     with _answering(means, program, before) as answer:
         trials = tuple(_trials(means, answer))
-    good = [t for t in trials if t.losses is not None and t.told.get("error", t.losses[0]) is not None]
+    good = [t for t in trials if _holds(t)]
     if not good:
         raise _out_of_reach(means, trials)
     best = min(good, key=lambda t: (t.losses or (NOTHING,))[0])
@@ -383,10 +385,42 @@ def _trials(means: Means, answer: Callable[[Values], Answer]) -> Iterator[Trial]
         domain = {}
     elif bounds.together:
         domain = {**domain, "part": (LEAST_PART, MOST_PART)}
+    found: list[Trial] = []
     for single in alone:
-        yield from search_by_asking(single, answer, trials=1, key=f"{key} {single['way'][0]}", **shared)
+        found += search_by_asking(single, answer, trials=1, key=f"{key} {single['way'][0]}", **shared)
     if bounds.trials and domain:
-        yield from search_by_asking(domain, answer, trials=bounds.trials, seed=run.recipe.seed, key=key, **shared)
+        found += search_by_asking(domain, answer, trials=bounds.trials, seed=run.recipe.seed, key=key, **shared)
+    yield from found
+    if bounds.trials and domain and means.shrinking is not None and not any(map(_holds, found)):
+        yield from _reaching(means, found, lambda at: search_by_asking(
+            {"way": ("channels",), "share": (at, at)}, answer, trials=1, key=f"{key} reaching {at:g}", **shared)[0])  # fmt: skip
+
+
+def _holds(trial: Trial) -> bool:
+    """Whether a trial is within the limits themselves, whatever of their multiples."""
+    return trial.losses is not None and trial.told.get("error", trial.losses[0]) is not None
+
+
+def _reaching(means: Means, found: Sequence[Trial], asked: Callable[[float], Trial]) -> Iterator[Trial]:
+    """Where no share that was asked holds the bytes: the fewest channels that floor and alignment allow, and if these hold them more,
+    by halves of the ratio to what did not."""
+    least = _least(means)
+    if least is None:
+        return
+    low = math.ceil(1e4 * int(least.made_by["reached"]["parameters"]) / means.here.cost.parameters) / 1e4
+    first = asked(min(low, 1.0))
+    yield first
+    if not _holds(first):
+        return
+    missed = [float(t.values["share"]) for t in found if t.values["way"] == "channels"]
+    high = min((at for at in missed if at > low), default=1.0)
+    for _ in range(REACHING):
+        at = round(math.sqrt(low * high), 4)
+        if not low < at < high:
+            return
+        trial = asked(at)
+        yield trial
+        low, high = (at, high) if _holds(trial) else (low, at)
 
 
 def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
@@ -414,7 +448,6 @@ def _out_of_reach(means: Means, trials: Sequence[Trial]) -> Exception:
     trains, bits = can_train(means.run.task), means.shrinking is not None
     fewer = "Allow fewer bits (budget.bits), " if bits else ""
     less = "lower prune.floor" if trains else "give train, or train_batches and step, for pruning"
-    less = f"more trials (budget.trials), {less}" if bits and trains else less
     advice = f"{fewer}{less}, or ask for more."
     return InfeasibleError(msg, nearest=nearest or _least(means), advice=advice[0].upper() + advice[1:])
 
