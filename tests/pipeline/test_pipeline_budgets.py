@@ -229,6 +229,7 @@ def test_a_missed_bound_is_told_in_figures_that_people_write() -> None:
         ("fp16", {"size_bytes": 0.6}, False),
         ("w4", {"size_bytes": 0.5}, True),  # its convolutions stay in float
         ("int8", {"size_bytes": 0.4}, False),
+        ("int8", {"size_bytes": 0.3}, True),  # codes alone would be a quarter: the file of so small a network is more
         ("int8", {"macs": 1e-6}, True),
         ("int8", {"peak_ram_bytes": 10}, None),
     ],
@@ -246,6 +247,32 @@ def test_a_dry_run_foresees_the_bytes_of_the_scheme(scheme, budget, leaves, task
     assert found is not None and (found.plan is not None) is bool(leaves)
     assert bool(found.amounts) is (leaves is not None)
     assert ("peak_ram_bytes" in found.note) is (leaves is None)
+
+
+def test_a_dry_run_foresees_what_the_file_will_weigh(task, tmp_path):
+    """Codes alone were foreseen, and a budget that the real file missed by half was called met."""
+    from paredown.export import export
+    from paredown.pipeline.foreseen import foreseen_budget
+    from paredown.pipeline.ways import Here, Way
+    from paredown.program import capture
+    from paredown.prune import prune
+    from paredown.quantize import quantize
+    from paredown.recipe_fields import Level
+
+    program = capture(task.model().eval(), task.inputs())
+    whole = export(quantize(program, calibrate=task.calibration_batches), tmp_path / "whole.onnx").size_bytes
+    for bits, limit in (((8,), whole + 10), ((8,), round(0.8 * whole))):
+        asked = recipe({"size_bytes": limit, "bits": [*bits], "allocation": "uniform", "low_rank": False})
+        here = Here.of(program, None)
+        way = Way(recipe=asked, task=task, level=Level(parameters=0.5), number=1, weights_given=True)
+        found = foreseen_budget(asked, way, here)
+        assert found is not None
+        _, before, after = found.amounts["size_bytes"]
+        assert before == pytest.approx(whole, rel=0.02) and (found.plan is None) is (limit > whole)
+        if found.plan is not None:
+            left = prune(program, found.plan)
+            made = export(quantize(left, calibrate=task.calibration_batches), tmp_path / "left.onnx").size_bytes
+            assert after <= limit and made == pytest.approx(after, rel=0.1)
 
 
 def test_a_search_can_be_turned_off():

@@ -1,10 +1,12 @@
-"""What a budget will lead to, by tables and counts alone: for a dry run. Nothing is trained, exported or kept but the layers' times."""
+"""What a budget will lead to, by tables, counts and the file of the network as it is: for a dry run. Nothing is trained, or kept but the layers' times."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,18 @@ from paredown.allocate import Latency, allocate, predict
 from paredown.allocate.latency import LayerLatency
 from paredown.allocate.request import MEASURED
 from paredown.budget import Budget, parse_latency
-from paredown.errors import InfeasibleError
+from paredown.errors import InfeasibleError, ParedownError
+from paredown.export import export
 from paredown.measure.layer_tables import Setting
 from paredown.pipeline.budgets import by_bits
 from paredown.pipeline.searches import BYTES, bytes_per_parameter
 from paredown.pipeline.ways import Here, Way
 from paredown.plan import Plan
+from paredown.quantize import quantize
 from paredown.recipe import Recipe
 from paredown.recipe_fields import SEARCHED
 from paredown.score.patterns import matches, parents
+from paredown.search.asking import reason_of
 from paredown.search.budgets import LATENCY
 from paredown.search.candidates import kept_units
 from paredown.search.layers import latency_table
@@ -63,7 +68,8 @@ class ForeseenBudget:
 def foreseen_budget(recipe: Recipe, way: Way, here: Here) -> ForeseenBudget | None:
     """The plan that tables and counts alone would give; None where the budget asks for nothing that is searched.
 
-    Bytes are those of the scheme per parameter, memory is left out: both are known only when files are exported.
+    Bytes are those of this network's own file in the scheme, weighed once, less those of the scheme for every parameter that leaves; memory is
+    left out, since only files say it.
     Raises what the tables, sensitivities and `allocate` raise.
     """
     asked = {n: v for n in SEARCHED if (v := getattr(recipe.budget, n)) is not None}
@@ -72,6 +78,15 @@ def foreseen_budget(recipe: Recipe, way: Way, here: Here) -> ForeseenBudget | No
     unknown = asked.pop("peak_ram_bytes", None)
     notes = ["Nothing is foreseen of peak_ram_bytes, which files say."] if unknown is not None else []
     whole = {"parameters": here.cost.parameters, "macs": here.cost.macs, "size_bytes": here.cost.state_dict_bytes}
+    each, beside = _bytes_each(recipe, here), 0.0
+    if "size_bytes" in asked:
+        try:
+            whole["size_bytes"], coded = _weighed(recipe, way, here)
+            beside = coded - each * here.cost.parameters
+        except ParedownError as error:
+            notes.append(
+                f"Bytes are of weights alone, a file has some more: it could not be written ({reason_of(error)})."
+            )
     limits = {n: float(v * whole[n]) if n in whole and isinstance(v, float) else v for n, v in asked.items()}
     table, dense_ms = _tables(recipe, here) if set(LATENCY) & asked.keys() else (None, 0.0)
     if "latency" in limits:
@@ -82,12 +97,12 @@ def foreseen_budget(recipe: Recipe, way: Way, here: Here) -> ForeseenBudget | No
         notes.append("Nothing is foreseen of latency: no layer that can shrink is timed alone, files say it.")
     if by_bits(recipe):
         notes.append("Bits per layer are chosen after the training; fewer than 8 leave more channels.")
-    note, each = " ".join(notes), _bytes_each(recipe, here)
-    before = _amounts(limits, here, table, None, each)
+    note = " ".join(notes)
+    before = _amounts(limits, here, table, None, each, beside)
     if all(before[n] <= limit for n, limit in limits.items()):
         return ForeseenBudget(plan=None, amounts={n: (v, before[n], before[n]) for n, v in limits.items()}, note=note)
-    plan, nearest = _plan(recipe, way, here, limits, table, each)
-    after = _amounts(limits, here, table, plan, each)
+    plan, nearest = _plan(recipe, way, here, limits, table, each, beside)
+    after = _amounts(limits, here, table, plan, each, beside)
     return ForeseenBudget(
         plan=plan, amounts={n: (v, before[n], after[n]) for n, v in limits.items()}, nearest=nearest, note=note,
         layers=() if table is None else tuple(_layer(layer, here, plan) for layer in table.layers),
@@ -123,22 +138,41 @@ def _bytes_each(recipe: Recipe, here: Here) -> float:
     return total / max(here.cost.parameters, 1)
 
 
+def _weighed(recipe: Recipe, way: Way, here: Here) -> tuple[int, int]:
+    """Bytes of the network's files as it is, in float32 and in the recipe's scheme: weights do not matter to them."""
+    float_layers, target = recipe.quantize.float_layers, recipe.target
+    quantized = quantize(
+        here.program, target=target, calibrate=way.task.calibration_batches, scheme=recipe.quantize.scheme, observer="minmax",
+        float_layers=float_layers, idle_repairs=True,
+    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        dense = export(here.program, Path(folder, f"dense{named(target).suffix}"), target=target).size_bytes
+        coded = export(quantized, Path(folder, f"coded{named(target).suffix}"), target=target).size_bytes
+    return dense, coded
+
+
 def _amounts(
-    limits: Mapping[str, float], here: Here, table: Latency | None, plan: Plan | None, each: float
+    limits: Mapping[str, float], here: Here, table: Latency | None, plan: Plan | None, each: float, beside: float
 ) -> dict[str, float]:
     parameters, macs = predict(here.coupling, here.cost, plan or Plan(keep={}))
-    known = {"parameters": float(parameters), "macs": float(macs), "size_bytes": each * parameters}
+    known = {"parameters": float(parameters), "macs": float(macs), "size_bytes": beside + each * parameters}
     if table is not None:
         known["latency_ms"] = float(table.total(*_counts(here, plan)))
     return {n: known[n] for n in limits}
 
 
 def _plan(
-    recipe: Recipe, way: Way, here: Here, limits: Mapping[str, float], table: Latency | None, each: float
+    recipe: Recipe,
+    way: Way,
+    here: Here,
+    limits: Mapping[str, float],
+    table: Latency | None,
+    each: float,
+    beside: float,
 ) -> tuple[Plan | None, bool]:
     counts = {n: max(2, int(limits[n])) for n in ("parameters", "macs") if n in limits}  # 1 would be ambiguous
     if "size_bytes" in limits:
-        by_size = max(2, int(limits["size_bytes"] / each))
+        by_size = max(2, int((limits["size_bytes"] - beside) / each))
         counts["parameters"] = min(counts.get("parameters", by_size), by_size)
     scores, asked = way.scores(here), recipe.prune
     try:
