@@ -145,7 +145,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     if n < 2:
         return Interval(mean=mean, low=None, high=None, n=n)
     half = (1 + confidence) / 2
-    return Interval(mean=mean, low=-bound(tuple(-v for v in values), half), high=bound(tuple(values), half), n=n)
+    return Interval(mean=mean, low=0.0 - bound(tuple(-v for v in values), half), high=bound(tuple(values), half), n=n)
 
 
 def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def test_the_worst_tenth_is_that_of_each_file() -> None:
     assert found["worst"]["of_dense"] == pytest.approx(now[np.argsort(dense)[-20:]].mean(), rel=1e-5)
     assert found["turns"] is None and not found["named"] and len(found["scatter"]) == 200
     assert found["most"][0]["id"] == str(int(np.argmax(now - dense)))
+
+
+def test_what_is_no_number_is_a_slice_of_its_own_and_what_is_everywhere_is_none() -> None:
+    """NaN equals nothing, not itself: a column with one vanished, or had a group of no samples."""
+    dense, now = np.arange(40.0), np.arange(40.0) + np.where(np.arange(40) < 10, 2.0, 0.0)
+    gaps = [math.nan if i < 10 else float(i) for i in range(40)]
+    few = [math.nan if i < 10 else 1.0 for i in range(40)]
+    found = changed(dense, now, {"many": gaps, "few": few, "one": ["x"] * 40}, "min", "g")["slices"]
+    told = {(s["column"], s["value"]): (s["n"], s["change"]) for s in found}
+    assert told["many", "no finite number"] == (10, 2.0) and told["few", "nan"] == (10, 2.0)
+    assert [n for (column, _), (n, _) in told.items() if column == "many"].count(10) >= 1
+    assert sum(n for (column, _), (n, _) in told.items() if column == "many") == 40
+    assert told["few", "1.0"] == (30, 0.0) and "one" not in {s["column"] for s in found}
 
 
 def test_slices_by_value_and_by_quarter() -> None:

@@ -391,8 +391,27 @@ def test_it_names_the_file_to_ship_and_what_makes_it_again() -> None:
     assert f"paredown compress trials/{at:04d}/recipe.yaml makes it again" in text
     strict = [dataclasses.replace(found[0], details={**found[0].details, "limit": 0.0}), *found[1:]]
     text = re.sub(r"\s+", " ", Page(render_curve(strict)).text)
-    assert "No sweet spot" in text and "What to ship: the dense network (trials/0000/0.onnx, of seed 0)" in text
+    assert "No sweet spot" in text and re.search(r"What to ship: the dense network \(trials/(\d{4})/\d\.onnx, of seed \d, the best of 3 on held-out data\)", text)
     assert "allow a larger loss (curve.limit)" in text and "recover.epochs" in text
+
+
+def test_the_seed_that_is_best_on_held_out_data_is_shipped_whatever_the_test_data_say() -> None:
+    """The first seed's base had learnt nothing, and its file was the one to ship."""
+    found = sweep({0.5: [1.0, 97.9, 97.5]}, [1.0, 98.0, 98.0])
+    recipes = {r.cell["digest"]: f"trials/{i:04d}/recipe.yaml" for i, r in enumerate(found)}
+    for record in found:
+        record.details["file"] = "model.onnx"  # type: ignore[index]
+    strip = strip_of(render_curve([head(cells=len(found), limit=1.0, recipes=recipes), *found]))
+    at = next(i for i, r in enumerate(found) if r.cell["digest"] == "pruned-l1-one-shot-0.5-1")
+    assert f"<code>trials/{at:04d}/model.onnx</code>, of seed 1, the best of 3 on held-out data" in strip
+
+
+def test_dense_networks_of_which_one_learnt_little_are_told() -> None:
+    told = "The dense networks of the seeds reach from 1.00 % to 98.00 % on held-out data"
+    found = sweep({0.5: [1.0, 97.9, 97.5]}, [1.0, 98.0, 98.0])
+    assert told in Page(render_curve([head(cells=len(found), limit=1.0), *found])).text
+    assert "The dense networks of the seeds reach" not in Page(render_curve(records())).text
+    assert told not in Page(render_curve([head(cells=len(found), limit=None), *found])).text
 
 
 def test_without_held_out_data_the_test_data_choose_nothing() -> None:

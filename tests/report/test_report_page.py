@@ -21,7 +21,7 @@ from paredown.records import Measured, Record, append
 from paredown.report import page, render, write_report
 from paredown.report.insight import roofline
 from paredown.report.reading import stage_of_device, view
-from paredown.report.wording import mebibytes, megabytes
+from paredown.report.wording import digits, mebibytes, megabytes
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 ALLOWED = set(
@@ -350,10 +350,25 @@ def test_a_reader_can_work_out_what_the_page_says() -> None:
     text = Page(render(run)).text
     for at, name in enumerate(names):
         if name in ("level-1", "level-2", "int8", "twin-int8"):
-            assert f"dense beside it 0.0{5 + at}00 ms" in text
+            assert f"dense beside it {digits(0.05 + at / 100)} ms" in text
     assert "median of int8" in text and "median of twin-int8" not in text, "the recommended file's, not the last one's"
     assert "Drawn are 3 of the 540 samples" in text and "Drawn are 2 of the 540 samples" in text
     assert "the roofline: what bounds a layer" in text.split("Estimated, not measured")[1]
+
+
+@pytest.mark.parametrize(("pace", "best"), [(0.9, "int8"), (1.02, "level-2")])
+def test_a_float_file_that_is_slower_itself_does_not_stand_in_for_a_slow_one_in_codes(pace: float, best: str) -> None:
+    """The reason against INT8 held for the file that was recommended in its place, which was larger."""
+    run = sample()
+    for at, one in enumerate(run):
+        if one.cell["stage"] in ("int8", "level-2"):
+            speed = 0.8 if one.cell["stage"] == "int8" else pace
+            found = Measured(value=speed, low=speed - 0.05, high=speed + 0.05, unit="×")
+            run[at] = dataclasses.replace(one, measured={**one.measured, "speedup": found})
+    run[-1] = dataclasses.replace(run[-1], details={**run[-1].details, "otherwise": "level-2"})
+    assert view(run).recommended == best
+    if best == "int8":
+        assert "It is recommended for its size. It is slower than the dense FP32 file" in Page(render(run)).text
 
 
 @pytest.mark.parametrize(("sums", "told"), [(False, True), (True, False), (None, False)])

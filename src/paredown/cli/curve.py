@@ -123,7 +123,7 @@ def told(document: dict[str, Any]) -> list[Any]:
                 (
                     name,
                     "–" if point["amount"] is None else f"{point['amount']:g}",
-                    "not tested" if removed is None else f"{removed:.1f} %",
+                    "not tested" if removed is None else f"{removed:.1f} %".replace("-", "−"),
                     _figure(point["held_out"], unit),
                     _figure(point["test"], unit),
                     str(len(point["seeds"])) + (f" ({len(point['failed'])} failed)" if point["failed"] else ""),

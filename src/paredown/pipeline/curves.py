@@ -7,14 +7,15 @@ import difflib
 import itertools
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paredown.allocate.request import MEASURED
 from paredown.environments import python_of
-from paredown.errors import MissingError, ParedownError, RejectedError, UsageError
+from paredown.errors import Interrupted, MissingError, ParedownError, RejectedError, UsageError
 from paredown.pipeline.compress import difference, task_of, versions
 from paredown.pipeline.data import changed, remember, settle
 from paredown.pipeline.folder import RECORDS, opened
@@ -91,8 +92,20 @@ def curve(
                 shown.also("controls of the sweet spot")
                 _say_what_is_there(shown, beside, folder, found, retry)
                 asked = (*(c for c in cells if c.digest in read_by), *beside)
-                run_missing(asked, folder, found, machine, retry=retry, progress=shown.event)
+                with _counting((*cells, *beside), folder, found):
+                    run_missing(asked, folder, found, machine, retry=retry, progress=shown.event)
         return _told(recipe, task, (*cells, *beside), folder, found)
+
+
+@contextmanager
+def _counting(cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]) -> Iterator[None]:
+    """Of an interruption, how many of all trials are through, not of those of this stretch alone."""
+    try:
+        yield
+    except Interrupted as error:
+        done = len(read_results(cells, folder, found))
+        msg = f"{done} of {len(cells)} trials are done or marked; the same command goes on with the others."
+        raise Interrupted(msg) from error
 
 
 def _grows(there: str, cells: Sequence[Cell], folder: Path, recipe: Recipe) -> bool:

@@ -164,15 +164,21 @@ def _sliced(
 
 
 def _groups(column: Sequence[Any]) -> list[tuple[str, NDArray[np.bool_]]]:
-    distinct = list(dict.fromkeys(column))
+    # NaN is no value that equals itself: all of them are one group
+    named = [str(v) if isinstance(v, float) and not math.isfinite(v) else v for v in column]
+    distinct = list(dict.fromkeys(named))
+    if len(distinct) == 1:
+        return []  # that is the whole
     if len(distinct) <= MOST_VALUES:
-        return [(str(v), np.array([c == v for c in column])) for v in sorted(distinct, key=str)]
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in column):
+        return [(str(v), np.array([c == v for c in named])) for v in sorted(distinct, key=str)]
+    if not all(isinstance(v, int | float) for v in column):
         return []
     values = np.array(column, dtype=np.float64)
-    edges = np.quantile(values, np.linspace(0, 1, QUARTERS + 1))
+    finite = np.isfinite(values)
+    edges = np.quantile(values[finite], np.linspace(0, 1, QUARTERS + 1))
     place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, QUARTERS - 1)
-    return [(f"{edges[q]:.4g} to {edges[q + 1]:.4g}", place == q) for q in range(QUARTERS)]
+    quarters = [(f"{edges[q]:.4g} to {edges[q + 1]:.4g}", finite & (place == q)) for q in range(QUARTERS)]
+    return [*quarters, *([] if finite.all() else [("no finite number", ~finite)])]
 
 
 def _bias(

@@ -12,6 +12,8 @@ from paredown.report.wording import quantity
 
 _HOLDS = {2: "one time in two", 3: "three times in four", 4: "seven times in eight"}
 """Seeds to how often their range holds the true mean: 1 - 2 / 2^n, where values fall on either side of it alike."""
+APART = 3.0
+"""Times the limit by which the dense networks of the seeds differ where it is told."""
 _OF = {"channels": "channels", "parameters": "parameters", "macs": "MACs", "density": "weights"}
 _SCHEDULES = {
     "one-shot": "everything leaves at once, then the recovery",
@@ -95,9 +97,25 @@ def doubts(seen: CurveView) -> list[str]:
     found = []
     if few := few_seeds(max((len(p.seeds) for p in seen.points), default=0)):
         found.append(few)
+    if apart := _dense_apart(seen):
+        found.append(apart)
     if known := _seen_before(seen):
         found.append(known)
     return found
+
+
+def _dense_apart(seen: CurveView) -> str:
+    """That the dense networks of the seeds differ by much more than a pruned one may lose: one that learnt little has little to lose."""
+    base = next((p for p in seen.points if p.kind == "base" and not p.codes), None)
+    values = [*base.held_out.values()] if base is not None else []
+    if seen.limit is None or len(values) < 2 or max(values) - min(values) <= APART * seen.limit:
+        return ""
+    unit = seen.metric["unit"]
+    ends = sorted(values, reverse=seen.metric["goal"] == "min")
+    return (
+        f"The dense networks of the seeds reach from {quantity(ends[0], unit)} to {quantity(ends[-1], unit)} on held-out data, which is far more than what a pruned "
+        "one may lose: one that learnt little has little to lose, and makes the mean loss look small. Train the base longer, or leave that seed out (curve.seeds)."
+    )
 
 
 def few_seeds(count: int) -> str:
@@ -168,13 +186,13 @@ def schedules(seen: CurveView) -> list[tuple[str, str]]:
     return [(name, _SCHEDULES[name]) for name in names if name in _SCHEDULES]
 
 
-def of_this_file(seen: CurveView, point: Point) -> str:
-    """What the file of the first seed has on test data: the figures above are means over seeds."""
-    own = number(point.test.get(point.seeds[0])) if point.seeds else None
+def of_this_file(seen: CurveView, point: Point, seed: int) -> str:
+    """What the file of a seed has on test data: the figures above are means over seeds."""
+    own = number(point.test.get(seed))
     if own is None or len(point.seeds) < 2:
         return ""
     unit = seen.metric["unit"]
     bases = next((p.test for p in seen.points if p.kind == "base" and not p.codes), {})
-    dense = number(bases.get(point.seeds[0]))
+    dense = number(bases.get(seed))
     beside = "" if dense is None else f" (the dense network of this seed {quantity(dense, unit)})"
     return f"{quantity(own, unit)} on test data{beside}; the figures above are means over {len(point.seeds)} seeds"

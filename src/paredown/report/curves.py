@@ -199,7 +199,7 @@ def _fewer(point: Point, axis: Axis, said: str) -> str:
 
 def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
     """Which file of the sweep is meant, and the command that makes it again; where nothing was chosen, what may help."""
-    digest = point.digests[0] if point is not None and point.digests else ""
+    seed, digest, why = _shipped(seen, point)
     record = next((r for r in seen.trials if r.cell.get("digest") == digest), None)
     recipe = text(mapping(entry(seen.head, "recipes")).get(digest), 300)
     if point is None or record is None or not recipe:
@@ -208,8 +208,18 @@ def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
     file = f"{recipe.rpartition('/')[0]}/{text(made.get('file'), 100)}"
     again = f"paredown compress {recipe}" if point.kind in ("pruned", "random") else ""
     advice = _advice(seen) if seen.spot.point is None and point.held_out else ""
-    own = of_this_file(seen, point)
-    return {"file": file, "seed": str(point.seeds[0]), "again": again, "advice": advice, "own": own}
+    own = of_this_file(seen, point, seed)
+    return {"file": file, "seed": f"{seed}{why}", "again": again, "advice": advice, "own": own}
+
+
+def _shipped(seen: CurveView, point: Point | None) -> tuple[int, str, str]:
+    """(seed, digest, why that one): the best on held-out data, so that test data choose nothing; the first where there are none."""
+    if point is None or not point.digests:
+        return 0, "", ""
+    known = [(_sign(seen) * point.held_out[s], -at) for at, s in enumerate(point.seeds) if s in point.held_out]
+    at = -max(known)[1] if known else 0
+    why = f", the best of {len(known)} on held-out data" if len(known) > 1 else ""
+    return point.seeds[at], point.digests[at], why
 
 
 def _advice(seen: CurveView) -> str:

@@ -44,13 +44,17 @@ class View:
         """Name of the recommended stage, None while there is no verdict.
 
         The records name a file by size and metric alone, since timings differ from run to run. A file that is slower
-        than the dense one beyond its interval is no improvement: then the verdict's `otherwise` stands in.
+        than the dense one beyond its interval is no improvement: then the verdict's `otherwise` stands in, unless that is slower, too.
         """
         named = text(entry(self.verdict, "recommended")) or None
-        speedup = figure(self.stage(named), "speedup")
-        slower = speedup.high is not None and speedup.high < 1
+        otherwise = text(entry(self.verdict, "otherwise")) or named
         in_codes = self.quantized is not None and named == stage_name(self.quantized)
-        return text(entry(self.verdict, "otherwise")) or named if in_codes and slower else named
+        return otherwise if in_codes and self._is_slower(named) and not self._is_slower(otherwise) else named
+
+    def _is_slower(self, name: str | None) -> bool:
+        """Whether a stage's file is slower than the dense one beyond its interval."""
+        speedup = figure(self.stage(name), "speedup")
+        return speedup.high is not None and speedup.high < 1
 
     @property
     def quantized(self) -> Record | None:

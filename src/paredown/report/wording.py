@@ -56,11 +56,12 @@ def mebibytes(value: float) -> str:
 def quantity(value: float, unit: str) -> str:
     """A value with its unit; percentages with two decimals.
 
-    >>> quantity(98.519, "%"), quantity(212.4, "g"), quantity(91324, "B")
-    ('98.52 %', '212.4 g', '91.3 kB')
+    >>> quantity(98.519, "%"), quantity(-0.001, "%"), quantity(212.4, "g"), quantity(91324, "B")
+    ('98.52 %', '0.00 %', '212.4 g', '91.3 kB')
     """
     if unit == "%":
-        return f"{value:.2f} %".replace("-", "−")
+        said = f"{value:.2f} %".replace("-", "−")
+        return said.removeprefix("−") if said == "−0.00 %" else said
     if unit == "B":
         return megabytes(value)
     return f"{digits(value, 4)} {unit}".rstrip()
