@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 pytest.importorskip("onnxruntime")
 
 import paredown as pare
-from paredown.errors import MissingError, RejectedError, UsageError
+from paredown.errors import Interrupted, MissingError, RejectedError, UsageError
 from paredown.measure import artifact_at
 from paredown.models import load_task_module
 from paredown.pipeline.compress import compress, task_of, versions
-from paredown.pipeline.curves import Curved, _say_what_is_there, check_cells, curve, machine_for
+from paredown.pipeline.curves import Curved, _counting, _say_what_is_there, check_cells, curve, machine_for
 from paredown.pipeline.folder import RunFolder, opened
 from paredown.pipeline.run import Run
 from paredown.pipeline.stages import quantized_of
@@ -165,6 +165,14 @@ def test_the_same_recipe_runs_nothing_again_and_another_is_refused(done: Curved)
     assert again.document == done.document
     with pytest.raises(UsageError, match=r"curve\.amounts: \[0\.5\] → \[0\.75\]"):
         curve(recipe(amounts=[0.75], schedules=["one-shot", "multi-level", "from-scratch"]), out=done.out, quiet=True)
+
+
+def test_an_interruption_among_the_controls_counts_all_trials(done: Curved) -> None:
+    """It counted those of the last stretch alone: "6 of 10" beside a display that had told 12 of 16."""
+    cells = grid(recipe(schedules=["one-shot", "multi-level", "from-scratch"]))
+    more = dataclasses.replace(cells[-1], digest="0" * 64)
+    with pytest.raises(Interrupted, match=r"^7 of 8 trials are done or marked"), _counting((*cells, more), done.out, versions()):
+        raise Interrupted("1 of 2 trials are done or marked")
 
 
 def test_a_sweep_may_grow_and_keeps_what_it_has(tmp_path: Path) -> None:

@@ -323,6 +323,11 @@ def test_the_network_as_it_is_is_never_the_nearest_plan(search, given):
     ]
     assert _infeasible(asked, noisy).nearest is plan
     assert _infeasible(asked, noisy[:1]).nearest is None
+    assert "its codes may be what is slow" in _infeasible(asked, noisy).advice
+    fast = dataclasses.replace(noisy[1], measured={"latency": 0.7})
+    assert "its codes" not in _infeasible(asked, [noisy[0], fast]).advice
+    ram = dataclasses.replace(noisy[1], measured={"peak_ram_bytes": 6e7})
+    assert "the runtime's own" in _infeasible(dataclasses.replace(search, asked={"peak_ram_bytes": 1e6}), [ram]).advice
 
 
 def test_fault_71_an_impossible_budget_says_the_nearest_plan(search):

@@ -18,8 +18,8 @@ Values = NDArray[np.float64]
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
-def evaluated(evaluate: Callable[[Any], Any], predict: Callable[..., Any]) -> dict[str, Values]:
-    """What `evaluate(predict)` returns, checked: {name: values}, one value or one per sample, float64, finite.
+def evaluated(evaluate: Callable[[Any], Any], predict: Callable[..., Any], *, finite: bool = True) -> dict[str, Values]:
+    """What `evaluate(predict)` returns, checked: {name: values}, one value or one per sample, float64; finite, unless that is not asked for.
 
     Raises RejectedError for anything else: no mapping, no entry, None, text, NaN, infinity, an empty or 2-D array.
     """
@@ -27,10 +27,10 @@ def evaluated(evaluate: Callable[[Any], Any], predict: Callable[..., Any]) -> di
     if not isinstance(result, Mapping) or not result:
         msg = f'evaluate must return {{"name": value}}. Got {type(result).__name__}{" without entries" if result == {} else ""}.'
         raise RejectedError(msg)
-    return {str(name): _values(str(name), value) for name, value in result.items()}
+    return {str(name): _values(str(name), value, finite) for name, value in result.items()}
 
 
-def _values(name: str, value: Any) -> Values:
+def _values(name: str, value: Any, finite: bool) -> Values:
     rule = f"the metric {name!r} must be a finite number, or a 1-D array with one finite number per sample"
     if value is None or isinstance(value, str | bytes | bool):
         msg = f"{rule}. Got {value!r} from evaluate."
@@ -42,8 +42,10 @@ def _values(name: str, value: Any) -> Values:
     except (TypeError, ValueError) as error:
         msg = f"{rule}. Got {type(value).__name__} from evaluate."
         raise RejectedError(msg) from error
-    if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all():
-        got = "NaN or infinity" if array.size and not np.isfinite(array).all() else f"shape {array.shape}"
+    lost = int((~np.isfinite(array)).sum())
+    if array.ndim > 1 or array.size == 0 or (finite and lost):
+        count = f"{lost:,} of {array.size:,} values NaN or infinite" if array.ndim else "NaN or infinity"
+        got = count if array.size and lost else f"shape {array.shape}"
         msg = f"{rule}. Got {got} from evaluate."
         raise RejectedError(msg)
     return array

@@ -111,7 +111,7 @@ def check_training(recipe: Recipe, task: Task) -> None:
 def _check_after_levels(recipe: Recipe, asked: Sequence[str]) -> None:
     """What levels leave is searched on where they are of units: layers that cannot be timed are no news for after the training."""
     cuts = [Granularity.parse(recipe.prune.granularity_of(v)) for v in recipe.prune.levels if v.factorize is None]
-    if not set(LATENCY) & set(asked) or not _by_units(recipe) or any(cut.masked for cut in cuts):
+    if not set(LATENCY) & set(asked) or not by_units(recipe) or any(cut.masked for cut in cuts):
         return
     try:
         Setting(target=recipe.target, threads=recipe.measure.threads, scheme=recipe.quantize.kernels)
@@ -133,7 +133,7 @@ def searched(run: Run, number: int, program: Program, tuned: Pruned | None) -> S
     if alone is not None:
         return Searched(level=alone)
     asked = limits(run, program)
-    if not asked or not bounds.rounds or (tuned is not None and tuned.plan.masks) or not _by_units(recipe):
+    if not asked or not bounds.rounds or (tuned is not None and tuned.plan.masks) or not by_units(recipe):
         return None
     if not can_train(run.task) and not by_bits(recipe):
         run.say(f"budget: nothing is searched. {TRAINING}")
@@ -176,7 +176,8 @@ def limits(run: Run, program: Program) -> dict[str, float]:
     return out
 
 
-def _by_units(recipe: Recipe) -> bool:
+def by_units(recipe: Recipe) -> bool:
+    """Whether a budget is searched by channels or heads, in an order that a criterion of the table gives."""
     return recipe.prune.granularity in ("channel", "head") and recipe.prune.criterion in TABLE
 
 
@@ -274,4 +275,15 @@ def _written(step: Step) -> dict[str, Any]:
     return {"level": step.level.model_dump(exclude_none=True), "plan": step.plan.to_json()}
 
 
-__all__ = ["ALONE", "Searched", "by_bits", "check_budget", "check_training", "level_of", "limits", "searched", "way_of"]
+__all__ = [
+    "ALONE",
+    "Searched",
+    "by_bits",
+    "by_units",
+    "check_budget",
+    "check_training",
+    "level_of",
+    "limits",
+    "searched",
+    "way_of",
+]

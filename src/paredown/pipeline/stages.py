@@ -31,6 +31,7 @@ from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
 from paredown.pipeline.levels import check_teacher, one_level, started, without_random_teacher
 from paredown.pipeline.own_masks import check_own_masks
+from paredown.pipeline.rehearsal import rehearse
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
 from paredown.pipeline.spared import quantized_but_few
@@ -197,6 +198,8 @@ def base_of(run: Run) -> nn.Module:
     kept = _kept_base(run, key)
     if kept is not None:
         return kept
+    rehearse(run, run.task.model())
+    seed_all(run.recipe.seed)
     trained = run.task.base(**taken)
     state = {n: t.detach().contiguous().clone() for n, t in trained.state_dict().items()}
     with whole_file(run.folder.steps / BASE) as temporary:

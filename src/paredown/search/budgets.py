@@ -432,8 +432,17 @@ def _infeasible(search: Search, rounds: Sequence[Round]) -> InfeasibleError:
         f"{_figure(worst, best.measured[worst])} at the nearest of {len(rounds)} files" if best.measured else "no file"
     )
     msg = f"{worst} must be at most {_figure(worst, search.asked[worst])}. Got {got}."
-    advice = "Lower prune.floor, exclude less, allow more rounds, or ask for more."
+    advice = f"{_what_stays(worst, best)}Lower prune.floor, exclude less, allow more rounds, or ask for more."
     return InfeasibleError(msg, nearest=best.plan, advice=advice)
+
+
+def _what_stays(worst: str, best: Round) -> str:
+    """What no plan lowers, where that is likely what is in the way; "" elsewhere."""
+    if worst == "peak_ram_bytes":
+        return "Most of it may be the runtime's own, which no plan lowers: the table of the report tells what is above the bare runtime. "
+    if worst == "latency" and best.plan is not None and best.measured.get(worst, 0.0) >= 1.0:
+        return "The nearest file is no faster than the dense float one: in this runtime its codes may be what is slow, and levels of pruning (prune.levels) are measured in float as well. "
+    return ""
 
 
 def _figure(name: str, value: float) -> str:

@@ -1,0 +1,66 @@
+"""Rehearsal: what needs no training is told before the base is trained, on the network as the task makes it.
+
+A base may take hours, and a task that is mended after it is another one, which trains its base again.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from paredown.allocate import allocate
+from paredown.budget import Budget
+from paredown.errors import RejectedError
+from paredown.export import predictor
+from paredown.measure import evaluated
+from paredown.pipeline.budgets import by_bits, by_units
+from paredown.pipeline.insight import checked_slices
+from paredown.pipeline.run import Run
+from paredown.pipeline.ways import Here
+from paredown.program import Program, capture
+from paredown.score import score
+from paredown.train.shares import refuse_no_share
+
+COUNTED = ("parameters", "macs")
+
+
+def rehearse(run: Run, model: nn.Module) -> None:
+    """Capture the untrained `model`, ask the task's evaluate and slices about it, and see that what is counted can be reached.
+
+    A metric that is no number for an untrained network is left to the trained one. Raises what each of these raises:
+    CaptureError, RejectedError, InfeasibleError with the nearest plan, and whatever the task's own code does.
+    """
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        return  # its shapes come with the training
+    run.say("look at the untrained network")
+    program = capture(model.eval(), run.task.inputs())
+    _answers(run, program)
+    _reach(run, program)
+
+
+def _answers(run: Run, program: Program) -> None:
+    """Whether evaluate and slices return what they must, before anything is trained for them."""
+    found, metric = evaluated(run.task.evaluate, predictor(program), finite=False), run.task.metric
+    if metric.name not in found:
+        msg = f"evaluate must return the metric {metric.name!r} that METRIC names. Got {sorted(found)}."
+        raise RejectedError(msg)
+    values = found[metric.name]
+    refuse_no_share(metric, values)
+    checked_slices(run, len(values) if values.ndim else None)
+
+
+def _reach(run: Run, program: Program) -> None:
+    """Whether floor and alignment allow the counts that the budget asks for: no weight decides that. By channels alone, where nothing else may help."""
+    recipe, bounds = run.recipe, run.recipe.budget
+    asked = {n: v for n in COUNTED if (v := getattr(bounds, n)) is not None}
+    others = bounds.together or (by_bits(recipe) and bounds.low_rank)
+    if not asked or others or recipe.prune.levels or not bounds.rounds or not by_units(recipe):
+        return
+    here, prune = Here.of(program, None), recipe.prune
+    whole = {"parameters": here.cost.parameters, "macs": here.cost.macs}
+    counts = {n: max(2, int(v * whole[n] if isinstance(v, float) else v)) for n, v in asked.items()}
+    scores = score(here.program, here.coupling, "l1", granularity=prune.granularity)
+    allocate(
+        here.coupling, scores, here.cost, Budget(**counts), target=recipe.target, allocation="uniform", include=prune.include,
+        exclude=prune.exclude, floor=prune.floor, align=prune.align, normalize=prune.normalize,
+    )  # fmt: skip

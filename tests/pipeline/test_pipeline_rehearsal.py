@@ -1,0 +1,81 @@
+"""Rehearsal: what needs no training is refused before the base is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paredown.errors import CaptureError, InfeasibleError, ParedownError, RejectedError
+from paredown.pipeline import compress
+from paredown.recipe import Recipe, parse_recipe
+
+TASK = Path(__file__).with_name("small_task.py")
+BASE = """
+
+def base(seed=0, epochs=1):
+    with open(__file__ + ".trained", "a") as file:
+        file.write("x")
+    torch.manual_seed(seed)
+    return model()
+"""
+BAD = {
+    "a name that METRIC does not have": "def evaluate(predict):\n    return {'recall': 50.0}\n",
+    "two axes": "def evaluate(predict):\n    return {METRIC['name']: torch.zeros(3, 2)}\n",
+    "slices": "def slices():\n    return {'site': ['a'] * 7}\n",
+    "capture": "def model():\n    class Odd(Small):\n        def forward(self, x):\n            return super().forward(x) if x.sum() > 0 else super().forward(-x)\n    return Odd()\n",
+}  # fmt: skip
+
+
+def recipe(task: Path, **more: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "schema": 1, "task": str(task), "threads": 1, "recover": {"epochs": 1}, "dense_twin": {"enabled": False},
+            "measure": {"runs": 6, "seconds": 0.1}, "prune": {"align": 1}, **more,
+        }
+    )  # fmt: skip
+
+
+def task_with(tmp_path: Path, more: str) -> Path:
+    path = tmp_path / "task.py"
+    path.write_text(TASK.read_text(encoding="utf-8") + BASE + "\n\n" + more, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "said"),
+    [
+        ("a name that METRIC does not have", RejectedError, "that METRIC names"),
+        ("two axes", RejectedError, "a 1-D array"),
+        ("slices", RejectedError, "Got 7 in the column 'site'"),
+        ("capture", CaptureError, "x.sum"),
+    ],
+)
+def test_what_needs_no_training_is_told_before_it(
+    what: str, kind: type[ParedownError], said: str, tmp_path: Path
+) -> None:
+    task = task_with(tmp_path, BAD[what])
+    with pytest.raises(kind, match=said):
+        compress(recipe(task, prune={"levels": [{"channels": 0.5}]}), out=tmp_path / "run", quiet=True)
+    assert not Path(f"{task}.trained").exists()
+
+
+@pytest.mark.parametrize("count", ["macs", "parameters"])
+def test_counts_out_of_reach_are_told_before_the_base_is_trained(count: str, tmp_path: Path) -> None:
+    task = task_with(tmp_path, "")
+    with pytest.raises(InfeasibleError, match=f"{count} must be reducible") as caught:
+        compress(recipe(task, budget={count: 0.001}), out=tmp_path / "run", quiet=True)
+    assert caught.value.nearest is not None and not Path(f"{task}.trained").exists()
+    compress(recipe(task, budget={count: 0.6, "allocation": "uniform"}), out=tmp_path / "other", quiet=True)
+    assert Path(f"{task}.trained").read_text() == "x"
+
+
+def test_a_metric_that_is_no_number_before_the_training_is_left_to_it(tmp_path: Path) -> None:
+    nan = "def evaluate(predict):\n    done = __import__('os').path.exists(__file__ + '.trained')\n    return {METRIC['name']: torch.full((9,), 50.0 if done else float('nan'))}\n"
+    task = task_with(tmp_path, nan)
+    compress(recipe(task, prune={"levels": [{"channels": 0.5}]}), out=tmp_path / "run", quiet=True)
+    assert Path(f"{task}.trained").read_text() == "x"
+    always = "def evaluate(predict):\n    return {METRIC['name']: torch.tensor([50.0, float('nan'), 1.0])}\n"
+    with pytest.raises(RejectedError, match="Got 1 of 3 values NaN or infinite from evaluate"):
+        compress(recipe(task_with(tmp_path, always)), out=tmp_path / "bad", quiet=True)
