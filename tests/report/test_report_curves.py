@@ -253,6 +253,17 @@ def test_the_most_that_was_tried_is_no_limit_of_what_can_be_removed() -> None:
     assert most not in strip_of(render_curve([head(cells=len(found), limit=None), *found]))
 
 
+def test_zeros_that_save_nothing_in_the_file_are_told(page: Page) -> None:
+    told = "zeros are stored and multiplied like other weights here"
+    found = sweep({0.5: [98.0, 98.1, 98.2]}, DENSE)
+    at = [i for i, r in enumerate(found) if r.cell["kind"] == "pruned"]
+    for i in at:
+        same = {k: found[0].measured[k] for k in ("bytes", "macs")}
+        found[i] = dataclasses.replace(found[i], measured={**found[i].measured, **same})
+    assert told in strip_of(render_curve([head(cells=len(found)), *found]))
+    assert told not in page.text
+
+
 def test_steps_of_what_is_pruned_stand_behind_those_of_its_base(page: Page) -> None:
     base, pruned = (next(p.steps for p in curve_view(records()).points if p.kind == k) for k in ("base", "pruned"))
     assert base and pruned

@@ -50,8 +50,13 @@ def test_the_dense_networks_value_is_noted_where_its_unit_looks_wrong() -> None:
     assert "more than 100" in share_note(of("recovered"), 130.0)
     for metric, value in (
         (of("accuracy"), 97.0),
-        (of("accuracy"), 0.0),
         (of("mape", goal="min"), 0.5),
         (of("r2", ""), 0.9),
     ):
         assert share_note(metric, value) == ""
+    assert "100 ×" not in share_note(of("accuracy"), 0.0), "a share of nothing has no other unit"
+
+
+@pytest.mark.parametrize(("goal", "unit", "told"), [("max", "%", True), ("max", "points", True), ("min", "g", False)])
+def test_a_dense_network_that_scores_nothing_has_nothing_to_lose(goal: str, unit: str, told: bool) -> None:
+    assert ("it has nothing to lose" in share_note(of("IoU", unit, goal), 0.0)) is told

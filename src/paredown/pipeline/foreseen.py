@@ -15,7 +15,7 @@ from paredown.allocate import Latency, allocate, predict
 from paredown.allocate.latency import LayerLatency
 from paredown.allocate.request import MEASURED
 from paredown.budget import Budget, parse_latency
-from paredown.errors import InfeasibleError, ParedownError
+from paredown.errors import InfeasibleError
 from paredown.export import export
 from paredown.measure.layer_tables import Setting
 from paredown.pipeline.budgets import by_bits
@@ -83,7 +83,7 @@ def foreseen_budget(recipe: Recipe, way: Way, here: Here) -> ForeseenBudget | No
         try:
             whole["size_bytes"], coded = _weighed(recipe, way, here)
             beside = coded - each * here.cost.parameters
-        except ParedownError as error:
+        except Exception as error:  # data of the task that are not here are no reason against a dry run
             notes.append(
                 f"Bytes are of weights alone, a file has some more: it could not be written ({reason_of(error)})."
             )

@@ -177,6 +177,8 @@ def _size_cards(seen: CurveView, point: Point, dense: Point | None) -> list[dict
     whole = f", dense {megabytes(dense.absolute['bytes'])}" if dense is not None and "bytes" in dense.absolute else ""
     notes = [f"{_fewer(point, 'bytes', 'smaller')}, {point.codes or 'float32'}{whole}"]
     notes += [_fewer(point, axis, said) for axis, said in _SAVED.items() if axis in point.removed]
+    if seen.axis == "sparsity" and point.removed[seen.axis] >= 1 > max(point.removed["bytes"], point.removed.get("macs", 0)):
+        notes.append("zeros are stored and multiplied like other weights here: what they may save is estimated")
     if "latency" in point.removed and not _apart(seen, point):
         notes[-1] += ": no difference that shows, the timings of a seed overlap those of its dense file"
     return [{"title": "File", "value": megabytes(point.absolute["bytes"]), "notes": notes}]

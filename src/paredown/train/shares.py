@@ -39,7 +39,7 @@ def refuse_no_share(metric: Metric, values: NDArray[np.float64]) -> None:
 
 
 def share_note(metric: Metric, value: float | None) -> str:
-    """What to tell of the dense network's value where it looks as if it had another unit than %; "" where it does not.
+    """What to tell of the dense network's value where it is 0, or looks as if it had another unit than %; "" where it does not.
 
     >>> from paredown.train import Metric
     >>> share_note(Metric(name="accuracy", unit="%", goal="max"), 0.97).partition(":")[0]
@@ -47,6 +47,8 @@ def share_note(metric: Metric, value: float | None) -> str:
     >>> share_note(Metric(name="accuracy", unit="%", goal="max"), 97.0)
     ''
     """
+    if metric.goal == "max" and value == 0:
+        return f"{metric.name} of the dense network is 0: it has nothing to lose, so that any limit on a loss holds whatever is removed"
     if metric.unit.strip() != "%" or metric.goal != "max" or value is None:
         return ""
     of = f"{metric.name} of the dense network is {value:.4g} %"
