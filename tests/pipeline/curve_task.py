@@ -1,7 +1,7 @@
 """A task for curves: two moons in eight dimensions, three linear layers, held-out data, and a base that can be repeated.
 
 With KILL_STEPS=n each process of it ends by SIGKILL at its n-th training step, once per file in KILL_DIR. With BROKEN_CALL=n
-the n-th evaluation of a process fails; with UNTRAINED=1 no step may be made.
+the n-th evaluation of a process fails, those before its base is trained not counted; with UNTRAINED=1 no step may be made.
 """
 
 import os
@@ -82,6 +82,8 @@ def scratch(model, *, epochs=EPOCHS, extra_epochs=0, seed=0, progress=None, chec
 
 
 def base(*, epochs=EPOCHS, seed=0, progress=None, checkpoint=None):
+    global _calls  # noqa: PLW0603 - as above
     from paredown.prune import fresh
 
+    _calls = 0
     return scratch(fresh(model(), seed=seed), epochs=epochs, seed=seed, progress=progress, checkpoint=checkpoint)

@@ -108,7 +108,10 @@ def test_a_front_is_made_where_the_limits_are_met_already(budget, tmp_path):
 
 
 def test_limits_that_no_means_reaches_are_exit_4_with_the_nearest_plan(tmp_path):
-    asked = recipe({"size_bytes": 6500, "macs": 0.001, "trials": 1, "allocation": "uniform", "low_rank": False})
+    task = tmp_path / "given_task.py"  # a base to train would be refused before it, by counts alone
+    task.write_text(TASK.read_text(encoding="utf-8") + "\n\ndel base\n", encoding="utf-8")
+    budget = {"size_bytes": 6500, "macs": 0.001, "trials": 1, "allocation": "uniform", "low_rank": False}
+    asked = recipe(budget, task=str(task))
     with pytest.raises(
         InfeasibleError, match=r"the budget must be reachable: macs .*, size_bytes 6,500\. Got macs must be at most"
     ) as caught:

@@ -11,7 +11,7 @@ import torch
 import paredown as pare
 from paredown.errors import GateError, RejectedError, VerificationError
 from paredown.measure.quality import paired, summarize
-from paredown.pipeline import stages
+from paredown.pipeline import stages, verdict
 from paredown.pipeline.folder import RunFolder
 from paredown.pipeline.run import Run
 from paredown.recipe import parse_recipe
@@ -48,7 +48,7 @@ def test_a_network_that_answers_the_same_for_all_and_other_inputs_are_told(task:
     assert "alarms" not in found["dense"].details
     (said,) = found["level-1"].details["alarms"]
     assert "no longer depend on the sample" in said and said in found["level-1"].details["notes"]
-    assert list(stages._alarms(found)) == [f"level-1: {said}"]
+    assert list(verdict._alarms(found)) == [f"level-1: {said}"]
 
     def noisy(predict: Any) -> dict[str, Any]:
         return task.evaluate(lambda x: predict(x + 0.01 * torch.randn_like(x)))
