@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import paredown as pare
 from paredown.errors import CaptureError, InfeasibleError, ParedownError, RejectedError
-from paredown.pipeline import compress
+from paredown.pipeline import compress, rehearsal
+from paredown.pipeline.compress import task_of
 from paredown.recipe import Recipe, parse_recipe
 
 TASK = Path(__file__).with_name("small_task.py")
@@ -79,3 +83,39 @@ def test_a_metric_that_is_no_number_before_the_training_is_left_to_it(tmp_path: 
     always = "def evaluate(predict):\n    return {METRIC['name']: torch.tensor([50.0, float('nan'), 1.0])}\n"
     with pytest.raises(RejectedError, match="Got 1 of 3 values NaN or infinite from evaluate"):
         compress(recipe(task_with(tmp_path, always)), out=tmp_path / "bad", quiet=True)
+
+
+def test_an_evaluate_that_wants_a_trained_network_is_asked_after_the_training(tmp_path: Path) -> None:
+    picky = "def evaluate(predict):\n    if not __import__('os').path.exists(__file__ + '.trained'):\n        raise ValueError('no threshold')\n    return {METRIC['name']: torch.full((9,), 50.0)}\n"
+    task = task_with(tmp_path, picky)
+    compress(recipe(task), out=tmp_path / "run", quiet=True)
+    assert Path(f"{task}.trained").read_text() == "x"
+
+
+def test_a_rehearsal_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large test set is one to wait for once: the first answer after the limit ends it, in an evaluate that handles any Exception."""
+    monkeypatch.setattr(rehearsal, "SECONDS", -1.0)
+    said: list[str] = []
+    task, _, _ = task_of(recipe(task_with(tmp_path, "")))
+
+    def evaluate(predict: Any) -> dict[str, Any]:
+        try:
+            predict(*task.inputs())
+        except Exception:
+            said.append("handled")
+        said.append("went on")
+        return {}
+
+    run: Any = SimpleNamespace(task=dataclasses.replace(task, evaluate=evaluate), recipe=recipe(TASK), say=said.append)
+    rehearsal.rehearse(run, task.model())
+    assert said == ["look at the untrained network"]
+    monkeypatch.setattr(rehearsal, "SECONDS", 60.0)
+    with pytest.raises(RejectedError, match="Got dict without entries"):
+        rehearsal.rehearse(run, task.model())
+
+
+@pytest.mark.parametrize("share", [10**9, 0.99999])
+def test_counts_that_are_held_already_are_no_reason_to_refuse(share: int | float, tmp_path: Path) -> None:
+    task, _, _ = task_of(recipe(TASK))
+    run: Any = SimpleNamespace(task=task, recipe=recipe(TASK, budget={"macs": share}), say=print, dense={})
+    rehearsal._reach(run, pare.capture(task.model().eval(), task.inputs()))

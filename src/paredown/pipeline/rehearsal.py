@@ -5,42 +5,70 @@ A base may take hours, and a task that is mended after it is another one, which 
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
+from typing import Any
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paredown.allocate import allocate
 from paredown.budget import Budget
-from paredown.errors import RejectedError
+from paredown.errors import NothingToDo, ParedownError, RejectedError
 from paredown.export import predictor
 from paredown.measure import evaluated
 from paredown.pipeline.budgets import by_bits, by_units
 from paredown.pipeline.insight import checked_slices
+from paredown.pipeline.levels import without_torch_masks
 from paredown.pipeline.run import Run
 from paredown.pipeline.ways import Here
 from paredown.program import Program, capture
 from paredown.score import score
+from paredown.search.asking import reason_of
 from paredown.train.shares import refuse_no_share
 
 COUNTED = ("parameters", "macs")
+SECONDS = 60.0
+"""For which an evaluate is rehearsed: a large test set is one to wait for once."""
+
+
+class _Enough(BaseException):
+    """The rehearsal has taken long enough; no Exception, which an evaluate may handle."""
 
 
 def rehearse(run: Run, model: nn.Module) -> None:
     """Capture the untrained `model`, ask the task's evaluate and slices about it, and see that what is counted can be reached.
 
-    A metric that is no number for an untrained network is left to the trained one. Raises what each of these raises:
-    CaptureError, RejectedError, InfeasibleError with the nearest plan, and whatever the task's own code does.
+    What an untrained network may be the reason of is left to the trained one: a metric that is no number, an evaluate that raises (it is
+    said), one that takes longer than SECONDS. Raises CaptureError, RejectedError, InfeasibleError with the nearest plan.
     """
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         return  # its shapes come with the training
     run.say("look at the untrained network")
-    program = capture(model.eval(), run.task.inputs())
+    dense, _ = without_torch_masks(model.eval())
+    program = capture(dense, run.task.inputs())
     _answers(run, program)
     _reach(run, program)
 
 
 def _answers(run: Run, program: Program) -> None:
     """Whether evaluate and slices return what they must, before anything is trained for them."""
-    found, metric = evaluated(run.task.evaluate, predictor(program), finite=False), run.task.metric
+    predict, metric, began = predictor(program), run.task.metric, time.monotonic()
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        if time.monotonic() - began > SECONDS:
+            raise _Enough
+        return predict(*args, **kwargs)
+
+    try:
+        found = evaluated(run.task.evaluate, within, finite=False)
+    except _Enough:
+        return
+    except ParedownError:
+        raise  # what it returned
+    except Exception as error:
+        run.say(f"evaluate cannot be asked of an untrained network ({reason_of(error)}): it is asked after the training")
+        return
     if metric.name not in found:
         msg = f"evaluate must return the metric {metric.name!r} that METRIC names. Got {sorted(found)}."
         raise RejectedError(msg)
@@ -60,7 +88,8 @@ def _reach(run: Run, program: Program) -> None:
     whole = {"parameters": here.cost.parameters, "macs": here.cost.macs}
     counts = {n: max(2, int(v * whole[n] if isinstance(v, float) else v)) for n, v in asked.items()}
     scores = score(here.program, here.coupling, "l1", granularity=prune.granularity)
-    allocate(
-        here.coupling, scores, here.cost, Budget(**counts), target=recipe.target, allocation="uniform", include=prune.include,
-        exclude=prune.exclude, floor=prune.floor, align=prune.align, normalize=prune.normalize,
-    )  # fmt: skip
+    with suppress(NothingToDo):  # held as it is
+        allocate(
+            here.coupling, scores, here.cost, Budget(**counts), target=recipe.target, allocation="uniform", include=prune.include,
+            exclude=prune.exclude, floor=prune.floor, align=prune.align, normalize=prune.normalize,
+        )  # fmt: skip
