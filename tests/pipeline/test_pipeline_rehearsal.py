@@ -11,7 +11,7 @@ import pytest
 
 import paredown as pare
 from paredown.errors import CaptureError, InfeasibleError, ParedownError, RejectedError
-from paredown.pipeline import compress, rehearsal
+from paredown.pipeline import compress, rehearsal, stages
 from paredown.pipeline.compress import task_of
 from paredown.recipe import Recipe, parse_recipe
 
@@ -107,11 +107,30 @@ def test_a_rehearsal_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: py
         return {}
 
     run: Any = SimpleNamespace(task=dataclasses.replace(task, evaluate=evaluate), recipe=recipe(TASK), say=said.append)
-    rehearsal.rehearse(run, task.model())
+    rehearsal.rehearse(run, task.model(), ("evaluate", "slices", "budget"))
     assert said == ["look at the untrained network"]
     monkeypatch.setattr(rehearsal, "SECONDS", 60.0)
     with pytest.raises(RejectedError, match="Got dict without entries"):
-        rehearsal.rehearse(run, task.model())
+        rehearsal.rehearse(run, task.model(), ("evaluate", "slices", "budget"))
+
+
+def test_a_curve_and_a_sensitivity_are_not_refused_for_what_they_do_not_read(tmp_path: Path) -> None:
+    """A curve's base cell has the recipe's budget and none of its levels, floors or slices."""
+    task = task_with(tmp_path, BAD["slices"])
+    folder = tmp_path / "run"
+    (folder / "steps").mkdir(parents=True)
+    asked = recipe(task, budget={"macs": 0.001})
+    made, _, _ = task_of(asked)
+    run: Any = SimpleNamespace(
+        task=made, recipe=asked, say=print, dense={}, folder=SimpleNamespace(steps=folder / "steps"), on_training=print,
+        environment={"versions": {}, "threads": 1},
+    )  # fmt: skip
+    for asks in ((), ("evaluate",)):
+        stages.base_of(run, asked=asks)
+    with pytest.raises(RejectedError, match="Got 7 in the column 'site'"):
+        rehearsal.rehearse(run, made.model(), ("evaluate", "slices"))
+    with pytest.raises(InfeasibleError):
+        rehearsal.rehearse(run, made.model(), ("budget",))
 
 
 @pytest.mark.parametrize("share", [10**9, 0.99999])

@@ -251,6 +251,9 @@ def test_the_most_that_was_tried_is_no_limit_of_what_can_be_removed() -> None:
     found = sweep({0.4: [98.0, 98.1, 98.2], 0.6: [98.3, 98.4, 98.5]}, DENSE)
     assert most in strip_of(render_curve([head(cells=len(found)), *found]))
     assert most not in strip_of(render_curve([head(cells=len(found), limit=None), *found]))
+    lost = {"kind": "pruned", "method": "l1", "schedule": "one-shot", "amount": 0.2, "seed": 0, "digest": "x", "name": "x", "status": "crashed", "reason": "r", "tail": []}
+    gone = [dict(lost, seed=s, digest=f"x{s}") for s in range(3)]
+    assert most not in strip_of(render_curve([head(cells=len(found) + 3, failed=gone), *found])), "more was tried, in vain"
 
 
 def test_zeros_that_save_nothing_in_the_file_are_told(page: Page) -> None:
@@ -415,6 +418,8 @@ def test_the_seed_that_is_best_on_held_out_data_is_shipped_whatever_the_test_dat
     strip = strip_of(render_curve([head(cells=len(found), limit=1.0, recipes=recipes), *found]))
     at = next(i for i, r in enumerate(found) if r.cell["digest"] == "pruned-l1-one-shot-0.5-1")
     assert f"<code>trials/{at:04d}/model.onnx</code>, of seed 1, the best of 3 on held-out data" in strip
+    page = Page(render_curve([head(cells=len(found), limit=1.0, recipes=recipes), *found]))
+    assert [row[-1] for row in page.csv("points.csv")[1:] if row[:2] == ["l1 one-shot", "0.5"]] == [f"trials/{at:04d}/recipe.yaml"]
 
 
 def test_dense_networks_of_which_one_learnt_little_are_told() -> None:
@@ -423,6 +428,7 @@ def test_dense_networks_of_which_one_learnt_little_are_told() -> None:
     assert told in Page(render_curve([head(cells=len(found), limit=1.0), *found])).text
     assert "The dense networks of the seeds reach" not in Page(render_curve(records())).text
     assert told not in Page(render_curve([head(cells=len(found), limit=None), *found])).text
+    assert told not in Page(render_curve([head(cells=len(found), limit=0.0), *found])).text
 
 
 def test_without_held_out_data_the_test_data_choose_nothing() -> None:

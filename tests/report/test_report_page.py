@@ -387,8 +387,9 @@ def test_the_name_of_a_recipe_heads_its_page() -> None:
     assert "digits: what compression did to it" in Page(render(run)).text
     run[-1] = dataclasses.replace(run[-1], details={**run[-1].details, "name": "scales at home"})
     assert "scales at home: what compression did to it" in Page(render(run)).text
-    run[-1] = dataclasses.replace(run[-1], details={**run[-1].details, "name": "run"})
-    assert "digits: what compression did to it" in Page(render(run)).text
+    for unnamed in ("run", "notebook"):
+        run[-1] = dataclasses.replace(run[-1], details={**run[-1].details, "name": unnamed})
+        assert "digits: what compression did to it" in Page(render(run)).text
 
 
 def test_slower_int8_is_said_and_not_recommended_for_speed() -> None:

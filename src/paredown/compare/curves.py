@@ -81,9 +81,10 @@ def rows_of(curve: Curve) -> list[RunRow]:
     recipes = mapping(entry(curve.view.head, "recipes"))
     rows = []
     for name, point in curve.points.values():
-        record = curve.trials.get(point.digests[0]) if point.digests else None
+        _, digest, _ = curve.view.shipped(point)
+        record = curve.trials.get(digest)
         made = mapping(entry(record, "quantized")) if point.codes else mapping(getattr(record, "details", None))
-        recipe = text(recipes.get(point.digests[0]), 300) if point.digests else ""
+        recipe = text(recipes.get(digest), 300)
         rows.append(
             RunRow(
                 run=curve.name, stage=name, title=name, file=f"{recipe.rpartition('/')[0]}/{text(made.get('file'))}" if recipe else "",

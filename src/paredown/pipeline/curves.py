@@ -92,18 +92,20 @@ def curve(
                 shown.also("controls of the sweet spot")
                 _say_what_is_there(shown, beside, folder, found, retry)
                 asked = (*(c for c in cells if c.digest in read_by), *beside)
-                with _counting((*cells, *beside), folder, found):
+                with _counting((*cells, *beside), folder, found, retry):
                     run_missing(asked, folder, found, machine, retry=retry, progress=shown.event)
         return _told(recipe, task, (*cells, *beside), folder, found)
 
 
 @contextmanager
-def _counting(cells: Sequence[Cell], folder: Path, found: Mapping[str, Any]) -> Iterator[None]:
+def _counting(cells: Sequence[Cell], folder: Path, found: Mapping[str, Any], retry: bool) -> Iterator[None]:
     """Of an interruption, how many of all trials are through, not of those of this stretch alone."""
     try:
         yield
     except Interrupted as error:
         done = len(read_results(cells, folder, found))
+        if retry or done == len(cells):  # old results of what is to be tried again are no progress
+            raise
         msg = f"{done} of {len(cells)} trials are done or marked; the same command goes on with the others."
         raise Interrupted(msg) from error
 

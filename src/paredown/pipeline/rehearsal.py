@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -27,6 +27,7 @@ from paredown.score import score
 from paredown.search.asking import reason_of
 from paredown.train.shares import refuse_no_share
 
+Asks = Literal["evaluate", "slices", "budget"]
 COUNTED = ("parameters", "macs")
 SECONDS = 60.0
 """For which an evaluate is rehearsed: a large test set is one to wait for once."""
@@ -36,8 +37,8 @@ class _Enough(BaseException):
     """The rehearsal has taken long enough; no Exception, which an evaluate may handle."""
 
 
-def rehearse(run: Run, model: nn.Module) -> None:
-    """Capture the untrained `model`, ask the task's evaluate and slices about it, and see that what is counted can be reached.
+def rehearse(run: Run, model: nn.Module, asked: tuple[Asks, ...]) -> None:
+    """Capture the untrained `model`; where they are `asked`, have the task's evaluate and slices answer for it, and see that what is counted can be reached.
 
     What an untrained network may be the reason of is left to the trained one: a metric that is no number, an evaluate that raises (it is
     said), one that takes longer than SECONDS. Raises CaptureError, RejectedError, InfeasibleError with the nearest plan.
@@ -45,13 +46,15 @@ def rehearse(run: Run, model: nn.Module) -> None:
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         return  # its shapes come with the training
     run.say("look at the untrained network")
-    dense, _ = without_torch_masks(model.eval())
+    dense, _ = without_torch_masks(model)
     program = capture(dense, run.task.inputs())
-    _answers(run, program)
-    _reach(run, program)
+    if "evaluate" in asked:
+        _answers(run, program, slices="slices" in asked)
+    if "budget" in asked:
+        _reach(run, program)
 
 
-def _answers(run: Run, program: Program) -> None:
+def _answers(run: Run, program: Program, *, slices: bool) -> None:
     """Whether evaluate and slices return what they must, before anything is trained for them."""
     predict, metric, began = predictor(program), run.task.metric, time.monotonic()
 
@@ -67,14 +70,17 @@ def _answers(run: Run, program: Program) -> None:
     except ParedownError:
         raise  # what it returned
     except Exception as error:
-        run.say(f"evaluate cannot be asked of an untrained network ({reason_of(error)}): it is asked after the training")
+        run.say(
+            f"evaluate cannot be asked of an untrained network ({reason_of(error)}): it is asked after the training"
+        )
         return
     if metric.name not in found:
         msg = f"evaluate must return the metric {metric.name!r} that METRIC names. Got {sorted(found)}."
         raise RejectedError(msg)
     values = found[metric.name]
     refuse_no_share(metric, values)
-    checked_slices(run, len(values) if values.ndim else None)
+    if slices:
+        checked_slices(run, len(values) if values.ndim else None)
 
 
 def _reach(run: Run, program: Program) -> None:

@@ -31,7 +31,7 @@ from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
 from paredown.pipeline.levels import check_teacher, one_level, started, without_random_teacher
 from paredown.pipeline.own_masks import check_own_masks
-from paredown.pipeline.rehearsal import rehearse
+from paredown.pipeline.rehearsal import Asks, rehearse
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
 from paredown.pipeline.spared import quantized_but_few
@@ -89,7 +89,7 @@ def run_stages(run: Run) -> Compressed:
     roles = check_roles(task)
     if trains_base(recipe, task):
         check_teacher(run, task.model())
-    start = started(run, base_of(run))
+    start = started(run, base_of(run, asked=("evaluate", "slices", "budget")))
     dense, program, tuned = start.dense, start.program, start.before
     run, untaught = without_random_teacher(run, dense)
     roles = dataclasses.replace(roles, warnings=(*roles.warnings, *given_notes(recipe.given), *untaught))
@@ -170,8 +170,8 @@ def trains_base(recipe: Recipe, task: Task) -> bool:
     return task.base is not None and recipe.weights is None and recipe.model is None
 
 
-def base_of(run: Run) -> nn.Module:
-    """The trained dense model: the user's, with weights where given, or trained by the task's own `base`."""
+def base_of(run: Run, *, asked: tuple[Asks, ...] = ()) -> nn.Module:
+    """The trained dense model: the user's, with weights where given, or trained by the task's own `base`, once what is `asked` was rehearsed."""
     run.say("load the model")
     seed_all(run.recipe.seed)
     if not trains_base(run.recipe, run.task):
@@ -185,11 +185,11 @@ def base_of(run: Run) -> nn.Module:
         "checkpoint": run.folder.steps / "base.safetensors",
         "progress": lambda p: run.on_training("train the base", p),
     }
-    asked = run.recipe.base.model_dump(exclude_none=True)
-    taken = accepted(run.task.base, {**options, **asked})
-    refused = asked.keys() - taken.keys()
+    wanted = run.recipe.base.model_dump(exclude_none=True)
+    taken = accepted(run.task.base, {**options, **wanted})
+    refused = wanted.keys() - taken.keys()
     if refused:
-        msg = f"base.{min(refused)} must be an option of the task's base function. Got {asked[min(refused)]!r}, which it does not take."
+        msg = f"base.{min(refused)} must be an option of the task's base function. Got {wanted[min(refused)]!r}, which it does not take."
         raise UsageError(msg)
     if any(v.masks is not None for v in run.recipe.prune.levels):  # told now, not after the training
         check_own_masks(run.recipe, run.task.model())
@@ -198,7 +198,7 @@ def base_of(run: Run) -> nn.Module:
     kept = _kept_base(run, key)
     if kept is not None:
         return kept
-    rehearse(run, run.task.model())
+    rehearse(run, run.task.model(), asked)
     seed_all(run.recipe.seed)
     trained = run.task.base(**taken)
     state = {n: t.detach().contiguous().clone() for n, t in trained.state_dict().items()}

@@ -163,7 +163,7 @@ def _base(asked: Asked) -> Record:
     """The dense model of a seed: trained by the task's `base`, or as it was given."""
     run = asked.run
     roles = check_roles(run.task)
-    dense = base_of(run)
+    dense = base_of(run, asked=("evaluate",))
     program = capture(dense, run.task.inputs())
     details = {
         "test_data": roles.test_digest,

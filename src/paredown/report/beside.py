@@ -195,13 +195,14 @@ def _of_the_way(seen: CurveView, run: View) -> str:
     levels = [r for r in run.stages if stage_name(r).startswith("level-")]
     before = figure(run.stage("dense"), "parameters").value
     left = figure(levels[-1], "parameters").value if levels else None
-    if not levels or not before or left is None:
+    if not levels or not before or left is None or left == before:  # masks: their amounts are none of counts
         return ""
     reached = mapping(entry(levels[-1], "reached"))
     schedule = {1: text(reached.get("schedule")) or "one-shot", 2: "multi-level"}.get(len(levels), "iterative")
     name, removed = f"{text(reached.get('criterion'))} {schedule}", 100 * (1 - left / before)
     told = [c for c in seen.comparisons if c.line == name and c.control != "random"]
-    if name == seen.spot.line or not told:
+    spot = seen.spot.point
+    if not told or (spot is not None and name == f"{spot.method} {spot.schedule}"):
         return ""
     at = {p.amount: p.removed.get("parameters", 0.0) for line in seen.lines if line.name == name for p in line.points}
     nearest = min({c.amount for c in told}, key=lambda a: abs(at.get(a, 0.0) - removed))

@@ -75,6 +75,9 @@ def _largest_tried(seen: CurveView) -> float | None:
     if spot.rule != "limit" or spot.point is None or spot.removed is None or spot.point.kind == "base":
         return None
     tried = [p.removed[seen.axis] for p in seen.points if seen.axis in p.removed and p.kind not in CONTROLS]
+    amounts = [p.amount for p in seen.points if p.kind not in CONTROLS and p.failed and p.amount is not None]
+    if spot.point.amount is not None and any(amount < spot.point.amount for amount in amounts):
+        return None  # more was tried, and has no result
     return spot.removed if spot.removed >= max(tried) - 0.05 else None
 
 
@@ -108,7 +111,7 @@ def _dense_apart(seen: CurveView) -> str:
     """That the dense networks of the seeds differ by much more than a pruned one may lose: one that learnt little has little to lose."""
     base = next((p for p in seen.points if p.kind == "base" and not p.codes), None)
     values = [*base.held_out.values()] if base is not None else []
-    if seen.limit is None or len(values) < 2 or max(values) - min(values) <= APART * seen.limit:
+    if not seen.limit or len(values) < 2 or max(values) - min(values) <= APART * seen.limit:
         return ""
     unit = seen.metric["unit"]
     ends = sorted(values, reverse=seen.metric["goal"] == "min")
@@ -194,5 +197,6 @@ def of_this_file(seen: CurveView, point: Point, seed: int) -> str:
     unit = seen.metric["unit"]
     bases = next((p.test for p in seen.points if p.kind == "base" and not p.codes), {})
     dense = number(bases.get(seed))
-    beside = "" if dense is None else f" (the dense network of this seed {quantity(dense, unit)})"
+    itself = point.kind == "base" and not point.codes
+    beside = "" if dense is None or itself else f" (the dense network of this seed {quantity(dense, unit)})"
     return f"{quantity(own, unit)} on test data{beside}; the figures above are means over {len(point.seeds)} seeds"

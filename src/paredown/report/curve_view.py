@@ -35,6 +35,16 @@ class CurveView:
         by_id = {id(p): p for line in self.lines for p in line.points}
         return tuple(by_id.values())
 
+    def shipped(self, point: Point) -> tuple[int, str, int]:
+        """(seed, digest, of how many): the file that stands for a point, the best one on held-out data, so that test data choose nothing;
+        the first where there are none, (0, "", 0) where there is no file."""
+        if not point.digests:
+            return 0, "", 0
+        sign = 1.0 if self.metric["goal"] == "max" else -1.0
+        known = [(sign * point.held_out[s], -at) for at, s in enumerate(point.seeds) if s in point.held_out]
+        at = -max(known)[1] if known else 0
+        return point.seeds[at], point.digests[at], len(known)
+
 
 def is_curve(records: Sequence[Record]) -> bool:
     """Whether records are those of `paredown curve`."""

@@ -177,10 +177,12 @@ def _size_cards(seen: CurveView, point: Point, dense: Point | None) -> list[dict
     whole = f", dense {megabytes(dense.absolute['bytes'])}" if dense is not None and "bytes" in dense.absolute else ""
     notes = [f"{_fewer(point, 'bytes', 'smaller')}, {point.codes or 'float32'}{whole}"]
     notes += [_fewer(point, axis, said) for axis, said in _SAVED.items() if axis in point.removed]
-    if seen.axis == "sparsity" and point.removed[seen.axis] >= 1 > max(point.removed["bytes"], point.removed.get("macs", 0)):
-        notes.append("zeros are stored and multiplied like other weights here: what they may save is estimated")
     if "latency" in point.removed and not _apart(seen, point):
         notes[-1] += ": no difference that shows, the timings of a seed overlap those of its dense file"
+    if seen.axis == "sparsity" and point.removed[seen.axis] >= 1 > max(
+        point.removed["bytes"], point.removed.get("macs", 0)
+    ):
+        notes.append("zeros are stored and multiplied like other weights here: what they may save is estimated")
     return [{"title": "File", "value": megabytes(point.absolute["bytes"]), "notes": notes}]
 
 
@@ -201,7 +203,8 @@ def _fewer(point: Point, axis: Axis, said: str) -> str:
 
 def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
     """Which file of the sweep is meant, and the command that makes it again; where nothing was chosen, what may help."""
-    seed, digest, why = _shipped(seen, point)
+    seed, digest, known = (0, "", 0) if point is None else seen.shipped(point)
+    why = f", the best of {known} on held-out data" if known > 1 else ""
     record = next((r for r in seen.trials if r.cell.get("digest") == digest), None)
     recipe = text(mapping(entry(seen.head, "recipes")).get(digest), 300)
     if point is None or record is None or not recipe:
@@ -212,16 +215,6 @@ def _ship(seen: CurveView, point: Point | None) -> dict[str, str]:
     advice = _advice(seen) if seen.spot.point is None and point.held_out else ""
     own = of_this_file(seen, point, seed)
     return {"file": file, "seed": f"{seed}{why}", "again": again, "advice": advice, "own": own}
-
-
-def _shipped(seen: CurveView, point: Point | None) -> tuple[int, str, str]:
-    """(seed, digest, why that one): the best on held-out data, so that test data choose nothing; the first where there are none."""
-    if point is None or not point.digests:
-        return 0, "", ""
-    known = [(_sign(seen) * point.held_out[s], -at) for at, s in enumerate(point.seeds) if s in point.held_out]
-    at = -max(known)[1] if known else 0
-    why = f", the best of {len(known)} on held-out data" if len(known) > 1 else ""
-    return point.seeds[at], point.digests[at], why
 
 
 def _advice(seen: CurveView) -> str:
@@ -441,7 +434,7 @@ def _points(seen: CurveView) -> dict[str, Any]:
 
 def _row(seen: CurveView, point: Point) -> dict[str, Any]:
     unit = seen.metric["unit"]
-    recipe = text(mapping(entry(seen.head, "recipes")).get(point.digests[0]), 300) if point.digests else ""
+    recipe = text(mapping(entry(seen.head, "recipes")).get(seen.shipped(point)[1]), 300)
     runs = point.kind in ("pruned", "random")
     held_out = interval([*point.held_out.values()]) if point.held_out else None
     tested = interval([*point.test.values()]) if point.test else None
@@ -491,7 +484,7 @@ def _rows_csv(seen: CurveView, points: Sequence[Point]) -> tuple[tuple[str, ...]
         for values in (p.held_out, p.test):
             found = interval([*values.values()]) if values else None
             figures += [None] * 3 if found is None else [found.mean, found.low, found.high]
-        recipe = text(mapping(entry(seen.head, "recipes")).get(p.digests[0]), 300) if p.digests else ""
+        recipe = text(mapping(entry(seen.head, "recipes")).get(seen.shipped(p)[1]), 300)
         told.append([_name(p), p.amount, *figures, len(p.seeds), len(p.failed), p.steps, recipe])
     return head, told
 

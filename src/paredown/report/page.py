@@ -209,7 +209,7 @@ def _content(run: View) -> dict[str, Any]:
 def _name(run: View) -> str:
     """What the recipe calls itself; "" where it does not, and goes by its default."""
     name = text(entry(run.verdict, "name"))
-    return "" if name == "run" else name
+    return "" if name in ("run", "notebook") else name
 
 
 def _dense_facts(run: View) -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@ from paredown.report.reading import View, entry, figure, mapping, number, rows, 
 from paredown.report.stages import NONE, Cell, cell, change, latency, metric, smaller, speed
 from paredown.report.wording import difference, digits, mebibytes, megabytes, quantity, times
 
+OF_CODES = ("int8", "int8-dynamic", "w4a8")
+"""Schemes whose products are sums of 8-bit codes; the others multiply in float."""
 _NAMES = {
     "size_bytes": "Size",
     "metric_loss": "Loss of the metric",
@@ -112,7 +114,7 @@ def _faster_in_float(run: View, best: Record) -> str:
     said = f", {run.metric['name']} {quantity(reached.value, reached.unit)}" if reached.value is not None else ""
     why = (
         ""
-        if _sums_codes(best)
+        if stage_name(best) not in OF_CODES or _sums_codes(best)
         else " This processor has no instructions for sums of 8-bit products: where a device has them, time may decide otherwise."
     )
     return (

@@ -47,7 +47,7 @@ def share_note(metric: Metric, value: float | None) -> str:
     >>> share_note(Metric(name="accuracy", unit="%", goal="max"), 97.0)
     ''
     """
-    if metric.goal == "max" and value == 0:
+    if metric.goal == "max" and value == 0 and bounded(metric.name):
         return f"{metric.name} of the dense network is 0: it has nothing to lose, so that any limit on a loss holds whatever is removed"
     if metric.unit.strip() != "%" or metric.goal != "max" or value is None:
         return ""
