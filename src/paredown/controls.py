@@ -127,7 +127,7 @@ def _verdict(kind: str, gain: Interval, why: str, shape_of: str, unit: str) -> s
 def _with_interval(mean: float, low: float, high: float, seeds: int, unit: str) -> tuple[str, str]:
     """(figure, its interval): a bootstrap interval is seldom even, and ± of its longer side reaches where it does not.
 
-    >>> _with_interval(1.2, 0.8, 1.5, 3, "%"), _with_interval(-5.49, -13.91, 5.93, 5, "g")
+    >>> _with_interval(1.2, 0.8, 1.6, 3, "%"), _with_interval(-5.49, -13.91, 5.93, 5, "g")
     (('1.20 ± 0.40 points', '95 % interval over 3 seeds'), ('−5.5 g', '95 % interval −13.9 to 5.9 g over 5 seeds'))
     """
     below, above = mean - low, high - mean
