@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,5 +137,9 @@ def test_a_curve_and_a_sensitivity_are_not_refused_for_what_they_do_not_read(tmp
 @pytest.mark.parametrize("share", [10**9, 0.99999])
 def test_counts_that_are_held_already_are_no_reason_to_refuse(share: int | float, tmp_path: Path) -> None:
     task, _, _ = task_of(recipe(TASK))
-    run: Any = SimpleNamespace(task=task, recipe=recipe(TASK, budget={"macs": share}), say=print, dense={})
-    rehearsal._reach(run, pare.capture(task.model().eval(), task.inputs()))
+    program = pare.capture(task.model().eval(), task.inputs())
+    for asked, refused in ((share, False), (0.001, True)):
+        run: Any = SimpleNamespace(task=task, recipe=recipe(TASK, budget={"macs": asked}), say=print, dense={})
+        with pytest.raises(InfeasibleError) if refused else nullcontext() as caught:
+            rehearsal._reach(run, program)
+        assert (caught is not None) is refused
