@@ -408,7 +408,7 @@ def _reaching(means: Means, found: Sequence[Trial], asked: Callable[[float], Tri
     if least is None:
         return
     low = math.ceil(1e4 * int(least.made_by["reached"]["parameters"]) / means.here.cost.parameters) / 1e4
-    first = asked(min(low, 1.0))
+    first = asked(low)
     yield first
     if not _holds(first):
         return

@@ -6,6 +6,7 @@ A base may take hours, and a task that is mended after it is another one, which 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -17,17 +18,19 @@ from paredown.budget import Budget
 from paredown.errors import NothingToDo, ParedownError, RejectedError
 from paredown.export import predictor
 from paredown.measure import evaluated
+from paredown.measure.quality import Values
 from paredown.pipeline.budgets import by_bits, by_units
 from paredown.pipeline.insight import checked_slices
-from paredown.pipeline.levels import without_torch_masks
+from paredown.pipeline.levels import check_teacher, without_torch_masks
 from paredown.pipeline.run import Run
 from paredown.pipeline.ways import Here
 from paredown.program import Program, capture
 from paredown.score import score
 from paredown.search.asking import reason_of
+from paredown.train import Task
 from paredown.train.shares import refuse_no_share
 
-Asks = Literal["evaluate", "slices", "budget"]
+Asks = Literal["teacher", "evaluate", "slices", "budget"]
 COUNTED = ("parameters", "macs")
 SECONDS = 60.0
 """For which an evaluate is rehearsed: a large test set is one to wait for once."""
@@ -38,11 +41,14 @@ class _Enough(BaseException):
 
 
 def rehearse(run: Run, model: nn.Module, asked: tuple[Asks, ...]) -> None:
-    """Capture the untrained `model`; where they are `asked`, have the task's evaluate and slices answer for it, and see that what is counted can be reached.
+    """Capture the untrained `model`; where they are `asked`, see that it can teach, have the task's evaluate and slices answer for it, and see that what is
+    counted can be reached.
 
     What an untrained network may be the reason of is left to the trained one: a metric that is no number, an evaluate that raises (it is
-    said), one that takes longer than SECONDS. Raises CaptureError, RejectedError, InfeasibleError with the nearest plan.
+    said), one that takes longer than SECONDS. Raises CaptureError, RejectedError, UsageError, InfeasibleError with the nearest plan.
     """
+    if "teacher" in asked:
+        check_teacher(run, model)
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         return  # its shapes come with the training
     run.say("look at the untrained network")
@@ -56,7 +62,7 @@ def rehearse(run: Run, model: nn.Module, asked: tuple[Asks, ...]) -> None:
 
 def _answers(run: Run, program: Program, *, slices: bool) -> None:
     """Whether evaluate and slices return what they must, before anything is trained for them."""
-    predict, metric, began = predictor(program), run.task.metric, time.monotonic()
+    predict, began = predictor(program), time.monotonic()
 
     def within(*args: Any, **kwargs: Any) -> Any:
         if time.monotonic() - began > SECONDS:
@@ -64,7 +70,7 @@ def _answers(run: Run, program: Program, *, slices: bool) -> None:
         return predict(*args, **kwargs)
 
     try:
-        found = evaluated(run.task.evaluate, within, finite=False)
+        values = answered(run.task, within, finite=False)
     except _Enough:
         return
     except ParedownError:
@@ -74,13 +80,18 @@ def _answers(run: Run, program: Program, *, slices: bool) -> None:
             f"evaluate cannot be asked of an untrained network ({reason_of(error)}): it is asked after the training"
         )
         return
-    if metric.name not in found:
-        msg = f"evaluate must return the metric {metric.name!r} that METRIC names. Got {sorted(found)}."
-        raise RejectedError(msg)
-    values = found[metric.name]
-    refuse_no_share(metric, values)
     if slices:
         checked_slices(run, len(values) if values.ndim else None)
+
+
+def answered(task: Task, predict: Callable[..., Any], *, finite: bool = True) -> Values:
+    """What the task's evaluate returns for its metric: one value, or one per sample. Raises RejectedError for anything else."""
+    found, name = evaluated(task.evaluate, predict, finite=finite), task.metric.name
+    if name not in found:
+        msg = f"evaluate must return the metric {name!r} that METRIC names. Got {sorted(found)}."
+        raise RejectedError(msg)
+    refuse_no_share(task.metric, found[name])
+    return found[name]
 
 
 def _reach(run: Run, program: Program) -> None:

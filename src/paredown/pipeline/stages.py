@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from paredown.couple import couple
-from paredown.errors import RejectedError, UsageError, VerificationError
+from paredown.errors import UsageError, VerificationError
 from paredown.examine import Cost, examine
 from paredown.export import Artifact, Check, check, export, predictor
 from paredown.granularity import Granularity
-from paredown.measure import evaluated, measure, paired, summarize
+from paredown.measure import measure, paired, summarize
 from paredown.measure.quality import keep_values, kept_values
 from paredown.measure.watched import Watch, another_range, by_batches, oddities, range_of
 from paredown.pipeline import verdict as verdicts
@@ -29,9 +29,9 @@ from paredown.pipeline.budgets import searched
 from paredown.pipeline.folder import file_digest, files_digest, key_of
 from paredown.pipeline.insight import STAGE as INSIGHT
 from paredown.pipeline.insight import checked_slices, insight
-from paredown.pipeline.levels import check_teacher, one_level, started, without_random_teacher
+from paredown.pipeline.levels import one_level, started, without_random_teacher
 from paredown.pipeline.own_masks import check_own_masks
-from paredown.pipeline.rehearsal import Asks, rehearse
+from paredown.pipeline.rehearsal import Asks, answered, rehearse
 from paredown.pipeline.run import Run, random_note
 from paredown.pipeline.shrink import bits_for, repair_of
 from paredown.pipeline.spared import quantized_but_few
@@ -48,7 +48,7 @@ from paredown.target import named
 from paredown.train import Roles, Task, check_roles
 from paredown.train.given import given_notes
 from paredown.train.roles import Remembered
-from paredown.train.shares import refuse_no_share, share_note
+from paredown.train.shares import share_note
 from paredown.train.task import seed_all
 
 BASE = "base-trained.safetensors"
@@ -87,9 +87,7 @@ def run_stages(run: Run) -> Compressed:
     """All stages of one run, in order."""
     recipe, task = run.recipe, run.task
     roles = check_roles(task)
-    if trains_base(recipe, task):
-        check_teacher(run, task.model())
-    start = started(run, base_of(run, asked=("evaluate", "slices", "budget")))
+    start = started(run, base_of(run, asked=("teacher", "evaluate", "slices", "budget")))
     dense, program, tuned = start.dense, start.program, start.before
     run, untaught = without_random_teacher(run, dense)
     roles = dataclasses.replace(roles, warnings=(*roles.warnings, *given_notes(recipe.given), *untaught))
@@ -424,13 +422,7 @@ def _stripped(artifact: Artifact) -> Measured:
 def metric_of(run: Run, predict: Any) -> Any:
     """The task's metric on its test data: one value, or one per sample."""
     with unchanged(run.dense.get("networks", ())):
-        found = evaluated(run.task.evaluate, predict)
-    name = run.task.metric.name
-    if name not in found:
-        msg = f"evaluate must return the metric {name!r} that METRIC names. Got {sorted(found)}."
-        raise RejectedError(msg)
-    refuse_no_share(run.task.metric, found[name])
-    return found[name]
+        return answered(run.task, predict)
 
 
 def _layers(cost: Cost) -> dict[str, Any]:
