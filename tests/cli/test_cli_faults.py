@@ -63,6 +63,31 @@ def test_usage_is_exit_2(call, arguments, says, tmp_path):
     assert files(tmp_path) == []
 
 
+def test_with_json_an_error_is_the_document(call, nets, tmp_path):
+    """What a script reads where the target cannot be met: the nearest plan, whole; stderr tells it as ever."""
+    from paredown.plan import Plan
+
+    asked = ("prune", f"{nets}:net", *INPUT, "--macs", "1000", "--out", "small")
+    plain = call(*asked)
+    assert plain.code == 4 and plain.out == ""
+    done = call(*asked, "--json")
+    assert (done.code, done.err) == (4, plain.err)
+    told = done.json["error"]
+    assert (done.json["schema"], told["kind"], told["exit_code"]) == (1, "InfeasibleError", 4)
+    assert told["message"] in done.err and "macs" in told["message"]
+    plan = Plan.from_json(json.dumps(told["nearest"]))
+    assert plan.keep and plan.made_by["reached"]["macs"] > 1000
+    for wrong, code, kind in (
+        (("examine", "nowhere.py:net", *INPUT), 2, "UsageError"),
+        (("examine", f"{nets}:failing", *INPUT), 3, "RejectedError"),
+        (("examine", f"{nets}:net", *INPUT, "--inptu", "1"), 2, "UnknownOptionError"),
+    ):
+        done = call(*wrong, "--json")
+        assert (done.code, done.json["error"]["exit_code"]) == (code, code), done.err
+        assert done.json["error"]["kind"] == kind and done.json["error"]["nearest"] is None
+        assert done.json["error"]["message"] in done.err
+
+
 def test_what_a_runtime_writes_beside_the_file_is_as_safe_as_the_file(tmp_path):
     from paredown.cli.quantize import check_out_file
     from paredown.errors import UsageError

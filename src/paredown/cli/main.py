@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from paredown.cli.front import answer
-from paredown.cli.show import plain
+from paredown.cli.show import EMITTED, emit, plain
 from paredown.errors import InfeasibleError, Interrupted, ParedownError
 
 if TYPE_CHECKING:
@@ -32,32 +33,45 @@ _NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or that of the error (see paredown.errors); 2 for wrong options.
 
+    With --json an error is a document too, unless the command had written its own: `{"schema": 1, "error": {"kind", "exit_code",
+    "message", "nearest"}}`, where `nearest` is the nearest plan of an InfeasibleError, or null.
+
     >>> main(["--version"])
     0.1.0
     0
     """
     _readable_anywhere()
+    EMITTED.set(False)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        with _interruptible(), _warnings_as_notes():
-            code = _run(sys.argv[1:] if arguments is None else list(arguments))
-            sys.stdout.flush()
-            return code
+        return _complained(given)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  (lives until the process ends; nothing must be flushed to the pipe)
         return BROKEN_PIPE
+
+
+def _complained(arguments: list[str]) -> int:
+    """The command's exit code; a failure is told on stderr first, and in a document where one was asked for."""
+    documented = "--json" in arguments
+    try:
+        with _interruptible(), _warnings_as_notes():
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        raise
     except SystemExit as error:
         where = _own_code(error)
         if not where:
             raise
-        _complain(f"error: your own code ended the process with sys.exit({error.code!r}), at {where}.", error)
-        return 3
+        message = f"your own code ended the process with sys.exit({error.code!r}), at {where}."
+        return _complain(f"error: {message}", message, 3, error, documented)
     except KeyboardInterrupt as error:
-        _complain(_interruption(error), error)
-        return Interrupted.exit_code
+        message = _interruption(error)
+        return _complain(message, message, Interrupted.exit_code, error, documented)
     except Exception as error:
         message, code = explained(error)
-        _complain(f"error: {message}", error)
-        return code
+        return _complain(f"error: {message}", message, code, error, documented)
 
 
 def _run(arguments: list[str]) -> int:
@@ -160,10 +174,17 @@ def _own_code(error: BaseException) -> str:
     return ""
 
 
-def _complain(message: str, error: BaseException) -> None:
+def _complain(line: str, message: str, code: int, error: BaseException, documented: bool) -> int:
     if os.environ.get("PAREDOWN_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
-    print(plain(message), file=sys.stderr)
+    print(plain(line), file=sys.stderr)
+    if documented and not EMITTED.get():
+        plan = error.nearest if isinstance(error, InfeasibleError) else None
+        nearest = None if plan is None else json.loads(plan.to_json())
+        told = {"kind": type(error).__name__, "exit_code": code, "message": plain(message), "nearest": nearest}
+        emit({"schema": 1, "error": told})
+        sys.stdout.flush()
+    return code
 
 
 def _readable_anywhere() -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ def say(text: str, *, quiet: bool = False) -> None:
         print(plain(text), file=sys.stderr)
 
 
+EMITTED: ContextVar[bool] = ContextVar("EMITTED", default=False)
+"""Whether this command has written its document: where it then fails, stdout gets no second one."""
+
+
 def emit(document: Mapping[str, Any]) -> None:
     """The one JSON document of --json. ASCII, so that any pipe takes it."""
     print(json.dumps(document, indent=1, allow_nan=False))
+    EMITTED.set(True)
 
 
 @contextmanager
