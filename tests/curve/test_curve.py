@@ -574,9 +574,13 @@ def test_a_thinner_network_that_is_the_shape_from_scratch_is_so_for_all_ways_of_
 )
 def test_a_plus_minus_stands_only_where_both_sides_are_alike(gains: list[float], said: str) -> None:
     """± of the longer side reaches where the interval does not."""
-    (found,) = compared(with_control("thin", [v - g for v, g in zip((97.0, 97.4, 97.2), gains, strict=True)]), goal="max", unit="%")
+    (found,) = compared(
+        with_control("thin", [v - g for v, g in zip((97.0, 97.4, 97.2), gains, strict=True)]), goal="max", unit="%"
+    )
     assert said in found.sentence
-    low, high = sorted((found.gain.low, found.gain.high), key=abs) if max(gains) < 0 else (found.gain.low, found.gain.high)
+    low, high = (
+        sorted((found.gain.low, found.gain.high), key=abs) if max(gains) < 0 else (found.gain.low, found.gain.high)
+    )
     ends = f"(95 % interval {abs(low) if max(gains) < 0 else low:.2f} to {abs(high) if max(gains) < 0 else high:.2f} points over 3 seeds)"
     assert (ends.replace("-", "−") in found.sentence) is ("±" not in found.sentence)
 

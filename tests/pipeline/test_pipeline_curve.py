@@ -171,7 +171,10 @@ def test_an_interruption_among_the_controls_counts_all_trials(done: Curved) -> N
     """It counted those of the last stretch alone: "6 of 10" beside a display that had told 12 of 16."""
     cells = grid(recipe(schedules=["one-shot", "multi-level", "from-scratch"]))
     more = dataclasses.replace(cells[-1], digest="0" * 64)
-    with pytest.raises(Interrupted, match=r"^7 of 8 trials are done or marked"), _counting((*cells, more), done.out, versions(), retry=False):
+    with (
+        pytest.raises(Interrupted, match=r"^7 of 8 trials are done or marked"),
+        _counting((*cells, more), done.out, versions(), retry=False),
+    ):
         raise Interrupted("1 of 2 trials are done or marked")
 
 
@@ -190,7 +193,9 @@ def test_a_sweep_may_grow_and_keeps_what_it_has(tmp_path: Path) -> None:
     curve(asked, out=alone, quiet=True)
     assert untimed(out) == untimed(alone)
     for fewer in (recipe(controls=controls), recipe(amounts=[0.75, 0.5], controls=controls, limit=2.0, seeds=[1])):
-        with pytest.raises(UsageError, match=r"(?s)holds another run.*or --overwrite \(trials that both recipes have are kept\)"):
+        with pytest.raises(
+            UsageError, match=r"(?s)holds another run.*or --overwrite \(trials that both recipes have are kept\)"
+        ):
             curve(fewer, out=out, quiet=True)
     assert (out / "curve.json").is_file()
 

@@ -142,7 +142,9 @@ def test_fault_79_what_a_task_raises_in_every_trial_is_no_limit_out_of_reach(tmp
 def test_what_the_narrowest_file_takes_is_weighed_before_anything_is_trained(tmp_path):
     """The ops that unpack a few bits are most of a file this small, and an estimate: exit 4 came after the training."""
     asked = recipe({"size_bytes": 4100, "trials": 2, "low_rank": False}, prune={"align": 1, "floor": 0.7})
-    with pytest.raises(InfeasibleError, match=r"Got some 4,\d{3} B at the least \(channels, .* weighed\) in 4 trials") as caught:
+    with pytest.raises(
+        InfeasibleError, match=r"Got some 4,\d{3} B at the least \(channels, .* weighed\) in 4 trials"
+    ) as caught:
         compress(asked, out=tmp_path / "run", quiet=True)
     assert "more trials" not in caught.value.advice, "the fewest channels were tried"
     trials = (tmp_path / "run" / "steps" / "search-1" / "trials.jsonl").read_text()

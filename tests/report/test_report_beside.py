@@ -111,8 +111,13 @@ def test_a_curve_says_in_a_run_what_it_knows_of_the_way_of_that_run(tmp_path: Pa
     there = [dataclasses.replace(r, details={**r.details, "reached": {**r.details["reached"], "criterion": "l1"}})
              if str(r.cell["stage"]).startswith("level-") else r for r in run()]  # fmt: skip
     one, shape = curve(amounts=1), {"shapes": "a1"}
-    other = [trial("pruned", 0.9, s, 96.0, 96.0 + s / 10, schedule="multi-level", steps=100, details=shape) for s in range(3)]
-    one = [dataclasses.replace(r, details={**r.details, **shape}) if r.cell.get("kind") in ("pruned", "scratch") else r for r in one]
+    other = [
+        trial("pruned", 0.9, s, 96.0, 96.0 + s / 10, schedule="multi-level", steps=100, details=shape) for s in range(3)
+    ]
+    one = [
+        dataclasses.replace(r, details={**r.details, **shape}) if r.cell.get("kind") in ("pruned", "scratch") else r
+        for r in one
+    ]
     written(tmp_path / "digits", there)
     written(tmp_path / "digits-curve", [*one, *other])
     top = text_of(write_report(tmp_path / "digits").read_text().partition('<section id="stages"')[0])

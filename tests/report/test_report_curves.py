@@ -241,7 +241,10 @@ def test_words_at_the_sweet_spot_stand_where_nothing_is_drawn() -> None:
 
 def test_the_file_to_ship_says_its_own_figure_beside_the_means() -> None:
     strip = strip_of(render_curve(records()))
-    assert "98.00 % on test data (the dense network of this seed 98.50 %); the figures above are means over 3 seeds" in strip
+    assert (
+        "98.00 % on test data (the dense network of this seed 98.50 %); the figures above are means over 3 seeds"
+        in strip
+    )
     assert "60.0 % smaller" not in strip and "50.0 % fewer MACs" in strip and "dense 0.402 MB" in strip
 
 
@@ -251,9 +254,22 @@ def test_the_most_that_was_tried_is_no_limit_of_what_can_be_removed() -> None:
     found = sweep({0.4: [98.0, 98.1, 98.2], 0.6: [98.3, 98.4, 98.5]}, DENSE)
     assert most in strip_of(render_curve([head(cells=len(found)), *found]))
     assert most not in strip_of(render_curve([head(cells=len(found), limit=None), *found]))
-    lost = {"kind": "pruned", "method": "l1", "schedule": "one-shot", "amount": 0.2, "seed": 0, "digest": "x", "name": "x", "status": "crashed", "reason": "r", "tail": []}
+    lost = {
+        "kind": "pruned",
+        "method": "l1",
+        "schedule": "one-shot",
+        "amount": 0.2,
+        "seed": 0,
+        "digest": "x",
+        "name": "x",
+        "status": "crashed",
+        "reason": "r",
+        "tail": [],
+    }
     gone = [dict(lost, seed=s, digest=f"x{s}") for s in range(3)]
-    assert most not in strip_of(render_curve([head(cells=len(found) + 3, failed=gone), *found])), "more was tried, in vain"
+    assert most not in strip_of(render_curve([head(cells=len(found) + 3, failed=gone), *found])), (
+        "more was tried, in vain"
+    )
 
 
 def test_zeros_that_save_nothing_in_the_file_are_told(page: Page) -> None:
@@ -405,7 +421,9 @@ def test_it_names_the_file_to_ship_and_what_makes_it_again() -> None:
     assert f"paredown compress trials/{at:04d}/recipe.yaml makes it again" in text
     strict = [dataclasses.replace(found[0], details={**found[0].details, "limit": 0.0}), *found[1:]]
     text = re.sub(r"\s+", " ", Page(render_curve(strict)).text)
-    assert "No sweet spot" in text and re.search(r"What to ship: the dense network \(trials/(\d{4})/\d\.onnx, of seed \d, the best of 3 on held-out data\)", text)
+    assert "No sweet spot" in text and re.search(
+        r"What to ship: the dense network \(trials/(\d{4})/\d\.onnx, of seed \d, the best of 3 on held-out data\)", text
+    )
     assert "allow a larger loss (curve.limit)" in text and "recover.epochs" in text
 
 
@@ -419,7 +437,9 @@ def test_the_seed_that_is_best_on_held_out_data_is_shipped_whatever_the_test_dat
     at = next(i for i, r in enumerate(found) if r.cell["digest"] == "pruned-l1-one-shot-0.5-1")
     assert f"<code>trials/{at:04d}/model.onnx</code>, of seed 1, the best of 3 on held-out data" in strip
     page = Page(render_curve([head(cells=len(found), limit=1.0, recipes=recipes), *found]))
-    assert [row[-1] for row in page.csv("points.csv")[1:] if row[:2] == ["l1 one-shot", "0.5"]] == [f"trials/{at:04d}/recipe.yaml"]
+    assert [row[-1] for row in page.csv("points.csv")[1:] if row[:2] == ["l1 one-shot", "0.5"]] == [
+        f"trials/{at:04d}/recipe.yaml"
+    ]
 
 
 def test_dense_networks_of_which_one_learnt_little_are_told() -> None:

@@ -100,7 +100,9 @@ def test_schema_and_order() -> None:
 def test_one_training_is_told_where_something_was_trained() -> None:
     told = "other seeds: everything was trained once"
     assert any(t.startswith(told) for t in document(sample())["verdict"]["not_tested"])
-    untrained = [dataclasses.replace(r, details={k: v for k, v in r.details.items() if k != "history"}) for r in sample()]
+    untrained = [
+        dataclasses.replace(r, details={k: v for k, v in r.details.items() if k != "history"}) for r in sample()
+    ]
     assert not any(t.startswith(told) for t in document(untrained)["verdict"]["not_tested"])
 
 

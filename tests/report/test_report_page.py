@@ -372,7 +372,9 @@ def test_a_float_file_that_is_slower_itself_does_not_stand_in_for_a_slow_one_in_
 
 
 @pytest.mark.parametrize(("sums", "told"), [(False, True), (True, False), (None, False)])
-def test_a_processor_that_does_not_sum_codes_is_told_where_int8_is_the_slower_file(sums: bool | None, told: bool) -> None:
+def test_a_processor_that_does_not_sum_codes_is_told_where_int8_is_the_slower_file(
+    sums: bool | None, told: bool
+) -> None:
     run = sample()
     at = next(i for i, r in enumerate(run) if r.cell["stage"] == "int8")
     slow = {**run[at].measured, "speedup": Measured(value=1.2, low=1.1, high=1.3, unit="×")}
@@ -611,6 +613,10 @@ def test_layers_stand_under_the_roof_of_floats_and_that_of_integers() -> None:
     assert closer.measured.keys() == {"peak_flops", "bandwidth", "peak_int8"}
     text = render(sample())
     assert "Faster, at most" in text and text.count('class="even dashed"') == 1
+    ticks = re.findall(r'text-anchor="(middle|end)">([^<]+)</text>', lines["chart"].markup)
+    across, up = ([t for side, t in ticks if side == s] for s in ("middle", "end"))
+    assert across == ["1", "10"] or len(across) >= 3, across
+    assert len(up) >= 3 and {t.split()[-1] for t in up} <= {"M", "G"}, up
     older = [
         dataclasses.replace(r, measured={k: v for k, v in r.measured.items() if k != "peak_int8"}) for r in sample()
     ]

@@ -1,9 +1,12 @@
-"""Small SVG charts without text: the numbers stand beside them, so they are hidden from screen readers and scale freely."""
+"""Small SVG charts: the numbers stand beside them, so they are hidden from screen readers and scale freely."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+ROOF = (52, 10, 440, 190)
+"""Left and top margin, width and height of the roofline: what its lines stand in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,24 +79,58 @@ def roof(points: list[tuple[float, float, bool]], peak: float, bandwidth: float,
     across = [p[0] for p in points] + [ridge] + [ridge8] * (int8 > 0)
     x = (math.log10(min(across)) - 0.3, math.log10(max(across)) + 0.3)
     y = (min(math.log10(bandwidth) + x[0], *(math.log10(p[1]) for p in points)), math.log10(max(peak, int8)) + 0.15)
+    left, top, width, height = ROOF
 
     def at(intensity: float, speed: float) -> tuple[float, float]:
-        return 2 * _place(math.log10(intensity), x), 80 - 0.8 * _place(math.log10(speed), y)
+        return (
+            left + width * _place(math.log10(intensity), x) / 100,
+            top + height * (1 - _place(math.log10(speed), y) / 100),
+        )
 
     low, high = 10 ** x[0], 10 ** x[1]
 
-    def line(kind: str, slope: float, corner: float, top: float) -> str:
-        ends = [at(low, slope * low), at(corner, top), at(high, top)]
+    def line(kind: str, slope: float, corner: float, limit: float) -> str:
+        ends = [at(low, slope * low), at(corner, limit), at(high, limit)]
         return f'<path class="{kind}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in ends)}"/>'
 
+    grid = ""
+    for tick in decades(*x):
+        place, _ = at(tick, 10 ** y[0])
+        grid += f'<path class="rule" d="M{place:.1f} {top}v{height}"/><text x="{place:.1f}" y="{top + height + 15}" text-anchor="middle">{tick:g}</text>'
+    for tick in decades(*y):
+        _, place = at(low, tick)
+        grid += f'<path class="rule" d="M{left} {place:.1f}h{width}"/><text x="{left - 6}" y="{place + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
     lines = line("even", bandwidth, ridge, peak) + (line("even dashed", 4 * bandwidth, ridge8, int8) if int8 else "")
     dots = "".join(
-        f'<circle class="{"dot-memory" if memory else "dot-of"}" cx="{at(i, s)[0]:.1f}" cy="{at(i, s)[1]:.1f}" r="1.8"/>'
+        f'<circle class="{"dot-memory" if memory else "dot-of"}" cx="{at(i, s)[0]:.1f}" cy="{at(i, s)[1]:.1f}" r="4"/>'
         for i, s, memory in points
     )
-    return Svg(
-        markup=f'<svg class="roof" viewBox="0 -2 200 86" aria-hidden="true" focusable="false">{lines}{dots}</svg>'
+    head = (
+        f'<svg class="roof" viewBox="0 0 {left + width + 12} {top + height + 24}" aria-hidden="true" focusable="false">'
     )
+    return Svg(markup=f"{head}{grid}{lines}{dots}</svg>")
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Round numbers between 10^low and 10^high: powers of ten, with 2 and 5 times them where fewer than three are there.
+
+    >>> decades(-0.2, 2.3), decades(0.9, 1.9)
+    ([1.0, 10.0, 100.0], [10.0, 20.0, 50.0])
+    """
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    for steps in ((1.0,), (1.0, 2.0, 5.0)):
+        found = [m * 10.0**k for k in powers for m in steps if low <= math.log10(m) + k <= high]
+        if len(found) >= 3:
+            break
+    return found
+
+
+def _short(value: float) -> str:
+    """A round number with k, M, G or T: "10 G"."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:g} {letter}"
+    return f"{value:g}"
 
 
 def _svg(height: int, body: str) -> Svg:
