@@ -122,16 +122,17 @@ def test_a_convolution_on_the_frames_of_a_clip_is_left_out():
     assert layers["head"].macs == 6 * 8 * 5 < cost.macs
 
 
-def test_convolutions_that_keep_the_size_are_timed_where_both_sides_are_alike():
+def test_convolutions_that_keep_the_size_are_timed_where_one_side_gets_more_too():
     same = {"padding": "same", "dilation": 2}
     net = nn.Sequential(
         nn.Conv2d(3, 16, (3, 5), **same), nn.Conv2d(16, 8, 3, padding="valid"), nn.Conv2d(8, 8, 4, **same)
     )
     layers, _ = layers_and_cost(net, torch.randn(2, 3, 12, 12))
     assert {name: shape.padding for name, shape in layers.items()} == {"0": (2, 4), "1": (0, 0), "2": (3, 3)}
-    net[2] = nn.Conv2d(8, 8, 4, padding="same")  # one more on one side
-    layers, _ = layers_and_cost(net, torch.randn(2, 3, 12, 12))
-    assert list(layers) == ["0", "1"]
+    net[2] = nn.Conv2d(8, 8, (4, 3), padding="same", groups=2)  # one more on one side of one axis
+    layers, cost = layers_and_cost(net, torch.randn(2, 3, 12, 12))
+    assert (layers["2"].padding, layers["2"].positions, layers["2"].after) == ((1, 1), (11, 10), [10, 10])
+    assert sum(shape.macs for shape in layers.values()) == cost.macs
 
 
 def test_of_a_fixed_batch_every_layer_is_there_with_one_sample():

@@ -222,15 +222,13 @@ def _shape(node: Any, kind: str, macs: int) -> LayerShape | None:
     source = [int(s) for s in given["input"].meta["val"].shape[2:]]
     dims = len(source)
     dilation = _each(given.get("dilation", 1), dims)
-    padding = _padding(given.get("padding", 0), size[2:], dilation)
-    if padding is None:
-        return None
+    padding, more = _padding(given.get("padding", 0), size[2:], dilation)
     groups = int(given.get("groups") or 1)
     shape = LayerShape(
         kind="conv",
         out_channels=size[0],
         in_channels=size[1] * groups,
-        positions=tuple(source),
+        positions=tuple(n + one for n, one in zip(source, more, strict=True)),
         kernel=tuple(size[2:]),
         stride=_each(given.get("stride", 1), dims),
         padding=padding,
@@ -240,16 +238,19 @@ def _shape(node: Any, kind: str, macs: int) -> LayerShape | None:
     return shape if shape.macs == macs else None  # the frames of a clip in axis 0: a file of one layer has one sample
 
 
-def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...] | None:
-    """On either side of every axis; None where "same" is one more on the other side, as of even kernels.
+def _padding(given: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(Padding on either side of every axis, positions more of the input).
+
+    "same" of an even kernel pads one more at the end. A file of one layer pads alike on both sides, so there its input is a
+    position longer: as many outputs, each of as many products.
 
     >>> _padding("same", (3, 5), (1, 2)), _padding("same", (4,), (1,)), _padding("valid", (3,), (1,)), _padding([1], (3, 3), (1, 1))
-    ((1, 4), None, (0,), (1, 1))
+    (((1, 4), (0, 0)), ((1,), (1,)), ((0,), (0,)), ((1, 1), (0, 0)))
     """
     if not isinstance(given, str):
-        return _each(given, len(kernel))
+        return _each(given, len(kernel)), (0,) * len(kernel)
     both = [d * (k - 1) if given == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-    return None if any(n % 2 for n in both) else tuple(n // 2 for n in both)
+    return tuple(n // 2 for n in both), tuple(n % 2 for n in both)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
