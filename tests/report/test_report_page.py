@@ -25,7 +25,7 @@ from paredown.report.wording import digits, mebibytes, megabytes
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 ALLOWED = set(
-    "html head meta title style body a header h1 h2 h3 p nav ul li main section div span b strong small table caption thead tbody tfoot tr th td svg rect polyline circle path pre code dl dt dd footer".split()
+    "html head meta title style body a header h1 h2 h3 p nav ul li main section div span b strong small table caption thead tbody tfoot tr th td svg rect polyline circle path pre code dl dt dd footer text".split()
 )
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -53,7 +53,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
-        self.feed(text)
+        self.feed(text.replace("<wbr>", ""))  # where a line may break; no character of a name
         self.close()
         assert not self.open, self.open
 
