@@ -88,6 +88,32 @@ def test_with_json_an_error_is_the_document(call, nets, tmp_path):
         assert done.json["error"]["message"] in done.err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Interrupted("step 3 is kept"), 130), (ParedownError("odd"), 1), (InfeasibleError("too few"), 4)],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_stdout_holds_one_document_whatever_ends_a_command(call, monkeypatch, error, code, before):
+    from paredown.cli.show import emit
+
+    def run(arguments):
+        if before:
+            emit({"schema": 1, "verdict": "told"})
+        raise error
+
+    monkeypatch.setattr("paredown.cli.main._run", run)
+    done = call("compress", "recipe.yaml", "--json")
+    assert done.code == code
+    if before:  # the command's own document, and the error on stderr alone
+        assert done.json == {"schema": 1, "verdict": "told"}
+    else:
+        assert done.json["error"] | {"message": ""} == {
+            "kind": type(error).__name__, "exit_code": code, "message": "", "nearest": None,
+        }  # fmt: skip
+    assert str(error) in done.err
+    assert call("compress", "recipe.yaml").out == ("" if not before else '{\n "schema": 1,\n "verdict": "told"\n}\n')
+
+
 def test_what_a_runtime_writes_beside_the_file_is_as_safe_as_the_file(tmp_path):
     from paredown.cli.quantize import check_out_file
     from paredown.errors import UsageError
