@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import forked
+from paredown.cli import main
 from paredown.cli.main import explained
 from paredown.cli.prune import DATA_FREE
 from paredown.cli.show import plain
@@ -101,7 +102,7 @@ def test_stdout_holds_one_document_whatever_ends_a_command(call, monkeypatch, er
             emit({"schema": 1, "verdict": "told"})
         raise error
 
-    monkeypatch.setattr("paredown.cli.main._run", run)
+    monkeypatch.setattr(sys.modules[main.__module__], "_run", run)
     done = call("compress", "recipe.yaml", "--json")
     assert done.code == code
     if before:  # the command's own document, and the error on stderr alone
