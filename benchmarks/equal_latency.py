@@ -162,6 +162,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             for way in WAYS
         }  # fmt: skip
         for way, found in by_way.items():
+            if not found:
+                continue
             macs = next(r["macs"] for r in rows if r.get("way") == way and r["fraction"] == fraction)
             each = ", ".join(f"{v:.2f}" for v in found.values())
             text = f"{fraction} {way:8s} {macs:,} MACs  {np.mean(list(found.values())):.2f} ({each})"
