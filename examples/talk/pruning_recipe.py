@@ -21,7 +21,7 @@ def build(setting: Setting) -> Page:
         "digits",
         out=setting.folder / "curve",
         overrides=[
-            f"curve.amounts={amounts}", f"curve.seeds={seeds}", "curve.limit=1.0", f"curve.controls.amounts={setting.pick(amounts[1:2], [amounts[1], amounts[-1]])}",
+            f"curve.amounts={amounts}", f"curve.seeds={seeds}", "curve.limit=1.0", f"curve.controls.amounts=[sweet-spot, {setting.pick(amounts[1], amounts[-1])}]",
             f"base.epochs={nets.base_epochs(setting)}", f"recover.epochs={nets.recovery_epochs(setting)}",
             f"curve.schedules={setting.pick('[one-shot]', '[one-shot, multi-level]')}",
         ],
@@ -58,7 +58,7 @@ def build(setting: Setting) -> Page:
             "The sweet spot is chosen on held-out images and told on test images: a point chosen on test data would flatter itself. Amounts are of channels; what is drawn is weights, so half of the channels removed is three quarters of the weights.",
         ),
         not_tested=("Other tasks than the digits in this book: `paredown curve` takes any.",),
-        shortened=f"{len(amounts)} amounts, {len(seeds)} seeds, {nets.base_epochs(setting)} + {nets.recovery_epochs(setting)} epochs; one-shot only, controls at one amount; with two seeds an interval is little more than the two values." if setting.quick else "",
+        shortened=f"{len(amounts)} amounts, {len(seeds)} seeds, {nets.base_epochs(setting)} + {nets.recovery_epochs(setting)} epochs; one-shot only, controls at the sweet spot and at one amount; with two seeds an interval is little more than the two values." if setting.quick else "",
     )  # fmt: skip
 
 
