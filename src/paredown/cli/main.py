@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     EMITTED.set(False)
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _complained(given)
+        return _told(given)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  (lives until the process ends; nothing must be flushed to the pipe)
         return BROKEN_PIPE
 
 
-def _complained(arguments: list[str]) -> int:
+def _told(arguments: list[str]) -> int:
     """The command's exit code; a failure is told on stderr first, and in a document where one was asked for."""
     documented = "--json" in arguments
     try:
