@@ -65,13 +65,12 @@ def _told(arguments: list[str]) -> int:
         if not where:
             raise
         message = f"your own code ended the process with sys.exit({error.code!r}), at {where}."
-        return _complain(f"error: {message}", message, 3, error, documented)
+        return _complain(message, 3, error, documented)
     except KeyboardInterrupt as error:
-        message = _interruption(error)
-        return _complain(message, message, Interrupted.exit_code, error, documented)
+        return _complain(_interruption(error), Interrupted.exit_code, error, documented)
     except Exception as error:
         message, code = explained(error)
-        return _complain(f"error: {message}", message, code, error, documented)
+        return _complain(message, code, error, documented)
 
 
 def _run(arguments: list[str]) -> int:
@@ -174,10 +173,10 @@ def _own_code(error: BaseException) -> str:
     return ""
 
 
-def _complain(line: str, message: str, code: int, error: BaseException, documented: bool) -> int:
+def _complain(message: str, code: int, error: BaseException, documented: bool) -> int:
     if os.environ.get("PAREDOWN_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
-    print(plain(line), file=sys.stderr)
+    print(plain(message if isinstance(error, KeyboardInterrupt) else f"error: {message}"), file=sys.stderr)
     if documented and not EMITTED.get():
         plan = error.nearest if isinstance(error, InfeasibleError) else None
         nearest = None if plan is None else json.loads(plan.to_json())
