@@ -1,7 +1,7 @@
 """The doctor: what is installed here, what this machine can do, what is wrong and how to mend it.
 
 This file imports nothing but the standard library at its top, so that it can still speak where everything else is
-broken. Packages are imported in child processes, three at a time: one that crashes or hangs ends its child only.
+broken. Packages are imported in two child processes side by side: one that crashes or hangs ends its child only.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ PACKAGES = (
 )
 """The same as in pyproject.toml; a test compares the two."""
 
-_CHILDREN = (("torch", "torchao"), ("torchvision", "timm"))
-"""Modules that load torch, by child process; all others share a third one."""
+_CHILDREN = (("torch", "torchao", "torchvision", "timm"),)
+"""Modules by child process; all others share one more. Those that load torch load it, and half of its compiler, once."""
 
 _DOT_UNITS = {
     "amx_int8": "AMX",
