@@ -297,12 +297,13 @@ def test_wrong_requests(files: tuple[Artifact, Artifact], tmp_path: Path) -> Non
 
 def test_the_machine_is_described_without_names() -> None:
     import getpass
+    import re
     import socket
 
     facts = machine()
     assert facts["cores"] >= 1
     assert facts["memory_bytes"] is None or facts["memory_bytes"] > 1e8
-    assert socket.gethostname() not in machine_text()
+    assert socket.gethostname() not in re.findall(r"[\w.-]+", machine_text())  # a machine may be called "vm"
     assert getpass.getuser() == "root" or getpass.getuser() not in machine_text()
 
 

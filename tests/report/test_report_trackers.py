@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,8 +114,20 @@ def test_tensorboard_reads_back_what_the_records_say(tmp_path: Path) -> None:
     about, status = told_of(file.parent)
     assert status == "STATUS_SUCCESS"
     assert about["threads"] == 2 and about["stage"] == "level-1" and about["version.torch"] == "2.13.0"
-    assert file.name == EVENTS  # nothing of the machine that wrote it
-    assert os.uname().nodename.encode() not in file.read_bytes()
+
+
+def test_tensorboard_is_told_nothing_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where machines have names of two letters, the bytes of a time or a checksum hold them now and then."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    monkeypatch.setattr("paredown.report.trackers.time.time", lambda: 2.0**30)
+    (file,) = to_tensorboard(folder(tmp_path / "run", [stage()]), tmp_path / "events")
+    events = [str(event) for event in EventFileLoader(str(file)).Load()]
+    assert len(events) > 10 and any("training/loss" in event for event in events)
+    words = {word for event in events for word in re.findall(r"[\w.-]+", event)}
+    assert not words & {os.uname().nodename, socket.getfqdn()}
+    assert file.name == EVENTS
 
 
 def test_tensorboard_has_a_run_for_each_trial_and_a_mark_for_a_failed_one(tmp_path: Path) -> None:
