@@ -124,7 +124,7 @@ def test_what_rounding_does_to_the_float_network_is_said(call, tmp_path):
         assert found == pytest.approx(float(np.sqrt(((got - dense) ** 2).mean()) / dense.std()), rel=0.05)
         assert (found > 0.1) == noisy == any("differ among themselves" in n for n in done.json["notes"])
         said = call(*ask, "--overwrite")
-        assert "codes against float" in said.out and "runtime against the simulation" in said.out
+        assert "quantized against float" in said.out and "runtime against the simulation" in said.out
 
 
 MASKED = """

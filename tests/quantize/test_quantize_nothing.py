@@ -59,7 +59,7 @@ NOTHING: dict[str, tuple[Any, Any, str]] = {
 @pytest.mark.parametrize("kind", NOTHING)
 def test_a_network_without_a_weight_in_codes_is_refused_with_the_reasons(kind: str, scheme: str) -> None:
     net, x, reason = NOTHING[kind]
-    with pytest.raises(NothingToDo, match=rf"at least one weight must be held in codes.*Got none: .*{reason}"):
+    with pytest.raises(NothingToDo, match=rf"at least one weight must be quantized.*Got none: .*{reason}"):
         quantize(capture(net.eval(), x), calibrate=[x], scheme=scheme)
 
 

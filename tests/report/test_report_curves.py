@@ -84,7 +84,7 @@ def test_the_first_section_says_what_it_costs_and_what_was_not_tested(page: Page
     strip = strip_of(render_curve(records()))
     assert "worse than dense" in strip and "dense 98.47 %: −0.57 points, worse than dense" in strip
     assert (
-        '<span class="badge">not tested</span> files in codes, such as INT8 (curve.quantized); latency (curve.latency);'
+        '<span class="badge">not tested</span> quantized files, such as INT8 (curve.quantized); latency (curve.latency);'
         in strip
     )
     assert "a random criterion" not in strip.partition("not tested</span>")[2]  # it has results here

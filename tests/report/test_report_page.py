@@ -577,7 +577,7 @@ def test_only_schemes_that_calibrate_are_said_to(scheme: str, calibrated: bool) 
     run = [*sample()[:-1], verdict(recommended=scheme, quantized=scheme)]
     run[4] = dataclasses.replace(run[4], cell={**run[4].cell, "stage": scheme, "title": "In codes"})
     text = Page(render(run)).text
-    assert "weights as codes" in text and ("activations calibrated" in text) is calibrated
+    assert "weights quantized" in text and ("activations calibrated" in text) is calibrated
     assert "both quantized" in text and "both INT8" not in text
     floats = [*(r for r in run[:-1] if r.cell["stage"] in ("examine", "dense")), run[-1]]
     assert "There is no quantized file in this run." in Page(render(floats)).text
@@ -634,11 +634,11 @@ def test_what_stays_in_float_says_why_and_how_many_layers_run_on_codes() -> None
     told = [dataclasses.replace(r, details={**r.details, **more}) if r.cell["stage"] == "int8" else r for r in sample()]
     text = harmless(render(told)).text
     stayed = text.split("What stayed float")[1].split("Evidence")[0]
-    assert "6 of 8 convolutions and linear layers (75 %) run on codes" in stayed
+    assert "6 of 8 convolutions and linear layers (75 %) run on integers" in stayed
     assert why["Softmax"] in stayed
     assert "INT8 of level 2 run here with exact 8-bit products" in text.split("Against Largest error")[1]
     without = harmless(render(sample())).text.split("What stayed float")[1].split("Evidence")[0]
-    assert "Why" not in without and "run on codes" not in without
+    assert "Why" not in without and "run on integers" not in without
 
 
 def test_failed_proof_is_seen() -> None:

@@ -32,7 +32,9 @@ def curve(
     retry: Annotated[
         bool,
         Parameter(
-            negative="", show_default=False, help="Run trials again that crashed, hit a limit or have no file in codes."
+            negative="",
+            show_default=False,
+            help="Run trials again that crashed, hit a limit or have no quantized file.",
         ),
     ] = False,
     set_: options.Set = (),

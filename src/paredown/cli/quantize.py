@@ -440,7 +440,7 @@ def _rounding(facts: dict[str, Any]) -> list[tuple[str, str]]:
     badge = facts["rounding"]["badge"]
     return [
         (
-            "codes against float",
+            "quantized against float",
             f"error of {lost:.1%} of the outputs' own deviation ({decibel}), {samples} samples ({badge})",
         )
     ]
@@ -471,7 +471,7 @@ def _asked_for(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("layers put in float", f"{names}; {kept['extra_bytes']:,} B more (estimated)"))
     if "metric" in facts:
         m = facts["metric"]
-        values = f"{m['codes']:.4g} {m['unit']} in codes, {m['float']:.4g} {m['unit']} in float"
+        values = f"{m['codes']:.4g} {m['unit']} quantized, {m['float']:.4g} {m['unit']} in float"
         rows.append((f"{m['name']} on {m['data']} data", f"{values} ({m['badge']})"))
     return rows
 

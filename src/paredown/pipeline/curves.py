@@ -62,7 +62,7 @@ def curve(
     """Run what is missing of a recipe's curve, choose the sweet spot, compare with the dense controls, write the report.
 
     Every trial is a process of its own; `processes` of them run at once (default: cores / threads of the recipe). The same
-    recipe in the same `out` continues, whatever stopped it, to the same records, and one with more trials (seeds, amounts, controls) or another limit goes on from those that are there; `retry` runs failed trials again, and those whose file in codes failed. `ray`, the
+    recipe in the same `out` continues, whatever stopped it, to the same records, and one with more trials (seeds, amounts, controls) or another limit goes on from those that are there; `retry` runs failed trials again, and those whose quantized file failed. `ray`, the
     address of a Ray cluster (or "auto"), has them run there. Writes recipe.yaml, records.jsonl, curve.json, report.html, journal.jsonl and trials/.
 
     Raises UsageError (2: no `curve`, another recipe in `out`), RejectedError (3: no trial has a result), ResourceError (7),

@@ -338,9 +338,9 @@ _REPAIRED = {
     ),
     "smooth": ("channels of {} norms scaled", "a layer norm with a weight and a bias that linear layers alone read"),
     **dict.fromkeys(
-        ("gptq", "adaround", "blocks"), ("codes of {} layers chosen", "a layer in codes whose weight no other reads")
+        ("gptq", "adaround", "blocks"), ("codes of {} layers chosen", "a quantized layer whose weight no other reads")
     ),
-    **dict.fromkeys(("bias", "bias-fast"), ("{} biases moved", "a layer in codes with a bias of its own")),
+    **dict.fromkeys(("bias", "bias-fast"), ("{} biases moved", "a quantized layer with a bias of its own")),
 }
 """By repair: what it did, and what it needs."""
 

@@ -101,7 +101,7 @@ def refuse_empty(prepared: fx.GraphModule, table: Target, scheme: str, float_lay
         f"{name} stays float ({len(nodes)}×, first at {source_line(nodes[0]) or nodes[0].name}): {reason}"
         for (name, reason), nodes in sorted(kinds.items())
     )
-    msg = f"at least one weight must be held in codes under {scheme} for {table.name}. Got none: {stayed or 'the network has no weights'}. "
+    msg = f"at least one weight must be quantized under {scheme} for {table.name}. Got none: {stayed or 'the network has no weights'}. "
     raise NothingToDo(msg + "Use another scheme or target, or export it in fp32.")
 
 

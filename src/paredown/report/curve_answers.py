@@ -56,7 +56,7 @@ def dense_answer(seen: CurveView) -> str:
 def not_tested(seen: CurveView) -> list[str]:
     """What this page says nothing of, for whoever reads its first lines alone."""
     codes = any(line.codes for line in seen.lines)
-    found = [] if codes else ["files in codes, such as INT8 (curve.quantized)"]
+    found = [] if codes else ["quantized files, such as INT8 (curve.quantized)"]
     if not any("latency" in p.absolute for p in seen.points):
         found.append("latency (curve.latency)")
     if len({r.cell.get("seed") for r in seen.trials}) < 2:

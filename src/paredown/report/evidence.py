@@ -134,7 +134,9 @@ def _layers_on_codes(record: Record) -> str:
     some, every = number(told.get("on_codes")), number(told.get("of"))
     if some is None or not every:
         return ""
-    return f"{whole(some)} of {whole(every)} convolutions and linear layers ({100 * some / every:.0f} %) run on codes."
+    return (
+        f"{whole(some)} of {whole(every)} convolutions and linear layers ({100 * some / every:.0f} %) run on integers."
+    )
 
 
 def training_lines(run: View) -> list[dict[str, Any]]:

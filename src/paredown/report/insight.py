@@ -390,8 +390,8 @@ def lineage(run: View) -> list[dict[str, str]]:
         scheme = name.removeprefix("twin-")
         if run.quantized is not None and scheme == stage_name(run.quantized):
             static = scheme in ("int8", "w4a8", "w4a4")  # the others round weights alone, or activations by each input
-            alone = "weights in 16 bits" if scheme == "fp16" else "weights as codes"
-            done.append("weights as codes, activations calibrated" if static else alone)
+            alone = "weights in 16 bits" if scheme == "fp16" else "weights quantized"
+            done.append("weights quantized, activations calibrated" if static else alone)
         source = "trained by itself" if twin else before
         out.append(
             {
