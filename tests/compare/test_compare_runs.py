@@ -200,7 +200,7 @@ def test_other_metrics_and_test_sets_are_refused_by_name(tmp_path: Path, more: d
 def test_another_number_of_samples_is_another_test_set(tmp_path: Path) -> None:
     run(tmp_path / "a", DENSE)
     run(tmp_path / "b", DENSE[:-1], size=900)
-    with pytest.raises(RejectedError, match="on the same test set"):
+    with pytest.raises(RejectedError, match="on the same test samples"):
         compare(tmp_path / "a", tmp_path / "b", recorded=True)
 
 

@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "paredown"
 TIERS = (
     "errors",
     "budget plan granularity target recipe recipe_fields records strict_yaml environments contents",
-    "plain placed machine_memory traced",
+    "plain placed machine_memory traced layouts",
     "program weights weights_process",
     "couple examine statistics",
     "score",

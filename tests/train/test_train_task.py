@@ -179,6 +179,40 @@ def test_roles_are_counted():
     assert roles.warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda x, y: list(zip(x.split(3), y.split(3), strict=True)), True),  # other batches of the same
+        (lambda x, y: [(x[i], y[i]) for i in (slice(0, 5), slice(5, 10))], True),
+        (lambda x, y: [(x.flip(0), y.flip(0))], False),  # another order
+        (lambda x, y: [(x, 1 - y)], False),  # another truth
+        (lambda x, y: [(x, y), (x[:1], y[:1])], False),  # one of them twice
+        (lambda x, y: [(x[:9], y[:9])], False),
+    ],
+)
+def test_the_digest_of_test_data_knows_order_truth_and_repeats(change, same):
+    first, other = (
+        check_roles(task_from_module(module(test_batches=lambda made=made: made))).test_digest
+        for made in ([(IMAGES[30:40], LABELS[30:40])], change(IMAGES[30:40], LABELS[30:40]))
+    )
+    assert len(first) == 64 and (first == other) is same
+
+
+def test_the_digest_takes_batches_of_any_structure():
+    boxes = [torch.zeros(0, 4), torch.ones(2, 4)]
+    for name, truth, other in (
+        ("mapping", {"y": LABELS[:2]}, {"y": 1 - LABELS[:2]}),
+        ("ragged", boxes, [boxes[1], boxes[0]]),
+        ("number", torch.tensor(1.0), torch.tensor(2.0)),
+        ("numpy", LABELS[:2].numpy(), 1 - LABELS[:2].numpy()),
+    ):
+        found = {
+            check_roles(task_from_module(module(test_batches=lambda t=t: [(IMAGES[30:32], t)]))).test_digest
+            for t in (truth, other, truth)
+        }
+        assert len(found) == 2, name
+
+
 def test_calibration_on_test_samples_is_refused():
     with pytest.raises(RejectedError, match=r"calibration_batches .* Got 3 of 8 samples"):
         check_roles(task_from_module(module(calibration_batches=lambda: [IMAGES[25:33]])))

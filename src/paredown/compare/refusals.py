@@ -35,7 +35,7 @@ def refuse_other_data(
     got = f"{_listed(counts[0])} and {_listed(counts[1])} samples" if counts[0] != counts[1] else ""
     got = got or f"test data {digests[0][:12] or 'unknown'} and {digests[1][:12] or 'unknown'}"
     of = f" (tasks {tasks[0] or 'unknown'} and {tasks[1] or 'unknown'})" if tasks[0] != tasks[1] else ""
-    msg = f"runs must be measured on the same test set to be compared. Got {got} in {names[0]} and {names[1]}{of}."
+    msg = f"runs must be measured on the same test samples, with the same truth and in the same order, to be compared. Got {got} in {names[0]} and {names[1]}{of}."
     raise RejectedError(msg)
 
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
+from paredown.layouts import guard_layouts
 from paredown.score.nouns import Source
 from paredown.score.twice import TwiceDifferentiable, is_cut, refuse
 from paredown.statistics.batches import taken
@@ -44,6 +45,7 @@ class Gradients:
             raise UsageError(msg)
         self._source, self._loss, self._criterion = source, source.loss, criterion
         self._model = working_copy(source.module).train(mode == "train")
+        guard_layouts(self._model)
         if temperature != 1.0:
             self._model.register_forward_hook(
                 lambda _m, _i, out: pytree.tree_map(

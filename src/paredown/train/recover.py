@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from paredown.errors import Interrupted, RejectedError, UsageError
+from paredown.layouts import guarded_layouts
 from paredown.program import Program
 from paredown.statistics.batches import Batches, Given, batches_of, check_whole
 from paredown.train import checkpoint as checkpoints
@@ -140,7 +141,7 @@ def _own(module: nn.Module, train: Callable[[nn.Module], nn.Module | None], mask
     """The user's own loop on a deep copy; what it gives back must have the same tensors. Masks are kept in it."""
     copied = private_copy(module).train()
     try:
-        with keep_masks(copied, masks):
+        with keep_masks(copied, masks), guarded_layouts(copied):
             returned = train(copied)
     except Interrupted:
         raise

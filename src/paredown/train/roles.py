@@ -38,7 +38,8 @@ class Roles:
     num_choose: int | None
     num_test: int | None
     test_digest: str | None = None
-    """SHA-256 over the hashes of all test samples, in any order; None where evaluate reads data of its own."""
+    """SHA-256 over all test samples with all that their batches hold of them, their truth above all, as they come, and as often; None where
+    evaluate reads data of its own. Values per sample of two runs may be paired by their place where it is the same."""
     warnings: tuple[str, ...] = ()
     samples: Mapping[str, set[bytes] | None] = field(default_factory=dict, repr=False, compare=False)
     """Hashes by role, until evaluate has run: it may read test data of its own."""
@@ -136,7 +137,7 @@ def check_roles(task: Task) -> Roles:
         num_calibration=len(calibration or ()),
         num_choose=None if choose is None else len(choose),
         num_test=None if test is None else len(test),
-        test_digest=None if test is None else hashlib.sha256(b"".join(sorted(test))).hexdigest(),
+        test_digest=None if test is None else test.whole.hexdigest(),
         warnings=tuple(warnings),
         samples={"calibration_batches": calibration, "choose_batches": choose, "train": train, "test": test},
     )
@@ -194,9 +195,23 @@ class Remembered:
 
 
 class _Samples(set[bytes]):
-    """Hashes of a role's samples; `count` has those that repeat, too."""
+    """Hashes of a role's samples; `count` has those that repeat, too, and `whole` is of all that the batches hold, in order."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.whole = 0, hashlib.sha256()
+
+    def add_batch(self, batch: Any, like: Any) -> None:
+        """The inputs of every sample; to `whole` each sample with its truth, however many come at once, then what has no row for each."""
+        hashes = _hashes(_inputs_in(batch, like))
+        self.update(hashes)
+        self.count += len(hashes)
+        tensors = _tensors(dict(batch) if isinstance(batch, Mapping) else batch)
+        of_each = [t for t in tensors if t.shape[:1] == (len(hashes),) and t.numel()]
+        self.whole.update(b"".join(_hashes(of_each) if of_each else hashes))
+        for place, tensor in enumerate(tensors):
+            if tensor.shape[:1] != (len(hashes),):  # boxes of a picture, or one number for all
+                self.whole.update(b"".join([f"{place} {tuple(tensor.shape)}".encode(), *_hashes([tensor[None]])]))
 
 
 def _refuse_common(
@@ -265,9 +280,7 @@ def _role(batches: Batches | None, name: str, like: Any = None) -> _Samples | No
         return None
     found = _Samples()
     for batch in islice(_ending(batches(), name), MOST_BATCHES + 1):
-        hashes = _hashes(_inputs_in(batch, like))
-        found.update(hashes)
-        found.count += len(hashes)
+        found.add_batch(batch, like)
     if not found:
         msg = f"{name} must yield at least one batch with a sample. Got none. Check the path and filters of the data."
         raise RejectedError(msg)
