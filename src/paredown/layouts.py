@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import TorchFunctionMode
 
 _LANES = 8
 """Of the kernel that is at fault, on AVX2; on as many channels and more its gradients are right."""
 
 
-def guard_layouts(module: nn.Module) -> list[RemovableHandle]:
-    """Keep strided 1×1 convolutions of 2 to 7 input channels out of channels_last; their hooks.
+def guarded_layouts(module: nn.Module) -> AbstractContextManager[object]:
+    """Strided 1×1 convolutions of 2 to 7 input channels stay out of channels_last for as long as it lasts.
 
     The gradient of their input, with oneDNN as in torch 2.13 on processors with AVX2, is written beyond its end: the process
     dies, now or later. Pruning makes such layers of any ResNet's shortcuts. Inputs and weights are made contiguous, which changes
-    their layout and no value. What `forward` calls as a function is not seen.
+    their layout and no value. Nothing is watched where no parameter has such a shape.
 
-    >>> len(guard_layouts(nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.Conv2d(8, 8, 1, 2), nn.Conv2d(4, 8, 1))))
-    1
+    >>> with guarded_layouts(nn.Conv2d(4, 8, 1, 2)) as guard:
+    ...     type(guard).__name__
+    '_Guard'
     """
-    found = [m for m in module.modules() if isinstance(m, nn.Conv2d) and _is_at_risk(m)]
-    for weight in (p for conv in found for p in conv.parameters() if p.dim() == 4 and p.device.type == "cpu"):
-        with torch.no_grad():  # .contiguous() leaves the strides of axes of length 1 as they are, and those decide
-            weight.data = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight)
-    return [conv.register_forward_pre_hook(_contiguous) for conv in found]
+    return _Guard() if any(_is_narrow(p) for p in module.parameters()) else nullcontext()
 
 
-@contextmanager
-def guarded_layouts(module: nn.Module) -> Iterator[None]:
-    """The same for as long as it lasts."""
-    hooks = guard_layouts(module)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.shape[2:] == (1, 1) and 1 < weight.shape[1] < _LANES
 
 
-def _is_at_risk(conv: nn.Conv2d) -> bool:
-    return (
-        conv.kernel_size == (1, 1) and max(conv.stride) > 1 and conv.groups == 1 and 1 < conv.in_channels < _LANES
-    )  # fmt: skip
+class _Guard(TorchFunctionMode):
+    """Sees modules, functions and the ops of captured graphs alike."""
+
+    _CONVOLUTIONS = frozenset({torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d})
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._CONVOLUTIONS:
+            given = dict(zip(("input", "weight", "bias", "stride"), args, strict=False)) | kwargs
+            if _is_at_risk(given["input"], given["weight"], given.get("stride", 1)):
+                weight = given["weight"]
+                kwargs.update(
+                    input=given["input"].contiguous(), weight=weight.flatten(1).contiguous().reshape(weight.shape)
+                )
+                kwargs.update({name: given[name] for name in ("bias", "stride") if name in given})
+                kwargs.update(zip(("padding", "dilation", "groups"), args[4:], strict=False))
+                args = ()
+        return func(*args, **kwargs)
 
 
-def _contiguous(_conv: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(v.contiguous() if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in inputs)
+def _is_at_risk(x: Tensor, weight: Tensor, stride: Any) -> bool:
+    """`x` alone tells nothing: weights in channels_last take the input with them."""
+    strided = max(stride) > 1 if isinstance(stride, list | tuple) else stride > 1
+    return strided and x.device.type == "cpu" and x.dim() == 4 and _is_narrow(weight)

@@ -78,7 +78,8 @@ def main(width: int) -> None:
     values = [torch.cat([torch.as_tensor(v).flatten() for v in s.by_space.values()]) for s in scores]
     print(apart(net, ours[0]), apart(ours[0], ours[1]), apart(ours[0], ours[2]), apart(*users))
     print(float(values[0].abs().max()), float((values[0] - values[1]).abs().max()))
-    assert not any(m._forward_pre_hooks for one in (*ours, *users) for m in one.modules())
+    quantized = pare.train_quantized(program, batches, step=turned, epochs=1, calibrate=[x for x, _ in batches()])
+    assert all(torch.isfinite(p.unpack()).all() for p in quantized.weights.values()) and len(quantized.weights) >= 3
 
 
 if __name__ == "__main__":

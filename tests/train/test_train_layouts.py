@@ -25,16 +25,37 @@ def test_a_narrow_strided_shortcut_trains_in_either_layout_to_the_same(width: in
     assert scores < 1e-4 * largest
 
 
-def test_what_is_right_keeps_its_layout() -> None:
-    net = nn.Sequential(
-        nn.Conv2d(4, 8, 1, 2), nn.Conv2d(8, 8, 1, 2), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, 2), nn.Conv2d(1, 8, 1, 2)
-    )
-    net = net.to(memory_format=torch.channels_last)
-    values = [p.detach().clone() for p in net.parameters()]
-    with guarded_layouts(net):
-        guarded = [bool(m._forward_pre_hooks) for m in net]
-        assert net[0].weight.stride() == (4, 1, 1, 1)  # type: ignore[union-attr]
-        assert net[1].weight.stride() == (8, 1, 8, 8)  # type: ignore[union-attr]
-    assert guarded == [True, False, False, False, False]
-    assert not any(m._forward_pre_hooks for m in net)
-    assert all(torch.equal(a, b) for a, b in zip(values, net.parameters(), strict=True))
+@pytest.mark.parametrize(
+    ("conv", "is_changed"),
+    [
+        (nn.Conv2d(4, 8, 1, 2), True),
+        (nn.Conv2d(4, 8, 1, (1, 2), bias=False, padding=1), True),
+        (nn.Conv2d(8, 8, 1, 2), False),
+        (nn.Conv2d(4, 8, 1), False),
+        (nn.Conv2d(4, 8, 3, 2), False),
+        (nn.Conv2d(8, 8, 1, 2, groups=2), True),  # right in either layout; its weight looks the same
+    ],
+)
+def test_what_is_right_keeps_its_layout(conv: nn.Conv2d, is_changed: bool) -> None:
+    conv = conv.to(memory_format=torch.channels_last)
+    x = torch.randn(2, conv.in_channels, 6, 6).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        wanted = conv(x)
+        with guarded_layouts(conv):
+            found = conv(x)
+            op = torch.ops.aten.conv2d.default(
+                x, conv.weight, conv.bias, conv.stride, conv.padding, (1, 1), conv.groups
+            )
+    assert torch.allclose(found, wanted, atol=1e-6) and torch.equal(found, op)
+    assert found.is_contiguous() is is_changed
+    assert found.is_contiguous(memory_format=torch.channels_last) is not is_changed
+
+
+def test_a_function_of_ones_own_is_seen_and_a_net_without_such_a_weight_is_not_watched() -> None:
+    weight = torch.randn(8, 4, 1, 1)
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    with guarded_layouts(nn.Conv2d(4, 8, 1, 2)):
+        assert nn.functional.conv2d(x, weight, stride=2).is_contiguous()
+        assert nn.functional.conv2d(input=x, weight=weight, stride=[2, 2]).is_contiguous()
+    with guarded_layouts(nn.Conv2d(8, 8, 1, 2)):
+        assert not nn.functional.conv2d(x, weight, stride=2).is_contiguous()

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from paredown.errors import RejectedError, UsageError
-from paredown.layouts import guard_layouts
+from paredown.layouts import guarded_layouts
 from paredown.score.nouns import Source
 from paredown.score.twice import TwiceDifferentiable, is_cut, refuse
 from paredown.statistics.batches import taken
@@ -45,7 +45,6 @@ class Gradients:
             raise UsageError(msg)
         self._source, self._loss, self._criterion = source, source.loss, criterion
         self._model = working_copy(source.module).train(mode == "train")
-        guard_layouts(self._model)
         if temperature != 1.0:
             self._model.register_forward_hook(
                 lambda _m, _i, out: pytree.tree_map(
@@ -79,7 +78,9 @@ class Gradients:
         for parameter in self.distinct:
             parameter.grad = None
         with self._seeded(number), torch.enable_grad():
-            self._value(batch, number).backward()
+            with guarded_layouts(self._model):
+                loss = self._value(batch, number)
+            loss.backward()
 
     def streamed(self, receive: Receive, *, per_sample: bool = False) -> int:
         """Backward passes over all batches; `receive` reads `.grad` as soon as it is there, then it is freed.
@@ -109,7 +110,7 @@ class Gradients:
         Raises RejectedError where a function has no second derivative in torch.
         """
         with self._seeded(number), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            with TwiceDifferentiable():
+            with TwiceDifferentiable(), guarded_layouts(self._model):
                 loss = self._value(batch, number)
             slopes = torch.autograd.grad(loss, self.distinct, create_graph=True, allow_unused=True)
             again = lambda: self._value(batch, number)  # noqa: E731

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from paredown.errors import Interrupted, MissingError, RejectedError, ResourceError, UsageError
-from paredown.layouts import guard_layouts
+from paredown.layouts import guarded_layouts
 from paredown.plain import deep_copy
 from paredown.recipe_fields import STREAMS
 from paredown.score.patterns import as_patterns
@@ -169,7 +169,6 @@ def fit(
     config = _config(options, module, teacher, hooks, ranks)
     with kept_randomness(), memory_of(where):
         student = private_copy(module).to(where)
-        layouts = guard_layouts(student)
         training = Training(module=student, optimizer=made_optimizer(student, options))
         distiller = taught_by(teacher, student, where, distil, temperature, distil_layers, distil_layers_weight)
         run = _Run(
@@ -179,12 +178,11 @@ def fit(
             name="" if checkpoint is None else checkpoint.stem, finite=finite_tensors(student),
         )  # fmt: skip
         try:
-            _train(run, checkpoint, config)
+            with guarded_layouts(student):
+                _train(run, checkpoint, config)
         except KeyboardInterrupt as error:
             raise _interrupted(run, checkpoint) from error
         finally:
-            for hook in layouts:
-                hook.remove()
             if distiller is not None:
                 distiller.detach()
     return Fitted(module=student.to("cpu").eval(), history=tuple(training.history))
