@@ -48,6 +48,8 @@ BANDS = {2500: "below 2500 g", 3000: "2500 to 3000 g", 3500: "3000 to 3500 g", 4
 """Weights below the number have this name. Below 2500 g is called a low birth weight, from 4000 g on a high one."""
 READ = ("file", "weight", "subject", "split")
 """Columns of labels.csv that have a meaning here."""
+OURS = ("target", "weight band")
+"""Columns of the report; none of labels.csv may be called so."""
 
 
 class Block(nn.Module):
@@ -281,19 +283,28 @@ def _own(folder: Path) -> dict[str, Split]:
     pictures: dict[str, Row] = {}
     subjects: dict[str, Row] = {}
     damaged: list[str] = []
+    repeated: list[str] = []
     for row in rows:
         picture = _read(row.path, row.where)
         if picture is None:
             damaged.append(f"{row.cells['file']} (line {row.where.rpartition(':')[2]})")
             continue
-        if subject := row.cells.get("subject"):
+        if subject := unicodedata.normalize("NFC", row.cells.get("subject", "")):
             _in_one_role(f"the subject {subject!r}", row, subjects.setdefault(subject, row))
         first = pictures.setdefault(hashlib.sha256(picture.tobytes()).hexdigest(), row)
         same = "" if first.path == row.path else f" (equal to {first.cells['file']!r})"
         _in_one_role(f"the picture {row.cells['file']!r}{same}", row, first)
         _of_one_weight(f"the picture {row.cells['file']!r}{same}", row, first)
+        if first is not row:  # a second time it would narrow intervals that it tells nothing for
+            repeated.append(f"{row.cells['file']} (line {row.where.rpartition(':')[2]})")
+            continue
         kept[row.role].append((picture, row))
     _tell_damaged(damaged, len(rows), table)
+    if repeated:
+        warnings.warn(
+            f"{len(repeated)} of {len(rows)} rows repeat a picture and were left out: {_first_of(repeated)}",
+            stacklevel=2,
+        )
     if empty := [role for role, some in kept.items() if not some]:
         who = len({row.cells.get("subject") or row.cells["file"] for row in rows})
         msg = f"every split must have pictures. Got none for {', '.join(empty)} of {len(rows)} rows with {who} subject{'s' * (who > 1)} at {table}. Fill the column split, or bring more subjects."
@@ -368,6 +379,9 @@ def _named(names: Sequence[str], table: Path) -> None:
         if meant in READ and name != meant:
             msg = f"the column {name!r} must be written {meant}. Got {', '.join(names)} at {table}."
             raise RejectedError(msg)
+        if meant in OURS:
+            msg = f"no column may be called {name!r}: the report has one of that name of its own. Got {', '.join(names)} at {table}. Name it otherwise."
+            raise RejectedError(msg)
         if name.strip() and names.count(name) > 1:
             msg = f"the column {name!r} must be there once. Got {', '.join(names)} at {table}."
             raise RejectedError(msg)
@@ -440,7 +454,7 @@ def _role(cells: Mapping[str, str], where: str) -> str:
     if given:
         msg = f"split must be train, choose or test. Got {given!r} at {where}. choose is what others call validation."
         raise RejectedError(msg)
-    subject = (cells.get("subject") or cells["file"]).encode()
+    subject = unicodedata.normalize("NFC", cells.get("subject") or cells["file"]).encode()  # as _path takes accents
     share = int.from_bytes(hashlib.sha256(subject).digest()[:4], "big") / 2**32
     return "test" if share < 0.2 else "choose" if share < 0.3 else "train"
 
@@ -465,11 +479,15 @@ def _tell_damaged(damaged: Sequence[str], num_rows: int, table: Path) -> None:
     """Pictures that are there and cannot be read: named, and left out, up to DAMAGED of them; more are refused."""
     if not damaged:
         return
-    shown = ", ".join(damaged[:20]) + (f" and {len(damaged) - 20} more" if len(damaged) > 20 else "")
+    shown = _first_of(damaged)
     if len(damaged) > DAMAGED * num_rows:
         msg = f"file must be a picture; {DAMAGED:.0%} of them may be damaged. Got {len(damaged)} of {num_rows} that cannot be read at {table}: {shown}. Save HEIC and raw pictures as JPEG or PNG; take the rows of damaged ones out."
         raise RejectedError(msg)
     warnings.warn(f"{len(damaged)} of {num_rows} pictures cannot be read and were left out: {shown}", stacklevel=2)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _read(path: Path | None, where: str) -> np.ndarray | None:
@@ -482,9 +500,14 @@ def _read(path: Path | None, where: str) -> np.ndarray | None:
             upright = ImageOps.exif_transpose(image)  # a phone held upright says so beside the pixels
             if upright.mode.startswith("I;16"):  # Pillow would cut off all above 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            if upright.mode == "I" and 255 < np.asarray(upright).max() < 2**16:  # as Pillow reads 16 bits of a PGM
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
             if upright.mode in ("I", "F"):
                 got = "floating point" if upright.mode == "F" else "32 bits"
                 msg = f"pixels must have 8 or 16 bits. Got {got} at {where}. Save the picture as JPEG or PNG."
+                raise RejectedError(msg)
+            if upright.has_transparency_data and upright.convert("RGBA").getextrema()[3][0] < 255:
+                msg = f"pictures must be opaque. Got a transparent one at {where}: what is under it nobody sees. Save it with a background."
                 raise RejectedError(msg)
             return np.asarray(upright.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
     except RejectedError:  # a ValueError too

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 from types import ModuleType
 
@@ -221,11 +222,47 @@ def test_fault_51_damaged_pictures_are_counted_named_and_left_out_up_to_a_limit(
         task.split("train", folder)
 
 
-def test_one_role_may_have_a_subject_and_a_picture_twice(tmp_path: Path) -> None:
+def test_one_role_may_have_a_subject_twice_and_a_picture_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     rows = rows_of_six()
     folder = folder_of(tmp_path, rows)
     rows.append({**rows[0], "subject": "s0 "})
-    assert len(task.split("train", relabelled(folder, rows)).targets) == 3
+    with pytest.warns(UserWarning, match=r"1 of 7 rows repeat a picture and were left out: 0\.png \(line 8\)"):
+        assert len(task.split("train", relabelled(folder, rows)).targets) == 2
+
+
+def test_a_subject_is_one_however_its_accents_are_written(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, f"José {n}") for n in range(40) for form in ("NFC", "NFD")]
+    rows = [{"file": f"{i}.png", "weight": "3000", "subject": name} for i, name in enumerate(names)]
+    folder = folder_of(tmp_path, rows)
+    read = [set(task.split(role, folder).columns["id"]) for role in ("train", "choose", "test")]
+    assert all(read) and sum(map(len, read)) == 80
+    assert all(
+        ({f"{2 * n}.png", f"{2 * n + 1}.png"} <= some) or f"{2 * n}.png" not in some for some in read for n in range(40)
+    )
+    rows = rows_of_six()
+    rows[0]["subject"], rows[2]["subject"] = "José", unicodedata.normalize("NFD", "José")
+    (tmp_path / "two").mkdir()
+    with pytest.raises(RejectedError, match="the subject 'José' must have one role"):
+        task.split("train", folder_of(tmp_path / "two", rows))
+
+
+@pytest.mark.parametrize("name", ["target", "weight band", "Target"])
+def test_a_column_that_the_report_has_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match=f"no column may be called '{name}'"):
+        task.split("train", folder_of(tmp_path, [{**row, name: "1"} for row in rows_of_six()]))
+
+
+def test_sixteen_bits_of_a_pgm_are_read_and_what_shines_through_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    grey = np.linspace(0, 255, 64 * 64).reshape(64, 64).round()
+    (tmp_path / "deep.pgm").write_bytes(b"P5 64 64 65535\n" + (grey * 257).astype(">u2").tobytes())
+    assert np.array_equal(task._read(tmp_path / "deep.pgm", "here")[..., 0], grey.astype(np.uint8))
+    for alpha in (255, 254):
+        Image.new("RGBA", (64, 64), (10, 20, 30, alpha)).save(tmp_path / f"{alpha}.png")
+    assert task._read(tmp_path / "255.png", "here")[0, 0].tolist() == [10, 20, 30]
+    with pytest.raises(RejectedError, match=r"pictures must be opaque\. Got a transparent one at here"):
+        task._read(tmp_path / "254.png", "here")
 
 
 @pytest.mark.parametrize("row", [",3000", "1.png", "1.png,"])

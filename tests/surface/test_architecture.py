@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "paredown"
 TIERS = (
     "errors",
     "budget plan granularity target recipe recipe_fields records strict_yaml environments contents",
-    "plain placed machine_memory traced layouts",
+    "plain placed machine_memory traced layouts bootstrap",
     "program weights weights_process",
     "couple examine statistics",
     "score",
@@ -32,7 +32,7 @@ TIERS = (
     "prune factorize quantize",
     "export",
     "measure",
-    "search curve controls chord bootstrap ranking",
+    "search curve controls chord ranking",
     "sweep",
     "report",
     "compare",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paredown.bootstrap import student_t
 from paredown.errors import RejectedError
 from paredown.records import Measured, whole_file
 
@@ -54,7 +55,8 @@ def _values(name: str, value: Any, finite: bool) -> Values:
 def summarize(values: Values | list[float] | float, unit: str = "", machine: str = "") -> Measured:
     """Mean of the samples with its 95 % interval; a single number stands without one.
 
-    Two-valued samples (right or wrong) get the Wilson score interval, others mean ± 1.96 · s / √n.
+    Two-valued samples (right or wrong) get the Wilson score interval, others mean ± t · s / √n, t Student's
+    97.5 % point at n - 1 degrees of freedom.
 
     >>> some = summarize([1.0] * 90 + [0.0] * 10)
     >>> some.value, round(some.low, 3), round(some.high, 3)
@@ -72,8 +74,8 @@ def summarize(values: Values | list[float] | float, unit: str = "", machine: str
         low, high = _wilson(mean / top, n)
         low, high, how = low * top, high * top, "95 % Wilson score interval"
     elif n >= 2:
-        half = _Z * float(array.std(ddof=1)) / math.sqrt(n)
-        low, high, how = mean - half, mean + half, "95 % interval, mean ± 1.96 s/√n"
+        half = student_t(0.975, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+        low, high, how = mean - half, mean + half, "95 % interval, mean ± t s/√n"
     spread = {"low": low, "high": high} if n >= 2 else {"low": None, "high": None}
     return Measured(value=mean, unit=unit, n=n, protocol=f"mean over samples; {how}", machine=machine, **spread)
 
@@ -104,7 +106,7 @@ def paired(before: Values | list[float], after: Values | list[float], unit: str 
 
     Right-or-wrong samples (two values, 0 and c): the adjusted interval of Agresti and Min (2005), which adds half a sample to
     each of the four outcomes, so that two networks that agree everywhere do not get an interval of width 0.
-    Otherwise d̄ ± 1.96 · s_d / √n.
+    Otherwise d̄ ± t · s_d / √n, t Student's 97.5 % point at n - 1 degrees of freedom: slices may hold few samples.
 
     Raises RejectedError where the lengths differ or there are no samples.
 
@@ -125,8 +127,8 @@ def paired(before: Values | list[float], after: Values | list[float], unit: str 
         half = _Z * math.sqrt(max(gained + lost - (gained - lost) ** 2 / total, 0.0)) / total
         low, high, how = top * (centre - half), top * (centre + half), "Agresti–Min interval for paired proportions"
     elif n >= 2:
-        half = _Z * float(difference.std(ddof=1)) / math.sqrt(n)
-        low, high, how = mean - half, mean + half, "d̄ ± 1.96 s_d/√n"
+        half = student_t(0.975, n - 1) * float(difference.std(ddof=1)) / math.sqrt(n)
+        low, high, how = mean - half, mean + half, "d̄ ± t s_d/√n"
     else:
         return Measured(
             value=mean, unit=unit, n=n, protocol="paired difference, one sample, no interval", machine=machine

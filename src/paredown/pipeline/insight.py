@@ -211,7 +211,7 @@ def _apart(values: Values, target: Values) -> bool:
     if values.min() <= target.max() and target.min() <= values.max():
         return False
     ours, theirs = (float(np.median(np.abs(v))) for v in (values, target))
-    return max(ours, theirs) >= _OTHER_UNIT * min(ours, theirs)
+    return min(ours, theirs) > 0 and max(ours, theirs) >= _OTHER_UNIT * min(ours, theirs)
 
 
 def _predictions(run: Run, artifact: Artifact) -> Values | None:

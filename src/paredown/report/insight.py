@@ -180,13 +180,16 @@ def bias_lines(run: View) -> dict[str, Any] | None:
         about = mapping(one)
         pairs = [p for p in (_pair(v) for v in items(about.get("scatter"))) if p is not None]
         low, high, value = (number(about.get(k)) for k in ("low", "high", "value"))
-        even = low is not None and high is not None and low <= 0 <= high
         out.append(
             {
                 "name": text(name, 40),
                 "value": "not tested" if value is None else difference(value, ""),
                 "interval": interval(low, high, "", signed=True) or "–",
-                "word": "no bias shown" if even else "biased",
+                "word": "not told by one sample"
+                if low is None or high is None
+                else "no bias shown"
+                if low <= 0 <= high
+                else "biased",
                 "ranges": _ranges(about),
                 "apart": about.get("apart") is True,
                 "scatter": scatter(pairs) if len(pairs) > 1 else None,
