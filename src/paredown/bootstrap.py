@@ -77,7 +77,7 @@ def student_t(share: float, freedom: int) -> float:
     if freedom > _MANY:  # Abramowitz and Stegun, 26.7.5: right to eight digits here, and the series is long
         z = NormalDist().inv_cdf(share)
         terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-        return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+        return float(z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))
     low, high = 0.0, 1.0
     while _student_cdf(high, freedom) < share:
         high *= 2

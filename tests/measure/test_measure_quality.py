@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from paredown.errors import RejectedError
 from paredown.measure import evaluated, paired, summarize
@@ -38,6 +39,16 @@ def test_normal_interval_covers_as_often_as_it_says() -> None:
         some = summarize(random.normal(3.0, 2.0, 80))
         hits += some.low <= 3.0 <= some.high
     assert 0.92 <= hits / 600 <= 0.98
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 30, 200, 301, 5000])
+def test_intervals_of_means_are_scipys_students(n: int) -> None:
+    """With five samples, which a slice may hold, 1.96 s/√n would hold the mean seven times in eight."""
+    rng = np.random.default_rng(n)
+    before, after = rng.normal(3, 2, n), rng.normal(4, 2, n)
+    for found, values in ((summarize(before), before), (paired(before, after), after - before)):
+        wanted = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+        assert (found.low, found.high) == pytest.approx(wanted, abs=1e-7)
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -42,6 +42,11 @@ def test_the_int8_file_is_small_and_as_good(out: Path, stages: dict[str, dict]) 
     assert int8["metric_change"]["low"] < int8["metric_change"]["value"] < int8["metric_change"]["high"]
 
 
+def test_a_bound_on_the_metric_knows_how_far_the_loss_may_reach(stages: dict[str, dict]) -> None:
+    (bound,) = [b for b in stages["verdict"]["details"]["bounds"] if b["what"] == "metric_loss"]
+    assert bound["high"] == -stages["int8"]["measured"]["metric_change"]["low"] > bound["value"]
+
+
 def test_nothing_stayed_float(stages: dict[str, dict]) -> None:
     details = stages["int8"]["details"]
     assert details["float_nodes"] == []

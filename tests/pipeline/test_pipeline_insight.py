@@ -184,6 +184,10 @@ def test_bias_is_the_one_that_was_put_in(run: Any) -> None:
     assert not files["dense"]["apart"]
 
 
+def test_a_truth_in_the_middle_of_the_scale_is_in_no_other_unit() -> None:
+    assert not _apart(np.array([0.1, 0.2]), np.zeros(2)) and not _apart(np.zeros(2), np.array([0.1, 0.2]))
+
+
 @pytest.mark.parametrize(("unit", "apart"), [(1.0, False), (0.001, True), (1000.0, True)])
 def test_fault_57_predictions_in_another_unit_than_the_truth(unit: float, apart: bool) -> None:
     grams = np.random.default_rng(0).normal(3300, 400, 200)

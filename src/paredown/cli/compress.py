@@ -170,7 +170,7 @@ def _amounts(budget: Any) -> dict[str, Any]:
 
 def _foreseen(budget: Any) -> list[Any]:
     """What a budget is foreseen to lead to: amounts, and layers with their steps."""
-    amounts = [(n, f"{a:,.4g}", f"{b:,.4g}", f"{f:,.4g}") for n, (a, b, f) in budget.amounts.items()]
+    amounts = [(n, *(f"{v:,.0f}" if v >= 1000 else f"{v:,.4g}" for v in told)) for n, told in budget.amounts.items()]
     lines: list[Any] = [table(("amount", "asked", "as it is", "foreseen (estimated)"), amounts)] if amounts else []
     if budget.layers:
         total = [max(sum(x.ms[i] for x in budget.layers), 1e-12) for i in (0, 1)]

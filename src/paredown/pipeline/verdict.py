@@ -44,6 +44,9 @@ def bounds(run: Run, by_stage: Mapping[str, Record]) -> list[dict[str, Any]]:
         "macs": (last[-1].measured["macs"].value, "MAC"),
         "peak_ram_bytes": (int8.measured["peak_memory_bytes"].value, "B"),
     }
+    change = int8.measured.get("metric_change")
+    end = None if change is None else change.low if sign > 0 else change.high
+    worst = None if end is None else -sign * end  # the upper end of the loss: a bound is held to the mean
     out = []
     for what, bound in given.items():
         if what not in values:
@@ -59,6 +62,7 @@ def bounds(run: Run, by_stage: Mapping[str, Record]) -> list[dict[str, Any]]:
                 "unit": unit,
                 **({"share": asked[what]} if what in _OF_DENSE and isinstance(asked[what], float) else {}),
                 "margin": limit - (value or 0),
+                **({"high": worst} if what == "metric_loss" and worst is not None else {}),
                 "met": met,
                 "badge": "measured",
                 "timing": what in ("latency", "latency_ms", "peak_ram_bytes"),

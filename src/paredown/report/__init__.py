@@ -21,7 +21,7 @@ Stages with a file carry plan_digest, and in `measured`: "bytes", "gzip_bytes", 
 activation_bytes}], "removed" [{space, kind, before, after, parameters}], "reached" {budget, reached, blocked_by}, "history"
 (epochs: loss), "notes". examine's details: layers, uncounted, alarms, pinned [{reason, units, where}], parameters, macs,
 peak_activation_bytes. verdict's: recommended (stage), otherwise (stage, where the file in codes is slower than the dense one),
-target_met, metric {name, unit, goal}, bounds [{what, bound, value, unit, margin, met, badge}], not_tested, normalisation, input
+target_met, metric {name, unit, goal}, bounds [{what, bound, value, unit, margin, met, badge, high: upper end of its 95 % interval, where it has one}], not_tested, normalisation, input
 {name, shape}, snippet (of recommended), otherwise_snippet, warnings. environment, on every record: {versions, machine, isa,
 threads, seed, …}.
 

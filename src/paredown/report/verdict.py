@@ -74,7 +74,9 @@ def _sentence(run: View, best: Record | None) -> str:
         return ""
     smaller = _smaller_in_codes(run, best)
     if run.recommended == "dense":
-        return smaller or "No smaller file may take its place: the dense FP32 file stays the recommended one."
+        return (
+            smaller or "No smaller file made from it may take its place: the dense FP32 file stays the recommended one."
+        )
     if smaller:
         return smaller
     pace, _ = speed(run, best)
@@ -193,6 +195,8 @@ def _bound(given: Mapping[str, Any]) -> dict[str, Any]:
     turns = ", timed in turns" if what == "latency" else ""
     of = "" if share is None else f" ({digits(share)} of the dense file{turns})"
     say = _points if what == "metric_loss" else quantity
+    high = number(given.get("high"))
+    beyond = met is True and high is not None and bound is not None and high > bound
     return {
         "what": what,
         "title": _NAMES.get(what, what.replace("_", " ")),
@@ -200,6 +204,7 @@ def _bound(given: Mapping[str, Any]) -> dict[str, Any]:
         "value": Cell(value=say(value, unit), badge=badge) if badge != "not tested" and value is not None else NONE,  # type: ignore[arg-type]
         "margin": say(margin, unit) if margin is not None and badge != "not tested" else "–",
         "met": "not tested" if badge == "not tested" or not isinstance(met, bool) else "met" if met else "missed",
+        "beyond": f"held by its mean; the 95 % interval reaches {say(high, unit)}" if beyond else "",  # type: ignore[arg-type]
     }
 
 
