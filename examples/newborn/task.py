@@ -498,9 +498,8 @@ def _read(path: Path | None, where: str) -> np.ndarray | None:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)  # a phone held upright says so beside the pixels
-            if upright.mode.startswith("I;16"):  # Pillow would cut off all above 255
-                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-            if upright.mode == "I" and 255 < np.asarray(upright).max() < 2**16:  # as Pillow reads 16 bits of a PGM
+            is_pgm = upright.mode == "I" and 255 < np.asarray(upright).max() < 2**16  # as Pillow reads 16 bits of one
+            if is_pgm or upright.mode.startswith("I;16"):  # Pillow would cut off all above 255
                 upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
             if upright.mode in ("I", "F"):
                 got = "floating point" if upright.mode == "F" else "32 bits"

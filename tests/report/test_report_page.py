@@ -654,11 +654,11 @@ def test_what_stays_in_float_says_why_and_how_many_layers_run_on_codes() -> None
     told = [dataclasses.replace(r, details={**r.details, **more}) if r.cell["stage"] == "int8" else r for r in sample()]
     text = harmless(render(told)).text
     stayed = text.split("What stayed float")[1].split("Evidence")[0]
-    assert "6 of 8 convolutions and linear layers (75 %) run on integers" in stayed
+    assert "6 of 8 convolutions and linear layers (75 %) run quantized" in stayed
     assert why["Softmax"] in stayed
     assert "INT8 of level 2 run here with exact 8-bit products" in text.split("Against Largest error")[1]
     without = harmless(render(sample())).text.split("What stayed float")[1].split("Evidence")[0]
-    assert "Why" not in without and "run on integers" not in without
+    assert "Why" not in without and "run quantized" not in without
 
 
 def test_failed_proof_is_seen() -> None:

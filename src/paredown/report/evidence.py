@@ -129,14 +129,12 @@ def float_lines(run: View) -> list[dict[str, Any]]:
 
 
 def _layers_on_codes(record: Record) -> str:
-    """How many convolutions and linear layers run on codes, in words; "" where the record does not say."""
+    """How many convolutions and linear layers run quantized, in words; "" where the record does not say."""
     told = mapping(entry(record, "layers_on_codes"))
     some, every = number(told.get("on_codes")), number(told.get("of"))
     if some is None or not every:
         return ""
-    return (
-        f"{whole(some)} of {whole(every)} convolutions and linear layers ({100 * some / every:.0f} %) run on integers."
-    )
+    return f"{whole(some)} of {whole(every)} convolutions and linear layers ({100 * some / every:.0f} %) run quantized."
 
 
 def training_lines(run: View) -> list[dict[str, Any]]:
